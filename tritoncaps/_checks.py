@@ -1,0 +1,150 @@
+"""Checks of the arguments of the public functions, and all of their error messages.
+
+A message names the function, the argument and both numbers. TypeError is for the kind of a value
+and its dtype, ValueError for shape, device and range. Nothing here reads the elements of a tensor
+on an accelerator, so a check never waits for a device, and all of it may be traced.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, which prints without `torch.Size`."""
+    return tuple(tensor.shape)
+
+
+def check_floating(function: str, name: str, value: Tensor) -> None:
+    """A floating-point tensor of any shape."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{function}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
+
+
+def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
+    """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
+    check_floating(function, name, value)
+    rank = len(axes.split())
+    if value.ndim != rank:
+        raise ValueError(
+            f"{function}: {name} must have {rank} axes ({axes.replace(' ', ', ')}), "
+            f"got {value.ndim} ({name}: {shape_of(value)})"
+        )
+
+
+def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> None:
+    """The axes that several tensors share have one size; `tensors` holds (name, tensor, axes)."""
+    first: dict[str, tuple[str, int]] = {}
+    for name, tensor, axes in tensors:
+        for axis, size in zip(axes.split(), tensor.shape, strict=True):
+            other, expected = first.setdefault(axis, (name, size))
+            if size != expected:
+                shapes = ", ".join(f"{n}: {shape_of(t)}" for n, t, _ in tensors)
+                raise ValueError(
+                    f"{function}: {name} has {axis}={size} but {other} has {axis}={expected} "
+                    f"({shapes})"
+                )
+
+
+def check_not_empty(function: str, name: str, tensor: Tensor, axes: str) -> None:
+    """No axis but the batch is empty: a softmax over no output capsule has no value."""
+    for axis, size in zip(axes.split(), tensor.shape, strict=True):
+        if size == 0 and axis != "B":
+            raise ValueError(
+                f"{function}: {name} has {axis}=0 but needs {axis} >= 1 "
+                f"({name}: {shape_of(tensor)})"
+            )
+
+
+def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """One device and one dtype for all; under autocast the 16-bit types count as float32."""
+    first_name, first = tensors[0]
+    for name, tensor in tensors[1:]:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{function}: {name} is on {tensor.device} but {first_name} is on {first.device}"
+            )
+        if routed_dtype(tensor) != routed_dtype(first):
+            raise TypeError(
+                f"{function}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; "
+                f"convert one of them, or run under torch.autocast, which routes in float32"
+            )
+
+
+def routed_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which the operators take a tensor: autocast raises 16-bit types to float32."""
+    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+    if is_half and torch.is_autocast_enabled(tensor.device.type):
+        return torch.float32
+    return tensor.dtype
+
+
+def check_iterations(function: str, iterations: object, name: str = "iterations") -> None:
+    """An int, at least 1: the number of weighted sums."""
+    if not isinstance(iterations, int) or isinstance(iterations, bool):
+        raise TypeError(f"{function}: {name} must be an int, got {type(iterations).__name__}")
+    if iterations < 1:
+        raise ValueError(f"{function}: {name} must be >= 1, got {iterations}")
+
+
+def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+
+
+def check_size(function: str, name: str, value: object) -> None:
+    """An int, at least 1, such as a number of capsules."""
+    check_iterations(function, value, name)
+
+
+def check_dim(function: str, dim: int, ndim: int) -> None:
+    """An axis that the tensor has."""
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"{function}: dim={dim} is out of range for a tensor with {ndim} axes")
+
+
+def check_target(function: str, target: object, lengths: Tensor) -> None:
+    """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
+
+    Values are read on a CPU alone: on an accelerator the read would make every step wait, and
+    there an index out of range fails inside `one_hot`.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{function}: target must be a torch.Tensor, got {type(target).__name__}")
+    if target.device != lengths.device:
+        raise ValueError(
+            f"{function}: target is on {target.device} but lengths is on {lengths.device}"
+        )
+    B, K = lengths.shape
+    shapes = f"(lengths: {shape_of(lengths)}, target: {shape_of(target)})"
+    if target.ndim not in (1, 2):
+        raise ValueError(
+            f"{function}: target must have 1 axis (B) or 2 (B, K), got {target.ndim} {shapes}"
+        )
+    if target.shape[0] != B:
+        raise ValueError(f"{function}: target has B={target.shape[0]} but lengths has B={B} {shapes}")
+    if target.ndim == 2 and target.shape[1] != K:
+        raise ValueError(f"{function}: target has K={target.shape[1]} but lengths has K={K} {shapes}")
+    if target.ndim == 1 and target.dtype != torch.int64:
+        raise TypeError(
+            f"{function}: target with class indices must be torch.int64, got {target.dtype}"
+        )
+    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = target.min().item(), target.max().item()
+    limit = K - 1 if target.ndim == 1 else 1
+    if low < 0 or high > limit:
+        what = "class indices" if target.ndim == 1 else "multi-hot values"
+        raise ValueError(
+            f"{function}: target holds {what} from {low} to {high} but lengths has K={K}, "
+            f"so they must lie in 0 .. {limit} {shapes}"
+        )

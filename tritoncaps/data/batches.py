@@ -1,0 +1,162 @@
+"""Batches of a set that lies on the device, shifted image by image."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tritoncaps._checks import check_size
+from tritoncaps.data.sets import ImageSet
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Map uint8 pixels 0 .. 255 to float32 in [0, 1].
+
+    There is no mean and no standard deviation here: a decoder that ends in a sigmoid can only
+    reconstruct images in [0, 1].
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"to_float: images must be torch.uint8, got {images.dtype}")
+    return images.to(torch.float32) / 255
+
+
+def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Shift every image by its own whole number of pixels, up to `max_shift` in each direction.
+
+    What moves out of the image is lost and what moves in is zero: nothing wraps around.
+
+    Args:
+        images: any dtype, shape (B, C, H, W).
+        max_shift: the largest shift, ≥ 0, along each of the two axes.
+        generator: where the shifts are drawn; it may live on another device than the images.
+
+    Returns:
+        The shifted images, shape (B, C, H, W), in the dtype of `images`.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(1)
+        >>> random_shift(torch.ones(3, 1, 28, 28), 2, generator).shape
+        torch.Size([3, 1, 28, 28])
+    """
+    _check_max_shift("random_shift", max_shift)
+    if images.ndim != 4:
+        raise ValueError(f"random_shift: images must have 4 axes (B, C, H, W), got {images.ndim}")
+    offsets = _draw_offsets(len(images), max_shift, generator)
+    return _shift(images, offsets.to(images.device), max_shift)
+
+
+class Batches:
+    """The batches of an `ImageSet`, epoch by epoch, made on the device of the set.
+
+    The order and the shifts of an epoch depend on the seed and the number of the epoch alone, and
+    are drawn on the CPU: they are the same on every device, need no saved random state, and an
+    epoch entered in the middle continues exactly as if it had not been left.
+
+    Args:
+        images: the set to draw from.
+        batch_size: images in a batch; the last one of an epoch may be smaller.
+        seed: with the number of the epoch, fixes the order and the shifts.
+        shuffle: take the images in a new order in every epoch; else in the order of the set.
+        max_shift: shift every image by up to this many pixels, see `random_shift`.
+        drop_last: leave out a last batch that is not full.
+
+    Example:
+        >>> labels = torch.arange(10).repeat(10)
+        >>> train = ImageSet(torch.zeros(100, 1, 28, 28, dtype=torch.uint8), labels)
+        >>> batches = Batches(train, batch_size=32, seed=1, max_shift=2)
+        >>> [len(labels) for images, labels in batches.epoch(0)]
+        [32, 32, 32, 4]
+        >>> [len(labels) for images, labels in batches.epoch(0, start=2)]
+        [32, 4]
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        max_shift: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        check_size("Batches", "batch_size", batch_size)
+        _check_max_shift("Batches", max_shift)
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.max_shift = max_shift
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        if self.drop_last:
+            return len(self.images) // self.batch_size
+        return -(-len(self.images) // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over the batches of an epoch, from batch number `start` on.
+
+        Args:
+            epoch: number of the epoch.
+            start: number of the first batch; `len(self)` gives none, an epoch that is complete.
+
+        Returns:
+            Pairs of images, float32 in [0, 1], shape (B, C, H, W), and labels, shape (B,).
+
+        Raises:
+            ValueError: the epoch has no batch `start`.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"Batches: start={start} is outside of the epoch's {len(self)} batches")
+        return self._iterate(epoch, start)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        # Both are drawn for the whole epoch, wherever it is entered. They move to the device once,
+        # so that no batch waits for a copy.
+        generator = _epoch_generator(self.seed, epoch)
+        count, device = len(self.images), self.images.labels.device
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        offsets = _draw_offsets(count, self.max_shift, generator).to(device)
+        order = order.to(device)
+        for batch in range(start, len(self)):
+            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            chosen = order[part]
+            # Shifted as uint8: a quarter of the bytes of float32.
+            images = _shift(self.images.images[chosen], offsets[part], self.max_shift)
+            yield to_float(images), self.images.labels[chosen]
+
+
+def _check_max_shift(function: str, max_shift: object) -> None:
+    if not isinstance(max_shift, int) or isinstance(max_shift, bool):
+        raise TypeError(f"{function}: max_shift must be an int, got {type(max_shift).__name__}")
+    if max_shift < 0:
+        raise ValueError(f"{function}: max_shift must be >= 0, got {max_shift}")
+
+
+def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    # Hashed, since with seed + epoch the second epoch of one seed would repeat the first of the
+    # next seed.
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def _draw_offsets(count: int, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Draw where each window begins in its padded image: (count, 2), in 0 .. 2·max_shift."""
+    return torch.randint(
+        2 * max_shift + 1, (count, 2), generator=generator, device=generator.device
+    )
+
+
+def _shift(images: Tensor, offsets: Tensor, max_shift: int) -> Tensor:
+    if max_shift == 0:
+        return images
+    B, _, H, W = images.shape
+    padded = F.pad(images, (max_shift,) * 4)
+    # Every window of the size of the image, as a view: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
+    windows = padded.unfold(2, H, 1).unfold(3, W, 1)
+    each = torch.arange(B, device=images.device)
+    return windows[each, :, offsets[:, 0], offsets[:, 1]]

@@ -1,0 +1,150 @@
+"""What a data set is, and how a part of it is held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tritoncaps._checks import shape_of
+
+
+class DatasetError(RuntimeError):
+    """A data set is missing or damaged; the message says which file, why, and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with their labels, on one device.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        labels: class indices, int64, shape (N,).
+
+    Raises:
+        TypeError: a dtype is wrong.
+        ValueError: a shape is wrong, or the two differ in length or device.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.labels.dtype != torch.int64:
+            raise TypeError(
+                "ImageSet: images must be torch.uint8 and labels torch.int64, "
+                f"got {self.images.dtype} and {self.labels.dtype}"
+            )
+        shapes = f"(images: {shape_of(self.images)}, labels: {shape_of(self.labels)})"
+        if self.images.ndim != 4 or self.labels.ndim != 1:
+            raise ValueError(f"ImageSet: images must be (N, C, H, W) and labels (N,) {shapes}")
+        if len(self.images) != len(self.labels):
+            raise ValueError(
+                f"ImageSet: images has N={len(self.images)} but labels has N={len(self.labels)} "
+                f"{shapes}"
+            )
+        if self.images.device != self.labels.device:
+            raise ValueError(
+                f"ImageSet: images is on {self.images.device} but labels is on {self.labels.device}"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "ImageSet":
+        """Return the set on `device`; what lies there already is not copied."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+    def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
+        """Return a copy of the images at `indices`, in that order."""
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training set and a test set.
+
+    Args:
+        name: the name that `load_dataset` knows it by, such as "mnist".
+        title: its name for people, such as "MNIST".
+        train: the training images; a validation set is split off them, see `split_validation`.
+        test: the test images, the same whatever the seed.
+        class_names: what each label stands for.
+        note: one line that says which data set this is and why it was chosen.
+    """
+
+    name: str
+    title: str
+    train: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+    note: str
+
+
+def split_validation(
+    train: ImageSet, fraction_or_count: float | int, seed: int
+) -> tuple[ImageSet, ImageSet]:
+    """Split a training set in two parts that hold the classes in the same proportions.
+
+    The split depends on the labels and the seed alone: the global random state is neither read nor
+    changed. Both parts keep the order of the original.
+
+    Args:
+        train: the images to split.
+        fraction_or_count: how much to hold out: a float in (0, 1) is a share of the images, an int
+            is their number.
+        seed: chooses the images within each class.
+
+    Returns:
+        The images to train on and those to validate on.
+
+    Raises:
+        TypeError: `fraction_or_count` is neither a float nor an int.
+        ValueError: one of the two parts would be empty.
+
+    Example:
+        >>> labels = torch.arange(10).repeat(20)
+        >>> train = ImageSet(torch.zeros(200, 1, 28, 28, dtype=torch.uint8), labels)
+        >>> kept, held_out = split_validation(train, 0.1, seed=1)
+        >>> len(kept), held_out.labels.bincount().tolist()
+        (180, [2, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    """
+    if isinstance(fraction_or_count, bool) or not isinstance(fraction_or_count, (float, int)):
+        raise TypeError(
+            "split_validation: fraction_or_count must be a float or an int, "
+            f"got {type(fraction_or_count).__name__}"
+        )
+    is_share = isinstance(fraction_or_count, float)
+    count = round(fraction_or_count * len(train)) if is_share else int(fraction_or_count)
+    if not 0 < count < len(train):
+        raise ValueError(
+            f"split_validation: fraction_or_count={fraction_or_count} holds out {count} of "
+            f"{len(train)} images, but both parts need at least one"
+        )
+    labels = train.labels.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label, quota in enumerate(stratified_quotas(labels, count)):
+        members = (labels == label).nonzero().squeeze(1)
+        chosen = torch.randperm(len(members), generator=generator)[:quota]
+        held_out[members[chosen]] = True
+    return (
+        train.subset((~held_out).nonzero().squeeze(1)),
+        train.subset(held_out.nonzero().squeeze(1)),
+    )
+
+
+def stratified_quotas(labels: Tensor, count: int) -> list[int]:
+    """Share `count` images among the classes in proportion to their sizes.
+
+    Each class gets the whole part of its share; what is left goes to the largest fractions, so that
+    the quotas add up to `count` and none differs from its share by one or more.
+    """
+    shares = labels.bincount() * count
+    quotas = shares // len(labels)
+    left = count - int(quotas.sum())
+    by_fraction = torch.sort(shares % len(labels), descending=True, stable=True).indices
+    quotas[by_fraction[:left]] += 1
+    return [int(quota) for quota in quotas]

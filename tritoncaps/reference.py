@@ -1,0 +1,93 @@
+"""The mathematics of capsule routing in einsum, for a reader; every test compares with it.
+
+Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluate it in
+float64 to get a measuring stick: `reference.capsule_routing(u.double(), weight.double())`.
+
+Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
+"""
+
+import torch
+from einops import einsum, reduce, repeat
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def squash(s: Tensor, dim: int = -1) -> Tensor:
+    """Squash vectors to a length in [0, 1): v = |s|² / (1 + |s|²) · s / |s| (Sabour 2017, eq. 1)."""
+    length = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
+    return length / (1 + length**2) * s
+
+
+def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
+    """Compute û_{j|i} = W_ij u_i; (B, I, P), (I, P, J, D) → (B, I, J, D) (Sabour 2017, eq. 2)."""
+    return einsum(u, weight, "B I P, I P J D -> B I J D")
+
+
+def dynamic_routing(
+    u_hat: Tensor,
+    iterations: int = 3,
+    *,
+    prior: Tensor | None = None,
+    gradient: str = "full",
+    return_coupling: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Route by agreement (Sabour 2017, procedure 1); (B, I, J, D) → (B, J, D).
+
+    `iterations` counts weighted sums. With `gradient="last"` the coupling of the last iteration is
+    a constant to autograd. With `return_coupling` the last coupling, (B, I, J), is returned too.
+    """
+    B, I, J, _ = u_hat.shape
+    b = u_hat.new_zeros(B, I, J) if prior is None else repeat(prior, "I J -> B I J", B=B)
+    for iteration in range(1, iterations + 1):
+        c = F.softmax(b, dim=-1)  # over the *output* capsules j
+        if gradient == "last":
+            c = c.detach()
+        s = einsum(c, u_hat, "B I J, B I J D -> B J D")
+        v = squash(s)
+        if iteration < iterations:
+            b = b + einsum(u_hat, v, "B I J D, B J D -> B I J")
+    return (v, c) if return_coupling else v
+
+
+def capsule_routing(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = 3,
+    *,
+    prior: Tensor | None = None,
+    gradient: str = "full",
+    return_coupling: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Route the prediction vectors of `u`; (B, I, P), (I, P, J, D) → (B, J, D)."""
+    return dynamic_routing(
+        prediction_vectors(u, weight),
+        iterations,
+        prior=prior,
+        gradient=gradient,
+        return_coupling=return_coupling,
+    )
+
+
+def margin_loss(
+    lengths: Tensor,
+    target: Tensor,
+    m_pos: float = 0.9,
+    m_neg: float = 0.1,
+    down_weight: float = 0.5,
+    reduction: str = "mean",
+) -> Tensor:
+    """Sum T_k·max(0, m⁺−|v_k|)² + λ(1−T_k)·max(0, |v_k|−m⁻)² over classes k (Sabour 2017, eq. 4).
+
+    `lengths` is (B, K); `target` is (B,) class indices or (B, K) multi-hot.
+    """
+    is_index = target.ndim == 1
+    present = F.one_hot(target, lengths.shape[1]) if is_index else target
+    present = present.to(lengths.dtype)
+    too_short = (m_pos - lengths).clamp(min=0) ** 2
+    too_long = (lengths - m_neg).clamp(min=0) ** 2
+    loss = reduce(
+        present * too_short + down_weight * (1 - present) * too_long, "B K -> B", "sum"
+    )
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()

@@ -1,0 +1,38 @@
+"""The networks of the paper, by class or by name."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from tritoncaps.models.capsnet import CapsNet, CapsuleOutput
+from tritoncaps.models.deep_capsnet import DeepCapsNet
+
+__all__ = ["CapsNet", "CapsuleOutput", "DeepCapsNet", "create_model", "list_models"]
+
+_MODELS: dict[str, type[nn.Module]] = {"capsnet": CapsNet, "deep_capsnet": DeepCapsNet}
+
+
+def list_models() -> list[str]:
+    """List the names that `create_model` knows."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **kwargs: Any) -> nn.Module:
+    """Build a model by name; `kwargs` go to its class.
+
+    Raises:
+        ValueError: no model has this name.
+
+    Example:
+        >>> model = create_model("deep_capsnet", num_classes=10)
+        >>> sum(p.numel() for p in model.parameters())
+        7869200
+    """
+    if name not in _MODELS:
+        close = get_close_matches(name, _MODELS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"create_model: no model is named {name!r}, there are {', '.join(list_models())}{hint}"
+        )
+    return _MODELS[name](**kwargs)

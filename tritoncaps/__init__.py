@@ -1,6 +1,23 @@
-"""Capsule-network operators, layers and models, accelerated with Triton."""
+"""Capsule-network operators, layers and models, accelerated with Triton.
 
-from tritoncaps import ops, reference
+`ops` holds the functional operators, `reference` the same mathematics in einsum for a reader,
+`layers` and `losses` the modules, `models` the networks and `data` the data sets.
+"""
+
+from tritoncaps import layers, losses, ops, reference
 from tritoncaps._version import __version__
+from tritoncaps.layers import PrimaryCapsules, ReconstructionDecoder, RoutedCapsules
+from tritoncaps.losses import CapsuleLoss, MarginLoss
 
-__all__ = ["__version__", "ops", "reference"]
+__all__ = [
+    "CapsuleLoss",
+    "MarginLoss",
+    "PrimaryCapsules",
+    "ReconstructionDecoder",
+    "RoutedCapsules",
+    "__version__",
+    "layers",
+    "losses",
+    "ops",
+    "reference",
+]

@@ -112,39 +112,55 @@ def check_dim(function: str, dim: int, ndim: int) -> None:
         raise ValueError(f"{function}: dim={dim} is out of range for a tensor with {ndim} axes")
 
 
-def check_target(function: str, target: object, lengths: Tensor) -> None:
+def check_target(function: str, target: Tensor, lengths: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
     Values are read on a CPU alone: on an accelerator the read would make every step wait, and
     there an index out of range fails inside `one_hot`.
     """
+    B, K = lengths.shape
+    if not isinstance(target, Tensor) or target.ndim != 2:
+        check_class_indices(function, target, B, K, lengths.device)
+        return
+    _check_device(function, target, lengths.device)
+    if target.shape != lengths.shape:
+        raise ValueError(
+            f"{function}: multi-hot target is {shape_of(target)} but lengths is {shape_of(lengths)}"
+        )
+    _check_range(function, "multi-hot values", target, 1)
+
+
+def check_class_indices(
+    function: str, target: Tensor, B: int, K: int, device: torch.device
+) -> None:
+    """Class indices (B,), int64, in [0, K); values are read on a CPU alone."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: target must be a torch.Tensor, got {type(target).__name__}")
-    if target.device != lengths.device:
+    _check_device(function, target, device)
+    if target.ndim != 1:
         raise ValueError(
-            f"{function}: target is on {target.device} but lengths is on {lengths.device}"
-        )
-    B, K = lengths.shape
-    shapes = f"(lengths: {shape_of(lengths)}, target: {shape_of(target)})"
-    if target.ndim not in (1, 2):
-        raise ValueError(
-            f"{function}: target must have 1 axis (B) or 2 (B, K), got {target.ndim} {shapes}"
+            f"{function}: target must have 1 axis (B), got {target.ndim} "
+            f"(target: {shape_of(target)})"
         )
     if target.shape[0] != B:
-        raise ValueError(f"{function}: target has B={target.shape[0]} but lengths has B={B} {shapes}")
-    if target.ndim == 2 and target.shape[1] != K:
-        raise ValueError(f"{function}: target has K={target.shape[1]} but lengths has K={K} {shapes}")
-    if target.ndim == 1 and target.dtype != torch.int64:
+        raise ValueError(f"{function}: target has B={target.shape[0]}, expected B={B}")
+    if target.dtype != torch.int64:
         raise TypeError(
             f"{function}: target with class indices must be torch.int64, got {target.dtype}"
         )
+    _check_range(function, "class indices", target, K - 1)
+
+
+def _check_device(function: str, target: Tensor, device: torch.device) -> None:
+    if target.device != device:
+        raise ValueError(f"{function}: target is on {target.device}, expected {device}")
+
+
+def _check_range(function: str, what: str, target: Tensor, limit: int) -> None:
     if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = target.min().item(), target.max().item()
-    limit = K - 1 if target.ndim == 1 else 1
     if low < 0 or high > limit:
-        what = "class indices" if target.ndim == 1 else "multi-hot values"
         raise ValueError(
-            f"{function}: target holds {what} from {low} to {high} but lengths has K={K}, "
-            f"so they must lie in 0 .. {limit} {shapes}"
+            f"{function}: target holds {what} from {low} to {high}, they must lie in 0 .. {limit}"
         )

@@ -206,9 +206,7 @@ def _dynamic_routing_gradient(
     return grad_u_hat, None if prior is None else grad_prior, None, None, None
 
 
-dynamic_routing.register_autograd(
-    _dynamic_routing_gradient, setup_context=_save_dynamic_routing
-)
+dynamic_routing.register_autograd(_dynamic_routing_gradient, setup_context=_save_dynamic_routing)
 _set_autocast(dynamic_routing)
 
 
@@ -288,7 +286,5 @@ def _capsule_routing_gradient(
     return grad_u, grad_weight, None if prior is None else grad_prior, None, None, None
 
 
-capsule_routing.register_autograd(
-    _capsule_routing_gradient, setup_context=_save_capsule_routing
-)
+capsule_routing.register_autograd(_capsule_routing_gradient, setup_context=_save_capsule_routing)
 _set_autocast(capsule_routing)

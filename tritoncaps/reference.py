@@ -85,9 +85,7 @@ def margin_loss(
     present = present.to(lengths.dtype)
     too_short = (m_pos - lengths).clamp(min=0) ** 2
     too_long = (lengths - m_neg).clamp(min=0) ** 2
-    loss = reduce(
-        present * too_short + down_weight * (1 - present) * too_long, "B K -> B", "sum"
-    )
+    loss = reduce(present * too_short + down_weight * (1 - present) * too_long, "B K -> B", "sum")
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()

@@ -1,10 +1,10 @@
 """Checkpoints that survive a crash and never run foreign code.
 
-A run directory holds two generations of each checkpoint: ``last.pt`` and ``last.previous.pt``. A new one
-is written to a temporary file, brought to the disk and renamed into place, so that at every instant at
-least one of the two names is a complete checkpoint, whatever kills the process. Reading tests the
-checksums stored in the file first (``torch.load`` does not, and returns wrong weights for a flipped bit)
-and then loads with ``weights_only=True``, without exception.
+A run directory holds two generations of each checkpoint, ``last.pt`` and ``last.previous.pt``. A
+new one is written to a temporary file, brought to the disk and renamed into place, so that at every
+instant at least one of the two names is a complete checkpoint, whatever kills the process. Reading
+first tests the checksums stored in the file (``torch.load`` does not, and returns wrong weights for
+a flipped bit) and then always loads with ``weights_only=True``.
 
 Example:
     >>> import tempfile, torch
@@ -39,8 +39,8 @@ from torch import Tensor
 FORMAT = "tritoncaps-checkpoint"
 VERSION = 1
 
-# What torch's restricted unpickler gives back as it was. The types are compared exactly: numpy's float64
-# is a float and torch's version string is a str, yet neither can be read back.
+# What torch's restricted unpickler gives back as it was. Types are compared exactly: a float64 of
+# numpy is a float and torch's version string is a str, yet neither can be read back.
 _SCALARS = (
     type(None), bool, int, float, complex, str, bytes,
     torch.Size, torch.dtype, torch.device, Tensor, torch.nn.Parameter,
@@ -54,15 +54,15 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``; the checkpoint that stood there remains as ``<stem>.previous<suffix>``.
+    """Write ``state`` to ``path`` and keep the checkpoint that stood there under the previous name.
 
     Args:
         path: the file to write. Its directory must exist, and has one writer at a time.
         state: tensors and plain Python values, nested in dicts, lists and tuples.
 
     Raises:
-        TypeError: an entry could not be loaded again, such as a path, a namespace or a numpy scalar.
-        ValueError: the state uses one of the two names that mark the file, ``format`` and ``version``.
+        TypeError: an entry could not be loaded again: a path, a namespace, a numpy scalar, ...
+        ValueError: the state has an entry ``format`` or ``version``, the names that mark the file.
         OSError: the file cannot be written. What stood there is untouched.
     """
     path = Path(path)
@@ -70,15 +70,15 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     if reserved := sorted(marker.keys() & state.keys()):
         raise ValueError(f"save: state has an entry {reserved[0]!r}, which marks the file format")
     _check_loadable(state, "state")
-    # Serialised in memory, because torch's own writer turns a full disk into "unexpected pos 896 vs 790".
+    # Serialised in memory: torch's own writer reports a full disk as "unexpected pos 896 vs 790".
     buffer = io.BytesIO()
     torch.save({**marker, **state}, buffer)
 
     previous = previous_path(path)
     outgoing = _temporary_name(previous)
     try:
-        # The new file takes its place before the old one takes the other name. The other order would
-        # have an instant in which a damaged last.pt had replaced the good previous one.
+        # The new file takes its place first, and only then the old one takes the previous name. In
+        # the other order a damaged last.pt would replace the good previous one a moment too early.
         replaces = path.exists()
         if replaces:
             _second_name(path, outgoing)
@@ -97,7 +97,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str
     Nothing in the file is executed, whatever it holds.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, empty, damaged, or not a checkpoint of ours.
+        CheckpointError: the file is missing, unreadable, empty, damaged or not one that we wrote.
     """
     path = Path(path)
     try:
@@ -152,12 +152,12 @@ def previous_path(path: str | Path) -> Path:
 def rng_state() -> dict[str, Any]:
     """Return the state of every global random generator, in a form that ``save`` accepts.
 
-    These are torch's on the CPU and on each CUDA device in use, Python's, and numpy's if it is loaded.
-    CUDA is not started for the purpose.
+    These are torch's on the CPU and on each CUDA device, Python's, and numpy's if numpy is loaded.
+    Where the program has not used CUDA yet, it is not started for the purpose.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": _cuda_states(),
         "python": random.getstate(),
     }
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -169,8 +169,8 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what ``rng_state`` returned; states of CUDA devices that are absent here are left out."""
-    # The generators take their state from the CPU, also where the checkpoint was loaded to a device.
+    """Put back what ``rng_state`` returned, except for CUDA devices that this machine lacks."""
+    # Generators take their state from the CPU, wherever the checkpoint was loaded to.
     torch.set_rng_state(state["torch"].cpu())
     for device, device_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(device_state.cpu(), device)
@@ -184,7 +184,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def save_weights(
     path: str | Path, model_state: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a model's state dict as safetensors, the form to share: it holds tensors and text, no code.
+    """Write a model's state dict as safetensors, the form to share: tensors and text, no code.
 
     Views, tied and channels-last tensors are written as plain contiguous copies of their values.
     """
@@ -203,14 +203,15 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, on the CPU, and the metadata that ``save_weights`` wrote.
 
     Raises:
-        CheckpointError: the file is missing, cut short or not safetensors. The format has no checksum,
-            so a change inside a tensor goes unseen.
+        CheckpointError: the file is missing, cut short or not safetensors. The format has no
+            checksum, so a change inside a tensor goes unseen.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
@@ -219,10 +220,10 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing that becomes ``path`` when the block ends without an error.
+    """Open a temporary file for writing that becomes ``path`` when the block ends without error.
 
-    ``path`` is either what it was or the complete new file, never a part of one, and the temporary file
-    is gone in both cases.
+    At every instant ``path`` is either what it was or the complete new file. The temporary file is
+    gone afterwards, whether the block succeeds or fails.
     """
     path = Path(path)
     temporary = _temporary_name(path)
@@ -238,10 +239,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def _temporary_name(path: Path) -> Path:
-    """Return a fresh hidden name beside ``path``; remove what a killed process left under such names.
+    """Return a fresh hidden name beside ``path``, after removing what a killed process left there.
 
-    A second process that still writes there loses its temporary file and fails, instead of mixing its
-    bytes with ours.
+    Should another process be writing there still, it loses its temporary file and fails with an
+    error; the bytes of the two never mix.
     """
     for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         with suppress(OSError):
@@ -282,9 +283,15 @@ def _check_loadable(value: Any, where: str) -> None:
             _check_loadable(entry, f"{where}[{index}]")
     elif kind not in _SCALARS:
         raise TypeError(
-            f"save: {where} is a {kind.__module__}.{kind.__qualname__}, which cannot be loaded again "
-            "safely; convert it to a tensor, a number, a str or a dict"
+            f"save: {where} is a {kind.__module__}.{kind.__qualname__}, which cannot be loaded "
+            "again safely; convert it to a tensor, a number, a str or a dict"
         )
+
+
+def _cuda_states() -> list[Tensor]:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return []
+    return torch.cuda.get_rng_state_all()
 
 
 def _check_intact(path: Path, file: BinaryIO) -> None:
@@ -297,24 +304,38 @@ def _check_intact(path: Path, file: BinaryIO) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError) as error:
+            # The checksums do not cover the attributes, which torch leaves at 0. Of a member marked
+            # as a directory it reads nothing, and returns uninitialised memory as the tensor.
+            attributes = any(member.external_attr for member in archive.infolist())
+    except (
+        Exception
+    ) as error:  # BadZipFile, zlib.error, NotImplementedError, ... by where it is hit
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: wrong checksum (CRC-32) of its part {damaged}")
+    if attributes:
+        raise CheckpointError(f"{path} is damaged or foreign: torch.save sets no file attributes")
 
 
 def _load_restricted(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:
-    """Read the archive with torch's restricted unpickler, which builds tensors and plain values only."""
+    """Read the archive with torch's restricted unpickler: tensors and plain values, no code.
+
+    Torch's own message for a refused file is not passed on: it explains how to load the file all
+    the same.
+    """
     try:
         return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        problem = error
+    except Exception as error:  # a foreign archive can fail in any way
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    unsafe: list[str] = []
+    with suppress(Exception):
         file.seek(0)
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if not unsafe:
-            raise CheckpointError(f"{path} is not a checkpoint of ours: {error}") from error
-        raise CheckpointError(
-            f"{path} is not loaded: it asks for {', '.join(unsafe)}, and a checkpoint that runs code "
-            "can do anything on this computer"
-        ) from None
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    if not unsafe:
+        raise CheckpointError(f"{path} is not a checkpoint of ours: not plain data") from problem
+    raise CheckpointError(
+        f"{path} is not loaded: it asks for {', '.join(sorted(unsafe))}, and a file that runs code "
+        "when it is loaded can do anything on this computer"
+    )

@@ -19,7 +19,9 @@ def to_float(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float: images must be torch.uint8, got {images.dtype}")
-    return images.to(torch.float32) / 255
+    # A product, because CUDA divides by a constant as a product and a CPU does not: so the bits are
+    # the same on both. 255 becomes exactly 1.
+    return images.to(torch.float32) * (1 / 255)
 
 
 def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
@@ -48,14 +50,14 @@ def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> 
 
 
 class Batches:
-    """The batches of an `ImageSet`, epoch by epoch, made on the device of the set.
+    """The batches of an `ImageSet`, epoch by epoch.
 
     The order and the shifts of an epoch depend on the seed and the number of the epoch alone, and
     are drawn on the CPU: they are the same on every device, need no saved random state, and an
     epoch entered in the middle continues exactly as if it had not been left.
 
     Args:
-        images: the set to draw from.
+        images: the set to draw from; the batches are made on its device.
         batch_size: images in a batch; the last one of an epoch may be smaller.
         seed: with the number of the epoch, fixes the order and the shifts.
         shuffle: take the images in a new order in every epoch; else in the order of the set.
@@ -111,7 +113,9 @@ class Batches:
             ValueError: the epoch has no batch `start`.
         """
         if not 0 <= start <= len(self):
-            raise ValueError(f"Batches: start={start} is outside of the epoch's {len(self)} batches")
+            raise ValueError(
+                f"Batches: start={start} is not in 0 .. {len(self)} (batches an epoch)"
+            )
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,12 +9,13 @@ that is used has been checked here, whoever put it there.
 
 import gzip
 import hashlib
+import io
 import math
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import torch
 from einops import rearrange
@@ -64,7 +65,11 @@ def _published(name: str, title: str, folder: str, names: tuple[str, ...], *sums
     )
 
 
+_REMEDY = "then put the published file there or run again with downloading allowed"
+
 # The sums are of the uncompressed content, since the same content is found in several gzip files.
+# MNIST's were computed from the files. Fashion-MNIST's are the ones that several projects publish
+# independently of each other, all the same; they have not been computed again here.
 IDX_SETS = {
     "mnist": _published(
         "mnist",
@@ -82,15 +87,15 @@ IDX_SETS = {
         "FashionMNIST",
         (
             "T-shirt/top",
-            "trouser",
-            "pullover",
-            "dress",
-            "coat",
-            "sandal",
-            "shirt",
-            "sneaker",
-            "bag",
-            "ankle boot",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
         ),
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -130,17 +135,15 @@ def read_image_set(
     if len(pixels) != len(classes):
         raise DatasetError(
             f"{folder / images.name} has {len(pixels)} images but {labels.name} beside it has "
-            f"{len(classes)} labels. Delete the one that does not belong there and {_REMEDY}."
+            f"{len(classes)} labels. Delete the one that does not belong there, {_REMEDY}."
         )
-    if len(classes) and int(classes.max()) >= num_classes:
+    if int(classes.max()) >= num_classes:
         _fail(folder / labels.name, f"labels in 0 .. {num_classes - 1}", f"{int(classes.max())}")
     return ImageSet(rearrange(pixels, "n h w -> n 1 h w"), classes)
 
 
 def _read_idx(folder: Path, file: IdxFile, *, verify: bool) -> Tensor:
-    path = find_file(folder, file)
-    if path is None:
-        raise DatasetError(f"{folder / file.name} is not there")
+    path = find_file(folder, file) or folder / file.name
     try:
         with _open(path) as stream:
             return _parse(path, stream, file, verify=verify)
@@ -148,11 +151,11 @@ def _read_idx(folder: Path, file: IdxFile, *, verify: bool) -> Tensor:
         _fail(path, f"a complete gzip file of {file.name}", f"an error in it ({error})")
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def _parse(path: Path, stream: IO[bytes], file: IdxFile, *, verify: bool) -> Tensor:
+def _parse(path: Path, stream: io.BufferedIOBase, file: IdxFile, *, verify: bool) -> Tensor:
     """Read an IDX file of unsigned bytes: a magic number, the size of each axis, the bytes."""
     axes = len(file.shape)
     # Two zero bytes, 0x08 for unsigned bytes, and the number of axes.
@@ -163,20 +166,20 @@ def _parse(path: Path, stream: IO[bytes], file: IdxFile, *, verify: bool) -> Ten
         _fail(path, f"{header_size + math.prod(file.shape)} bytes", f"{len(header)}")
     found_magic, *sizes = struct.unpack(f">{1 + axes}I", header)
     if found_magic != magic:
-        _fail(
-            path, f"an IDX file of {axes} axes (it begins with {magic:#010x})", f"{found_magic:#010x}"
-        )
+        _fail(path, f"the IDX magic number {magic:#010x} ({axes} axes)", f"{found_magic:#010x}")
     shape = tuple(sizes)
     if verify and shape != file.shape:
         _fail(path, f"the shape {file.shape}", f"{shape}")
     size = math.prod(shape)
-    # One byte more than there should be: it shows a file that is too long, it reads a .gz up to its
-    # check sum, and it bounds what a hostile .gz can unpack to.
-    content = bytearray(stream.read(size + 1))
-    if len(content) > size:
-        _fail(path, f"{header_size + size} bytes", "more")
-    if len(content) < size:
-        _fail(path, f"{header_size + size} bytes", f"{header_size + len(content)}")
+    # One byte more than there should be: it shows a file that is too long, makes gzip compare its
+    # check sum, and bounds what a hostile .gz can unpack to. A size that is not the published one
+    # bounds nothing.
+    content = bytearray(stream.read(size + 1 if verify else -1))
+    if len(content) != size:
+        more = " or more" if verify and len(content) > size else ""
+        _fail(path, f"{header_size + size} bytes", f"{header_size + len(content)}{more}")
+    if size == 0:
+        _fail(path, "at least one entry", f"the shape {shape}")
     if verify:
         found = hashlib.sha256(header + content).hexdigest()
         if found != file.sha256:
@@ -184,11 +187,8 @@ def _parse(path: Path, stream: IO[bytes], file: IdxFile, *, verify: bool) -> Ten
     return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
 
 
-_REMEDY = "put the published file there, or run again with downloading allowed"
-
-
 def _fail(path: Path, expected: str, found: str) -> NoReturn:
     raise DatasetError(
         f"{path} is damaged or not what its name says: expected {expected}, it has {found}. "
-        f"Delete it and {_REMEDY}."
+        f"Delete it, {_REMEDY}."
     )

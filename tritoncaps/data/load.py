@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tritoncaps._checks import check_choice
 from tritoncaps.data.digits import load_digits
-from tritoncaps.data.download import Unavailable, download
+from tritoncaps.data.download import DownloadError, fetch
 from tritoncaps.data.idx import IDX_SETS, IdxSet, find_file, read_image_set
 from tritoncaps.data.sets import Dataset, DatasetError
 
@@ -53,7 +53,7 @@ def load_dataset(
     folder = Path(data_dir).expanduser() / spec.folder / "raw"
     try:
         source = _provide(spec, folder, allowed=download)
-    except Unavailable as error:
+    except DownloadError as error:
         is_untouched = not any(find_file(folder, file) for file in spec.files)
         if name == "auto" and is_untouched:
             return _digits_instead(spec, folder, str(error))
@@ -67,8 +67,8 @@ def _provide(spec: IdxSet, folder: Path, *, allowed: bool) -> str:
     if not missing:
         return f"found in {folder}"
     if not allowed:
-        raise Unavailable("downloading is switched off")
-    download(spec, missing, folder)
+        raise DownloadError("downloading is switched off")
+    fetch(spec, missing, folder)
     return f"downloaded to {folder}"
 
 

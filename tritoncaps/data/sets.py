@@ -57,9 +57,11 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
-        """Return a copy of the images at `indices`, in that order."""
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
-        return ImageSet(self.images[indices], self.labels[indices])
+        """Return a copy of the images at `indices`, in that order, or where a mask (N,) is true."""
+        if not isinstance(indices, Tensor):
+            indices = torch.tensor(indices, dtype=torch.int64)
+        chosen = indices.to(self.labels.device)
+        return ImageSet(self.images[chosen], self.labels[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +132,7 @@ def split_validation(
         members = (labels == label).nonzero().squeeze(1)
         chosen = torch.randperm(len(members), generator=generator)[:quota]
         held_out[members[chosen]] = True
-    return (
-        train.subset((~held_out).nonzero().squeeze(1)),
-        train.subset(held_out.nonzero().squeeze(1)),
-    )
+    return train.subset(~held_out), train.subset(held_out)
 
 
 def stratified_quotas(labels: Tensor, count: int) -> list[int]:

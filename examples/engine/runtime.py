@@ -1,0 +1,126 @@
+"""What the hardware offers, and what a run asks of it: device, precision, determinism."""
+
+import os
+import platform
+import subprocess
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tritoncaps
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the model runs.
+
+    `precision` is "fp32" or "bf16": bf16 runs convolutions and fully connected layers under
+    autocast; the routing and the loss stay in float32 in both.
+    """
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context in which the model runs forward."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
+        )
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device, with channels last: what fast convolutions expect."""
+        return model.to(device=self.device, memory_format=torch.channels_last)
+
+    def describe(self) -> str:
+        """Say in a few words where the model runs."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{torch.get_num_threads()} threads"
+        return f"{self.device} ({name}), precision {self.precision}"
+
+
+def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
+    """Turn the flags --device and --precision into a `Runtime`.
+
+    "auto" takes an accelerator if there is one, and bf16 where the hardware computes in it: NVIDIA
+    from compute capability 8.0, AMD from CDNA, and CPUs with AMX or AVX512-BF16.
+
+    Raises:
+        ValueError: torch does not know the device, or cannot reach it.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        chosen = accelerator or torch.device("cpu")
+    else:
+        try:
+            chosen = torch.device(device)
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {device}: not available here ({reason})") from error
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
+    return Runtime(chosen, precision)
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # 2.10 has no public name for this.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return False
+
+
+def make_deterministic() -> None:
+    """Give the same bits from run to run on the same hardware and versions.
+
+    Raises an error where an operation has no deterministic form.
+    """
+    # cuBLAS reads it when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def describe_environment() -> dict[str, Any]:
+    """Collect what a reader needs to make a result again: versions, machine, commit."""
+    return {
+        "tritoncaps": tritoncaps.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "torch_build": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a + where files differ from it; None outside of git."""
+    here = Path(__file__).parent
+    try:
+        describe = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return describe.stdout.strip()

@@ -1,0 +1,384 @@
+"""The training loop that all examples share.
+
+`Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when it is asked
+to. A run that was interrupted anywhere and resumed gives the same bits as one that was not: the
+order of the images and their shifts depend on (seed, epoch) alone, the learning rate on the step
+alone, and what remains is in the checkpoint.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from engine import checkpoint
+from engine.run_directory import MetricsLog, write_json, write_summary
+from engine.runtime import Runtime
+from torch import Tensor, nn
+from tqdm import tqdm
+from tritoncaps.data import Batches, ImageSet
+from tritoncaps.losses import CapsuleLoss
+
+# How much of a run passes before its duration is estimated.
+_ESTIMATE_AFTER_SECONDS = 5.0
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it stopped and why."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a set of images, and the predicted class of each, (N,), on the CPU."""
+
+    loss: float
+    accuracy: float
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: a linear warm-up over the first steps, then `gamma` an epoch.
+
+    The first steps push every capsule the same way, since too long and too short are common to all
+    classes then; at the full rate they saturate the capsules, and training stalls.
+    """
+
+    lr: float
+    gamma: float
+    warmup_steps: int
+
+    def __call__(self, step: int, epoch: int) -> float:
+        """Give the rate of a step, counted from 0 over the whole run, in an epoch, from 0."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.lr * warmup * self.gamma**epoch
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds beside the model and the optimiser.
+
+    `loss_sum` and `correct` are the sums over the batches of the epoch so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+
+
+class Say(Protocol):
+    """How the trainer speaks: print, or tqdm.write while a bar is shown."""
+
+    def __call__(self, message: str) -> None: ...
+
+
+class Trainer:
+    """Trains one model in one run directory.
+
+    Args:
+        model: called as model(images, target), returns `.lengths` and `.reconstruction`.
+        optimizer: any torch optimiser over the model's parameters.
+        schedule: the learning rate of each step.
+        runtime: device and precision.
+        directory: where the run's files go.
+        args: the flags of the run, plain values; written to every checkpoint.
+        test_batch_size: images a batch in evaluations.
+        log_interval: steps between two records of metrics.jsonl.
+        compiled: the model as it is called, where that is not `model` itself (torch.compile).
+        on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        runtime: Runtime,
+        directory: Path,
+        args: dict[str, Any],
+        *,
+        test_batch_size: int = 500,
+        log_interval: int = 10,
+        compiled: Callable[..., Any] | None = None,
+        on_metrics: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.call = compiled or model
+        self.loss = CapsuleLoss()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.runtime = runtime
+        self.directory = directory
+        self.args = args
+        self.test_batch_size = test_batch_size
+        self.log_interval = log_interval
+        self.on_metrics = on_metrics or (lambda step, values: None)
+        self.progress = Progress()
+        self.rows: list[dict[str, Any]] = []
+        self._stop_requested = False
+        self._estimated = False
+
+    # checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "rows": self.rows,
+            "args": self.args,
+            "rng": checkpoint.rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `state`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.rows = state["rows"]
+        checkpoint.set_rng_state(state["rng"])
+
+    # training
+
+    def fit(self, train: Batches, validation: ImageSet, test: ImageSet | None, epochs: int) -> bool:
+        """Train up to `epochs` epochs; returns False if a signal stopped it before.
+
+        `validation` chooses model_best. `test`, where given, is evaluated after every epoch for
+        the curve, and nothing is chosen by it.
+        """
+        log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
+        try:
+            with self._stop_on_signals():
+                while self.progress.epoch < epochs:
+                    if not self._train_epoch(train, epochs, log):
+                        checkpoint.save(self.directory / "last.pt", self.state())
+                        return False
+                    self._finish_epoch(train, validation, test, epochs)
+        finally:
+            log.close()
+        return True
+
+    def _train_epoch(self, train: Batches, epochs: int, log: MetricsLog) -> bool:
+        progress, device = self.progress, self.runtime.device
+        self.model.train()
+        # Summed on the device: reading them at every step would make each one wait.
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+        correct = torch.tensor(progress.correct, device=device)
+        begun, first_batch = time.perf_counter(), progress.batch
+        with self._bar(f"epoch {progress.epoch + 1}/{epochs}", len(train), first_batch) as bar:
+            for images, labels in train.epoch(progress.epoch, progress.batch):
+                loss, lengths = self._step(images, labels)
+                progress.batch += 1
+                progress.step += 1
+                loss_sum += loss.detach().double() * len(labels)
+                correct += (lengths.detach().argmax(dim=1) == labels).sum()
+                bar.update()
+                is_last = progress.batch == len(train)
+                if progress.step % self.log_interval == 0 or is_last or self._stop_requested:
+                    progress.loss_sum, progress.correct = loss_sum.item(), int(correct.item())
+                    self._check_finite(progress.loss_sum)
+                    elapsed = time.perf_counter() - begun
+                    self._record(train, elapsed, first_batch, bar, log)
+                    self._estimate(train, elapsed, first_batch, epochs, bar)
+                if self._stop_requested and not is_last:
+                    progress.seconds += time.perf_counter() - begun
+                    return False
+        progress.seconds += time.perf_counter() - begun
+        return True
+
+    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rate = self.schedule(self.progress.step, self.progress.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self.runtime.autocast():
+            output = self.call(images, labels)
+        loss: Tensor = self.loss(output.lengths, labels, output.reconstruction, images)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss, output.lengths
+
+    def _finish_epoch(
+        self, train: Batches, validation: ImageSet, test: ImageSet | None, epochs: int
+    ) -> None:
+        progress = self.progress
+        row: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "train_loss": progress.loss_sum / len(train.images),
+            "train_accuracy": progress.correct / len(train.images),
+        }
+        for split, images in (("validation", validation), ("test", test)):
+            if images is not None:
+                evaluation = self.evaluate(images)
+                row[f"{split}_loss"] = evaluation.loss
+                row[f"{split}_accuracy"] = evaluation.accuracy
+        row["learning_rate"] = self.schedule(progress.step - 1, progress.epoch)
+        row["seconds"] = round(progress.seconds, 2)
+        self.rows.append(row)
+        # The loss breaks ties, which are common on a small validation set.
+        quality = (row["validation_accuracy"], -row["validation_loss"])
+        is_best = quality > (progress.best_accuracy, -progress.best_loss)
+        if is_best:
+            progress.best_epoch = row["epoch"]
+            progress.best_accuracy, progress.best_loss = quality[0], -quality[1]
+        progress.epoch += 1
+        progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
+        if is_best:
+            self._save_best()
+        checkpoint.save(self.directory / "last.pt", self.state())
+        write_summary(self.directory / "summary.csv", self.rows)
+        self.on_metrics(progress.step, {k: v for k, v in row.items() if k != "epoch"})
+        self._say(_epoch_line(row, epochs, is_best))
+
+    def _save_best(self) -> None:
+        checkpoint.save(self.directory / "model_best.pt", self.state())
+        weights = self.directory / "model_best.safetensors"
+        checkpoint.save_weights(weights, self.model.state_dict(), {"format": "pt"})
+        config = {"model": self.args["model"], "model_kwargs": self.args["model_kwargs"]}
+        best = {"epoch": self.progress.best_epoch, "validation": self.progress.best_accuracy}
+        write_json(self.directory / "config.json", {**config, "best": best})
+
+    @torch.inference_mode()
+    def evaluate(self, images: ImageSet) -> Evaluation:
+        """Evaluate a set; the decoder sees no label."""
+        self.model.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        predictions = []
+        for batch, labels in Batches(images, self.test_batch_size, seed=0, shuffle=False).epoch(0):
+            output = self.predict(batch)
+            loss = self.loss(output.lengths, labels, output.reconstruction, batch)
+            loss_sum += loss.double() * len(labels)
+            predictions.append(output.lengths.argmax(dim=1))
+        predicted = torch.cat(predictions)
+        accuracy = (predicted == images.labels).double().mean().item()
+        return Evaluation(loss_sum.item() / len(images), accuracy, predicted.cpu())
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> Any:
+        """Run the model on float images, (B, C, H, W), as in an evaluation: without a label."""
+        self.model.eval()
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self.runtime.autocast():
+            return self.model(images)
+
+    # reports
+
+    def _check_finite(self, loss_sum: float) -> None:
+        if not math.isfinite(loss_sum):
+            raise TrainingError(
+                f"the loss is {loss_sum} at step {self.progress.step} (epoch "
+                f"{self.progress.epoch + 1}, at or within {self.log_interval} batches before batch "
+                f"{self.progress.batch}). Nothing was saved since the last checkpoint; continue "
+                f"from it with a lower --lr, or with --precision fp32"
+            )
+
+    def _record(
+        self, train: Batches, elapsed: float, first_batch: int, bar: Any, log: MetricsLog
+    ) -> None:
+        progress = self.progress
+        seen = min(progress.batch * train.batch_size, len(train.images))
+        here = seen - first_batch * train.batch_size
+        values = {
+            "loss": progress.loss_sum / seen,
+            "accuracy": progress.correct / seen,
+            "learning_rate": self.schedule(progress.step - 1, progress.epoch),
+            "images_per_second": here / elapsed,
+        }
+        log.write({"step": progress.step - 1, "epoch": progress.epoch + 1, **values})
+        self.on_metrics(progress.step, values)
+        bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, accuracy {100 * values['accuracy']:.2f} %, "
+            f"{values['images_per_second']:.0f} images/s"
+        )
+
+    def _estimate(
+        self, train: Batches, elapsed: float, first_batch: int, epochs: int, bar: Any
+    ) -> None:
+        """Say once, after the first seconds, how long the run will take."""
+        if self._estimated or elapsed < _ESTIMATE_AFTER_SECONDS:
+            return
+        self._estimated = True
+        per_batch = elapsed / (self.progress.batch - first_batch)
+        left = len(train) * (epochs - self.progress.epoch) - self.progress.batch
+        self._say(
+            f"about {_duration(per_batch * len(train))} an epoch, "
+            f"{_duration(per_batch * left)} to go (evaluations not counted)"
+        )
+
+    @contextmanager
+    def _bar(self, title: str, total: int, first: int) -> Iterator[Any]:
+        """Show a progress bar on a terminal, and nothing elsewhere: there each epoch is a line."""
+        with tqdm(
+            total=total,
+            initial=first,
+            desc=title,
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
+            disable=not sys.stderr.isatty(),
+        ) as bar:
+            yield bar
+
+    def _say(self, message: str) -> None:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+    # signals
+
+    @contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """Finish the batch on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+        self._stop_requested = False
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            self._stop_requested = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say(f"{signal.Signals(number).name}: finishing the batch, then saving")
+
+        before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read the config.json of a run: `model` and `model_kwargs` for `create_model`."""
+    content: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return content
+
+
+def _epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
+    parts = [f"loss {row['train_loss']:.4f}, accuracy {100 * row['train_accuracy']:.2f} %"]
+    for split in ("validation", "test"):
+        if f"{split}_accuracy" in row:
+            parts.append(f"{split} {100 * row[f'{split}_accuracy']:.2f} %")
+    best = ", best so far" if is_best else ""
+    title = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
+    return f"{title}: {'; '.join(parts)} ({_duration(row['seconds'])}{best})"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 5940:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,413 @@
+"""Train a capsule network on handwritten digits.
+
+    python examples/train_mnist.py                                  # the deep capsule network
+    python examples/train_mnist.py --model capsnet --epochs 10      # Sabour's CapsNet
+    python examples/train_mnist.py --dataset mnist --data-dir ~/data
+    python examples/train_mnist.py --resume auto                    # go on where it stopped
+    python examples/train_mnist.py --eval-only --resume runs/NAME   # test a trained model
+
+Without MNIST and without a network it trains on the 1,797 digits that scikit-learn brings along.
+What a run writes is listed in engine/run_directory.py; beside it stand the pictures curves.png,
+reconstructions.png, perturbations.png and confusion.png.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine import checkpoint, figures, run_directory
+from engine.run_directory import RunDirectoryError
+from engine.runtime import (
+    Runtime,
+    choose_runtime,
+    describe_environment,
+    make_deterministic,
+)
+from engine.training import Evaluation, Schedule, Trainer, TrainingError
+from tritoncaps.data import (
+    Batches,
+    Dataset,
+    DatasetError,
+    ImageSet,
+    list_datasets,
+    load_dataset,
+    split_validation,
+    to_float,
+)
+from tritoncaps.models import create_model, list_models
+
+# The default number of epochs: small sets converge in fewer steps than MNIST has in one epoch.
+EPOCHS = {"mnist": 30, "fashion-mnist": 30, "digits": 15}
+
+# What a resumed run may not change: the result would be neither the old run nor a new one.
+FIXED = (
+    "model", "dataset", "batch_size", "lr", "gamma", "warmup_steps", "max_shift", "seed",
+    "validation_fraction", "primary_iterations", "secondary_iterations", "hidden_capsules",
+)  # fmt: skip
+
+# How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4).
+OFFSETS = [step * 0.05 for step in range(-5, 6)]
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read the flags."""
+    parser = argparse.ArgumentParser(
+        description="Train a capsule network on handwritten digits.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=list_models(), default="deep_capsnet")
+    model.add_argument(
+        "--primary-iterations",
+        type=positive,
+        default=3,
+        metavar="R",
+        help="iterations of the main route, the only one of capsnet",
+    )
+    model.add_argument(
+        "--secondary-iterations",
+        type=positive,
+        default=3,
+        metavar="R",
+        help="iterations of the secondary route of deep_capsnet",
+    )
+    model.add_argument(
+        "--hidden-capsules",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="capsules between the two routes of deep_capsnet",
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--dataset",
+        choices=["auto", *list_datasets()],
+        default="auto",
+        help="auto: MNIST if it is there or can be downloaded, else digits",
+    )
+    data.add_argument("--data-dir", default="data", help="where data sets lie")
+    data.add_argument(
+        "--download",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fetch a data set that is missing",
+    )
+    data.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of the training images held out to choose model_best",
+    )
+    data.add_argument(
+        "--max-shift",
+        type=int,
+        default=2,
+        metavar="PIXELS",
+        help="each training image is shifted by up to this much",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs", type=positive, help=f"default: {EPOCHS['mnist']}, {EPOCHS['digits']} on digits"
+    )
+    training.add_argument("-b", "--batch-size", type=positive, default=128)
+    training.add_argument("--test-batch-size", type=positive, default=500)
+    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
+    training.add_argument("--gamma", type=float, default=0.9, help="factor on it every epoch")
+    training.add_argument(
+        "--warmup-steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="steps over which it rises linearly",
+    )
+    training.add_argument("--seed", type=int, default=1)
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    machine.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 convolutions where the hardware computes in it",
+    )
+    machine.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits from run to run on the same machine",
+    )
+    machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>")
+    run.add_argument("--resume", metavar="PATH|auto", help="continue a run, auto: the newest")
+    run.add_argument("--eval-only", action="store_true", help="test the model of --resume")
+    run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
+    run.add_argument("--log-interval", type=positive, default=10, metavar="STEPS")
+    run.add_argument("--tensorboard", action="store_true", help="log to TensorBoard as well")
+    return parser, parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """Read an int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status of the program."""
+    parser, args = parse_arguments(argv)
+    try:
+        if args.dry_run:
+            with tempfile.TemporaryDirectory() as directory:
+                args.output_dir = str(Path(directory) / "run")
+                return run(parser, args, argv)
+        return run(parser, args, argv)
+    except (
+        DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError
+    ) as error:  # fmt: skip
+        print(f"train_mnist.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> int:
+    """Tell the story of one run: setup, data, model, training, test, pictures."""
+    # -- setup: where to run, and what to continue from
+    state, resumed_from = None, None
+    if args.resume or args.eval_only:
+        state, resumed_from = find_state(args)
+    if state is not None:
+        args = merge_arguments(parser, args, state["args"], argv)
+    if args.deterministic:
+        make_deterministic()
+    torch.manual_seed(args.seed)
+    runtime = choose_runtime(args.device, args.precision)
+
+    # -- data: whole on the device, as uint8
+    dataset = load_dataset(args.dataset, args.data_dir, download=args.download)
+    train, validation = split_validation(dataset.train, args.validation_fraction, args.seed)
+    test = dataset.test
+    epochs = args.epochs or EPOCHS[dataset.name]
+    if args.dry_run:
+        train, validation, test = (
+            head(part, 2 * args.batch_size) for part in (train, validation, test)
+        )
+        epochs = 1
+    train, validation, test = (part.to(runtime.device) for part in (train, validation, test))
+    batches = Batches(train, args.batch_size, seed=args.seed, max_shift=args.max_shift)
+
+    # -- model and optimiser
+    model_kwargs = model_arguments(args, dataset)
+    model = runtime.place(create_model(args.model, **model_kwargs))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    schedule = Schedule(args.lr, args.gamma, args.warmup_steps)
+
+    # -- the run directory, and what is about to happen
+    if resumed_from is not None:
+        directory = resumed_from if resumed_from.is_dir() else resumed_from.parent
+    else:
+        directory = run_directory.new_directory(args.output_dir, args.model, dataset.name)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"device      {runtime.describe()}")
+    print(f"data        {dataset.note}")
+    print(
+        f"            {len(train):,} to train, {len(validation):,} to validate, {len(test):,} to test"
+    )
+    print(f"model       {args.model}, {parameters:,} parameters")
+    print(f"results     {directory}", flush=True)
+
+    saved_args = {**vars(args), "dataset": dataset.name, "model_kwargs": model_kwargs}
+    trainer = Trainer(
+        model,
+        optimizer,
+        schedule,
+        runtime,
+        directory,
+        saved_args,
+        test_batch_size=args.test_batch_size,
+        log_interval=args.log_interval,
+        compiled=torch.compile(model) if args.torchcompile else None,
+        on_metrics=tensorboard_writer(directory) if args.tensorboard else None,
+    )
+    if state is not None:
+        trainer.load_state(state)
+
+    if args.eval_only:
+        report(f"test of epoch {trainer.progress.epoch}", trainer.evaluate(test), test)
+        return 0
+
+    # -- training
+    run_directory.write_json(
+        directory / "args.json", {"args": saved_args, "environment": describe_environment()}
+    )
+    if state is not None:
+        done = f"{trainer.progress.epoch} epochs and {trainer.progress.batch} batches"
+        print(f"resuming    after {done}")
+    print(f"training    {epochs} epochs of {len(batches)} batches, seed {args.seed}", flush=True)
+    if not trainer.fit(batches, validation, test, epochs):
+        print(f"stopped and saved; go on with: python examples/train_mnist.py --resume {directory}")
+        return 130
+
+    # -- the test set, at last: the final model, and the one that the validation set chose
+    report("final model", trainer.evaluate(test), test)
+    best = checkpoint.load(directory / "model_best.pt")
+    model.load_state_dict(best["model"])
+    evaluation = trainer.evaluate(test)
+    report(f"best model (epoch {trainer.progress.best_epoch}, by validation)", evaluation, test)
+
+    # -- pictures
+    draw_figures(trainer, dataset, test, evaluation, directory)
+    if args.dry_run:
+        print("dry run: everything works; nothing was kept")
+    else:
+        print(f"pictures, checkpoints and tables are in {directory}")
+    return 0
+
+
+def find_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
+    """Load the checkpoint that --resume means; (None, None) where "auto" finds none."""
+    if not args.resume:
+        raise ValueError("--eval-only needs a model to test: add --resume PATH or --resume auto")
+    directory = run_directory.find_run(args.resume, args.output_dir, args.model)
+    if directory is None:
+        if args.eval_only:
+            raise RunDirectoryError("--resume auto: there is no run to test")
+        print("resuming    nothing to resume, this is a new run")
+        return None, None
+    if args.resume.endswith(".pt"):
+        return checkpoint.load(args.resume), directory
+    if args.eval_only:
+        return checkpoint.load_latest(directory, "model_best.pt")[0], directory
+    state, _, warning = checkpoint.load_latest(directory)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return state, directory
+
+
+def merge_arguments(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    saved: dict[str, Any],
+    argv: list[str] | None,
+) -> argparse.Namespace:
+    """Take the flags of the resumed run where none are given now; some may not be changed."""
+    keep = ("resume", "eval_only", "dry_run", "output_dir")
+    parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in keep})
+    merged = parser.parse_args(argv)
+    for name in FIXED:
+        if getattr(merged, name) != saved[name]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(merged, name)} differs from the resumed "
+                f"run's {saved[name]}: start a new run for that"
+            )
+    return merged
+
+
+def model_arguments(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """Turn flags and data set into the arguments of `create_model`."""
+    _, channels, height, width = dataset.train.images.shape
+    shared = {
+        "num_classes": len(dataset.class_names),
+        "in_channels": channels,
+        "image_size": (height, width),
+    }
+    if args.model == "capsnet":
+        return {**shared, "iterations": args.primary_iterations}
+    return {
+        **shared,
+        "hidden_capsules": args.hidden_capsules,
+        "primary_iterations": args.primary_iterations,
+        "secondary_iterations": args.secondary_iterations,
+    }
+
+
+def head(images: ImageSet, count: int) -> ImageSet:
+    """Take the first images of a set."""
+    return images.subset(range(min(count, len(images))))
+
+
+def tensorboard_writer(directory: Path) -> Any:
+    """Build a callback that logs to TensorBoard in the run directory."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write
+
+
+def report(what: str, evaluation: Evaluation, test: ImageSet) -> None:
+    """Print the test accuracy, and what it means in images."""
+    wrong = round((1 - evaluation.accuracy) * len(test))
+    print(
+        f"{what}: test accuracy {100 * evaluation.accuracy:.2f} % ({wrong} of {len(test):,} wrong)",
+        flush=True,
+    )
+
+
+def draw_figures(
+    trainer: Trainer, dataset: Dataset, test: ImageSet, evaluation: Evaluation, directory: Path
+) -> None:
+    """Draw curves, reconstructions, perturbations and confusions."""
+    title = f"{trainer.args['model']} on {dataset.title}"
+    names = dataset.class_names
+    labels = test.labels.cpu()
+    figures.plot_curves(trainer.rows, directory / "curves.png", title)
+
+    # Two images of each class.
+    chosen = torch.cat([(labels == label).nonzero()[:2, 0] for label in range(len(names))])
+    images = to_float(test.images[chosen.to(test.images.device)])
+    output = trainer.predict(images)
+    figures.plot_reconstructions(
+        images.cpu(),
+        output.reconstruction.float().cpu(),
+        labels[chosen],
+        output.lengths.argmax(dim=1).cpu(),
+        directory / "reconstructions.png",
+        f"{title}: test images over their reconstructions",
+        names,
+    )
+
+    # The first image that is classified right; the dimensions of its longest capsule.
+    right = int((evaluation.predictions == labels).int().argmax())
+    label = int(labels[right])
+    poses = trainer.predict(to_float(test.images[right : right + 1])).poses
+    figures.plot_perturbations(
+        perturbed(trainer.model, trainer.runtime, poses, label),
+        OFFSETS,
+        directory / "perturbations.png",
+        f"{title}: the dimensions of a capsule of class {names[label]}",
+    )
+
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
+    matrix.index_put_((labels, evaluation.predictions), torch.tensor(1), accumulate=True)
+    figures.plot_confusion(matrix, directory / "confusion.png", f"{title}, test set", names)
+
+
+@torch.inference_mode()
+def perturbed(model: Any, runtime: Runtime, poses: torch.Tensor, label: int) -> torch.Tensor:
+    """Decode one capsule with each dimension moved by each offset; (D, steps, C, H, W)."""
+    D = poses.shape[-1]
+    offsets = torch.tensor(OFFSETS, device=poses.device)
+    moved = poses.float().repeat(D * len(OFFSETS), 1, 1).unflatten(0, (D, len(OFFSETS)))
+    for dimension in range(D):
+        moved[dimension, :, label, dimension] += offsets
+    target = torch.full((D * len(OFFSETS),), label, device=poses.device)
+    with runtime.autocast():
+        images = model.decoder(moved.flatten(0, 1), target)
+    return images.float().unflatten(0, (D, len(OFFSETS))).cpu()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

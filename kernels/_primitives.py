@@ -1,0 +1,174 @@
+"""Tile arithmetic that several kernels use unchanged.
+
+Both routing ops sum over the input capsules with many programs. Each program leaves its share of a
+weighted sum in a slot of its own, in a buffer (slots, B, J, D), and every program of the next launch
+first adds the slots up, in slot order. The order never depends on timing, so a result is the same to
+the last bit on every run, and no float is ever added atomically.
+
+A "row" is one vector over D of a contiguous (B, J, D) tensor; row n belongs to b = n // J.
+"""
+
+import triton
+import triton.language as tl
+
+# Below any logit yet finite: a running maximum that starts here meets a logit of minus infinity
+# without forming inf - inf.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _round_to_tf32(x):
+    """Round float32 to the 11 significant bits that a TF32 multiplier reads."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in the type of its operands.
+
+    "tf32x3" is float32 by three TF32 products: with a = a₀ + a₁ and a₀ in TF32, a₁ fits too but for
+    its last bit, and only a₁ b₁, some 2⁻²⁴ of the result, is left out. It is spelled out here because
+    it takes three instructions a value, a third of what Triton's own splitting takes.
+    """
+    if PRECISION == "tf32x3":
+        a_high = _round_to_tf32(a)
+        b_high = _round_to_tf32(b)
+        product = tl.dot(a - a_high, b_high, input_precision="tf32")
+        product = tl.dot(a_high, b - b_high, acc=product, input_precision="tf32")
+        product = tl.dot(a_high, b_high, acc=product, input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
+    return product
+
+
+@triton.jit
+def _length_and_direction(s):
+    """Length (ROWS, 1) and unit vector (ROWS, BLOCK_D) of each row; a zero row has direction 0.
+
+    Rows are divided by their largest component first, so that no square overflows or vanishes.
+    """
+    peak = tl.max(tl.abs(s), axis=1)[:, None]
+    scaled = s / tl.where(peak > 0, peak, 1.0)
+    # At least 1 unless the row is zero.
+    root = tl.maximum(tl.sqrt(tl.sum(scaled * scaled, axis=1)), 1.0)[:, None]
+    return peak * root, scaled / root
+
+
+@triton.jit
+def _gain(length):
+    """f(n) = n / (1 + n²), arranged so that n² is not formed where n > 1."""
+    large = tl.maximum(length, 1.0)
+    ratio = length / large
+    return ratio / (1.0 / large + length * ratio)
+
+
+@triton.jit
+def squash_rows(s):
+    """squash(s) = f(|s|) s of each row."""
+    length, _ = _length_and_direction(s)
+    return _gain(length) * s
+
+
+@triton.jit
+def squash_rows_grad(s, dv):
+    """Gradient of squash at each row s.
+
+    With e = s / n: ds = f (dv + (n f'/f) (e·dv) e), and n f'/f = (1 - n²) / (1 + n²) = 1 - 2 n f
+    stays within [-1, 1] for every n.
+    """
+    length, direction = _length_and_direction(s)
+    gain = _gain(length)
+    along = tl.sum(direction * dv, axis=1)[:, None]
+    return gain * (dv + (1.0 - 2.0 * length * gain) * along * direction)
+
+
+@triton.jit
+def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
+    """Add up the same tile of every slot, first to last."""
+    total = tl.load(slots_ptr + offsets, mask=mask, other=0.0)
+    for slot in tl.static_range(1, SLOTS):
+        total += tl.load(slots_ptr + slot * slot_size + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def total_pose(sums_ptr, offsets, mask, slot_size, count):
+    """V after `count` iterations: the squashed sums of iterations 1 to `count`, in that order."""
+    total = tl.zeros(offsets.shape, dtype=sums_ptr.dtype.element_ty)
+    for k in range(count):
+        total += squash_rows(tl.load(sums_ptr + k * slot_size + offsets, mask=mask, other=0.0))
+    return total
+
+
+@triton.jit
+def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
+    """The weighted sum s of an iteration from its slots; UNIFORM slots still lack the coupling 1/J."""
+    s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
+    if UNIFORM:
+        s = s / J
+    return s
+
+
+@triton.jit
+def advance_poses(
+    # pointers
+    slots_ptr, sums_ptr, poses_ptr,
+    # extents
+    first_row, last_row, slot_size, J, D, iteration, is_writer,
+    # meta-parameters
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Open a forward pass: finish s⁽ᵗ⁻¹⁾ of some rows and put V⁽ᵗ⁻¹⁾ where the pass can read it.
+
+    `iteration` is t. `poses_ptr` is this program's own copy; one writer saves s⁽ᵗ⁻¹⁾ for good.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for row in range(first_row, last_row, BLOCK_ROWS):
+        n = row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (n < last_row) & (d < D)
+        offsets = n * D + d
+        s = load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS, UNIFORM)
+        pose = total_pose(sums_ptr, offsets, mask, slot_size, iteration - 2) + squash_rows(s)
+        tl.store(poses_ptr + offsets, pose, mask=mask)
+        if is_writer:
+            tl.store(sums_ptr + (iteration - 2) * slot_size + offsets, s, mask=mask)
+    # The pass reads poses that other threads of the program have written.
+    tl.debug_barrier()
+
+
+@triton.jit
+def pull_back(
+    # pointers
+    slots_ptr, sums_ptr, poses_ptr, grads_ptr, next_slot_ptr, saved_poses_ptr, saved_grads_ptr,
+    # extents
+    first_row, last_row, slot_size, D, iteration, is_writer,
+    # meta-parameters
+    CARRY: tl.constexpr, SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Open a backward pass: ds⁽ᵗ⁾ from the slots of dv⁽ᵗ⁾, and V⁽ᵗ⁻¹⁾, of some rows.
+
+    `poses_ptr` and `grads_ptr` are this program's own copies; one writer saves both for the pass
+    that contracts them. The slot that the pass adds to starts at zero, the writer's at dv⁽ᵗ⁾ where
+    that is dV⁽ᵗ⁾ (CARRY), so that the next slots add up to dV⁽ᵗ⁻¹⁾.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for row in range(first_row, last_row, BLOCK_ROWS):
+        n = row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (n < last_row) & (d < D)
+        offsets = n * D + d
+        s = tl.load(sums_ptr + (iteration - 1) * slot_size + offsets, mask=mask, other=0.0)
+        dv = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS).to(s.dtype)
+        ds = squash_rows_grad(s, dv)
+        pose = total_pose(sums_ptr, offsets, mask, slot_size, iteration - 1)
+        tl.store(grads_ptr + offsets, ds, mask=mask)
+        tl.store(poses_ptr + offsets, pose, mask=mask)
+        if CARRY:
+            tl.store(next_slot_ptr + offsets, tl.where(is_writer, dv, 0.0), mask=mask)
+        else:
+            tl.store(next_slot_ptr + offsets, tl.zeros_like(dv), mask=mask)
+        if is_writer:
+            tl.store(saved_grads_ptr + offsets, ds, mask=mask)
+            tl.store(saved_poses_ptr + offsets, pose, mask=mask)
+    tl.debug_barrier()

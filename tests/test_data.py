@@ -1,0 +1,387 @@
+"""Data: the sets, their splits, the shifts and the batches."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tritoncaps.data import (
+    Batches,
+    ImageSet,
+    load_dataset,
+    random_shift,
+    split_validation,
+    to_float,
+)
+
+
+def make_set(count: int, *, height: int = 6, width: int = 5, seed: int = 0) -> ImageSet:
+    """Make random images, whose labels run through 0 .. 9."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 1, height, width), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % 10)
+
+
+def numbered_set(count: int) -> ImageSet:
+    """Make images that all of their pixels number: image i holds i + 1."""
+    numbers = torch.arange(1, count + 1, dtype=torch.uint8)
+    return ImageSet(numbers.reshape(-1, 1, 1, 1).repeat(1, 1, 4, 4), torch.arange(count) % 3)
+
+
+def assert_same_set(actual: ImageSet, expected: ImageSet) -> None:
+    assert torch.equal(actual.images, expected.images)
+    assert torch.equal(actual.labels, expected.labels)
+
+
+def test_digits_look_like_mnist() -> None:
+    digits = load_dataset("digits")
+    assert digits.train.images.shape == (1437, 1, 28, 28)
+    assert digits.test.images.shape == (360, 1, 28, 28)
+    assert digits.class_names == tuple("0123456789")
+    assert "1,797" in digits.note
+    images = torch.cat([digits.train.images, digits.test.images])
+    assert not F.pad(images[:, :, 4:-4, 4:-4], (4, 4, 4, 4)).ne(images).any()
+    assert (int(images.min()), int(images.max())) == (0, 255)
+
+
+def test_every_digit_shrinks_back_to_one_original_with_its_label() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_dataset("digits")
+    images = torch.cat([digits.train.images, digits.test.images])[:, :, 4:-4, 4:-4]
+    labels = torch.cat([digits.train.labels, digits.test.labels])
+    source = load_digits()
+    shrunk = F.interpolate(images.float(), size=(8, 8), mode="bilinear") * (16 / 255)
+    distances = torch.cdist(shrunk.flatten(1), torch.as_tensor(source.data, dtype=torch.float32))
+    nearest = distances.min(1)
+    assert torch.equal(nearest.indices.sort().values, torch.arange(1797))
+    assert torch.equal(labels, torch.as_tensor(source.target)[nearest.indices])
+    # Root mean square over the 64 pixels, in grey levels of 17.
+    assert float(nearest.values.max()) / 8 < 1
+
+
+def test_digits_hold_out_a_fifth_of_each_class_whatever_the_seed() -> None:
+    torch.manual_seed(1)
+    first = load_dataset("digits")
+    torch.manual_seed(2)
+    second = load_dataset("digits")
+    assert_same_set(first.test, second.test)
+    assert_same_set(first.train, second.train)
+    shares = first.test.labels.bincount() / (
+        first.test.labels.bincount() + first.train.labels.bincount()
+    )
+    assert bool((shares - 360 / 1797).abs().max() < 1 / 174)
+    train = {bytes(image.flatten().tolist()) for image in first.train.images}
+    test = {bytes(image.flatten().tolist()) for image in first.test.images}
+    assert len(train) == 1437 and len(test) == 360 and not train & test
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "fragment"),
+    [
+        (torch.zeros(3, 1, 4, 4), torch.zeros(3).long(), TypeError, "torch.float32"),
+        (torch.zeros(3, 1, 4, 4).byte(), torch.zeros(3).int(), TypeError, "torch.int32"),
+        (torch.zeros(3, 4, 4).byte(), torch.zeros(3).long(), ValueError, "(3, 4, 4)"),
+        (torch.zeros(3, 1, 4, 4).byte(), torch.zeros(3, 1).long(), ValueError, "(3, 1)"),
+        (torch.zeros(3, 1, 4, 4).byte(), torch.zeros(2).long(), ValueError, "N=3 but labels"),
+        (
+            torch.zeros(3, 1, 4, 4, device="meta").byte(),
+            torch.zeros(3).long(),
+            ValueError,
+            "on meta but labels is on cpu",
+        ),
+    ],
+    ids=["float-images", "int32-labels", "no-channel", "2d-labels", "lengths", "devices"],
+)
+def test_image_set_refuses_what_does_not_fit(
+    images: Tensor, labels: Tensor, error: type[Exception], fragment: str
+) -> None:
+    with pytest.raises(error) as caught:
+        ImageSet(images, labels)
+    assert fragment in str(caught.value)
+
+
+def test_image_set_moves_and_selects() -> None:
+    images = make_set(12)
+    assert len(images) == 12
+    assert images.to("meta").images.device.type == "meta"
+    for indices in ([5, 0], torch.tensor([5, 0])):
+        part = images.subset(indices)
+        assert part.labels.tolist() == [5, 0]
+        assert torch.equal(part.images, images.images[[5, 0]])
+    mask = torch.zeros(12, dtype=torch.bool)
+    mask[[0, 5]] = True
+    assert_same_set(images.subset(mask), images.subset([0, 5]))
+    assert len(images.subset([])) == 0
+
+
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda s: sum(s) > 1),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_split_is_stratified_disjoint_and_complete(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    count = data.draw(st.integers(1, total - 1))
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(total, generator=torch.Generator().manual_seed(seed))]
+    numbers = torch.arange(total, dtype=torch.uint8).reshape(-1, 1, 1, 1)
+    kept, held_out = split_validation(ImageSet(numbers, labels), count, seed)
+    assert len(held_out) == count
+    together = torch.cat([kept.images, held_out.images]).flatten()
+    assert together.sort().values.tolist() == list(range(total))
+    for part in (kept, held_out):
+        order = part.images.flatten().long()
+        assert torch.equal(order, order.sort().values)
+        assert torch.equal(part.labels, labels[order])
+    quotas = held_out.labels.bincount(minlength=len(sizes)).tolist()
+    for quota, size in zip(quotas, sizes, strict=True):
+        assert abs(quota - size * count / total) < 1
+
+
+def test_split_takes_a_share_or_a_number() -> None:
+    train = make_set(200)
+    by_share = split_validation(train, 0.1, seed=1)
+    by_number = split_validation(train, 20, seed=1)
+    for first, second in zip(by_share, by_number, strict=True):
+        assert_same_set(first, second)
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    train = make_set(200)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = split_validation(train, 0.1, seed=1)[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert_same_set(split_validation(train, 0.1, seed=1)[1], first)
+    assert not torch.equal(split_validation(train, 0.1, seed=2)[1].images, first.images)
+
+
+@pytest.mark.parametrize(
+    ("amount", "count"),
+    [(0, 0), (0.0, 0), (0.001, 0), (1.0, 200), (-0.5, -100), (-1, -1), (200, 200), (300, 300)],
+)
+def test_split_leaves_no_part_empty(amount: float, count: int) -> None:
+    with pytest.raises(ValueError, match=f"={amount} holds out {count} of 200 images"):
+        split_validation(make_set(200), amount, seed=1)
+
+
+@pytest.mark.parametrize("amount", [True, "0.1", None])
+def test_split_takes_no_other_kind(amount: object) -> None:
+    with pytest.raises(TypeError, match=f"got {type(amount).__name__}"):
+        split_validation(make_set(200), amount, seed=1)  # type: ignore[arg-type]
+
+
+def test_to_float_maps_bytes_to_the_unit_interval() -> None:
+    values = to_float(torch.arange(256, dtype=torch.uint8))
+    assert values.dtype == torch.float32
+    assert (values[0].item(), values[255].item()) == (0.0, 1.0)
+    torch.testing.assert_close(values, torch.arange(256) / 255)
+    with pytest.raises(TypeError, match=r"torch\.float32"):
+        to_float(values)
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """Shift one image (C, H, W) pixel by pixel, as the definition has it."""
+    result = torch.zeros_like(image)
+    _, height, width = image.shape
+    for row in range(height):
+        for column in range(width):
+            if 0 <= row - down < height and 0 <= column - right < width:
+                result[:, row, column] = image[:, row - down, column - right]
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_every_image_is_shifted_on_its_own_and_filled_with_zeros(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randint(1, 256, (2, 5, 4), generator=generator, dtype=torch.uint8).to(dtype)
+    images = image.expand(400, 2, 5, 4)
+    result = random_shift(images, 2, torch.Generator().manual_seed(4))
+    assert result.dtype == dtype and result.shape == images.shape
+    offsets = itertools.product(range(-2, 3), repeat=2)
+    candidates = {offset: shifted(image, *offset) for offset in offsets}
+    found = [
+        [offset for offset, candidate in candidates.items() if torch.equal(row, candidate)]
+        for row in result
+    ]
+    assert all(len(matches) == 1 for matches in found)
+    assert {matches[0] for matches in found} == set(candidates)
+
+
+def test_no_shift_reaches_further_than_the_largest_one() -> None:
+    images = torch.zeros(500, 1, 9, 9)
+    images[:, :, 4, 4] = 1
+    rows, columns = random_shift(images, 3, torch.Generator().manual_seed(1)).nonzero()[:, 2:].T
+    assert len(rows) == 500
+    assert (int(rows.min()), int(rows.max())) == (1, 7)
+    assert (int(columns.min()), int(columns.max())) == (1, 7)
+
+
+def test_a_digit_inside_its_margin_loses_no_mass() -> None:
+    images = F.pad(make_set(50, height=8, width=8).images, (2, 2, 2, 2))
+    result = random_shift(images, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(result.sum((1, 2, 3)), images.sum((1, 2, 3)))
+    assert not torch.equal(result, images)
+
+
+def test_a_shift_may_be_larger_than_the_image() -> None:
+    images = torch.ones(300, 1, 2, 3)
+    result = random_shift(images, 5, torch.Generator().manual_seed(1))
+    assert set(result.flatten().tolist()) == {0.0, 1.0}
+    assert bool((result.sum((1, 2, 3)) == 0).any())
+
+
+def test_shift_takes_strided_and_empty_images() -> None:
+    images = make_set(20, height=6, width=6).images
+    strided = images.transpose(2, 3)
+    expected = random_shift(strided.contiguous(), 2, torch.Generator().manual_seed(1))
+    assert torch.equal(random_shift(strided, 2, torch.Generator().manual_seed(1)), expected)
+    assert random_shift(images[:0], 2, torch.Generator()).shape == (0, 1, 6, 6)
+
+
+def test_shift_draws_from_its_generator_alone() -> None:
+    images = make_set(20).images
+    state = torch.get_rng_state()
+    first = random_shift(images, 2, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(random_shift(images, 2, torch.Generator().manual_seed(1)), first)
+    assert not torch.equal(random_shift(images, 2, torch.Generator().manual_seed(2)), first)
+
+
+def test_a_shift_of_zero_leaves_the_images() -> None:
+    images = make_set(20).images
+    assert torch.equal(random_shift(images, 0, torch.Generator()), images)
+
+
+def test_shift_refuses_what_it_cannot_take() -> None:
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="max_shift must be >= 0, got -1"):
+        random_shift(torch.zeros(1, 1, 4, 4), -1, generator)
+    with pytest.raises(TypeError, match="max_shift must be an int, got float"):
+        random_shift(torch.zeros(1, 1, 4, 4), 1.5, generator)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"4 axes \(B, C, H, W\), got 3"):
+        random_shift(torch.zeros(1, 4, 4), 1, generator)
+
+
+def numbers_of(images: Tensor) -> list[int]:
+    """Tell which images of a `numbered_set` these are; a shift by 2 leaves their largest pixel."""
+    return ((images.amax((1, 2, 3)) * 255).round().long() - 1).tolist()
+
+
+@given(
+    count=st.integers(0, 50),
+    batch_size=st.integers(1, 60),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    seed=st.integers(0, 2**64),
+    epoch=st.integers(0, 1000),
+)
+def test_an_epoch_visits_every_image_once(
+    count: int, batch_size: int, shuffle: bool, drop_last: bool, seed: int, epoch: int
+) -> None:
+    images = numbered_set(count)
+    batches = Batches(
+        images, batch_size, seed=seed, shuffle=shuffle, max_shift=2, drop_last=drop_last
+    )
+    made = list(batches.epoch(epoch))
+    assert len(made) == len(batches)
+    visited = [number for pixels, _ in made for number in numbers_of(pixels)]
+    assert all(len(labels) == batch_size for _, labels in made[:-1])
+    assert all(len(labels) > 0 for _, labels in made)
+    if drop_last:
+        assert len(visited) == count // batch_size * batch_size
+        assert len(set(visited)) == len(visited)
+    else:
+        assert sorted(visited) == list(range(count))
+    if not shuffle:
+        assert visited == list(range(len(visited)))
+    for pixels, labels in made:
+        assert pixels.dtype == torch.float32 and pixels.shape[1:] == (1, 4, 4)
+        assert torch.equal(labels, images.labels[numbers_of(pixels)])
+
+
+@given(
+    count=st.integers(1, 50),
+    batch_size=st.integers(1, 20),
+    max_shift=st.integers(0, 2),
+    drop_last=st.booleans(),
+    data=st.data(),
+)
+def test_an_epoch_entered_in_the_middle_continues_bit_by_bit(
+    count: int, batch_size: int, max_shift: int, drop_last: bool, data: st.DataObject
+) -> None:
+    images = make_set(count)
+    whole = Batches(images, batch_size, seed=7, max_shift=max_shift, drop_last=drop_last)
+    start = data.draw(st.integers(0, len(whole)))
+    torch.manual_seed(start)
+    resumed = Batches(images, batch_size, seed=7, max_shift=max_shift, drop_last=drop_last)
+    rest = list(whole.epoch(3))[start:]
+    for (pixels, labels), (again, labels_again) in zip(
+        rest, resumed.epoch(3, start=start), strict=True
+    ):
+        assert torch.equal(pixels, again)
+        assert torch.equal(labels, labels_again)
+
+
+def all_pixels(batches: Batches, epoch: int) -> Tensor:
+    return torch.cat([pixels for pixels, _ in batches.epoch(epoch)])
+
+
+def test_epochs_and_seeds_differ_in_order_and_in_shifts() -> None:
+    images = make_set(100)
+    ordered = Batches(images, 16, seed=1, shuffle=False, max_shift=2)
+    shuffled = Batches(images, 16, seed=1)
+    for batches, other_seed in (
+        (ordered, Batches(images, 16, seed=2, shuffle=False, max_shift=2)),
+        (shuffled, Batches(images, 16, seed=2)),
+    ):
+        first = all_pixels(batches, 0)
+        assert torch.equal(all_pixels(batches, 0), first)
+        assert not torch.equal(all_pixels(batches, 1), first)
+        assert not torch.equal(all_pixels(other_seed, 0), first)
+        # With seed + epoch as the seed, these two would be the same.
+        assert not torch.equal(all_pixels(other_seed, 0), all_pixels(batches, 1))
+
+
+def test_shifts_differ_from_image_to_image_and_from_batch_to_batch() -> None:
+    batches = Batches(numbered_set(80), 40, seed=1, shuffle=False, max_shift=2)
+    first, second = [pixels.ne(0) for pixels, _ in batches.epoch(0)]
+    assert len({tuple(visible.flatten().tolist()) for visible in first}) > 5
+    assert not torch.equal(first, second)
+
+
+def test_batches_leave_the_global_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    all_pixels(Batches(make_set(50), 16, seed=1, max_shift=2), 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_refuse_what_they_cannot_take() -> None:
+    images = make_set(10)
+    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
+        Batches(images, 0, seed=1)
+    with pytest.raises(ValueError, match="max_shift must be >= 0, got -2"):
+        Batches(images, 4, seed=1, max_shift=-2)
+    batches = Batches(images, 4, seed=1)
+    for start in (-1, 4):
+        with pytest.raises(ValueError, match=rf"start={start} is not in 0 \.\. 3"):
+            batches.epoch(0, start=start)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_the_same_bits_on_cuda() -> None:
+    images = make_set(100)
+    on_cpu = Batches(images, 16, seed=1, max_shift=2).epoch(0)
+    on_cuda = Batches(images.to("cuda"), 16, seed=1, max_shift=2).epoch(0)
+    for (pixels, labels), (cuda_pixels, cuda_labels) in zip(on_cpu, on_cuda, strict=True):
+        assert cuda_pixels.device.type == "cuda"
+        assert torch.equal(pixels, cuda_pixels.cpu())
+        assert torch.equal(labels, cuda_labels.cpu())

@@ -1,0 +1,399 @@
+"""Pictures: the promised size, everything in the frame, and the data in the pixels."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+
+matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
+
+from engine import figures  # noqa: E402
+from matplotlib.image import imread  # noqa: E402
+
+DIGITS = [str(digit) for digit in range(10)]
+TRAIN, VALIDATION, WRONG = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xC0, 0x00, 0x00)
+MINUS = "\N{MINUS SIGN}"
+
+Pixels = NDArray[np.uint8]
+
+
+def read(path: Path) -> Pixels:
+    """Return the picture as bytes (height, width, 3), after the checks that hold for each."""
+    assert path.stat().st_size < 300_000
+    pixels: Pixels = (imread(path)[..., :3] * 255).round().astype(np.uint8)
+    assert len(np.unique(pixels)) > 10
+    border = np.concatenate([pixels[:3], pixels[-3:], *np.hsplit(pixels[3:-3], [3, -3])[::2]], None)
+    assert (border == 255).all(), "something touches the edge of the picture"
+    return pixels
+
+
+def positions(pixels: Pixels, colour: tuple[int, int, int]) -> NDArray[np.intp]:
+    """Return the (row, column) of each pixel of exactly this colour."""
+    return np.argwhere((pixels == colour).all(-1))
+
+
+def blobs(*shape: int, channels: int = 1, size: int = 28) -> Tensor:
+    """Smooth float images (*shape, channels, size, size), each of them different."""
+    axis = torch.linspace(-2, 2, size)
+    number = math.prod(shape)
+    centre = torch.linspace(-1, 1, number)[:, None, None, None]
+    tint = torch.linspace(1, 0.5, channels)[:, None, None]
+    images = tint * torch.exp(-((axis[:, None] - centre) ** 2) - 3 * (axis + centre) ** 2)
+    return images.reshape(*shape, channels, size, size)
+
+
+def history(
+    train: list[float], validation: list[float], losses: list[float] | None = None
+) -> list[dict[str, Any]]:
+    losses = losses or [1 / (index + 2) for index in range(len(train))]
+    return [
+        {
+            "epoch": index + 1,
+            "train_loss": losses[index],
+            "train_accuracy": train[index],
+            "validation_loss": losses[index] * 1.1,
+            "validation_accuracy": validation[index],
+            "learning_rate": 1e-3,
+            "seconds": 2.0,
+        }
+        for index in range(len(train))
+    ]
+
+
+RISING = history([0.5, 0.9, 0.95, 0.99], [0.6, 0.92, 0.96, 0.985])
+
+
+class TestCurves:
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            RISING,
+            RISING[:1],
+            [{name: str(value) for name, value in row.items()} for row in RISING],
+            history([1.0, 1.0], [1.0, 1.0]),
+            history([0.0, 0.0], [0.0, 0.0]),
+            history([0.9, 0.99], [0.9, 0.99], [1e5, 1e-5]),
+            history([0.9 + 0.001 * epoch for epoch in range(50)], [0.95] * 50),
+        ],
+        ids=["rising", "one-epoch", "text", "perfect", "nothing", "wide", "fifty-epochs"],
+    )
+    def test_both_curves_are_in_both_panels(
+        self, tmp_path: Path, rows: list[dict[str, Any]]
+    ) -> None:
+        figures.plot_curves(rows, tmp_path / "curves.png", "DeepCapsNet")
+        pixels = read(tmp_path / "curves.png")
+        assert pixels.shape == (520, 1200, 3)
+        for panel in (pixels[:470, :600], pixels[:470, 600:]):
+            # Where the curves coincide, the second hides the first, but for its smoothed edges.
+            assert len(positions(panel, VALIDATION)) >= 4
+        assert len(positions(pixels, TRAIN)) >= 4
+
+    @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0, 1e30])
+    def test_a_loss_that_cannot_be_shown_leaves_a_gap(self, tmp_path: Path, loss: float) -> None:
+        rows = history([0.9, 0.95, 0.97], [0.91, 0.94, 0.96], [0.5, loss, 0.3])
+        figures.plot_curves(rows, tmp_path / "gap.png", "A gap")
+        with_gap = read(tmp_path / "gap.png")
+        figures.plot_curves(rows[::2], tmp_path / "whole.png", "A gap")
+        whole = read(tmp_path / "whole.png")
+        for colour in (TRAIN, VALIDATION):
+            shown = len(positions(with_gap[:470, 600:], colour))
+            assert 4 <= shown < len(positions(whole[:470, 600:], colour)) / 2
+
+    def test_nothing_but_nan(self, tmp_path: Path) -> None:
+        rows = history([math.nan] * 2, [math.nan] * 2, [math.nan] * 2)
+        figures.plot_curves(rows, tmp_path / "curves.png", "Nothing to see")
+        assert len(positions(read(tmp_path / "curves.png")[:470], TRAIN)) == 0
+
+    def test_no_epoch(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no epoch"):
+            figures.plot_curves([], tmp_path / "curves.png", "Empty")
+
+    def test_half_a_percent_near_the_top_is_seen_beside_a_poor_start(self, tmp_path: Path) -> None:
+        rows = history([0.5, 0.990], [0.5, 0.995])
+        figures.plot_curves(rows, tmp_path / "curves.png", "Zoom")
+        accuracy = read(tmp_path / "curves.png")[:470, :600]
+        top = {colour: positions(accuracy, colour)[:, 0].min() for colour in (TRAIN, VALIDATION)}
+        # On an even axis from 50 to 100 % it would be 4 pixels.
+        assert top[TRAIN] - top[VALIDATION] > 30
+
+    def test_the_first_of_the_best_epochs_is_marked(self, tmp_path: Path) -> None:
+        rows = history([0.9] * 5, [0.9, math.nan, 0.95, 0.95, 0.93])
+        with mock.patch("matplotlib.axes.Axes.axvline") as line:
+            figures.plot_curves(rows, tmp_path / "curves.png", "Best")
+        assert [call.args for call in line.call_args_list] == [(3,), (3,)]
+        assert "95.00 % after epoch 3" in line.call_args.kwargs["label"]
+
+
+def as_bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8)
+
+
+class TestImages:
+    """Reconstructions and perturbations: each pixel of an image is a square of the picture."""
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize(
+        "convert",
+        [lambda x: x, as_bytes, lambda x: x.clone().requires_grad_(), lambda x: x.double()],
+        ids=["float32", "uint8", "requires-grad", "float64"],
+    )
+    def test_perturbations_show_every_image(
+        self, tmp_path: Path, channels: int, convert: Callable[[Tensor], Tensor]
+    ) -> None:
+        images = blobs(16, 11, channels=channels)
+        offsets = torch.linspace(-0.25, 0.25, 11)
+        figures.plot_perturbations(convert(images), offsets, tmp_path / "p.png", "A capsule")
+        pixels = read(tmp_path / "p.png")
+        rows, columns = 16 * 90, 11 * 90
+        assert pixels.shape == (40 + rows + 52, 64 + columns + 6, 3)
+        cells = rearrange(
+            pixels[40 : 40 + rows, 64 : 64 + columns], "(r h) (c w) rgb -> r c h w rgb", h=90, w=90
+        )
+        assert (cells[:, :, 84:] == 255).all()
+        assert (cells[:, :, :, 84:] == 255).all()
+        enlarged = as_bytes(images).expand(-1, -1, 3, -1, -1).numpy().repeat(3, 3).repeat(3, 4)
+        np.testing.assert_array_equal(
+            cells[:, :, :84, :84], rearrange(enlarged, "r c rgb h w -> r c h w rgb")
+        )
+
+    def test_perturbations_are_labelled(self, tmp_path: Path) -> None:
+        offsets = [-0.25, -0.1, -1e-9, 0.05]
+        with (
+            mock.patch("matplotlib.axes.Axes.set_xticks") as columns,
+            mock.patch("matplotlib.axes.Axes.set_yticks") as rows,
+        ):
+            figures.plot_perturbations(blobs(3, 4), offsets, tmp_path / "p.png", "A capsule")
+        assert columns.call_args.args[1] == [f"{MINUS}0.25", f"{MINUS}0.10", "0", "+0.05"]
+        assert columns.call_args.args[0] == [42, 132, 222, 312]
+        assert rows.call_args.args == ([42, 132, 222], ["1", "2", "3"])
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    @pytest.mark.parametrize("number", [1, 10, 13])
+    def test_reconstructions_show_every_pair(
+        self, tmp_path: Path, channels: int, number: int
+    ) -> None:
+        images = blobs(number, channels=channels)
+        reconstructions = 0.7 * images
+        labels = torch.arange(number) % 10
+        figures.plot_reconstructions(
+            as_bytes(images), reconstructions, labels, labels, tmp_path / "r.png", "Pairs", DIGITS
+        )
+        pixels = read(tmp_path / "r.png")
+        strips, columns = -(-number // 10), min(number, 10)
+        assert pixels.shape == (40 + 214 * strips, 128 + 90 * columns + 6, 3)
+        assert len(positions(pixels, WRONG)) == 0
+        for index in range(number):
+            top, left = 40 + index // 10 * 214, 128 + index % 10 * 90
+            for images_shown, start in ((images, top), (reconstructions, top + 86)):
+                shown = pixels[start : start + 84 : 3, left : left + 84 : 3]
+                expected = as_bytes(images_shown[index]).expand(3, -1, -1).numpy()
+                np.testing.assert_array_equal(shown, rearrange(expected, "c h w -> h w c"))
+
+    def test_wrong_predictions_are_framed_and_named(self, tmp_path: Path) -> None:
+        images, labels, predictions = blobs(12), torch.arange(12) % 10, torch.arange(12) % 10
+        predictions[11] = 7
+        with mock.patch(
+            "matplotlib.axes.Axes.text", autospec=True, side_effect=real_text()
+        ) as text:
+            figures.plot_reconstructions(
+                images, images, labels, predictions, tmp_path / "r.png", "Pairs", DIGITS
+            )
+        texts = [call.args[3] for call in text.call_args_list]
+        assert texts[-12:] == [*DIGITS, "0", "7\ntrue: 1"]
+        framed = positions(read(tmp_path / "r.png"), WRONG)
+        top, left = 40 + 214, 128 + 90
+        assert top - 4 < framed[:, 0].min() < top
+        assert left - 4 < framed[:, 1].min() < left
+        assert left + 84 <= framed[:, 1].max() < left + 84 + 4
+
+    def test_long_names_stay_below_their_own_pair(self, tmp_path: Path) -> None:
+        images, names = blobs(3), ["Long-haired dachshund", "Lawnmower", "Aquarium fish"]
+        figures.plot_reconstructions(
+            images, images, [0, 1, 2], [0, 0, 2], tmp_path / "r.png", "Pairs", names
+        )
+        below = read(tmp_path / "r.png")[40 + 2 * 86 + 4 :, 128:]
+        for pair in range(3):
+            assert (below[:, pair * 90 + 86 : pair * 90 + 88] == 255).all()
+            assert (below[:, pair * 90 : pair * 90 + 84] < 128).any()
+
+    @pytest.mark.parametrize(("size", "scale"), [(8, 10), (36, 2), (96, 1)])
+    def test_images_are_enlarged_by_whole_numbers(
+        self, tmp_path: Path, size: int, scale: int
+    ) -> None:
+        images = blobs(2, 3, size=size)
+        figures.plot_perturbations(images, [0, 1, 2], tmp_path / "p.png", "A capsule")
+        pixels = read(tmp_path / "p.png")
+        assert pixels.shape == (92 + 2 * (size * scale + 6), 70 + 3 * (size * scale + 6), 3)
+
+    def test_values_out_of_range_are_clipped(self, tmp_path: Path) -> None:
+        image = torch.tensor([[-5.0, 5.0], [math.nan, 0.5]])[None, None, None]
+        figures.plot_perturbations(image, [0.0], tmp_path / "p.png", "Out of range")
+        pixels = read(tmp_path / "p.png")[40 : 40 + 84, 64 : 64 + 84, 0]
+        assert pixels[::42, ::42].tolist() == [[0, 255], [0, 128]]
+
+    def test_two_channels_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="C=2"):
+            figures.plot_perturbations(blobs(2, 3, channels=2), [0, 1, 2], tmp_path / "p.png", "")
+
+    def test_no_images_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no images"):
+            figures.plot_reconstructions(
+                blobs(0), blobs(0), [], [], tmp_path / "r.png", "None", DIGITS
+            )
+
+
+def real_text() -> Callable[..., Any]:
+    from matplotlib.axes import Axes
+
+    return Axes.text
+
+
+class TestConfusion:
+    @pytest.mark.parametrize(
+        ("classes", "side"), [(2, 560), (10, 560), (20, 1120), (47, 1400)], ids=str
+    )
+    def test_size_grows_with_the_classes(self, tmp_path: Path, classes: int, side: int) -> None:
+        names = [f"class {index}" for index in range(classes)]
+        matrix = 980 * torch.eye(classes, dtype=torch.int64)
+        matrix += torch.ones_like(matrix).triu(1).tril(3)
+        figures.plot_confusion(matrix, tmp_path / "c.png", "Test", names)
+        assert read(tmp_path / "c.png").shape == (side + 150, side + 260, 3)
+
+    def test_every_count_is_written_and_zeros_are_not(self, tmp_path: Path) -> None:
+        matrix = [[1135, 0, 2], [0, 0, 0], [31, 1, 12345]]
+        with mock.patch(
+            "matplotlib.axes.Axes.text", autospec=True, side_effect=real_text()
+        ) as text:
+            figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS[:3])
+        cells = {call.args[1:3]: call.args[3] for call in text.call_args_list}
+        # Across is the predicted class, down the true one.
+        assert cells == {(0, 0): "1135", (2, 0): "2", (0, 2): "31", (1, 2): "1", (2, 2): "12345"}
+
+    @pytest.mark.parametrize(
+        ("matrix", "accuracy"),
+        [
+            ([[9, 1], [0, 10]], "Digits: 19 of 20 right, accuracy 95.00 %"),
+            ([[0, 0], [0, 0]], "Digits: 0 of 0 right, accuracy 0.00 %"),
+        ],
+    )
+    def test_the_title_tells_the_accuracy(
+        self, tmp_path: Path, matrix: list[list[int]], accuracy: str
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        with mock.patch.object(
+            Figure, "suptitle", autospec=True, side_effect=Figure.suptitle
+        ) as title:
+            figures.plot_confusion(matrix, tmp_path / "c.png", "Digits", ["3", "8"])
+        assert title.call_args.args[1] == accuracy
+
+    def test_one_confusion_in_a_thousand_is_seen(self, tmp_path: Path) -> None:
+        def darkness(count: int) -> int:
+            figures.plot_confusion([[1000, count], [0, 1000]], tmp_path / "c.png", "", ["3", "8"])
+            # A spot in the upper right cell, beside its number.
+            return int(255 - read(tmp_path / "c.png")[100, 600, 0])
+
+        assert darkness(0) == 0
+        assert darkness(1) > 20
+        assert darkness(10) > darkness(1) + 40
+
+
+def draw_curves(path: Path) -> None:
+    figures.plot_curves(RISING, path, "DeepCapsNet on MNIST")
+
+
+def draw_reconstructions(path: Path) -> None:
+    figures.plot_reconstructions(
+        blobs(12), blobs(12), [3] * 12, [3, 8] * 6, path, "Reconstructions", DIGITS
+    )
+
+
+def draw_perturbations(path: Path) -> None:
+    figures.plot_perturbations(blobs(3, 5), [-0.2, -0.1, 0, 0.1, 0.2], path, "A capsule")
+
+
+def draw_confusion(path: Path) -> None:
+    figures.plot_confusion([[90, 10], [3, 97]], path, "Test", ["T-shirt/top", "Ankle boot"])
+
+
+@pytest.mark.parametrize(
+    "draw", [draw_curves, draw_reconstructions, draw_perturbations, draw_confusion]
+)
+class TestEveryPicture:
+    def test_same_input_same_bytes_whatever_the_settings(
+        self, tmp_path: Path, draw: Callable[[Path], None]
+    ) -> None:
+        draw(tmp_path / "first.png")
+        settings = {
+            "font.size": 30,
+            "savefig.bbox": "tight",
+            "savefig.dpi": 37,
+            "image.cmap": "hot",
+        }
+        with matplotlib.rc_context(settings):
+            draw(tmp_path / "second.png")
+            assert {name: matplotlib.rcParams[name] for name in settings} == settings
+        read(tmp_path / "first.png")
+        assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+    def test_a_failed_drawing_keeps_the_old_picture(
+        self, tmp_path: Path, draw: Callable[[Path], None]
+    ) -> None:
+        (tmp_path / "picture.png").write_bytes(b"old")
+        with (
+            mock.patch("os.fsync", side_effect=OSError("No space left on device")),
+            pytest.raises(OSError, match="No space"),
+        ):
+            draw(tmp_path / "picture.png")
+        assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [
+            ("picture.png", b"old")
+        ]
+
+    def test_long_titles_stay_in_the_picture(
+        self, tmp_path: Path, draw: Callable[[Path], None]
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        suptitle = Figure.suptitle
+
+        def longer(figure: Figure, title: str, **options: Any) -> Any:
+            return suptitle(figure, title + ", and what else there is to say" * 3, **options)
+
+        with mock.patch.object(Figure, "suptitle", longer):
+            draw(tmp_path / "picture.png")
+        read(tmp_path / "picture.png")
+
+
+def run_python(code: str) -> str:
+    """Run code in a fresh interpreter that finds the same modules, and return its output."""
+    paths = f"import sys; sys.path[:] = {sys.path!r}; "
+    command = [sys.executable, "-c", paths + code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_pyplot_is_never_loaded_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
+    output = run_python(
+        "from engine import figures\n"
+        "print('matplotlib' in sys.modules)\n"
+        f"figures.plot_confusion([[1]], {str(tmp_path / 'c.png')!r}, 'Test', ['0'])\n"
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert output.split() == ["False", "False"]
+
+
+def test_a_machine_without_matplotlib_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'matplotlib: pip install "tritoncaps\[train\]"'):
+        draw_confusion(tmp_path / "c.png")

@@ -1,0 +1,79 @@
+"""Losses as modules: the margin loss, and the margin loss with reconstruction."""
+
+import torch
+from torch import Tensor, nn
+
+from tritoncaps import ops
+from tritoncaps._checks import shape_of
+
+__all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
+
+
+def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Sum the squared error over each image; (B, C, H, W) twice → (B,) (Sabour 2017, section 4.1).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if reconstruction.shape != images.shape:
+        raise ValueError(
+            f"reconstruction_error: reconstruction is {shape_of(reconstruction)} "
+            f"but images is {shape_of(images)}"
+        )
+    return (reconstruction - images).square().flatten(1).sum(dim=1)
+
+
+class MarginLoss(nn.Module):
+    """`ops.margin_loss` as a module; the arguments are its."""
+
+    def __init__(
+        self,
+        m_pos: float = 0.9,
+        m_neg: float = 0.1,
+        down_weight: float = 0.5,
+        reduction: ops.Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        self.m_pos = m_pos
+        self.m_neg = m_neg
+        self.down_weight = down_weight
+        self.reduction: ops.Reduction = reduction
+
+    def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of lengths (B, K) for class indices (B,) or multi-hot (B, K)."""
+        return ops.margin_loss(
+            lengths, target, self.m_pos, self.m_neg, self.down_weight, self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that build this module."""
+        return (
+            f"m_pos={self.m_pos}, m_neg={self.m_neg}, down_weight={self.down_weight}, "
+            f"reduction={self.reduction!r}"
+        )
+
+
+class CapsuleLoss(nn.Module):
+    """Margin loss + `reconstruction_weight` × summed squared error, mean over the batch.
+
+    Args:
+        reconstruction_weight: 0.0005 in Sabour 2017, small enough that the margin dominates.
+    """
+
+    def __init__(self, reconstruction_weight: float = 0.0005) -> None:
+        super().__init__()
+        self.reconstruction_weight = reconstruction_weight
+
+    def forward(
+        self, lengths: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
+    ) -> Tensor:
+        """Compute the loss, a scalar; without a reconstruction the margin loss alone."""
+        loss = ops.margin_loss(lengths, target)
+        if reconstruction is None:
+            return loss
+        error = reconstruction_error(reconstruction.float(), images)
+        return torch.add(loss, error.mean(), alpha=self.reconstruction_weight)
+
+    def extra_repr(self) -> str:
+        """The arguments that build this module."""
+        return f"reconstruction_weight={self.reconstruction_weight}"

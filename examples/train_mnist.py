@@ -27,6 +27,8 @@ from engine.runtime import (
     make_deterministic,
 )
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
+from tritoncaps.models import create_model, list_models
+
 from tritoncaps.data import (
     Batches,
     Dataset,
@@ -37,7 +39,6 @@ from tritoncaps.data import (
     split_validation,
     to_float,
 )
-from tritoncaps.models import create_model, list_models
 
 # The default number of epochs: small sets converge in fewer steps than MNIST has in one epoch.
 EPOCHS = {"mnist": 30, "fashion-mnist": 30, "digits": 15}
@@ -217,9 +218,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"device      {runtime.describe()}")
     print(f"data        {dataset.note}")
-    print(
-        f"            {len(train):,} to train, {len(validation):,} to validate, {len(test):,} to test"
-    )
+    sizes = f"{len(train):,} to train, {len(validation):,} to validate, {len(test):,} to test"
+    print(f"            {sizes}")
     print(f"model       {args.model}, {parameters:,} parameters")
     print(f"results     {directory}", flush=True)
 

@@ -1,3 +1,23 @@
+"""The Triton kernels of the capsule operators and their launchers.
+
+A launcher takes validated tensors of any strides, on one device and of one dtype, and returns new
+contiguous ones. It knows nothing of autograd or dispatch. Importing this package imports Triton.
+"""
+
 from tritoncaps.kernels._launch import UnsupportedShape
 from tritoncaps.kernels.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
+from tritoncaps.kernels.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps.kernels.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
 from tritoncaps.kernels.squash import squash_bwd, squash_fwd
+
+__all__ = [
+    "UnsupportedShape",
+    "capsule_routing_bwd",
+    "capsule_routing_fwd",
+    "dynamic_routing_bwd",
+    "dynamic_routing_fwd",
+    "prediction_vectors_bwd",
+    "prediction_vectors_fwd",
+    "squash_bwd",
+    "squash_fwd",
+]

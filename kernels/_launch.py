@@ -1,19 +1,21 @@
-"""Launch configurations: pure functions of shape, dtype and the device's shared memory.
+"""Launch configurations: pure functions of shape, dtype and target, each with its reasons.
 
-No kernel is autotuned: a choice by timing would change the order of additions from run to run. The
-rules below give their reasons; a measured table may replace what they choose, see `load_table`.
+No kernel is autotuned: a choice by timing would change the order of additions from run to run. What
+the rules choose for a shape can be replaced by a measured table, see `load_table`.
 
 No rule looks at the batch size. The tiling decides the order of additions, so a batch row gets the
 same bits from a kernel whatever stands beside it in the batch.
 """
 
 import json
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -22,25 +24,37 @@ class UnsupportedShape(Exception):
 
 
 @dataclass(frozen=True)
+class Target:
+    """What the rules know of a device: its architecture and a program's shared memory in bytes."""
+
+    architecture: str
+    shared_memory: int
+
+
+@dataclass(frozen=True)
 class Config:
-    """The tiling of a kernel; a field that the kernel has no use for keeps its default."""
+    """The tiling of a kernel. A field that the kernel has no use for keeps its default."""
 
     num_warps: int
     num_stages: int = 1
-    groups: int = 1  # groups of input capsules in a tile, one a warp
+    groups: int = 1  # groups of input capsules in a tile
     block_b: int = 1
     block_i: int = 1
-    block_j: int = 1
     block_p: int = 1
+    block_j: int = 1
     block_d: int = 1
+    block_n: int = 1
     block_rows: int = 1
-    splits: int = 1  # programs that share the input capsules of a batch tile
-    tiles: int = 1  # tiles of input capsules that one of them walks over
+    max_splits: int = 1  # programs that may share the input capsules of a batch tile
+
+    def divide(self, I: int) -> tuple[int, int]:
+        """Splits, and tiles a split: as few tiles as `max_splits` allows, then as few splits."""
+        tiles = cdiv(I, self.groups * self.block_i)
+        tiles_each = cdiv(tiles, self.max_splits)
+        return cdiv(tiles, tiles_each), tiles_each
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# Facts --------------------------------------------------------------------------------------------
 
 
 def cdiv(n: int, divisor: int) -> int:
@@ -48,50 +62,180 @@ def cdiv(n: int, divisor: int) -> int:
     return -(-n // divisor)
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's device the current one: Triton launches on the current device."""
+    """Make the tensor's device current, as Triton launches on the current device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
+def target_of(tensor: Tensor) -> Target:
+    """The target that a tensor's kernels are compiled for."""
+    if not tensor.is_cuda:
+        # Interpreted: nothing limits a tile, so take what every target has.
+        return Target("interpreter", 65536)
+    return _cuda_target(tensor.device.index)
+
+
+@cache
+def _cuda_target(index: int) -> Target:
+    driver = triton.runtime.driver.active
+    with torch.cuda.device(index):
+        gpu = driver.get_current_target()
+    architecture = gpu.arch if gpu.backend == "hip" else f"sm{gpu.arch}"
+    return Target(architecture, driver.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def dot_precision(dtype: torch.dtype, target: Target) -> str:
+    """How products are formed, for inputs of `dtype`.
+
+    float32 follows `torch.get_float32_matmul_precision()`: "highest" is float32, on NVIDIA by three
+    TF32 products, which cost a third of the instructions of float32 multiply-adds; the other two
+    allow TF32. TF32 holds every 16-bit input exactly. AMD's matrix units multiply float32 as it is.
+    """
+    if dtype == torch.float64 or not target.architecture.startswith("sm"):
+        return "ieee"
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "tf32x3"
+    return "tf32"
+
+
+# Rules --------------------------------------------------------------------------------------------
+
+_table: dict[str, dict[str, int]] = {}
+
+
+def load_table(path: str | Path) -> None:
+    """Let measured configurations replace those of the rules.
+
+    The file is JSON: {"<rule> <architecture> <dtype> I1152 P8 J10 D16": {"block_i": 8, …}, …}. The
+    fields named there replace the rule's; any tiling gives the right result.
+    """
+    _table.update(json.loads(Path(path).read_text()))
+
+
+if "TRITONCAPS_LAUNCH_TABLE" in os.environ:
+    load_table(os.environ["TRITONCAPS_LAUNCH_TABLE"])
+
+
+def _measured(rule: str, config: Config, target: Target, dtype: torch.dtype, shape: str) -> Config:
+    name = f"{rule} {target.architecture} {str(dtype).removeprefix('torch.')} {shape}"
+    return replace(config, **_table.get(name, {}))
+
+
 def row_config(D: int) -> Config:
-    """Whole rows of D in a program, some 2048 values of them: 16 a thread, in four 16-byte loads."""
-    block_d = next_power_of_2(D)
+    """Whole rows in a program, about 2048 values: 16 a thread, so that 4 wide loads are in flight."""
+    block_d = power_of_2(D)
     if block_d > 16384:
-        raise UnsupportedShape(f"a row of D={D} does not fit into one program (at most 16384)")
+        raise UnsupportedShape(f"a row of D={D} values; a program holds at most 16384")
     return Config(
-        num_warps=4 if block_d <= 2048 else 8,
-        block_rows=max(2048 // block_d, 1),
+        num_warps=4 if block_d <= 4096 else 8,
         block_d=block_d,
+        block_rows=max(2048 // block_d, 1),
     )
 
 
-def dot_precision(tensor: Tensor) -> str:
-    return "ieee"
+def prediction_vectors_config(P: int, J: int, D: int, dtype: torch.dtype) -> Config:
+    """Tiles of 64 × 64 values of û, which 128 threads hold 32 each (16 for float64)."""
+    block = 64 if accumulation_dtype(dtype) == torch.float32 else 32
+    if J * D > 65535 * block:
+        raise UnsupportedShape(f"J·D = {J * D} columns; a grid covers at most {65535 * block}")
+    return Config(
+        num_warps=4,
+        block_b=block,
+        block_n=min(max(power_of_2(J * D), 16), block),
+        block_p=min(max(power_of_2(P), 16), 32),
+    )
 
 
-def split(tiles: int, limit: int) -> tuple[int, int]:
-    """Splits and tiles a split: at most `limit` splits, none of them empty."""
-    tiles_each = cdiv(tiles, limit)
-    return cdiv(tiles, tiles_each), tiles_each
+def dynamic_routing_config(
+    I: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> Config:
+    """The passes over a given û.
+
+    block_i: the tile's I·J·D values stay under 96 KiB of float32, so that they are in the first-level
+    cache when the second sweep asks for them. block_j: 8192 values in the registers of 8 warps, with
+    at most a quarter of them beyond the last j. max_splits: every program adds up the slots of all
+    splits, so that their number squared times B·J·D is read; 16 keeps this far below û itself.
+    """
+    block_d = power_of_2(D)
+    values = 8192 if accumulation_dtype(dtype) == torch.float32 else 4096
+    if block_d > values:
+        raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
+    fits = max(3 * values // max(J * D, 1), 1)
+    block_i = min(1 << (fits.bit_length() - 1), power_of_2(I), values // block_d, 128)
+    block_j = min(values // (block_i * block_d), power_of_2(J))
+    while block_j > 1 and cdiv(J, block_j) * block_j > 1.25 * J:
+        block_j //= 2
+    config = Config(
+        num_warps=8,
+        block_i=block_i,
+        block_j=block_j,
+        block_d=block_d,
+        block_rows=min(max(1024 // block_d, 1), power_of_2(J)),
+        max_splits=16,
+    )
+    return _measured("dynamic_routing", config, target, dtype, f"I{I} J{J} D{D}")
 
 
-def fused_pass_config(I: int, P: int, J: int, D: int, dtype, device) -> Config:
-    block_d = max(next_power_of_2(D), 16)
-    block_p = next_power_of_2(P)
-    k = max(1024 // block_d, 16, block_p)
-    block_i = k // block_p
-    groups = 8
-    splits, tiles = split(cdiv(I, groups * block_i), 24)
-    return Config(num_warps=8, groups=groups, block_b=16, block_i=block_i, block_p=block_p, block_d=block_d, block_rows=max(1024//block_d,1), splits=splits, tiles=tiles)
+def _fused_blocks(P: int, D: int, values: int) -> tuple[int, int, int]:
+    """block_i, block_p and block_d of a weight tile (P·I, D) of about `values` values."""
+    block_p, block_d = power_of_2(P), max(power_of_2(D), 16)
+    if max(block_p, 16) * block_d > 4096:
+        raise UnsupportedShape(f"a weight of P={P} by D={D} for one pair; a warp holds at most 4096")
+    return max(values // block_d, 16, block_p) // block_p, block_p, block_d
 
 
-def weight_gradient_config(I: int, P: int, J: int, D: int, dtype, device) -> Config:
-    block_d = max(next_power_of_2(D), 16)
-    block_p = next_power_of_2(P)
-    k = max(2048 // block_d, 16, block_p)
-    return Config(num_warps=4, block_b=32, block_i=k // block_p, block_p=block_p, block_d=block_d)
+def capsule_routing_config(
+    I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> Config:
+    """The passes of the fused routing, forward and backward.
+
+    block_b: 16, the rows of one matrix instruction; more rows would leave a batch of 128 too few
+    programs. block_i: a warp's slice of the weight has 512 values (256 of float64), the most for
+    which the backward, which also holds du and two projections, keeps everything in registers.
+    groups: 8 warps, with a group each; fewer where there are fewer input capsules. num_stages: the
+    weight of the next j is fetched during this one, as long as the buffers fit into shared memory.
+    max_splits: as in `dynamic_routing_config`; 16 splits of 8 batch tiles fill a device of 132
+    processors at B = 128.
+    """
+    is_wide = accumulation_dtype(dtype) == torch.float64
+    block_i, block_p, block_d = _fused_blocks(P, D, 256 if is_wide else 512)
+    groups = min(power_of_2(cdiv(I, block_i)), 8)
+    buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
+    while groups > 1 and 2 * buffer > target.shared_memory:
+        groups, buffer = groups // 2, buffer // 2
+    config = Config(
+        num_warps=groups,
+        num_stages=3 if 4 * buffer <= target.shared_memory else 1,
+        groups=groups,
+        block_b=16,
+        block_i=block_i,
+        block_p=block_p,
+        block_d=block_d,
+        block_rows=max(groups * 128 // block_d, 1),
+        max_splits=16,
+    )
+    return _measured("capsule_routing", config, target, dtype, f"I{I} P{P} J{J} D{D}")
+
+
+def weight_gradient_config(
+    I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> Config:
+    """dW of one tile and one j: 1024 values (512 of float64), summed in the registers of 4 warps.
+
+    With I·P·J·D/1024 programs there is work for every processor, and 32 batch rows at a time are
+    what the two projections beside dW leave room for.
+    """
+    is_wide = accumulation_dtype(dtype) == torch.float64
+    block_i, block_p, block_d = _fused_blocks(P, D, 512 if is_wide else 1024)
+    config = Config(num_warps=4, block_b=32, block_i=block_i, block_p=block_p, block_d=block_d)
+    return _measured("weight_gradient", config, target, dtype, f"I{I} P{P} J{J} D{D}")

@@ -14,13 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from tritoncaps.kernels._launch import (
     accumulation_dtype,
+    capsule_routing_config,
     cdiv,
     device_of,
     dot_precision,
-    fused_pass_config,
+    target_of,
     weight_gradient_config,
 )
 from tritoncaps.kernels._primitives import (
@@ -450,10 +450,12 @@ def capsule_routing_fwd(
     if B == 0 or I == 0 or J == 0:
         return v.zero_(), coupling, sums.zero_()
 
-    config = fused_pass_config(I, P, J, D, dtype, u.device)
+    target = target_of(u)
+    config = capsule_routing_config(I, P, J, D, u.dtype, target)
+    splits, tiles = config.divide(I)
     # Read and written alternately: a pass reads every slot of the iteration before it.
-    slots = u.new_empty((2, config.splits, B, J, D), dtype=dtype)
-    poses = u.new_empty((config.splits, B, J, D), dtype=dtype)
+    slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
+    poses = u.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u):
         first = 1
         filled, uniform = slots[:1, 0], False
@@ -462,19 +464,19 @@ def capsule_routing_fwd(
             if iterations == 1:
                 coupling.fill_(1 / J)
         for iteration in range(first, iterations + 1):
-            target = slots[iteration % 2]
-            _routing_fwd_kernel[(cdiv(B, config.block_b), config.splits)](
-                u, weight, u if prior is None else prior, filled, target, poses, sums, coupling,
-                B, I, P, J, D, iteration, config.tiles,
+            next_slots = slots[iteration % 2]
+            _routing_fwd_kernel[(cdiv(B, config.block_b), splits)](
+                u, weight, u if prior is None else prior, filled, next_slots, poses, sums, coupling,
+                B, I, P, J, D, iteration, tiles,
                 *u.stride(),
                 *weight.stride(),
-                *(prior.stride() if prior is not None else (0, 0)),
+                *((0, 0) if prior is None else prior.stride()),
                 HAS_POSES=iteration > 1,
                 HAS_PRIOR=prior is not None,
                 SAVE_COUPLING=return_coupling and iteration == iterations,
                 SLOTS=filled.shape[0],
                 UNIFORM=uniform,
-                PRECISION=dot_precision(u),
+                PRECISION=dot_precision(u.dtype, target),
                 GROUPS=config.groups,
                 BLOCK_B=config.block_b,
                 BLOCK_I=config.block_i,
@@ -484,7 +486,7 @@ def capsule_routing_fwd(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )  # fmt: skip
-            filled, uniform = target, False
+            filled, uniform = next_slots, False
         squash_slots(filled, uniform, sums[-1], v)
     return v, coupling, sums
 
@@ -518,9 +520,11 @@ def capsule_routing_bwd(
     if B == 0 or I == 0 or J == 0:
         return grad_u.zero_(), grad_weight.zero_(), grad_prior
 
-    config = fused_pass_config(I, P, J, D, sums.dtype, u.device)
-    slots = sums.new_empty(2, config.splits, B, J, D)
-    poses = sums.new_empty(config.splits, B, J, D)
+    target = target_of(u)
+    config = capsule_routing_config(I, P, J, D, u.dtype, target)
+    splits, tiles = config.divide(I)
+    slots = sums.new_empty(2, splits, B, J, D)
+    poses = sums.new_empty(splits, B, J, D)
     grads = torch.empty_like(poses)
     saved_poses = torch.empty_like(sums)
     saved_grads = torch.empty_like(sums)
@@ -529,27 +533,31 @@ def capsule_routing_bwd(
     # du is summed over the passes in the accumulation type; the last pass writes it in u's.
     du = grad_u if u.dtype == sums.dtype else torch.empty_like(grad_u, dtype=sums.dtype)
     has_grad_coupling = grad_coupling is not None and full
-    if grad_coupling is None:
-        grad_coupling = u.new_empty(1, 1, 1)
-    inputs = (u, weight, u if prior is None else prior, grad_coupling)
+    # Where there is no prior or grad_coupling a kernel gets u for it, and does not touch it.
+    inputs = (
+        u,
+        weight,
+        u if prior is None else prior,
+        u if grad_coupling is None else grad_coupling,
+    )
     strides = (
         *u.stride(),
         *weight.stride(),
-        *(prior.stride() if prior is not None else (0, 0)),
-        *grad_coupling.stride(),
+        *((0, 0) if prior is None else prior.stride()),
+        *((0, 0, 0) if grad_coupling is None else grad_coupling.stride()),
     )
-    precision = dot_precision(u)
+    precision = dot_precision(u.dtype, target)
     with device_of(u):
         filled = grad_v.contiguous().view(1, B, J, D)
         first = 1 if full else iterations
         for iteration in range(iterations, first - 1, -1):
             step = iteration - 1
-            target = slots[iteration % 2]
-            _routing_bwd_kernel[(cdiv(B, config.block_b), config.splits)](
-                *inputs, filled, target, poses, grads,
+            next_slots = slots[iteration % 2]
+            _routing_bwd_kernel[(cdiv(B, config.block_b), splits)](
+                *inputs, filled, next_slots, poses, grads,
                 sums, saved_poses[step], saved_grads[step], normaliser[step], delta[step],
                 du, grad_u if iteration == first else du,
-                B, I, P, J, D, iteration, config.tiles,
+                B, I, P, J, D, iteration, tiles,
                 *strides,
                 IS_LAST=iteration == iterations,
                 DETACH=not full,
@@ -567,8 +575,8 @@ def capsule_routing_bwd(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )  # fmt: skip
-            filled = target
-        config = weight_gradient_config(I, P, J, D, sums.dtype, u.device)
+            filled = next_slots
+        config = weight_gradient_config(I, P, J, D, u.dtype, target)
         _weight_gradient_kernel[(cdiv(I, config.block_i) * J,)](
             *inputs, saved_poses, saved_grads, normaliser, delta,
             grad_weight, grad_weight if grad_prior is None else grad_prior,

@@ -5,19 +5,9 @@ twice over the output capsules, first for the softmax's normaliser, then to appl
 that the second sweep finds it in the first-level cache. "Votes" are the û of one tile.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from tritoncaps.kernels._launch import (
-    accumulation_dtype,
-    cdiv,
-    device_of,
-    routing_pass_config,
-)
 from tritoncaps.kernels._primitives import LOWEST, advance_poses, pull_back
-from tritoncaps.kernels.squash import squash_slots
 
 # Forward ------------------------------------------------------------------------------------------
 
@@ -246,6 +236,31 @@ def _dynamic_bwd_kernel(
 
 
 @triton.jit
+def _add_iteration(
+    dvotes, dlogits, votes, pose_ptrs, grad_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
+    normaliser_ptrs, delta_ptrs, mask_i, grad_coupling, J,
+    DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
+):  # fmt: skip
+    """Add c ds + db V of one iteration to dû, (BLOCK_I, BLOCK_J, BLOCK_D), and db to the logits'."""
+    grad, dc = _coupling_gradient(votes, grad_ptrs, mask_jd, pose_ptrs, mask_ij, False)
+    if HAS_POSES or HAS_PRIOR:
+        pose, logits = _logits(
+            votes, pose_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j, HAS_POSES, HAS_PRIOR
+        )
+        c = tl.exp(logits - tl.load(normaliser_ptrs, mask_i, other=0.0)[:, None])
+        dvotes += c[:, :, None] * grad[None, :, :]
+        if not DETACH:
+            delta = tl.load(delta_ptrs, mask_i, other=0.0)
+            db = c * (dc + grad_coupling - delta[:, None])
+            dlogits += db
+            if HAS_POSES:
+                dvotes += db[:, :, None] * pose[None, :, :]
+    else:
+        dvotes += (grad / J)[None, :, :]
+    return dvotes, dlogits
+
+
+@triton.jit
 def _votes_gradient_kernel(
     # pointers
     votes_ptr, prior_ptr, grad_coupling_ptr, poses_ptr, grads_ptr, normaliser_ptr, delta_ptr,
@@ -260,7 +275,7 @@ def _votes_gradient_kernel(
     HAS_GRAD_COUPLING: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dû of one tile, and Σ_t db, whose sum over the batch is dprior.
+    """dû of one tile; with a prior also Σ_t db, whose sum over the batch is dprior.
 
     Step t - 1 is iteration t. Step 0 has no poses; it is WITH_FIRST or left out.
     """
@@ -272,40 +287,191 @@ def _votes_gradient_kernel(
     row_ptrs = votes_ptr + b * stride_votes_b + (i * stride_votes_i)[:, None, None]
     row_ptrs += (d * stride_votes_d)[None, None, :]
     mask_id = (i < I)[:, None, None] & (d < D)[None, None, :]
-    prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None]
-    grad_coupling_ptrs = grad_coupling_ptr + b * stride_grad_coupling_b
-    grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
+    grad_coupling_rows = grad_coupling_ptr + b * stride_grad_coupling_b
+    grad_coupling_rows += (i * stride_grad_coupling_i)[:, None]
     pose_step = tl.cast(B, tl.int64) * J * D
     pair_step = tl.cast(B, tl.int64) * I
+    offs_i = b * I + i
     for first_j in range(0, J, BLOCK_J):
         votes, j, mask_jd = _load_votes(
             row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
         )
         offs_jd = ((b * J + j) * D)[:, None] + d[None, :]
-        offs_ij = (b * I + i)[:, None] * J + j[None, :]
         mask_ij = (i < I)[:, None] & (j < J)[None, :]
+        prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None] + (j * stride_prior_j)[None, :]
+        grad_coupling_ptrs = grad_coupling_rows + (j * stride_grad_coupling_j)[None, :]
         dvotes = tl.zeros((BLOCK_I, BLOCK_J, BLOCK_D), dtype)
         dlogits = tl.zeros((BLOCK_I, BLOCK_J), dtype)
         for step in range(first_step, steps):
-            pose, logits = _logits(
-                votes, poses_ptr + step * pose_step + offs_jd, mask_jd,
-                prior_ptrs + (j * stride_prior_j)[None, :], mask_ij, j < J, True, HAS_PRIOR,
+            grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
+            if HAS_GRAD_COUPLING:
+                if step == steps - 1:
+                    grad_coupling += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(dtype)
+            dvotes, dlogits = _add_iteration(
+                dvotes, dlogits, votes,
+                poses_ptr + step * pose_step + offs_jd, grads_ptr + step * pose_step + offs_jd, mask_jd,
+                prior_ptrs, mask_ij, j < J,
+                normaliser_ptr + step * pair_step + offs_i, delta_ptr + step * pair_step + offs_i, i < I,
+                grad_coupling, J, DETACH, True, HAS_PRIOR,
             )  # fmt: skip
-            pairs = step * pair_step + b * I + i
-            normaliser = tl.load(normaliser_ptr + pairs, i < I, other=0.0)
-            c = tl.exp(logits - normaliser[:, None])
-            grad, dc = _coupling_gradient(
-                votes, grads_ptr + step * pose_step + offs_jd, mask_jd, grad_coupling_ptrs, mask_ij, False
-            )
-            dvotes += c[:, :, None] * grad[None, :, :]
-            if not DETACH:
-                if HAS_GRAD_COUPLING:
-                    if step == steps - 1:
-                        gc_ptrs = grad_coupling_ptrs + (j * stride_grad_coupling_j)[None, :]
-                        dc += tl.load(gc_ptrs, mask_ij, other=0.0).to(dtype)
-                delta = tl.load(delta_ptr + pairs, i < I, other=0.0)
-                db = c * (dc - delta[:, None])
-                dvotes += db[:, :, None] * pose[None, :, :]
-                dlogits += db
         if WITH_FIRST:
-            grad = tl.load(grads_ptr + offs_jd, mask_jd, other=0.0)
+            grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
+            if HAS_GRAD_COUPLING:
+                if steps == 1:
+                    grad_coupling += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(dtype)
+            dvotes, dlogits = _add_iteration(
+                dvotes, dlogits, votes, poses_ptr + offs_jd, grads_ptr + offs_jd, mask_jd,
+                prior_ptrs, mask_ij, j < J, normaliser_ptr + offs_i, delta_ptr + offs_i, i < I,
+                grad_coupling, J, DETACH, False, HAS_PRIOR,
+            )  # fmt: skip
+        offs_ij = offs_i[:, None] * J + j[None, :]
+        offs_ijd = offs_ij[:, :, None] * D + d[None, None, :]
+        tl.store(grad_votes_ptr + offs_ijd, dvotes, mask_ij[:, :, None] & (d < D)[None, None, :])
+        if HAS_PRIOR and not DETACH:
+            tl.store(grad_logits_ptr + offs_ij, dlogits, mask_ij)
+
+
+# Launchers ----------------------------------------------------------------------------------------
+
+
+def dynamic_routing_fwd(
+    u_hat: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Route given prediction vectors.
+
+    Args:
+        u_hat: shape (B, I, J, D), any strides.
+        prior: initial logits, shape (I, J), or None for zeros.
+        iterations: the number of weighted sums, at least 1.
+        return_coupling: whether to write the coupling of the last iteration.
+
+    Returns:
+        v (B, J, D); the coupling (B, I, J), or an empty tensor; every weighted sum (iterations, B,
+        J, D) in the accumulation type. `dynamic_routing_bwd` needs the last.
+    """
+    B, I, J, D = u_hat.shape
+    dtype = accumulation_dtype(u_hat.dtype)
+    v = u_hat.new_empty(B, J, D)
+    coupling = u_hat.new_empty((B, I, J) if return_coupling else (0,))
+    sums = u_hat.new_empty((iterations, B, J, D), dtype=dtype)
+    if B == 0 or I == 0 or J == 0:
+        return v.zero_(), coupling, sums.zero_()
+
+    config = dynamic_routing_config(I, J, D, u_hat.dtype, target_of(u_hat))
+    splits, tiles = config.divide(I)
+    # Read and written alternately: a pass reads every slot of the iteration before it.
+    slots = u_hat.new_empty((2, splits, B, J, D), dtype=dtype)
+    poses = u_hat.new_empty((splits, B, J, D), dtype=dtype)
+    with device_of(u_hat):
+        for iteration in range(1, iterations + 1):
+            _dynamic_fwd_kernel[(B, splits)](
+                u_hat, u_hat if prior is None else prior,
+                slots[(iteration - 1) % 2], slots[iteration % 2], poses, sums, coupling,
+                B, I, J, D, iteration, tiles,
+                *u_hat.stride(),
+                *((0, 0) if prior is None else prior.stride()),
+                HAS_POSES=iteration > 1,
+                HAS_PRIOR=prior is not None,
+                SAVE_COUPLING=return_coupling and iteration == iterations,
+                SLOTS=splits,
+                BLOCK_I=config.block_i,
+                BLOCK_J=config.block_j,
+                BLOCK_D=config.block_d,
+                BLOCK_ROWS=config.block_rows,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+        squash_slots(slots[iterations % 2], False, sums[-1], v)
+    return v, coupling, sums
+
+
+def dynamic_routing_bwd(
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u_hat: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    full: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the prediction vectors and the prior (None where there is none).
+
+    Args:
+        grad_v: shape (B, J, D), any strides.
+        grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `full`.
+        u_hat, prior: as given to `dynamic_routing_fwd`.
+        sums: as returned by `dynamic_routing_fwd`.
+        full: differentiate through every iteration; otherwise the last coupling is a constant.
+    """
+    B, I, J, D = u_hat.shape
+    iterations = sums.shape[0]
+    grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
+    grad_prior = None
+    if prior is not None:
+        grad_prior = torch.zeros_like(prior, memory_format=torch.contiguous_format)
+    if B == 0 or I == 0 or J == 0:
+        return grad_u_hat.zero_(), grad_prior
+
+    config = dynamic_routing_config(I, J, D, u_hat.dtype, target_of(u_hat))
+    splits, tiles = config.divide(I)
+    slots = sums.new_empty(2, splits, B, J, D)
+    poses = sums.new_empty(splits, B, J, D)
+    grads = torch.empty_like(poses)
+    saved_poses = torch.empty_like(sums)
+    saved_grads = torch.empty_like(sums)
+    normaliser = sums.new_empty(iterations, B, I)
+    delta = torch.empty_like(normaliser)
+    has_grad_coupling = grad_coupling is not None and full
+    # Where there is no prior or grad_coupling a kernel gets u_hat for it, and does not touch it.
+    inputs = (
+        u_hat,
+        u_hat if prior is None else prior,
+        u_hat if grad_coupling is None else grad_coupling,
+    )
+    strides = (
+        *u_hat.stride(),
+        *((0, 0) if prior is None else prior.stride()),
+        *((0, 0, 0) if grad_coupling is None else grad_coupling.stride()),
+    )
+    with device_of(u_hat):
+        filled = grad_v.contiguous().view(1, B, J, D)
+        first = 1 if full else iterations
+        for iteration in range(iterations, first - 1, -1):
+            step = iteration - 1
+            uniform = iteration == 1 and prior is None
+            next_slots = slots[iteration % 2]
+            _dynamic_bwd_kernel[(B, 1 if uniform else splits)](
+                *inputs, filled, next_slots, poses, grads,
+                sums, saved_poses[step], saved_grads[step], normaliser[step], delta[step],
+                B, I, J, D, iteration, 0 if uniform else tiles,
+                *strides,
+                IS_LAST=iteration == iterations,
+                DETACH=not full,
+                HAS_POSES=iteration > 1,
+                HAS_PRIOR=prior is not None,
+                HAS_GRAD_COUPLING=has_grad_coupling and iteration == iterations,
+                SLOTS=filled.shape[0],
+                BLOCK_I=config.block_i,
+                BLOCK_J=config.block_j,
+                BLOCK_D=config.block_d,
+                BLOCK_ROWS=config.block_rows,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+            filled = next_slots
+        sum_logits = prior is not None and full
+        grad_logits = sums.new_empty((B, I, J) if sum_logits else (0,))
+        all_tiles = cdiv(I, config.block_i)
+        _votes_gradient_kernel[(B * all_tiles,)](
+            *inputs, saved_poses, saved_grads, normaliser, delta, grad_u_hat, grad_logits,
+            B, I, J, D, max(first - 1, 1), iterations, all_tiles,
+            *strides,
+            DETACH=not full,
+            WITH_FIRST=first == 1,
+            HAS_PRIOR=prior is not None,
+            HAS_GRAD_COUPLING=has_grad_coupling,
+            BLOCK_I=config.block_i,
+            BLOCK_J=config.block_j,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+        if grad_prior is not None and sum_logits:
+            grad_prior.copy_(grad_logits.sum(0))
+    return grad_u_hat, grad_prior

@@ -108,7 +108,8 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    nn.init.zeros_(conv.bias)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
     return conv
 
 

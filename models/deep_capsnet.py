@@ -8,6 +8,13 @@ everything else fixed forces hidden_capsules × hidden_dim ≤ 196. The default 
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tritoncaps.models.capsnet import (
+    CapsuleOutput,
+    check_capsules,
+    check_images,
+    image_sides,
+    relu_convolution,
+)
 
 from tritoncaps import ops
 from tritoncaps.layers import (
@@ -15,13 +22,6 @@ from tritoncaps.layers import (
     ReconstructionDecoder,
     RoutedCapsules,
     capsule_lengths,
-)
-from tritoncaps.models.capsnet import (
-    CapsuleOutput,
-    check_capsules,
-    check_images,
-    image_sides,
-    relu_convolution,
 )
 
 

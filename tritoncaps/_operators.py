@@ -1,9 +1,9 @@
 """Registration of the capsule operators with torch, and the one rule that chooses the backend.
 
-Each operator is opaque to the compiler: one node in a graph, one boundary per routing call, whatever
-happens inside. It has a schema, a fake implementation (shapes and dtypes alone), an autograd formula
-whose backward is an operator too, and an autocast rule (16-bit inputs are raised to float32:
-agreement is a sum of products over iterations, and half precision loses it).
+Each operator is opaque to the compiler: one node in a graph and one boundary per routing call,
+whatever happens inside. It has a schema, a fake implementation (shapes and dtypes alone), an
+autograd formula whose backward is an operator too, and an autocast rule (16-bit inputs are raised
+to float32: agreement adds up products over iterations, and half precision loses them).
 
 The backends `tritoncaps.kernels` and `tritoncaps._torch_path` hold functions of the same names and
 signatures: `<op>_fwd` and `<op>_bwd`.
@@ -12,6 +12,7 @@ signatures: `<op>_fwd` and `<op>_bwd`.
 import os
 import warnings
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -29,12 +30,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", 
 def _kernels() -> ModuleType | None:
     """The Triton kernels, or None on a platform that has no Triton."""
     try:
-        from tritoncaps import kernels
+        return import_module("tritoncaps.kernels")
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] == "triton":
+        if error.name == "triton":
             return None
         raise
-    return kernels
 
 
 @cache
@@ -46,8 +46,8 @@ def _run(function: str, tensor: Tensor, *args: Any) -> Any:
     """Call `function` of the backend for `tensor`'s device.
 
     The rule: Triton kernels for CUDA and ROCm tensors, and for CPU tensors when TRITON_INTERPRET=1
-    asks for it; the torch path for every other device, where Triton is missing, and for a shape that
-    no launch configuration fits, which is said once.
+    asks for it; the torch path for every other device, where Triton is missing, and for a shape
+    that no launch configuration fits, which is said once.
     """
     wants_kernels = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
     kernels = _kernels() if wants_kernels else None

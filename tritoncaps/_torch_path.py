@@ -24,7 +24,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _polar(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Length n, (N, 1), and direction s/n, (N, D), 0 where s is 0; squares neither over- nor underflow."""
+    """Length n, (N, 1), and direction s/n, (N, D), 0 where s is 0; no square overflows."""
     largest = s.abs().amax(dim=-1, keepdim=True)
     scaled = s / torch.where(largest > 0, largest, 1)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
@@ -217,15 +217,18 @@ def dynamic_routing_bwd(
         return grad_v_sum
 
     _route_backward(grad_v, sums, full, step)
-    return grad_u_hat.to(u_hat.dtype), None if prior is None else grad_prior.to(prior.dtype)
+    return (
+        grad_u_hat.to(u_hat.dtype),
+        None if grad_prior is None else grad_prior.to(u_hat.dtype),
+    )
 
 
 # capsule routing: prediction vectors and routing fused --------------------------------------------
 #
 # Layout of the temporaries: the batch comes last, so that every element-wise step runs over
-# contiguous rows of B and a chunk of the weight, (C·P, J, D), needs no repacking. Per output capsule
-# j a chunk takes two products: T_j = W_j V_j, (C·P, D) × (D, B), whose contraction with u over p is
-# the logit, and s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
+# contiguous rows of B, and a chunk of the weight, (C·P, J, D), needs no repacking. For each output
+# capsule j a chunk takes two products: T_j = W_j V_j, (C·P, D) × (D, B), whose contraction with u
+# over p is the logit, and s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
 
 
 def capsule_routing_fwd(
@@ -292,7 +295,7 @@ def capsule_routing_bwd(
     never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
     Σ_j k∘(W_j x_j) to du_i and (k∘u) x_jᵀ to dW_j.
     """
-    (B, I, P), (_, _, J, D) = u.shape, weight.shape
+    (B, I, P), J = u.shape, weight.shape[2]
     dtype = sums.dtype
     poses = u.permute(1, 2, 0).to(dtype).contiguous()  # (I, P, B)
     grad_poses = torch.zeros_like(poses)
@@ -327,7 +330,7 @@ def capsule_routing_bwd(
                 grad_b = _coupling_gradient(c, grad_c, dim=0).unsqueeze(2)  # (J, C, 1, B)
                 if grad_prior is not None:
                     grad_prior[chunk] += grad_b.sum(dim=(2, 3)).T
-                if W_V is not None:
+                if V is not None and W_V is not None:
                     grad_poses[chunk] += W_V.mul_(grad_b).sum(dim=0)
                     scaled = torch.mul(grad_b, x, out=W_V).flatten(1, 2)  # db∘u, (J, C·P, B)
                     grad_w.baddbmm_(scaled, V.transpose(1, 2))

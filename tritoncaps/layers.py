@@ -70,7 +70,8 @@ class PrimaryCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the kernels so that the channels keep the size of the features (gain 1)."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="linear")
-        nn.init.zeros_(self.conv.bias)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
 
     def num_capsules(self, height: int, width: int) -> int:
         """Count the capsules that feature maps of this size give."""
@@ -81,7 +82,7 @@ class PrimaryCapsules(nn.Module):
         """Convolve, cut into capsules, squash."""
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(
-                f"PrimaryCapsules: features must have 4 axes (B, C, H, W) with C={self.in_channels}, "
+                f"PrimaryCapsules: features must be (B, {self.in_channels}, H, W), "
                 f"got {_checks.shape_of(features)}"
             )
         maps = self.conv(features)

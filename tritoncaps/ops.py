@@ -13,7 +13,6 @@ Second derivatives raise an error that names the operator: there is no formula f
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +43,7 @@ def squash(s: Tensor, dim: int = -1) -> Tensor:
         type a long vector's length may round to 1.
 
     Example:
+        >>> import torch
         >>> poses = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
         >>> squash(poses).norm(dim=-1)
         tensor([0.9615, 0.0000])
@@ -70,6 +70,7 @@ def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices.
 
     Example:
+        >>> import torch
         >>> u, weight = torch.randn(2, 1152, 8), torch.randn(1152, 8, 10, 16)
         >>> prediction_vectors(u, weight).shape
         torch.Size([2, 1152, 10, 16])
@@ -129,6 +130,7 @@ def dynamic_routing(
             `iterations` < 1, an unknown `gradient`.
 
     Example:
+        >>> import torch
         >>> u_hat = torch.randn(2, 1152, 10, 16)
         >>> v, c = dynamic_routing(u_hat, iterations=3, return_coupling=True)
         >>> v.shape, c.shape
@@ -200,6 +202,7 @@ def capsule_routing(
             `iterations` < 1, an unknown `gradient`.
 
     Example:
+        >>> import torch
         >>> u, weight = torch.randn(2, 1152, 8), torch.randn(1152, 8, 10, 16)
         >>> capsule_routing(u, weight, iterations=3).shape
         torch.Size([2, 10, 16])
@@ -245,6 +248,7 @@ def margin_loss(
             class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
 
     Example:
+        >>> import torch
         >>> margin_loss(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
         tensor(0.0200)
 

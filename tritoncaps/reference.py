@@ -3,6 +3,8 @@
 Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluate it in
 float64 to get a measuring stick: `reference.capsule_routing(u.double(), weight.double())`.
 
+Numbers after "Sabour 2017" are those of its equations.
+
 Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
 """
 
@@ -13,13 +15,13 @@ from torch.nn import functional as F
 
 
 def squash(s: Tensor, dim: int = -1) -> Tensor:
-    """Squash vectors to a length in [0, 1): v = |s|² / (1 + |s|²) · s / |s| (Sabour 2017, eq. 1)."""
+    """Squash vectors to a length in [0, 1): v = |s|² / (1 + |s|²) · s / |s| (Sabour 2017, 1)."""
     length = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
     return length / (1 + length**2) * s
 
 
 def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
-    """Compute û_{j|i} = W_ij u_i; (B, I, P), (I, P, J, D) → (B, I, J, D) (Sabour 2017, eq. 2)."""
+    """Compute û_{j|i} = W_ij u_i; (B, I, P), (I, P, J, D) → (B, I, J, D) (Sabour 2017, 2)."""
     return einsum(u, weight, "B I P, I P J D -> B I J D")
 
 
@@ -76,7 +78,7 @@ def margin_loss(
     down_weight: float = 0.5,
     reduction: str = "mean",
 ) -> Tensor:
-    """Sum T_k·max(0, m⁺−|v_k|)² + λ(1−T_k)·max(0, |v_k|−m⁻)² over classes k (Sabour 2017, eq. 4).
+    """Sum T_k·max(0, m⁺−|v_k|)² + λ(1−T_k)·max(0, |v_k|−m⁻)² over classes k (Sabour 2017, 4).
 
     `lengths` is (B, K); `target` is (B,) class indices or (B, K) multi-hot.
     """

@@ -1,1 +1,1 @@
-"""The training engine that the examples share: runtime, run directory, loop, checkpoints, figures."""
+"""The training engine that the examples share."""

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from engine import checkpoint
 from engine.run_directory import MetricsLog, write_json, write_summary
 from engine.runtime import Runtime
-from torch import Tensor, nn
-from tqdm import tqdm
 from tritoncaps.data import Batches, ImageSet
 from tritoncaps.losses import CapsuleLoss
 
@@ -78,12 +79,6 @@ class Progress:
     best_epoch: int = 0
     best_accuracy: float = -1.0
     best_loss: float = math.inf
-
-
-class Say(Protocol):
-    """How the trainer speaks: print, or tqdm.write while a bar is shown."""
-
-    def __call__(self, message: str) -> None: ...
 
 
 class Trainer:

@@ -1,0 +1,194 @@
+"""Prediction vectors û_ij = W_ij u_i, (B, I, J, D): for each i one product (B, P) × (P, J·D).
+
+Writing û, and reading its gradient twice, is what takes the time: each product has only P terms. The
+columns n of a product run over (j, d).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritoncaps.kernels._launch import (
+    cdiv,
+    device_of,
+    dot_precision,
+    prediction_vectors_config,
+    target_of,
+)
+from tritoncaps.kernels._primitives import dot
+
+
+@triton.jit
+def _votes_fwd_kernel(
+    # pointers
+    u_ptr, weight_ptr, votes_ptr,
+    # extents
+    B, I, P, J, D,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    # meta-parameters
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """û of one i, BLOCK_B batch rows and BLOCK_N columns."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    N = tl.cast(J, tl.int64) * D
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    pid = tl.program_id(0).to(tl.int64)
+    i = pid // tiles_b
+    b = (pid % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    u_ptrs = u_ptr + i * stride_u_i + (b * stride_u_b)[:, None]
+    weight_ptrs = weight_ptr + i * stride_weight_i
+    weight_ptrs += (n // D * stride_weight_j + n % D * stride_weight_d)[None, :]
+    votes = tl.zeros((BLOCK_B, BLOCK_N), dtype)
+    for first_p in range(0, P, BLOCK_P):
+        p = first_p + tl.arange(0, BLOCK_P).to(tl.int64)
+        mask_u = (b < B)[:, None] & (p < P)[None, :]
+        u = tl.load(u_ptrs + (p * stride_u_p)[None, :], mask_u, other=0.0).to(dtype)
+        mask_w = (p < P)[:, None] & (n < N)[None, :]
+        w = tl.load(weight_ptrs + (p * stride_weight_p)[:, None], mask_w, other=0.0).to(dtype)
+        votes += dot(u, w, PRECISION)
+    offsets = ((b * I + i) * N)[:, None] + n[None, :]
+    tl.store(votes_ptr + offsets, votes, (b < B)[:, None] & (n < N)[None, :])
+
+
+# Backward -----------------------------------------------------------------------------------------
+#
+# With g = dû: du_i = Σ_n g_in W_in, a reduction over the columns, and dW_in = Σ_b u_bi ⊗ g_bin, one over
+# the batch. Each has a kernel that owns its output and runs the reduction from first to last.
+
+
+@triton.jit
+def _grad_u_kernel(
+    # pointers
+    grad_votes_ptr, weight_ptr, grad_u_ptr,
+    # extents
+    B, I, P, J, D,
+    # strides
+    stride_grad_b, stride_grad_i, stride_grad_j, stride_grad_d,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    # meta-parameters
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """du of one i, BLOCK_B batch rows and BLOCK_P components."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    N = tl.cast(J, tl.int64) * D
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    pid = tl.program_id(0).to(tl.int64)
+    i = pid // tiles_b
+    b = (pid % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    grad_ptrs = grad_votes_ptr + i * stride_grad_i + (b * stride_grad_b)[:, None]
+    weight_ptrs = weight_ptr + i * stride_weight_i + (p * stride_weight_p)[None, :]
+    du = tl.zeros((BLOCK_B, BLOCK_P), dtype)
+    for first_n in range(0, N, BLOCK_N):
+        n = first_n + tl.arange(0, BLOCK_N)
+        offs_grad = n // D * stride_grad_j + n % D * stride_grad_d
+        mask_grad = (b < B)[:, None] & (n < N)[None, :]
+        grad = tl.load(grad_ptrs + offs_grad[None, :], mask_grad, other=0.0).to(dtype)
+        offs_w = n // D * stride_weight_j + n % D * stride_weight_d
+        mask_w = (n < N)[:, None] & (p < P)[None, :]
+        w = tl.load(weight_ptrs + offs_w[:, None], mask_w, other=0.0).to(dtype)
+        du += dot(grad, w, PRECISION)
+    offsets = ((b * I + i) * P)[:, None] + p[None, :]
+    tl.store(grad_u_ptr + offsets, du, (b < B)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _grad_weight_kernel(
+    # pointers
+    grad_votes_ptr, u_ptr, grad_weight_ptr,
+    # extents
+    B, I, P, J, D,
+    # strides
+    stride_grad_b, stride_grad_i, stride_grad_j, stride_grad_d,
+    stride_u_b, stride_u_i, stride_u_p,
+    # meta-parameters
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dW of one i, BLOCK_P components and BLOCK_N columns."""
+    dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
+    N = tl.cast(J, tl.int64) * D
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0).to(tl.int64)
+    i = pid // tiles_n
+    n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    grad_ptrs = grad_votes_ptr + i * stride_grad_i
+    grad_ptrs += (n // D * stride_grad_j + n % D * stride_grad_d)[None, :]
+    u_ptrs = u_ptr + i * stride_u_i + (p * stride_u_p)[:, None]
+    dw = tl.zeros((BLOCK_P, BLOCK_N), dtype)
+    for first_b in range(0, B, BLOCK_B):
+        b = first_b + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask_u = (p < P)[:, None] & (b < B)[None, :]
+        u = tl.load(u_ptrs + (b * stride_u_b)[None, :], mask_u, other=0.0).to(dtype)
+        mask_grad = (b < B)[:, None] & (n < N)[None, :]
+        grad = tl.load(grad_ptrs + (b * stride_grad_b)[:, None], mask_grad, other=0.0).to(dtype)
+        dw += dot(u, grad, PRECISION)
+    offsets = ((i * P + p) * N)[:, None] + n[None, :]
+    tl.store(grad_weight_ptr + offsets, dw, (p < P)[:, None] & (n < N)[None, :])
+
+
+def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
+    """û, shape (B, I, J, D), from u (B, I, P) and weight (I, P, J, D), both of any strides."""
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    u_hat = u.new_empty(B, I, J, D)
+    if u_hat.numel() == 0:
+        return u_hat
+    config = prediction_vectors_config(P, J, D, u.dtype)
+    grid = (I * cdiv(B, config.block_b), cdiv(J * D, config.block_n))
+    with device_of(u):
+        _votes_fwd_kernel[grid](
+            u, weight, u_hat,
+            B, I, P, J, D,
+            *u.stride(),
+            *weight.stride(),
+            WIDE=u.dtype == torch.float64,
+            PRECISION=dot_precision(u.dtype, target_of(u)),
+            BLOCK_B=config.block_b,
+            BLOCK_P=config.block_p,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    return u_hat
+
+
+def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u and of the weight; grad_u_hat is (B, I, J, D) of any strides."""
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    config = prediction_vectors_config(P, J, D, u.dtype)
+    meta = {
+        "WIDE": u.dtype == torch.float64,
+        "PRECISION": dot_precision(u.dtype, target_of(u)),
+        "BLOCK_B": config.block_b,
+        "BLOCK_P": config.block_p,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+    }
+    with device_of(u):
+        if grad_u.numel() > 0:
+            _grad_u_kernel[(I * cdiv(B, config.block_b), cdiv(P, config.block_p))](
+                grad_u_hat, weight, grad_u,
+                B, I, P, J, D,
+                *grad_u_hat.stride(),
+                *weight.stride(),
+                **meta,
+            )  # fmt: skip
+        if grad_weight.numel() > 0:
+            _grad_weight_kernel[(I * cdiv(J * D, config.block_n), cdiv(P, config.block_p))](
+                grad_u_hat, u, grad_weight,
+                B, I, P, J, D,
+                *grad_u_hat.stride(),
+                *u.stride(),
+                **meta,
+            )  # fmt: skip
+    return grad_u, grad_weight

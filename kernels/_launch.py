@@ -132,14 +132,14 @@ def _measured(rule: str, config: Config, target: Target, dtype: torch.dtype, sha
 
 
 def row_config(D: int) -> Config:
-    """Whole rows in a program, about 2048 values: 16 a thread, so that 4 wide loads are in flight."""
+    """Whole rows in a program, about 1024 values: 8 a thread, of every slot that is added up."""
     block_d = power_of_2(D)
     if block_d > 16384:
         raise UnsupportedShape(f"a row of D={D} values; a program holds at most 16384")
     return Config(
-        num_warps=4 if block_d <= 4096 else 8,
+        num_warps=4 if block_d <= 2048 else 8,
         block_d=block_d,
-        block_rows=max(2048 // block_d, 1),
+        block_rows=max(1024 // block_d, 1),
     )
 
 
@@ -162,15 +162,15 @@ def dynamic_routing_config(
     """The passes over a given û.
 
     block_i: the tile's I·J·D values stay under 96 KiB of float32, so that they are in the first-level
-    cache when the second sweep asks for them. block_j: 8192 values in the registers of 8 warps, with
+    cache when the second sweep asks for them. block_j: 4096 values in the registers of 8 warps, with
     at most a quarter of them beyond the last j. max_splits: every program adds up the slots of all
     splits, so that their number squared times B·J·D is read; 16 keeps this far below û itself.
     """
     block_d = power_of_2(D)
-    values = 8192 if accumulation_dtype(dtype) == torch.float32 else 4096
+    values = 4096 if accumulation_dtype(dtype) == torch.float32 else 2048
     if block_d > values:
         raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
-    fits = max(3 * values // max(J * D, 1), 1)
+    fits = max(6 * values // max(J * D, 1), 1)
     block_i = min(1 << (fits.bit_length() - 1), power_of_2(I), values // block_d, 128)
     block_j = min(values // (block_i * block_d), power_of_2(J))
     while block_j > 1 and cdiv(J, block_j) * block_j > 1.25 * J:
@@ -202,13 +202,14 @@ def capsule_routing_config(
     block_b: 16, the rows of one matrix instruction; more rows would leave a batch of 128 too few
     programs. block_i: a warp's slice of the weight has 512 values (256 of float64), the most for
     which the backward, which also holds du and two projections, keeps everything in registers.
-    groups: 8 warps, with a group each; fewer where there are fewer input capsules. num_stages: the
+    groups: 8 warps, with a group each, and few input capsules spread over them. num_stages: the
     weight of the next j is fetched during this one, as long as the buffers fit into shared memory.
     max_splits: as in `dynamic_routing_config`; 16 splits of 8 batch tiles fill a device of 132
     processors at B = 128.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _fused_blocks(P, D, 256 if is_wide else 512)
+    block_i = min(block_i, max(16 // block_p, power_of_2(cdiv(I, 8))))
     groups = min(power_of_2(cdiv(I, block_i)), 8)
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:

@@ -5,9 +5,20 @@ twice over the output capsules, first for the softmax's normaliser, then to appl
 that the second sweep finds it in the first-level cache. "Votes" are the û of one tile.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from tritoncaps.kernels._launch import (
+    accumulation_dtype,
+    cdiv,
+    device_of,
+    dynamic_routing_config,
+    target_of,
+)
 from tritoncaps.kernels._primitives import LOWEST, advance_poses, pull_back
+from tritoncaps.kernels.squash import squash_slots
 
 # Forward ------------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,10 @@ from torch import Tensor
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 
 from engine import figures  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
 TRAIN, VALIDATION, WRONG = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xC0, 0x00, 0x00)
@@ -68,6 +72,20 @@ def history(
         }
         for index in range(len(train))
     ]
+
+
+@contextmanager
+def drawn_texts() -> Iterator[list[Text]]:
+    """Collect the texts that are put inside axes."""
+    texts: list[Text] = []
+    add_text = Axes.text
+
+    def collect(axes: Axes, *arguments: Any, **options: Any) -> Text:
+        texts.append(add_text(axes, *arguments, **options))
+        return texts[-1]
+
+    with mock.patch.object(Axes, "text", collect):
+        yield texts
 
 
 RISING = history([0.5, 0.9, 0.95, 0.99], [0.6, 0.92, 0.96, 0.985])
@@ -126,12 +144,17 @@ class TestCurves:
         # On an even axis from 50 to 100 % it would be 4 pixels.
         assert top[TRAIN] - top[VALIDATION] > 30
 
-    def test_the_first_of_the_best_epochs_is_marked(self, tmp_path: Path) -> None:
-        rows = history([0.9] * 5, [0.9, math.nan, 0.95, 0.95, 0.93])
-        with mock.patch("matplotlib.axes.Axes.axvline") as line:
+    @pytest.mark.parametrize(
+        ("losses", "best"),
+        [([5.0, 4.0, 3.0, 2.0, 1.0], 4), ([1.0] * 5, 3), ([1.0, 1.0, math.nan, 9.0, 1.0], 4)],
+        ids=["loss-decides", "first", "nan-loss"],
+    )
+    def test_the_best_epoch_is_marked(self, tmp_path: Path, losses: list[float], best: int) -> None:
+        rows = history([0.9] * 5, [0.9, math.nan, 0.95, 0.95, 0.93], losses)
+        with mock.patch.object(Axes, "axvline") as line:
             figures.plot_curves(rows, tmp_path / "curves.png", "Best")
-        assert [call.args for call in line.call_args_list] == [(3,), (3,)]
-        assert "95.00 % after epoch 3" in line.call_args.kwargs["label"]
+        assert [call.args for call in line.call_args_list] == [(best,), (best,)]
+        assert f"95.00 % after epoch {best}" in line.call_args.kwargs["label"]
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -169,8 +192,8 @@ class TestImages:
     def test_perturbations_are_labelled(self, tmp_path: Path) -> None:
         offsets = [-0.25, -0.1, -1e-9, 0.05]
         with (
-            mock.patch("matplotlib.axes.Axes.set_xticks") as columns,
-            mock.patch("matplotlib.axes.Axes.set_yticks") as rows,
+            mock.patch.object(Axes, "set_xticks") as columns,
+            mock.patch.object(Axes, "set_yticks") as rows,
         ):
             figures.plot_perturbations(blobs(3, 4), offsets, tmp_path / "p.png", "A capsule")
         assert columns.call_args.args[1] == [f"{MINUS}0.25", f"{MINUS}0.10", "0", "+0.05"]
@@ -202,14 +225,11 @@ class TestImages:
     def test_wrong_predictions_are_framed_and_named(self, tmp_path: Path) -> None:
         images, labels, predictions = blobs(12), torch.arange(12) % 10, torch.arange(12) % 10
         predictions[11] = 7
-        with mock.patch(
-            "matplotlib.axes.Axes.text", autospec=True, side_effect=real_text()
-        ) as text:
+        with drawn_texts() as texts:
             figures.plot_reconstructions(
                 images, images, labels, predictions, tmp_path / "r.png", "Pairs", DIGITS
             )
-        texts = [call.args[3] for call in text.call_args_list]
-        assert texts[-12:] == [*DIGITS, "0", "7\ntrue: 1"]
+        assert [text.get_text() for text in texts[-12:]] == [*DIGITS, "0", "7\ntrue: 1"]
         framed = positions(read(tmp_path / "r.png"), WRONG)
         top, left = 40 + 214, 128 + 90
         assert top - 4 < framed[:, 0].min() < top
@@ -252,12 +272,6 @@ class TestImages:
             )
 
 
-def real_text() -> Callable[..., Any]:
-    from matplotlib.axes import Axes
-
-    return Axes.text
-
-
 class TestConfusion:
     @pytest.mark.parametrize(
         ("classes", "side"), [(2, 560), (10, 560), (20, 1120), (47, 1400)], ids=str
@@ -271,13 +285,19 @@ class TestConfusion:
 
     def test_every_count_is_written_and_zeros_are_not(self, tmp_path: Path) -> None:
         matrix = [[1135, 0, 2], [0, 0, 0], [31, 1, 12345]]
-        with mock.patch(
-            "matplotlib.axes.Axes.text", autospec=True, side_effect=real_text()
-        ) as text:
+        with drawn_texts() as texts:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS[:3])
-        cells = {call.args[1:3]: call.args[3] for call in text.call_args_list}
+        cells = {text.get_position(): text.get_text() for text in texts}
         # Across is the predicted class, down the true one.
         assert cells == {(0, 0): "1135", (2, 0): "2", (0, 2): "31", (1, 2): "1", (2, 2): "12345"}
+
+    def test_numbers_fit_their_cells(self, tmp_path: Path) -> None:
+        matrix = 1234567 * torch.eye(10, dtype=torch.int64)
+        with drawn_texts() as texts:
+            figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS)
+        for text in texts:
+            assert text.get_text() == "1234567"
+            assert 40 < text.get_window_extent().width < 56
 
     @pytest.mark.parametrize(
         ("matrix", "accuracy"),
@@ -289,23 +309,23 @@ class TestConfusion:
     def test_the_title_tells_the_accuracy(
         self, tmp_path: Path, matrix: list[list[int]], accuracy: str
     ) -> None:
-        from matplotlib.figure import Figure
-
         with mock.patch.object(
             Figure, "suptitle", autospec=True, side_effect=Figure.suptitle
         ) as title:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Digits", ["3", "8"])
         assert title.call_args.args[1] == accuracy
 
-    def test_one_confusion_in_a_thousand_is_seen(self, tmp_path: Path) -> None:
-        def darkness(count: int) -> int:
-            figures.plot_confusion([[1000, count], [0, 1000]], tmp_path / "c.png", "", ["3", "8"])
-            # A spot in the upper right cell, beside its number.
+    def test_colours_tell_the_share_of_the_true_class(self, tmp_path: Path) -> None:
+        def darkness(*matrix: list[int]) -> int:
+            """Draw a matrix, and measure its upper right cell beside the number."""
+            figures.plot_confusion(matrix, tmp_path / "c.png", "Test", ["3", "8"])
             return int(255 - read(tmp_path / "c.png")[100, 600, 0])
 
-        assert darkness(0) == 0
-        assert darkness(1) > 20
-        assert darkness(10) > darkness(1) + 40
+        assert darkness([1000, 0], [0, 1000]) == 0
+        one, ten = darkness([999, 1], [0, 1000]), darkness([990, 10], [0, 1000])
+        assert one > 20, "one confusion in a thousand is not seen"
+        assert ten > one + 40
+        assert darkness([99, 1], [50, 2]) == ten
 
 
 def draw_curves(path: Path) -> None:
@@ -334,12 +354,7 @@ class TestEveryPicture:
         self, tmp_path: Path, draw: Callable[[Path], None]
     ) -> None:
         draw(tmp_path / "first.png")
-        settings = {
-            "font.size": 30,
-            "savefig.bbox": "tight",
-            "savefig.dpi": 37,
-            "image.cmap": "hot",
-        }
+        settings = {"text.color": "red", "savefig.bbox": "tight", "savefig.dpi": 37}
         with matplotlib.rc_context(settings):
             draw(tmp_path / "second.png")
             assert {name: matplotlib.rcParams[name] for name in settings} == settings
@@ -362,8 +377,6 @@ class TestEveryPicture:
     def test_long_titles_stay_in_the_picture(
         self, tmp_path: Path, draw: Callable[[Path], None]
     ) -> None:
-        from matplotlib.figure import Figure
-
         suptitle = Figure.suptitle
 
         def longer(figure: Figure, title: str, **options: Any) -> Any:

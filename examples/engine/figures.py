@@ -52,8 +52,9 @@ _LOSS_TICKS = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
     """Plot accuracy and loss by epoch, for training and validation, with the best epoch marked.
 
-    The best epoch is the first with the highest validation accuracy. The accuracy axis is stretched
-    towards 100 %, so that tenths of a percent show near the top while early epochs stay in view.
+    The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
+    The accuracy axis is stretched towards 100 %, so that tenths of a percent show near the top while
+    early epochs stay in view.
 
     Args:
         rows: one mapping an epoch, as in ``summary.csv``: ``epoch``, ``train_accuracy`` and
@@ -86,13 +87,13 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.grid(alpha=0.3)
 
-        accuracies = _column(rows, "validation_accuracy", _ACCURACY_TICKS, 100)
-        best = max(accuracies, key=lambda value: -1 if math.isnan(value) else value)
-        if not math.isnan(best):
-            epoch = epochs[accuracies.index(best)]
-            label = f"best validation accuracy: {best:.2f} % after epoch {epoch}"
+        if (best := _best_epoch(rows)) is not None:
+            accuracy = 100 * float(best["validation_accuracy"])
+            label = f"best validation accuracy: {accuracy:.2f} % after epoch {best['epoch']}"
             for axes in figure.axes:
-                axes.axvline(epoch, color="0.4", linestyle="--", linewidth=1, label=label)
+                axes.axvline(
+                    int(best["epoch"]), color="0.4", linestyle="--", linewidth=1, label=label
+                )
         handles, labels = accuracy_axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
@@ -314,6 +315,17 @@ def _column(
     """Return one column of the table as numbers, with NaN for those that the axis cannot show."""
     values = [float(row[name]) * unit for row in rows]
     return [value if ticks[0] <= value <= ticks[-1] else math.nan for value in values]
+
+
+def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the row that model selection chooses, or None where every accuracy is NaN."""
+
+    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
+        loss = float(row["validation_loss"])
+        return float(row["validation_accuracy"]), -math.inf if math.isnan(loss) else -loss
+
+    known = [row for row in rows if not math.isnan(float(row["validation_accuracy"]))]
+    return max(known, key=quality, default=None)
 
 
 def _set_limits(axes: Axes, ticks: Sequence[float], values: Sequence[float]) -> None:

@@ -1,0 +1,213 @@
+"""What the kernels cost on each target: registers, shared memory, instructions. Needs no GPU.
+
+    python -m tritoncaps.kernels.compile_report [--target sm90] [--dtype float32]
+
+The launchers run on tensors without storage while every launch is recorded instead of made; each
+distinct launch is then compiled ahead of time, with the specialisation that Triton would give it.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tritoncaps import kernels
+from tritoncaps.kernels import capsule_routing, dynamic_routing, prediction_vectors
+from tritoncaps.kernels._launch import Target
+
+BATCH = 128
+
+SHAPES = {  # (I, P, J, D)
+    "MNIST": (1152, 8, 10, 16),
+    "second stage": (10, 16, 10, 16),
+    "CIFAR": (2048, 8, 10, 16),
+    "100 classes": (1152, 8, 100, 16),
+    "1000 classes": (1152, 8, 1000, 16),
+    "tiny": (5, 3, 2, 4),
+}
+
+# Shared memory of one program in bytes, as the vendors document it.
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), Target("sm80", 166912)),
+    "sm90": (GPUTarget("cuda", 90, 32), Target("sm90", 232448)),
+    "sm100": (GPUTarget("cuda", 100, 32), Target("sm100", 232448)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Target("gfx942", 65536)),
+}
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as a launcher would start it: enough to compile it, and hashable."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible_by_16: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a compiled kernel takes; stack is in bytes a thread, shared memory in bytes a program."""
+
+    registers: int
+    stack: int
+    shared_memory: int
+    instructions: int
+
+
+def _record(kernel: JITFunction, *args: Any, **kwargs: Any) -> Launch:
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            divisible.append(name)
+        elif parameter.is_constexpr or value == 1:
+            signature[name] = "constexpr"
+            constants[name] = value
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+    return Launch(
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(divisible),
+        tuple(options.items()),
+    )
+
+
+def record_launches(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    with_prior: bool = False,
+    full: bool = True,
+) -> Iterator[Launch]:
+    """Every distinct launch of every op, forward and backward, with three iterations."""
+    I, P, J, D = shape
+    found: dict[Launch, None] = {}
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found[_record(kernel, *args, **kwargs)] = None
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    u, weight, u_hat = empty(BATCH, I, P), empty(I, P, J, D), empty(BATCH, I, J, D)
+    grad_v, s = empty(BATCH, J, D), empty(BATCH * J, D)
+    prior = empty(I, J) if with_prior else None
+    grad_coupling = empty(BATCH, I, J) if with_prior else None
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        for module in (capsule_routing, dynamic_routing, prediction_vectors):
+            stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
+        kernels.squash_bwd(kernels.squash_fwd(s), s)
+        kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
+        _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, 3, with_prior)
+        kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, full)
+        _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, 3, with_prior)
+        kernels.capsule_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, full)
+    yield from found
+
+
+def _cubin_footprint(cubin: bytes, shared_memory: int) -> Footprint:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True)
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = re.search(r"REG:(\d+)", usage.stdout)
+    stack = re.search(r"STACK:(\d+)", usage.stdout)
+    assert registers is not None and stack is not None, usage.stdout
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass.stdout, re.MULTILINE))
+    return Footprint(int(registers[1]), int(stack[1]), shared_memory, instructions)
+
+
+def _amdgcn_footprint(assembly: str, shared_memory: int) -> Footprint:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    assert registers is not None and stack is not None, "no kernel metadata in the assembly"
+    instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.MULTILINE))
+    return Footprint(int(registers[1]), int(stack[1]), shared_memory, instructions)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Footprint:
+    """Compile ahead of time, as Triton would just in time."""
+    position = {name: (index,) for index, name in enumerate(launch.kernel.arg_names)}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs={position[name]: value for name, value in launch.constants},
+        attrs={position[name]: [["tt.divisibility", 16]] for name in launch.divisible_by_16},
+    )
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    shared_memory = compiled.metadata.shared
+    if target.backend == "cuda":
+        return _cubin_footprint(compiled.asm["cubin"], shared_memory)
+    return _amdgcn_footprint(compiled.asm["amdgcn"], shared_memory)
+
+
+def main() -> int:
+    """Print one line for every distinct launch."""
+    parser = argparse.ArgumentParser(description="Footprint of every kernel, compiled without a GPU.")
+    parser.add_argument("--target", choices=TARGETS, default="sm90")
+    parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in _TYPES], default="float32")
+    arguments = parser.parse_args()
+    gpu, target = TARGETS[arguments.target]
+    print(f"{arguments.target}, {arguments.dtype}, Triton {triton.__version__}, B = {BATCH}")
+    print(f"{'shape':14}{'kernel':28}{'warps':>6}{'registers':>10}{'stack':>6}{'shared':>8}{'instructions':>13}")
+    seen: set[Launch] = set()
+    for shape_name, shape in SHAPES.items():
+        for launch in record_launches(shape, getattr(torch, arguments.dtype), target):
+            if launch in seen:
+                continue
+            seen.add(launch)
+            cost = compile_launch(launch, gpu)
+            print(
+                f"{shape_name:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
+                f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{cost.instructions:13}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("compile_report: unset TRITON_INTERPRET; interpreted kernels are not compiled")
+    sys.exit(main())

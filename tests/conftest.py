@@ -1,0 +1,30 @@
+"""Settings shared by all tests: hypothesis profiles, the device, one thread a test process."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
+# time; HYPOTHESIS_PROFILE=nightly draws many new ones.
+settings.register_profile("dev", max_examples=25, deadline=None)
+settings.register_profile(
+    "ci",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device under test: CUDA where there is one, which runs the kernels compiled."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,6 +12,7 @@ reconstructions.png, perturbations.png and confusion.png.
 """
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -172,10 +173,14 @@ def main(argv: list[str] | None = None) -> int:
                 return run(parser, args, argv)
         return run(parser, args, argv)
     except (
-        DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError
+        DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
+        OSError,
     ) as error:  # fmt: skip
         print(f"train_mnist.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntrain_mnist.py: interrupted; what was saved before stays", file=sys.stderr)
+        return 130
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> int:
@@ -223,7 +228,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
     print(f"model       {args.model}, {parameters:,} parameters")
     print(f"results     {directory}", flush=True)
 
-    saved_args = {**vars(args), "dataset": dataset.name, "model_kwargs": model_kwargs}
+    resolved = {"dataset": dataset.name, "epochs": epochs, "model_kwargs": model_kwargs}
+    saved_args = {**vars(args), **resolved}
     trainer = Trainer(
         model,
         optimizer,
@@ -234,7 +240,6 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
         test_batch_size=args.test_batch_size,
         log_interval=args.log_interval,
         compiled=torch.compile(model) if args.torchcompile else None,
-        on_metrics=tensorboard_writer(directory) if args.tensorboard else None,
     )
     if state is not None:
         trainer.load_state(state)
@@ -244,23 +249,27 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
         return 0
 
     # -- training
+    if args.tensorboard:
+        trainer.on_metrics = tensorboard_writer(directory, trainer.progress.step)
     run_directory.write_json(
-        directory / "args.json", {"args": saved_args, "environment": describe_environment()}
+        directory / "args.json", {"args": saved_args, "environment": describe_environment(runtime)}
     )
     if state is not None:
         done = f"{trainer.progress.epoch} epochs and {trainer.progress.batch} batches"
         print(f"resuming    after {done}")
     print(f"training    {epochs} epochs of {len(batches)} batches, seed {args.seed}", flush=True)
     if not trainer.fit(batches, validation, test, epochs):
-        print(f"stopped and saved; go on with: python examples/train_mnist.py --resume {directory}")
+        command = f"python examples/train_mnist.py --resume {shlex.quote(str(directory))}"
+        print("stopped" if args.dry_run else f"stopped and saved; go on with: {command}")
         return 130
 
     # -- the test set, at last: the final model, and the one that the validation set chose
     report("final model", trainer.evaluate(test), test)
-    best = checkpoint.load(directory / "model_best.pt")
+    best = load_latest(directory, "model_best.pt")
     model.load_state_dict(best["model"])
     evaluation = trainer.evaluate(test)
-    report(f"best model (epoch {trainer.progress.best_epoch}, by validation)", evaluation, test)
+    epoch = best["progress"]["best_epoch"]
+    report(f"best model (epoch {epoch}, by validation)", evaluation, test)
 
     # -- pictures
     draw_figures(trainer, dataset, test, evaluation, directory)
@@ -275,20 +284,32 @@ def find_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | 
     """Load the checkpoint that --resume means; (None, None) where "auto" finds none."""
     if not args.resume:
         raise ValueError("--eval-only needs a model to test: add --resume PATH or --resume auto")
+    if args.dry_run:
+        raise ValueError("--dry-run tries a new run and keeps nothing: leave out --resume")
     directory = run_directory.find_run(args.resume, args.output_dir, args.model)
     if directory is None:
         if args.eval_only:
             raise RunDirectoryError("--resume auto: there is no run to test")
         print("resuming    nothing to resume, this is a new run")
         return None, None
+    if args.output_dir and Path(args.output_dir).resolve() != directory.resolve():
+        raise ValueError(f"--resume continues in {directory}: leave out --output-dir")
     if args.resume.endswith(".pt"):
-        return checkpoint.load(args.resume), directory
-    if args.eval_only:
-        return checkpoint.load_latest(directory, "model_best.pt")[0], directory
-    state, _, warning = checkpoint.load_latest(directory)
+        state = checkpoint.load(args.resume)
+    else:
+        state = load_latest(directory, "model_best.pt" if args.eval_only else "last.pt")
+    if state["progress"]["best_epoch"] and not args.eval_only:
+        # It is needed at the end: better that it is missed now.
+        load_latest(directory, "model_best.pt")
+    return state, directory
+
+
+def load_latest(directory: Path, name: str) -> dict[str, Any]:
+    """Load a checkpoint of a run, or the one before it with a warning."""
+    state, _, warning = checkpoint.load_latest(directory, name)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    return state, directory
+    return state
 
 
 def merge_arguments(
@@ -301,6 +322,8 @@ def merge_arguments(
     keep = ("resume", "eval_only", "dry_run", "output_dir")
     parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in keep})
     merged = parser.parse_args(argv)
+    if merged.dataset == "auto":
+        merged.dataset = saved["dataset"]
     for name in FIXED:
         if getattr(merged, name) != saved[name]:
             raise ValueError(
@@ -333,11 +356,14 @@ def head(images: ImageSet, count: int) -> ImageSet:
     return images.subset(range(min(count, len(images))))
 
 
-def tensorboard_writer(directory: Path) -> Any:
-    """Build a callback that logs to TensorBoard in the run directory."""
+def tensorboard_writer(directory: Path, steps_done: int) -> Any:
+    """Build a callback that logs to TensorBoard in the run directory.
+
+    Points after `steps_done` steps are hidden: a resumed run draws them again.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(directory / "tensorboard"))
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done + 1)
 
     def write(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

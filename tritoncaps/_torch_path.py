@@ -42,8 +42,9 @@ def squash_fwd(s: Tensor) -> Tensor:
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
     """Gradient of squash, (N, D).
 
-    With f(n) = n/(1+n²) and ŝ = s/n: v = f·s, and as n·f' = f·(1−n²)/(1+n²) = f·(1−2nf),
-    ds = f·(dv + (1−2nf)·(ŝ·dv)·ŝ).
+    With f(n) = n/(1+n²) and ŝ = s/n, v = f·s. The part of dv across s is scaled by f, the part
+    along it, ρ = ŝ·dv, by f + n·f' = 2f/(1+n²): ds = f·(dv − ρŝ) + 2f/(1+n²)·ρŝ. Kept apart, the
+    two lose nothing to cancellation where n is large and the second is tiny.
     """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
@@ -51,8 +52,8 @@ def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
     length, direction = _polar(s.to(dtype))
     grad_v = grad_v.to(dtype)
     f = 1 / (length + 1 / length)
-    radial = (direction * grad_v).sum(dim=-1, keepdim=True)
-    return (f * (grad_v + (1 - 2 * length * f) * radial * direction)).to(s.dtype)
+    along = (direction * grad_v).sum(dim=-1, keepdim=True) * direction
+    return (f * ((grad_v - along) + 2 / (1 + length.square()) * along)).to(s.dtype)
 
 
 # prediction vectors -------------------------------------------------------------------------------

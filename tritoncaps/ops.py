@@ -16,7 +16,7 @@ from typing import Literal, overload
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritoncaps import _checks, _operators
+from tritoncaps import _checks, _operators, _transforms  # noqa: F401  (registers the rules)
 
 __all__ = ["capsule_routing", "dynamic_routing", "margin_loss", "prediction_vectors", "squash"]
 

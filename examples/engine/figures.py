@@ -53,7 +53,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     """Plot accuracy and loss by epoch, for training and validation, with the best epoch marked.
 
     The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
-    The accuracy axis is stretched towards 100 %, so that tenths of a percent show near the top while
+    The accuracy axis is stretched towards 100 %, so that tenths of a percent show near the top and
     early epochs stay in view.
 
     Args:
@@ -88,12 +88,10 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
             axes.grid(alpha=0.3)
 
         if (best := _best_epoch(rows)) is not None:
-            accuracy = 100 * float(best["validation_accuracy"])
-            label = f"best validation accuracy: {accuracy:.2f} % after epoch {best['epoch']}"
+            epoch, accuracy = int(best["epoch"]), 100 * float(best["validation_accuracy"])
+            label = f"best validation accuracy: {accuracy:.2f} % after epoch {epoch}"
             for axes in figure.axes:
-                axes.axvline(
-                    int(best["epoch"]), color="0.4", linestyle="--", linewidth=1, label=label
-                )
+                axes.axvline(epoch, color="0.4", linestyle="--", linewidth=1, label=label)
         handles, labels = accuracy_axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 

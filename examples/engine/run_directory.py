@@ -30,19 +30,35 @@ def new_directory(requested: str | None, model: str, dataset: str) -> Path:
     Raises:
         RunDirectoryError: it is there already and holds something, or cannot be created.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    path = Path(requested) if requested else ROOT / f"{model}-{dataset}-{stamp}"
+    if requested is None:
+        return _unique_directory(f"{model}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
+    path = Path(requested)
     try:
         path.mkdir(parents=True, exist_ok=True)
         occupied = any(path.iterdir())
     except OSError as error:
         raise RunDirectoryError(f"--output-dir {path}: {error.strerror}") from error
     if occupied:
+        remedy = f"continue the run in it with --resume {path}, or " if has_checkpoint(path) else ""
         raise RunDirectoryError(
-            f"--output-dir {path} is not empty, and no run is ever overwritten: "
-            f"continue it with --resume {path}, or choose another directory"
+            f"--output-dir {path} is not empty, and nothing is ever overwritten: "
+            f"{remedy}choose another directory"
         )
     return path
+
+
+def _unique_directory(name: str) -> Path:
+    """Create a directory under runs/, with a number after its name where two runs start at once."""
+    path, number = ROOT / name, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+            path = ROOT / f"{name}-{number}"
+        except OSError as error:
+            raise RunDirectoryError(f"{path} cannot be created: {error.strerror}") from error
 
 
 def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:

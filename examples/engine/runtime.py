@@ -25,6 +25,11 @@ class Runtime:
     device: torch.device
     precision: str
 
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """What to sum up many batches in: float64, which Apple's GPUs (MPS) do not have."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which the model runs forward."""
         return torch.autocast(
@@ -60,7 +65,7 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
         try:
             chosen = torch.device(device)
             torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {device}: not available here ({reason})") from error
     if precision == "auto":
@@ -89,8 +94,9 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_environment(runtime: Runtime) -> dict[str, Any]:
     """Collect what a reader needs to make a result again: versions, machine, commit."""
+    device = runtime.device
     return {
         "tritoncaps": tritoncaps.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -98,7 +104,9 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "precision": runtime.precision,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }

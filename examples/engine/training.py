@@ -8,11 +8,12 @@ alone, and what remains is in the checkpoint.
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -56,6 +57,14 @@ class Schedule:
     lr: float
     gamma: float
     warmup_steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"Schedule: lr must be a positive number, got {self.lr}")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"Schedule: gamma must be a positive number, got {self.gamma}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"Schedule: warmup_steps must be >= 0, got {self.warmup_steps}")
 
     def __call__(self, step: int, epoch: int) -> float:
         """Give the rate of a step, counted from 0 over the whole run, in an epoch, from 0."""
@@ -159,9 +168,14 @@ class Trainer:
         log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
         try:
             with self._stop_on_signals():
+                if self.progress.step == 0:
+                    # A run that is killed in its first epoch can be resumed like any other.
+                    self._save_last()
                 while self.progress.epoch < epochs:
+                    if self._stop_requested:  # since the epoch before was saved
+                        return False
                     if not self._train_epoch(train, epochs, log):
-                        checkpoint.save(self.directory / "last.pt", self.state())
+                        self._save_last()
                         return False
                     self._finish_epoch(train, validation, test, epochs)
         finally:
@@ -172,29 +186,38 @@ class Trainer:
         progress, device = self.progress, self.runtime.device
         self.model.train()
         # Summed on the device: reading them at every step would make each one wait.
-        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+        loss_sum = torch.tensor(progress.loss_sum, dtype=self.runtime.sum_dtype, device=device)
         correct = torch.tensor(progress.correct, device=device)
         begun, first_batch = time.perf_counter(), progress.batch
+        stopping = False
         with self._bar(f"epoch {progress.epoch + 1}/{epochs}", len(train), first_batch) as bar:
             for images, labels in train.epoch(progress.epoch, progress.batch):
                 loss, lengths = self._step(images, labels)
                 progress.batch += 1
                 progress.step += 1
-                loss_sum += loss.detach().double() * len(labels)
+                loss_sum += loss.detach().to(loss_sum.dtype) * len(labels)
                 correct += (lengths.detach().argmax(dim=1) == labels).sum()
                 bar.update()
                 is_last = progress.batch == len(train)
-                if progress.step % self.log_interval == 0 or is_last or self._stop_requested:
+                is_due = progress.step % self.log_interval == 0 or is_last
+                # Read once, since a signal may arrive between any two lines.
+                stopping = self._stop_requested and not is_last
+                if is_due or stopping:
                     progress.loss_sum, progress.correct = loss_sum.item(), int(correct.item())
-                    self._check_finite(progress.loss_sum)
+                    if not math.isfinite(progress.loss_sum):
+                        raise self._not_finite(f"the loss is {progress.loss_sum}")
+                if is_due:
                     elapsed = time.perf_counter() - begun
                     self._record(train, elapsed, first_batch, bar, log)
-                    self._estimate(train, elapsed, first_batch, epochs, bar)
-                if self._stop_requested and not is_last:
-                    progress.seconds += time.perf_counter() - begun
-                    return False
+                    self._estimate(train, elapsed, first_batch, epochs)
+                if stopping:
+                    break
         progress.seconds += time.perf_counter() - begun
-        return True
+        # What follows is saved, and the last step may have spoilt what no loss has shown yet.
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._not_finite(f"{name} is not finite")
+        return not stopping
 
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         rate = self.schedule(self.progress.step, self.progress.epoch)
@@ -234,12 +257,16 @@ class Trainer:
             progress.best_accuracy, progress.best_loss = quality[0], -quality[1]
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
+        # last.pt comes last: whatever is cut off before it, the resumed run writes again.
+        write_summary(self.directory / "summary.csv", self.rows)
         if is_best:
             self._save_best()
-        checkpoint.save(self.directory / "last.pt", self.state())
-        write_summary(self.directory / "summary.csv", self.rows)
+        self._save_last()
         self.on_metrics(progress.step, {k: v for k, v in row.items() if k != "epoch"})
         self._say(_epoch_line(row, epochs, is_best))
+
+    def _save_last(self) -> None:
+        checkpoint.save(self.directory / "last.pt", self.state())
 
     def _save_best(self) -> None:
         checkpoint.save(self.directory / "model_best.pt", self.state())
@@ -253,16 +280,16 @@ class Trainer:
     def evaluate(self, images: ImageSet) -> Evaluation:
         """Evaluate a set; the decoder sees no label."""
         self.model.eval()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        loss_sum = torch.zeros((), dtype=self.runtime.sum_dtype, device=self.runtime.device)
         predictions = []
         for batch, labels in Batches(images, self.test_batch_size, seed=0, shuffle=False).epoch(0):
             output = self.predict(batch)
             loss = self.loss(output.lengths, labels, output.reconstruction, batch)
-            loss_sum += loss.double() * len(labels)
+            loss_sum += loss.to(loss_sum.dtype) * len(labels)
             predictions.append(output.lengths.argmax(dim=1))
         predicted = torch.cat(predictions)
-        accuracy = (predicted == images.labels).double().mean().item()
-        return Evaluation(loss_sum.item() / len(images), accuracy, predicted.cpu())
+        correct = int((predicted == images.labels).sum())
+        return Evaluation(loss_sum.item() / len(images), correct / len(images), predicted.cpu())
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Any:
@@ -274,14 +301,16 @@ class Trainer:
 
     # reports
 
-    def _check_finite(self, loss_sum: float) -> None:
-        if not math.isfinite(loss_sum):
-            raise TrainingError(
-                f"the loss is {loss_sum} at step {self.progress.step} (epoch "
-                f"{self.progress.epoch + 1}, at or within {self.log_interval} batches before batch "
-                f"{self.progress.batch}). Nothing was saved since the last checkpoint; continue "
-                f"from it with a lower --lr, or with --precision fp32"
-            )
+    def _not_finite(self, what: str) -> TrainingError:
+        progress = self.progress
+        remedy = "start a new run with a lower --lr"
+        if self.runtime.precision != "fp32":
+            remedy += ", or continue this one with --precision fp32"
+        return TrainingError(
+            f"{what} at step {progress.step} (epoch {progress.epoch + 1}, at or within "
+            f"{self.log_interval} batches before batch {progress.batch}). Nothing was saved since "
+            f"the last checkpoint; {remedy}"
+        )
 
     def _record(
         self, train: Batches, elapsed: float, first_batch: int, bar: Any, log: MetricsLog
@@ -302,9 +331,7 @@ class Trainer:
             f"{values['images_per_second']:.0f} images/s"
         )
 
-    def _estimate(
-        self, train: Batches, elapsed: float, first_batch: int, epochs: int, bar: Any
-    ) -> None:
+    def _estimate(self, train: Batches, elapsed: float, first_batch: int, epochs: int) -> None:
         """Say once, after the first seconds, how long the run will take."""
         if self._estimated or elapsed < _ESTIMATE_AFTER_SECONDS:
             return
@@ -345,7 +372,10 @@ class Trainer:
         def request_stop(number: int, frame: FrameType | None) -> None:
             self._stop_requested = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._say(f"{signal.Signals(number).name}: finishing the batch, then saving")
+            # Not with print: the signal may have come in the middle of one, and that is an error.
+            message = f"\n{signal.Signals(number).name}: finishing the batch, then saving\n"
+            with suppress(OSError):
+                os.write(2, message.encode())
 
         before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -1,0 +1,268 @@
+"""The operators as citizens of torch: opcheck, compile, export, vmap, autocast, meta, FLOPs."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from tritoncaps import _operators, ops, reference
+
+B, I, P, J, D = 3, 9, 4, 5, 6
+
+
+def random(*shape, seed=0, dtype=torch.float32, device="cpu", grad=True):
+    generator = torch.Generator().manual_seed(seed + len(shape))
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return drawn.to(device, dtype).requires_grad_(grad)
+
+
+def samples(device, dtype=torch.float32):
+    """Arguments of each registered operator with a gradient."""
+    tensor = {"dtype": dtype, "device": device}
+    u, weight = random(B, I, P, **tensor), random(I, P, J, D, **tensor)
+    u_hat, prior = random(B, I, J, D, **tensor), random(I, J, **tensor)
+    return [
+        (_operators.squash, (random(B, J, D, **tensor),)),
+        (_operators.prediction_vectors, (u, weight)),
+        (_operators.dynamic_routing, (u_hat, None, 3, True, False)),
+        (_operators.dynamic_routing, (u_hat, prior, 2, True, True)),
+        (_operators.dynamic_routing, (u_hat, prior, 2, False, True)),
+        (_operators.capsule_routing, (u, weight, None, 3, True, False)),
+        (_operators.capsule_routing, (u, weight, prior, 2, True, True)),
+        (_operators.capsule_routing, (u, weight, prior, 1, False, False)),
+    ]
+
+
+CASES = range(len(samples("cpu")))
+
+# opcheck itself reads .grad of what need not be a leaf.
+opcheck_warns = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@opcheck_warns
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(device, case):
+    operator, arguments = samples(device)[case]
+    opcheck(operator, arguments)
+
+
+def test_opcheck_of_the_backward_operators(device):
+    def plain(*shape):
+        return random(*shape, device=device, grad=False)
+
+    s = plain(B, J, D)
+    opcheck(_operators.squash_backward, (s, s))
+    u, weight, votes, v = plain(B, I, P), plain(I, P, J, D), plain(B, I, J, D), plain(B, J, D)
+    opcheck(_operators.prediction_vectors_backward, (votes, u, weight))
+    sums, prior, coupling = plain(3, B, J, D), plain(I, J), plain(B, I, J)
+    for full in (True, False):
+        for p, c in ((None, None), (prior, coupling)):
+            opcheck(_operators.dynamic_routing_backward, (v, c, votes, p, sums, full))
+            opcheck(_operators.capsule_routing_backward, (v, c, u, weight, p, sums, full))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck_in_float64(device, case):
+    """Also with a result that reaches the operator's backward with other strides."""
+    operator, arguments = samples(device, torch.float64)[case]
+
+    def outputs(*tensors):
+        result = operator(*tensors)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    full = not (len(arguments) > 3 and arguments[-2] is False)
+    if full:  # with gradient="last" the derivative is by intention not that of the function
+        assert gradcheck(outputs, arguments, fast_mode=True)
+        assert gradcheck(lambda *t: outputs(*t).transpose(0, 1), arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+def test_gradcheck_of_the_coupling(device, name):
+    tensor = {"dtype": torch.float64, "device": device}
+    shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
+    inputs = [random(*shape, **tensor) for shape in [*shapes, (I, J)]]
+
+    def both(*tensors):
+        return getattr(ops, name)(*tensors[:-1], prior=tensors[-1], return_coupling=True)
+
+    assert gradcheck(both, inputs, fast_mode=True)
+
+
+def test_second_derivative_is_refused_by_name(device):
+    u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
+    (grad,) = torch.autograd.grad(ops.capsule_routing(u, weight).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"tritoncaps\.capsule_routing_backward"):
+        grad.sum().backward()
+
+
+def whole(u, weight, prior):
+    """Every operator, forward, in one function."""
+    v, c = ops.capsule_routing(u, weight, prior=prior, return_coupling=True)
+    u_hat = ops.prediction_vectors(u, weight)
+    w = ops.dynamic_routing(u_hat, iterations=2, gradient="last")
+    lengths = torch.linalg.vector_norm(ops.squash(v + w), dim=-1)
+    target = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    return ops.margin_loss(lengths, target) + c.square().mean()
+
+
+def test_compiles_whole_with_a_dynamic_batch(device):
+    torch._dynamo.reset()
+    weight, prior = random(I, P, J, D, device=device), random(I, J, device=device)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(whole, fullgraph=True, dynamic=True, backend=frames)
+    counts = []
+    for batch in (3, 5, 7):
+        u = random(batch, I, P, seed=batch, device=device)
+        results = []
+        for function in (compiled, whole):
+            loss = function(u, weight, prior)
+            results.append([loss, *torch.autograd.grad(loss, (u, weight, prior))])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+        counts.append(frames.frame_count)
+    assert counts[0] == counts[-1], "another batch size compiles nothing anew"
+
+
+def test_compiles_with_inductor(device):
+    torch._dynamo.reset()
+    u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
+    compiled = torch.compile(ops.capsule_routing, fullgraph=True)
+    with warnings.catch_warnings():
+        # Inductor's own use of what its dependencies deprecate.
+        warnings.simplefilter("ignore")
+        results = [
+            torch.autograd.grad(function(u, weight).square().sum(), (u, weight))
+            for function in (compiled, ops.capsule_routing)
+        ]
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_exports_with_a_dynamic_batch(device):
+    class Routing(torch.nn.Module):
+        def forward(self, u, weight):
+            return ops.capsule_routing(u, weight)
+
+    u, weight = (random(*s, device=device, grad=False) for s in ((B, I, P), (I, P, J, D)))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        Routing(), (u, weight), dynamic_shapes={"u": {0: batch}, "weight": None}
+    )
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "tritoncaps.capsule_routing.default" in targets
+    more = random(B + 2, I, P, seed=1, device=device, grad=False)
+    torch.testing.assert_close(program.module()(more, weight), ops.capsule_routing(more, weight))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 2)])
+def test_vmap_agrees_with_a_loop(device, in_dims):
+    shapes = [(B, I, P), (I, P, J, D)]
+    inputs = [
+        random(*shape, device=device, grad=False)
+        if dim is None
+        else torch.stack([random(*shape, seed=n, device=device, grad=False) for n in (1, 2)], dim)
+        for shape, dim in zip(shapes, in_dims, strict=True)
+    ]
+
+    def slices(index):
+        return [
+            x if dim is None else x.select(dim, index)
+            for x, dim in zip(inputs, in_dims, strict=True)
+        ]
+
+    def both(u, weight):
+        v, c = ops.capsule_routing(u, weight, return_coupling=True)
+        votes = ops.prediction_vectors(u, weight)
+        return v, c, ops.dynamic_routing(votes), ops.squash(u)
+
+    mapped = torch.func.vmap(both, in_dims=in_dims)(*inputs)
+    for index in range(2):
+        for actual, expected in zip(mapped, both(*slices(index)), strict=True):
+            torch.testing.assert_close(actual[index], expected)
+
+
+def test_vmap_without_coupling_and_of_the_gradients(device):
+    weight = random(I, P, J, D, device=device)
+    batches = torch.stack([random(B, I, P, seed=n, device=device, grad=False) for n in (1, 2)])
+    v = torch.func.vmap(ops.capsule_routing, in_dims=(0, None))(batches, weight)
+    v.square().sum().backward()
+    expected = sum(
+        torch.autograd.grad(ops.capsule_routing(u, weight).square().sum(), weight)[0]
+        for u in batches
+    )
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_routes_in_float32(device, dtype):
+    u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
+    exact = ops.capsule_routing(u.to(dtype).float(), weight)
+    with torch.autocast(device.type, dtype=dtype):
+        v, c = ops.capsule_routing(u.to(dtype), weight, return_coupling=True)
+        assert v.dtype == c.dtype == torch.float32
+        assert ops.squash(u.to(dtype)).dtype == torch.float32
+        assert ops.prediction_vectors(u.to(dtype), weight).dtype == torch.float32
+    # The products inside are not autocast either.
+    torch.testing.assert_close(v, exact, rtol=0, atol=0)
+    v.sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_meta_tensors_give_shapes(device):
+    u, weight = torch.empty(B, I, P, device="meta"), torch.empty(I, P, J, D, device="meta")
+    v, c = ops.capsule_routing(u, weight, return_coupling=True)
+    assert (v.shape, c.shape) == ((B, J, D), (B, I, J))
+    assert v.device.type == "meta"
+    assert ops.prediction_vectors(u, weight).shape == (B, I, J, D)
+    assert ops.squash(u).shape == u.shape
+    assert ops.dynamic_routing(torch.empty(B, I, J, D, device="meta")).shape == (B, J, D)
+
+
+def test_flop_counter_counts_what_the_reference_does(device):
+    u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
+    counts = []
+    for module in (ops, reference):
+        with FlopCounterMode(display=False) as counter:
+            module.capsule_routing(u, weight, 3).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+    with FlopCounterMode(display=False) as counter:
+        ops.dynamic_routing(ops.prediction_vectors(u, weight), 3).sum().backward()
+    assert counter.get_total_flops() == counts[1]
+
+
+def test_inputs_are_not_changed(device):
+    tensors = [random(B, I, P, device=device), random(I, P, J, D, device=device)]
+    copies = [t.detach().clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    ops.capsule_routing(*tensors).sum().backward()
+    assert [t._version for t in tensors] == versions
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_fallback_to_the_torch_path_is_said_once(monkeypatch):
+    """A shape that no kernel configuration fits gets the torch path's result, and one warning."""
+
+    class Kernels:
+        class UnsupportedShapeError(Exception):
+            pass
+
+        @staticmethod
+        def squash_fwd(s):
+            raise Kernels.UnsupportedShapeError("D=3 is too much for this test")
+
+    monkeypatch.setattr(_operators, "INTERPRETED", True)
+    monkeypatch.setattr(_operators, "_kernels", lambda: Kernels)
+    _operators._say_once.cache_clear()
+    s = torch.ones(2, 3)
+    with pytest.warns(UserWarning, match="squash_fwd runs without its Triton kernel: D=3"):
+        v = ops.squash(s)
+    torch.testing.assert_close(v, reference.squash(s))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.squash(s)

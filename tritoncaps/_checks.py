@@ -119,7 +119,12 @@ def check_target(function: str, target: Tensor, lengths: Tensor) -> None:
     there an index out of range fails inside `one_hot`.
     """
     B, K = lengths.shape
-    if not isinstance(target, Tensor) or target.ndim != 2:
+    if isinstance(target, Tensor) and target.ndim not in (1, 2):
+        raise ValueError(
+            f"{function}: target must have 1 axis (B) or 2 (B, K), got {target.ndim} "
+            f"(target: {shape_of(target)})"
+        )
+    if not isinstance(target, Tensor) or target.ndim == 1:
         check_class_indices(function, target, B, K, lengths.device)
         return
     _check_device(function, target, lengths.device)

@@ -85,6 +85,12 @@ class PrimaryCapsules(nn.Module):
                 f"PrimaryCapsules: features must be (B, {self.in_channels}, H, W), "
                 f"got {_checks.shape_of(features)}"
             )
+        if self.num_capsules(*features.shape[2:]) == 0:
+            height, width = features.shape[2:]
+            raise ValueError(
+                f"PrimaryCapsules: features of {height}x{width} are smaller than the kernel, "
+                f"{self.kernel_size}x{self.kernel_size}"
+            )
         maps = self.conv(features)
         return ops.squash(rearrange(maps, "B (T P) H W -> B (H W T) P", P=self.dim))
 

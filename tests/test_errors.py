@@ -4,9 +4,10 @@ import re
 
 import pytest
 import torch
+from tritoncaps.models import CapsNet, DeepCapsNet, create_model
+
 from tritoncaps import CapsuleLoss, PrimaryCapsules, ReconstructionDecoder, RoutedCapsules, ops
 from tritoncaps.losses import reconstruction_error
-from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 U, WEIGHT = torch.ones(2, 6, 8), torch.ones(6, 8, 10, 16)
 U_HAT, PRIOR = torch.ones(2, 6, 10, 16), torch.zeros(6, 10)
@@ -176,7 +177,7 @@ CASES = {
     "loss-reduction": (
         call(ops.margin_loss, LENGTHS, TARGET, reduction="max"),
         ValueError,
-        "margin_loss: reduction must be \"mean\" or \"sum\" or \"none\", got 'max'",
+        'margin_loss: reduction must be "mean" or "sum" or "none", got \'max\'',
     ),
     "reconstruction-shapes": (
         call(CapsuleLoss(), LENGTHS, TARGET, torch.ones(2, 1, 5, 5), torch.ones(2, 1, 6, 5)),

@@ -121,7 +121,6 @@ class TestFindRun:
     def test_auto_looks_in_the_output_directory_alone_if_one_is_given(self) -> None:
         make_run("runs/capsnet-digits-20240101-000000")
         assert find_run("auto", "mine", "capsnet") is None
-        assert find_run("auto", "mine", "capsnet") is None
         mine = make_run("mine", age=1000)
         assert find_run("auto", "mine", "capsnet") == mine
 

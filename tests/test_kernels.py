@@ -1,0 +1,354 @@
+"""The kernels' launchers against the reference in float64, interpreted on a CPU or on a GPU.
+
+tests/test_ops.py draws the operators at random on every backend; here is what only the launchers can
+show: that nothing beside a tensor is touched, which kernels run, and that no bit depends on layout,
+batch or repetition.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from agreement import LAYOUTS, assert_agrees, with_layout
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tritoncaps._operators import INTERPRETED
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 to interpret", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from kernel_cases import (
+    ROUTINGS,
+    Allocations,
+    counted_launches,
+    exact_routing,
+    random,
+    routing_inputs,
+    run_routing,
+)
+
+from tritoncaps import kernels
+from tritoncaps.kernels import _launch
+from tritoncaps.kernels._primitives import _round_to_tf32, dot
+
+SHAPE = (3, 19, 3, 4, 5)  # B, I, P, J, D
+
+
+def assert_exact(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Float64 results of `run_routing` against those of `exact_routing`."""
+    v, coupling, _, *grads = actual
+    for result, exact in zip([v, coupling, *grads], expected, strict=True):
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+@pytest.mark.parametrize("mode", ["full", "full-coupling", "last"])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_every_mode_is_exact(device, name, iterations, mode, with_prior):
+    inputs = routing_inputs(name, SHAPE, device)
+    options = {
+        "iterations": iterations,
+        "full": mode != "last",
+        "with_prior": with_prior,
+        "with_coupling": True,
+    }
+    if mode == "full":
+        inputs[-1].zero_()
+    assert_exact(run_routing(name, inputs, **options), exact_routing(name, inputs, **options))
+
+
+@pytest.mark.parametrize("axis", range(5), ids="BIPJD")
+@pytest.mark.parametrize("extent", [0, 1])
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_axes_of_no_and_of_one_element(device, name, with_prior, extent, axis):
+    shape = tuple(extent if n == axis else size for n, size in enumerate((2, 5, 3, 4, 3)))
+    inputs = routing_inputs(name, shape, device)
+    actual = run_routing(name, inputs, with_prior=with_prior)
+    assert_exact(actual, exact_routing(name, inputs, with_prior=with_prior))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 70, 3), (1, 2, 1, 300, 2), (18, 2, 33, 3, 17)])
+def test_shapes_of_several_blocks(device, name, shape):
+    inputs = routing_inputs(name, shape, device)
+    assert_exact(run_routing(name, inputs), exact_routing(name, inputs))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_any_tiling_of_a_table_is_exact(device, name, tmp_path, monkeypatch):
+    """Several tiles to a split, several splits, and the blocks of a measured table."""
+    architecture = _launch.target_of(torch.empty(0, device=device)).architecture
+    tiling = {"block_i": 4, "groups": 1, "num_warps": 1, "max_splits": 3, "block_rows": 2}
+    table = {
+        f"capsule_routing_fwd {architecture} float64 I53 P4 J3 D2": tiling,
+        f"capsule_routing_bwd {architecture} float64 I53 P4 J3 D2": tiling | {"max_splits": 2},
+        f"weight_gradient {architecture} float64 I53 P4 J3 D2": {"block_i": 8, "block_b": 16},
+        f"dynamic_routing {architecture} float64 I53 J3 D2": {
+            "block_i": 2,
+            "block_j": 1,
+            "max_splits": 3,
+        },
+    }
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table))
+    monkeypatch.setattr(_launch, "_table", {})
+    _launch.load_table(path)
+    inputs = routing_inputs(name, (17, 53, 4, 3, 2), device)
+    assert_exact(run_routing(name, inputs), exact_routing(name, inputs))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_prior_of_minus_infinity_forbids_a_pair(device, name):
+    inputs = routing_inputs(name, SHAPE, device)
+    inputs[-3][::2, 0] = float("-inf")
+    inputs[-3][1, 1:] = float("-inf")
+    actual = run_routing(name, inputs)
+    assert (actual[1][:, ::2, 0] == 0).all()
+    assert_exact(actual, exact_routing(name, inputs))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_large_agreement_stays_finite(device, name):
+    inputs = routing_inputs(name, SHAPE, device, torch.float32)
+    inputs[0] *= 1e4
+    for result in run_routing(name, inputs):
+        assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_float16_agrees(device, name):
+    """Sums are float32, so a half-precision result is at least as good as the einsum form's."""
+    options = {"with_coupling": False}
+    inputs = routing_inputs(name, SHAPE, device, torch.float16)
+    v, _, sums, *grads = run_routing(name, inputs, **options)
+    assert sums.dtype == torch.float32
+    plain = exact_routing(name, inputs, dtype=torch.float16, **options)
+    exact = exact_routing(name, inputs, **options)
+    del plain[1], exact[1]  # the coupling
+    for index, result in enumerate([v, *grads]):
+        assert result.dtype == torch.float16
+        assert_agrees(f"result {index}", result, plain[index], exact[index])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(ROUTINGS),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5),
+    iterations=st.integers(1, 3),
+    full=st.booleans(),
+)
+def test_layout_changes_no_bit(device, name, layouts, iterations, full):
+    """Inputs and gradients of any strides, NaN beside their values, give contiguous ones' bits."""
+    inputs = routing_inputs(name, (3, 7, 2, 3, 5), device, torch.float32)
+    views = [with_layout(tensor, layout) for tensor, layout in zip(inputs, layouts, strict=False)]
+    inputs = [view.contiguous().clone() for view in views]
+    options = {"iterations": iterations, "full": full}
+    expected = run_routing(name, inputs, **options)
+    for result, bits in zip(run_routing(name, views, **options), expected, strict=True):
+        assert torch.equal(result, bits)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_no_bit_of_prediction_vectors_and_squash(device, layout):
+    u, weight, grad = random(5, 7, 3), random(7, 3, 4, 5), random(5, 7, 4, 5)
+    views = [with_layout(tensor, layout).to(device) for tensor in (u, weight, grad)]
+    copies = [view.contiguous().clone() for view in views]
+    results = []
+    for u, weight, grad in (views, copies):
+        votes = kernels.prediction_vectors_fwd(u, weight)
+        results.append([votes, *kernels.prediction_vectors_bwd(grad, u, weight)])
+        results[-1].append(kernels.squash_fwd(weight[0, 0]))
+        results[-1].append(kernels.squash_bwd(weight[0, 1], weight[0, 0]))
+    for result, bits in zip(*results, strict=True):
+        assert result.is_contiguous()
+        assert torch.equal(result, bits)
+
+
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_batch_rows_do_not_depend_on_the_batch(device, name, with_prior):
+    """A slice of the batch gives the bits of the batch, and a row of NaN stays alone.
+
+    Without a prior the first sums of the fused routing come from the vendor's matrix product, whose
+    order of additions may depend on the batch: there is no such promise there.
+    """
+    if name == "capsule_routing" and not with_prior:
+        return
+    inputs = routing_inputs(name, (19, 9, 3, 4, 5), device, torch.float32)
+    *shared, prior, grad_v, grad_coupling = inputs
+    shared[0][3] = float("nan")
+    whole = run_routing(name, inputs, with_prior=with_prior)
+    for rows in (slice(0, 2), slice(14, 18), slice(18, 19)):
+        sliced = [shared[0][rows], *shared[1:], prior, grad_v[rows], grad_coupling[rows]]
+        part = run_routing(name, sliced, with_prior=with_prior)
+        assert torch.equal(part[0], whole[0][rows])
+        assert torch.equal(part[1], whole[1][rows])
+        assert torch.equal(part[2], whole[2][:, rows])
+        assert torch.equal(part[3], whole[3][rows])
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "last"])
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_nothing_beside_a_tensor_is_written_and_all_of_it_is(device, name, with_prior, full):
+    inputs = routing_inputs(name, (3, 11, 2, 3, 7), device)
+    before = [tensor.clone() for tensor in inputs]
+    expected = run_routing(name, inputs, with_prior=with_prior, full=full)
+    with Allocations() as allocations:
+        results = run_routing(name, inputs, with_prior=with_prior, full=full)
+    allocations.assert_bands_untouched()
+    for result, bits in zip(results, expected, strict=True):
+        assert torch.equal(result, bits)
+    for tensor, copy in zip(inputs, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_nothing_beside_prediction_vectors_or_squash_is_written(device):
+    u, weight = random(3, 5, 2).to(device), random(5, 2, 3, 7).to(device)
+    with Allocations() as allocations:
+        votes = kernels.prediction_vectors_fwd(u, weight)
+        results = [votes, *kernels.prediction_vectors_bwd(votes, u, weight)]
+        rows = votes.view(-1, 7)
+        results += [kernels.squash_fwd(rows), kernels.squash_bwd(rows, rows)]
+    allocations.assert_bands_untouched()
+    for result in results:
+        assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+def test_fused_routing_launches_few_kernels_and_stores_no_votes(device, iterations, with_prior):
+    B, I, P, J, D = shape = (2, 11, 3, 5, 7)
+    inputs = routing_inputs("capsule_routing", shape, device)
+    u, weight, prior, grad_v, _ = inputs
+    prior = prior if with_prior else None
+    with Allocations() as allocations:
+        with counted_launches() as forward:
+            _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, iterations, False)
+        with counted_launches() as backward:
+            kernels.capsule_routing_bwd(grad_v, None, u, weight, prior, sums, True)
+    # Without a prior the first pass is one product of the vendor's library.
+    assert allocations.products == (0 if with_prior else 1)
+    assert len(forward) == iterations + with_prior
+    assert len(backward) == iterations + 1
+    assert len(backward) <= 2 * iterations
+    for size in allocations.shapes:
+        over_i_and_d = any(n and n % I == 0 for n in size) and any(n and n % D == 0 for n in size)
+        assert not over_i_and_d or size == weight.shape
+    assert weight.shape in allocations.shapes
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        ("squash_fwd", [(2, 20000)]),
+        ("prediction_vectors_fwd", [(1, 1, 1), (1, 1, 1, 2**23)]),
+        ("dynamic_routing_fwd", [(1, 1, 1, 5000)]),
+        ("capsule_routing_fwd", [(1, 1, 200), (1, 200, 1, 40)]),
+    ],
+)
+def test_shape_that_fits_no_configuration_is_refused(device, function, shapes):
+    tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
+    rest = (None, 3, False) if "routing" in function else ()
+    with counted_launches() as launched, pytest.raises(kernels.UnsupportedShape, match="at most|holds"):
+        getattr(kernels, function)(*tensors, *rest)
+    assert not launched
+
+
+FAR_APART = """
+import sys, torch
+from tritoncaps import kernels
+stride = 2**30 + 16
+storage = torch.from_file(sys.argv[1], shared=True, size=2 * stride + 64, dtype=torch.float16)
+u = storage.as_strided((3, 2, 2), (stride, 2, 1))
+u.copy_(torch.arange(12).view(3, 2, 2) / 8)
+weight = torch.ones(2, 2, 2, 2, dtype=torch.float16)
+near, far = (kernels.capsule_routing_fwd(x, weight, None, 2, False)[0] for x in (u.clone(), u))
+assert torch.equal(near, far)
+near, far = (kernels.prediction_vectors_fwd(x, weight) for x in (u.clone(), u))
+assert torch.equal(near, far)
+rows = storage.as_strided((3, 4), (stride, 1))
+assert torch.equal(kernels.squash_fwd(rows.clone()), kernels.squash_fwd(rows))
+votes = storage.as_strided((3, 1, 2, 2), (stride, 4, 2, 1))
+near, far = (kernels.dynamic_routing_fwd(x, None, 2, False)[0] for x in (votes.clone(), votes))
+assert torch.equal(near, far)
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="maps a sparse file as a tensor of a CPU")
+def test_offsets_past_two_to_the_31_elements(tmp_path):
+    """In a process of its own: an offset that wraps around ends it with a segmentation fault."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(2 * (2 * (2**30 + 16) + 64))
+    subprocess.run([sys.executable, "-c", FAR_APART, str(path)], check=True)
+
+
+@triton.jit
+def _tf32x3_kernel(a_ptr, b_ptr, product_ptr, high_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(high_ptr + offsets, _round_to_tf32(a))
+    tl.store(product_ptr + offsets, dot(a, b, "tf32x3"))
+
+
+def test_three_tf32_products_make_float32(device):
+    a, b = random(32, 32, dtype=torch.float32).to(device), random(32, 32, seed=1).float().to(device)
+    product, high = torch.empty_like(a), torch.empty_like(a)
+    _tf32x3_kernel[(1,)](a, b, product, high, N=32)
+    assert (high.view(torch.int32) & 0x1FFF == 0).all(), "the bits that TF32 lacks are zero"
+    assert ((a - high).abs() <= 2.0**-11 * a.abs()).all(), "and the others are rounded to nearest"
+    exact = a.double() @ b.double()
+    scale = (a.double().abs() @ b.double().abs()).max()
+    assert (product - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * scale
+
+
+@given(
+    I=st.integers(1, 5000),
+    P=st.integers(1, 64),
+    J=st.integers(1, 2000),
+    D=st.integers(1, 64),
+    dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]),
+    shared_memory=st.sampled_from([65536, 101376, 232448]),
+)
+def test_configurations_cover_the_capsules_and_fit(I, P, J, D, dtype, shared_memory):
+    target = _launch.Target("sm90", shared_memory)
+    width = 8 if dtype == torch.float64 else 4
+    configs = [
+        _launch.capsule_routing_config(I, P, J, D, dtype, target, backward=backward)
+        for backward in (False, True)
+    ]
+    for config in configs:
+        tile = config.groups * config.block_i * config.block_p * config.block_d
+        assert config.block_p >= P
+        assert config.block_d >= D
+        assert config.block_i * config.block_p >= 16
+        assert tile * width * max(config.num_stages - 1, 1) <= shared_memory
+    configs.append(_launch.dynamic_routing_config(I, J, D, dtype, target))
+    for config in configs:
+        splits, tiles = config.divide(I)
+        covered = config.groups * config.block_i * tiles
+        assert splits <= config.max_splits
+        assert (splits - 1) * covered < I <= splits * covered
+
+
+def test_precision_follows_torch():
+    nvidia, amd = _launch.Target("sm90", 232448), _launch.Target("gfx942", 65536)
+    assert _launch.dot_precision(torch.float64, nvidia) == "ieee"
+    assert _launch.dot_precision(torch.float16, nvidia) == "tf32"
+    assert _launch.dot_precision(torch.float32, amd) == "ieee"
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert _launch.dot_precision(torch.float32, nvidia) == expected
+    finally:
+        torch.set_float32_matmul_precision(before)

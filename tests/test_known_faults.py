@@ -1,0 +1,136 @@
+"""Faults that published capsule networks repeat, each as a test that would have caught it."""
+
+import pytest
+import torch
+from tritoncaps.models import CapsNet, DeepCapsNet
+
+from tritoncaps import PrimaryCapsules, RoutedCapsules, ops, reference
+from tritoncaps.layers import capsule_lengths
+
+
+def votes(device, B=2, I=7, J=4, D=3):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(B, I, J, D, generator=generator).to(device)
+
+
+def test_coupling_is_a_softmax_over_output_capsules(device):
+    """Not over the inputs, nor over the batch."""
+    u_hat = votes(device)
+    _, c = ops.dynamic_routing(u_hat, return_coupling=True)
+    ones = torch.ones(2, 7, device=device)
+    torch.testing.assert_close(c.sum(dim=2), ones)
+    assert not torch.allclose(c.sum(dim=1), ones[:, :1].expand(2, 4))
+
+
+def test_logits_belong_to_one_image(device):
+    """b is not shared across, or averaged over, the batch."""
+    u_hat = votes(device)
+    together = ops.dynamic_routing(u_hat)
+    alone = torch.cat([ops.dynamic_routing(image[None]) for image in u_hat])
+    torch.testing.assert_close(together, alone)
+
+
+def test_primary_capsule_is_eight_channels_of_one_position(device):
+    """Not eight neighbouring values of NCHW memory, which mixes positions."""
+    layer = PrimaryCapsules(in_channels=3, capsule_types=2, dim=8, kernel_size=1, stride=1)
+    layer = layer.to(device)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 3, 5, 4, generator=generator).to(device)
+    poses = layer(features)
+    # A change at one position changes the two capsules of that position and no other.
+    changed = features.clone()
+    changed[0, :, 3, 2] += 1
+    differs = (layer(changed) != poses).any(dim=-1)[0]
+    position = 3 * 4 + 2
+    assert differs.nonzero().flatten().tolist() == [2 * position, 2 * position + 1]
+    # And each is the squash of its group of output channels there.
+    maps = layer.conv(features)[0, :, 3, 2]
+    expected = reference.squash(maps.view(2, 8))
+    torch.testing.assert_close(poses[0, 2 * position : 2 * position + 2], expected)
+
+
+def test_iterations_count_weighted_sums(device):
+    """Three iterations are three sums: two updates of the logits, not three and not one."""
+    u_hat = votes(device)
+    b = torch.zeros(u_hat.shape[:3], device=device)
+    for _ in range(2):
+        s = torch.einsum("bij,bijd->bjd", b.softmax(dim=-1), u_hat)
+        b = b + torch.einsum("bijd,bjd->bij", u_hat, reference.squash(s))
+    s = torch.einsum("bij,bijd->bjd", b.softmax(dim=-1), u_hat)
+    torch.testing.assert_close(ops.dynamic_routing(u_hat, 3), reference.squash(s))
+
+
+@pytest.mark.parametrize("model", [CapsNet, DeepCapsNet])
+def test_decoder_never_sees_a_label_at_inference(device, model):
+    """Without a target the longest capsule is decoded, and a target changes nothing else."""
+    torch.manual_seed(0)
+    channels = 4 if model is CapsNet else (4, 4)
+    network = model(channels=channels, capsule_types=2).to(device).eval()
+    images = torch.rand(6, 1, 28, 28).to(device)
+    output = network(images)
+    longest = output.lengths.argmax(dim=1)
+    torch.testing.assert_close(output.reconstruction, network(images, longest).reconstruction)
+    other = network(images, (longest + 1) % 10)
+    assert not torch.allclose(output.reconstruction, other.reconstruction)
+    torch.testing.assert_close(output.lengths, other.lengths, rtol=0, atol=0)
+
+
+def test_squash_has_a_gradient_at_zero(device):
+    s = torch.zeros(2, 8, device=device, requires_grad=True)
+    ops.squash(s).sum().backward()
+    assert torch.equal(s.grad, torch.zeros_like(s))
+
+
+def test_length_has_a_gradient_at_zero(device):
+    poses = torch.zeros(2, 10, 16, device=device, requires_grad=True)
+    capsule_lengths(poses).sum().backward()
+    assert torch.equal(poses.grad, torch.zeros_like(poses))
+
+
+def test_network_of_zeros_has_finite_gradients(device):
+    """A dead layer must be able to come back to life, or at least not to turn into NaN."""
+    network = CapsNet(channels=4, capsule_types=2).to(device)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    output = network(torch.rand(2, 1, 28, 28, device=device))
+    ops.margin_loss(output.lengths, torch.tensor([0, 1], device=device)).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+def test_margin_loss_is_squared_and_summed_over_classes(device):
+    """Not a plain hinge, and not a mean over the classes."""
+    lengths = torch.tensor([[0.7, 0.3, 0.05, 0.6]], device=device)
+    target = torch.tensor([0], device=device)
+    expected = 0.2**2 + 0.5 * (0.2**2 + 0.5**2)
+    assert ops.margin_loss(lengths, target).item() == pytest.approx(expected)
+    doubled = ops.margin_loss(lengths.repeat(2, 1), target.repeat(2))
+    assert doubled.item() == pytest.approx(expected), "a mean over the batch"
+
+
+def test_two_routings_in_series_start_alive(device):
+    """With a small random weight the second stage's lengths vanish, or end as NaN."""
+    torch.manual_seed(0)
+    network = DeepCapsNet(channels=(64, 64)).to(device)
+    lengths = {}
+    for name in ("primary", "primary_routing", "secondary_routing"):
+
+        def keep(module, inputs, output, name=name):
+            lengths[name] = capsule_lengths(output).mean().item()
+
+        getattr(network, name).register_forward_hook(keep)
+    network(torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device))
+    for name, length in lengths.items():
+        assert 0.05 < length < 0.95, f"{name} starts with a mean length of {length}"
+
+
+@pytest.mark.parametrize("sizes", [(1152, 8, 10, 16), (10, 16, 10, 16), (50, 4, 100, 8)])
+def test_initialisation_gives_sums_of_length_one_at_uniform_coupling(device, sizes):
+    """σ = J / (ρ·√(I·D)), for inputs of length ρ without correlation."""
+    I, P, J, D = sizes
+    torch.manual_seed(0)
+    layer = RoutedCapsules(I, P, J, D, iterations=1, input_length=0.4).to(device)
+    u = 0.4 * torch.nn.functional.normalize(torch.randn(32, I, P, device=device), dim=-1)
+    lengths = capsule_lengths(layer(u))  # squash(1) has length 1/2
+    assert 0.4 < lengths.mean().item() < 0.6

@@ -104,4 +104,6 @@ print(*set(sys.modules) - before)
 """
     loaded = run_python(code).split()
     assert "tritoncaps.ops" in loaded
-    assert not {*UNNEEDED, "tritoncaps.kernels"} & set(loaded)
+    # Triton may be among them: torch's FLOP counter loads it where it is installed.
+    forbidden = {*UNNEEDED, "tritoncaps.kernels"} - {"triton"}
+    assert not forbidden & set(loaded)

@@ -1,9 +1,9 @@
 """DeepCapsNet: two convolutions, primary capsules, two routings in series, a decoder.
 
-*Handwritten digit recognition with a deep capsule network*, Table I. The paper does not print the
-size of the capsules between the two routes; it claims fewer parameters than CapsNet, which with
-everything else fixed forces hidden_capsules × hidden_dim ≤ 196. The default is 10 × 16, which gives
-7,869,200 parameters.
+Tan, Yao: Deep Capsule Network Handwritten Digit Recognition (2020), Table I. The paper does not
+print the size of the capsules between the two routes; it claims fewer parameters than CapsNet,
+which with everything else fixed forces hidden_capsules × hidden_dim ≤ 196. The default is 10 × 16,
+which gives 7,869,200 parameters.
 """
 
 from torch import Tensor, nn

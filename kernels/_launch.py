@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 
-class UnsupportedShape(Exception):
+class UnsupportedShape(Exception):  # noqa: N818 - a shape is refused, nothing has gone wrong
     """No launch configuration fits the shape. Raised before anything is launched."""
 
 
@@ -146,7 +146,7 @@ def row_config(D: int) -> Config:
 def prediction_vectors_config(P: int, J: int, D: int, dtype: torch.dtype) -> Config:
     """Tiles of 64 × 64 values of û, which 128 threads hold 32 each (16 for float64)."""
     block = 64 if accumulation_dtype(dtype) == torch.float32 else 32
-    if J * D > 65535 * block:
+    if 65535 * block < J * D:
         raise UnsupportedShape(f"J·D = {J * D} columns; a grid covers at most {65535 * block}")
     return Config(
         num_warps=4,
@@ -156,22 +156,21 @@ def prediction_vectors_config(P: int, J: int, D: int, dtype: torch.dtype) -> Con
     )
 
 
-def dynamic_routing_config(
-    I: int, J: int, D: int, dtype: torch.dtype, target: Target
-) -> Config:
+def dynamic_routing_config(I: int, J: int, D: int, dtype: torch.dtype, target: Target) -> Config:
     """The passes over a given û.
 
-    block_i: the tile's I·J·D values stay under 96 KiB of float32, so that they are in the first-level
-    cache when the second sweep asks for them. block_j: 4096 values in the registers of 8 warps, with
-    at most a quarter of them beyond the last j. max_splits: every program adds up the slots of all
-    splits, so that their number squared times B·J·D is read; 16 keeps this far below û itself.
+    block_i: a tile's block_i·J·D values stay under 32 KiB, so that the tiles of all programs on a
+    processor are in its first-level cache when the second sweep asks for them. block_j: 2048 values
+    in the registers of 8 warps (1024 of float64), at most a quarter of them beyond the last j.
+    max_splits: every program adds up the slots of all splits, so that their number squared times
+    B·J·D is read; 16 keeps this far below û.
     """
     block_d = power_of_2(D)
-    values = 4096 if accumulation_dtype(dtype) == torch.float32 else 2048
+    values = 2048 if accumulation_dtype(dtype) == torch.float32 else 1024
     if block_d > values:
         raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
-    fits = max(6 * values // max(J * D, 1), 1)
-    block_i = min(1 << (fits.bit_length() - 1), power_of_2(I), values // block_d, 128)
+    fits = max(4 * values // max(J * D, 1), 1)
+    block_i = min(1 << (fits.bit_length() - 1), power_of_2(I), values // block_d)
     block_j = min(values // (block_i * block_d), power_of_2(J))
     while block_j > 1 and cdiv(J, block_j) * block_j > 1.25 * J:
         block_j //= 2
@@ -190,20 +189,21 @@ def _fused_blocks(P: int, D: int, values: int) -> tuple[int, int, int]:
     """block_i, block_p and block_d of a weight tile (P·I, D) of about `values` values."""
     block_p, block_d = power_of_2(P), max(power_of_2(D), 16)
     if max(block_p, 16) * block_d > 4096:
-        raise UnsupportedShape(f"a weight of P={P} by D={D} for one pair; a warp holds at most 4096")
+        raise UnsupportedShape(f"a weight of P={P} × D={D} for one pair; a warp holds 4096 values")
     return max(values // block_d, 16, block_p) // block_p, block_p, block_d
 
 
 def capsule_routing_config(
-    I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
+    I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target, *, backward: bool
 ) -> Config:
-    """The passes of the fused routing, forward and backward.
+    """The passes of the fused routing.
 
     block_b: 16, the rows of one matrix instruction; more rows would leave a batch of 128 too few
     programs. block_i: a warp's slice of the weight has 512 values (256 of float64), the most for
     which the backward, which also holds du and two projections, keeps everything in registers.
     groups: 8 warps, with a group each, and few input capsules spread over them. num_stages: the
-    weight of the next j is fetched during this one, as long as the buffers fit into shared memory.
+    weight of the next j is fetched during this one if the buffers fit into shared memory, but not
+    in the backward, where the addresses no longer fit into registers.
     max_splits: as in `dynamic_routing_config`; 16 splits of 8 batch tiles fill a device of 132
     processors at B = 128.
     """
@@ -214,9 +214,10 @@ def capsule_routing_config(
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:
         groups, buffer = groups // 2, buffer // 2
+    fetch_ahead = not backward and 4 * buffer <= target.shared_memory
     config = Config(
         num_warps=groups,
-        num_stages=3 if 4 * buffer <= target.shared_memory else 1,
+        num_stages=3 if fetch_ahead else 1,
         groups=groups,
         block_b=16,
         block_i=block_i,
@@ -225,18 +226,27 @@ def capsule_routing_config(
         block_rows=max(groups * 128 // block_d, 1),
         max_splits=16,
     )
-    return _measured("capsule_routing", config, target, dtype, f"I{I} P{P} J{J} D{D}")
+    rule = "capsule_routing_bwd" if backward else "capsule_routing_fwd"
+    return _measured(rule, config, target, dtype, f"I{I} P{P} J{J} D{D}")
 
 
 def weight_gradient_config(
     I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
 ) -> Config:
-    """dW of one tile and one j: 1024 values (512 of float64), summed in the registers of 4 warps.
+    """dW of one tile and one j: 1024 values (512 of float64), summed in registers.
 
     With I·P·J·D/1024 programs there is work for every processor, and 32 batch rows at a time are
-    what the two projections beside dW leave room for.
+    what the two projections beside dW leave room for in 4 warps; 16 for a tile of fewer rows, whose
+    warps hold parts of the projections twice.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _fused_blocks(P, D, 512 if is_wide else 1024)
-    config = Config(num_warps=4, block_b=32, block_i=block_i, block_p=block_p, block_d=block_d)
+    block_i = min(block_i, max(16 // block_p, power_of_2(I)))
+    config = Config(
+        num_warps=4,
+        block_b=32 if block_i * block_p >= 64 else 16,
+        block_i=block_i,
+        block_p=block_p,
+        block_d=block_d,
+    )
     return _measured("weight_gradient", config, target, dtype, f"I{I} P{P} J{J} D{D}")

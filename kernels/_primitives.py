@@ -1,9 +1,9 @@
 """Tile arithmetic that several kernels use unchanged.
 
 Both routing ops sum over the input capsules with many programs. Each program leaves its share of a
-weighted sum in a slot of its own, in a buffer (slots, B, J, D), and every program of the next launch
-first adds the slots up, in slot order. The order never depends on timing, so a result is the same to
-the last bit on every run, and no float is ever added atomically.
+weighted sum in a slot of its own, in a buffer (slots, B, J, D), and every program of the next
+launch first adds the slots up, in slot order. The order never depends on timing, so a result is the
+same to the last bit on every run, and no float is ever added atomically.
 
 A "row" is one vector over D of a contiguous (B, J, D) tensor; row n belongs to b = n // J.
 """
@@ -28,7 +28,7 @@ def dot(a, b, PRECISION: tl.constexpr):
     """a @ b in the type of its operands.
 
     "tf32x3" is float32 by three TF32 products: with a = a₀ + a₁ and a₀ in TF32, a₁ fits too but for
-    its last bit, and only a₁ b₁, some 2⁻²⁴ of the result, is left out. It is spelled out here because
+    its last bit, and only a₁ b₁, at most 2⁻²² of a b, is left out. It is spelled out here because
     it takes three instructions a value, a third of what Triton's own splitting takes.
     """
     if PRECISION == "tf32x3":
@@ -50,8 +50,8 @@ def _length_and_direction(s):
     """
     peak = tl.max(tl.abs(s), axis=1)[:, None]
     scaled = s / tl.where(peak > 0, peak, 1.0)
-    # At least 1 unless the row is zero.
-    root = tl.maximum(tl.sqrt(tl.sum(scaled * scaled, axis=1)), 1.0)[:, None]
+    root = tl.sqrt(tl.sum(scaled * scaled, axis=1))[:, None]
+    root = tl.where(peak > 0, root, 1.0)
     return peak * root, scaled / root
 
 
@@ -74,13 +74,17 @@ def squash_rows(s):
 def squash_rows_grad(s, dv):
     """Gradient of squash at each row s.
 
-    With e = s / n: ds = f (dv + (n f'/f) (e·dv) e), and n f'/f = (1 - n²) / (1 + n²) = 1 - 2 n f
-    stays within [-1, 1] for every n.
+    With e = s / n, the part of dv across s is scaled by f and the part along it, ρ = e·dv, by
+    f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept apart because
+    their sum would lose the second to cancellation where n is large. With m = max(n, 1), 1 / (1 + n²)
+    is (1/m)² / ((1/m)² + (n/m)²), where nothing overflows.
     """
     length, direction = _length_and_direction(s)
-    gain = _gain(length)
-    along = tl.sum(direction * dv, axis=1)[:, None]
-    return gain * (dv + (1.0 - 2.0 * length * gain) * along * direction)
+    along = tl.sum(direction * dv, axis=1)[:, None] * direction
+    inverse = 1.0 / tl.maximum(length, 1.0)
+    ratio = length * inverse
+    radial = 2.0 * inverse * inverse / (inverse * inverse + ratio * ratio)
+    return _gain(length) * ((dv - along) + radial * along)
 
 
 @triton.jit
@@ -103,7 +107,7 @@ def total_pose(sums_ptr, offsets, mask, slot_size, count):
 
 @triton.jit
 def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
-    """The weighted sum s of an iteration from its slots; UNIFORM slots still lack the coupling 1/J."""
+    """The weighted sum of an iteration from its slots; UNIFORM ones still lack the coupling 1/J."""
     s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
     if UNIFORM:
         s = s / J

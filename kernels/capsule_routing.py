@@ -1,13 +1,13 @@
 """Fused routing: the prediction vectors û = W u are recomputed in every pass and never stored.
 
-One pass serves every J. A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks
-over the output capsules twice: the first sweep finds the softmax's normaliser of each pair (b, i), the
-second applies it. Nothing in the program grows with J.
+A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules
+twice: the first sweep finds the softmax's normaliser of each pair (b, i), the second applies it.
+Nothing in the program grows with J.
 
-With x any vector of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p: one small product T = x W_jᵀ for
-all pairs of the tile, then a sum over p against u. Input capsules are split into groups, one a warp,
-and a product is batched over them, so that warps share no work and exchange no data within a sweep.
-The columns of a product run over (p, i) with i fastest, which keeps the sum over p inside a thread.
+With x any vector of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p: one small product, x W_jᵀ, for
+all pairs of the tile, then a sum over p against u. Products are batched over groups of input
+capsules, one group a warp, so that warps neither repeat nor exchange anything until the groups'
+sums are added. Columns of a product run over (p, i), i fastest: the sum over p stays in a thread.
 """
 
 import torch
@@ -32,6 +32,15 @@ from tritoncaps.kernels._primitives import (
 from tritoncaps.kernels.squash import squash_slots
 
 # Forward ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_axes(tile, GROUPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr):
+    """i, (GROUPS, BLOCK_I); i along the columns, (GROUPS, BLOCK_P * BLOCK_I); and p along them."""
+    k = tl.arange(0, BLOCK_P * BLOCK_I)
+    group_i = tile * GROUPS * BLOCK_I + tl.arange(0, GROUPS)[:, None] * BLOCK_I
+    i = group_i + tl.arange(0, BLOCK_I)[None, :]
+    return i, group_i + (k % BLOCK_I)[None, :], (k // BLOCK_I).to(tl.int64)
 
 
 @triton.jit
@@ -70,7 +79,8 @@ def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
 @triton.jit
 def _routing_fwd_kernel(
     # pointers
-    u_ptr, weight_ptr, prior_ptr, slots_ptr, next_slots_ptr, poses_ptr, sums_ptr, coupling_ptr,
+    u_ptr, weight_ptr, prior_ptr,
+    slots_ptr, next_slots_ptr, poses_ptr, sums_ptr, coupling_ptr,
     # extents
     B, I, P, J, D, iteration, tiles,
     # strides
@@ -83,7 +93,10 @@ def _routing_fwd_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Put one program's share of s⁽ᵗ⁾ = Σ_i c_ij û_ij in its slot, c = softmax_j(û·V⁽ᵗ⁻¹⁾ + prior)."""
+    """Put one program's share of s⁽ᵗ⁾ in its slot.
+
+    s⁽ᵗ⁾ = Σ_i c_ij û_ij with c = softmax_j(û·V⁽ᵗ⁻¹⁾ + prior).
+    """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
     split = tl.program_id(1).to(tl.int64)
@@ -93,29 +106,25 @@ def _routing_fwd_kernel(
     if HAS_POSES:
         advance_poses(
             slots_ptr, sums_ptr, poses_ptr,
-            first_b * J, tl.minimum(first_b + BLOCK_B, B) * J, slot_size, J, D, iteration, split == 0,
-            SLOTS, UNIFORM, BLOCK_ROWS, BLOCK_D,
+            first_b * J, tl.minimum(first_b + BLOCK_B, B) * J, slot_size, J, D, iteration,
+            split == 0, SLOTS, UNIFORM, BLOCK_ROWS, BLOCK_D,
         )  # fmt: skip
 
     b = first_b + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    g = tl.arange(0, GROUPS)
-    k = tl.arange(0, BLOCK_P * BLOCK_I)
-    p = (k // BLOCK_I).to(tl.int64)
     mask_bd = (b < B)[:, None] & (d < D)[None, :]
     offs_bd = (b * J * D)[:, None] + d[None, :]
     for tile in range(split * tiles, (split + 1) * tiles):
-        group_i = tile * GROUPS * BLOCK_I + g[:, None] * BLOCK_I
-        i = group_i + tl.arange(0, BLOCK_I)[None, :]  # (GROUPS, BLOCK_I)
-        ki = group_i + (k % BLOCK_I)[None, :]  # (GROUPS, BLOCK_P * BLOCK_I)
+        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
         mask_k = (ki < I) & (p < P)[None, :]
-        offs_k = ki * stride_u_i + (p * stride_u_p)[None, :]
         mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
-        u = tl.load(u_ptr + (b * stride_u_b)[None, :, None] + offs_k[:, None, :], mask_u, other=0.0)
-        u = tl.reshape(u.to(dtype), (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-        offs_w = (ki * stride_weight_i + (p * stride_weight_p)[None, :])[:, :, None]
-        weight_ptrs = weight_ptr + offs_w + (d * stride_weight_d)[None, None, :]
+        offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
+        u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
+        u = tl.load(u_ptrs, mask_u, other=0.0).to(dtype)
+        u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
         mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
+        offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
+        weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_started = (b < tl.where(tile > split * tiles, B, 0))[:, None] & (d < D)[None, :]
 
@@ -150,20 +159,22 @@ def _routing_fwd_kernel(
 
 # Backward -----------------------------------------------------------------------------------------
 #
-# Write T = W V⁽ᵗ⁻¹⁾ and T' = W ds⁽ᵗ⁾ for the two projections of a pair (i, j): its logit is u·T + prior
-# and the gradient of its coupling is dc = u·T' (+ grad_coupling in the last iteration). Then
+# Write T = W V⁽ᵗ⁻¹⁾ and T' = W ds⁽ᵗ⁾ for the two projections of a pair (i, j): its logit is u·T +
+# prior, and the gradient of its coupling is dc = u·T' (+ grad_coupling in the last iteration). With
+# dv⁽ʳ⁾ = grad_v, dV⁽ʳ⁾ = 0 and ds⁽ᵗ⁾ the gradient of squash at s⁽ᵗ⁾ for dv⁽ᵗ⁾,
 #
-#     δ_i = Σ_j c_ij dc_ij,  db_ij = c_ij (dc_ij - δ_i)    the softmax's backward
-#     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db_ij û_ij                     V⁽ᵗ⁻¹⁾ is in the logits of t and, within V⁽ᵗ⁾, later
-#     dû_ij = Σ_t (c_ij ds⁽ᵗ⁾_j + db_ij V⁽ᵗ⁻¹⁾_j)           û is in the sums and in the logits
+#     δ_i = Σ_j c_ij dc_ij,  db_ij = c_ij (dc_ij - δ_i)     the softmax's backward
+#     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db_ij û_ij,  dv⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁻¹⁾   v⁽ᵗ⁻¹⁾ is in every later V
+#     dû_ij = Σ_t (c_ij ds⁽ᵗ⁾_j + db_ij V⁽ᵗ⁻¹⁾_j)            û is in the sums and in the logits
 #     du_i = Σ_j W_ij dû_ij = Σ_t Σ_j (c_ij T' + db_ij T)
 #     dW_ij = Σ_b u_i ⊗ dû_ij = Σ_t Σ_b ((c_ij u_i) ⊗ ds⁽ᵗ⁾_j + (db_ij u_i) ⊗ V⁽ᵗ⁻¹⁾_j)
 #     dprior_ij = Σ_t Σ_b db_ij
 #
-# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and to du,
-# which costs no product beyond the projections, and leaves log Σ_j exp and δ of every (b, i). Given
-# these two, a pair can be evaluated for one j alone, so that the last kernel may hand each (input
-# tile, j) to a program of its own, which sums dW over the batch in registers and writes it once.
+# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and
+# to du, which costs no product beyond the projections, and leaves log Σ_j exp and δ of every
+# (b, i). Given these two, a pair can be evaluated for one j alone, so that the last kernel may hand
+# each (input tile, j) to a program of its own, which sums dW over the batch in registers and writes
+# it once.
 
 
 @triton.jit
@@ -182,7 +193,8 @@ def _coupling_gradient(
 @triton.jit
 def _routing_bwd_kernel(
     # pointers
-    u_ptr, weight_ptr, prior_ptr, grad_coupling_ptr, slots_ptr, next_slots_ptr, poses_ptr, grads_ptr,
+    u_ptr, weight_ptr, prior_ptr, grad_coupling_ptr,
+    slots_ptr, next_slots_ptr, poses_ptr, grads_ptr,
     sums_ptr, saved_poses_ptr, saved_grads_ptr, normaliser_ptr, delta_ptr, du_ptr, grad_u_ptr,
     # extents
     B, I, P, J, D, iteration, tiles,
@@ -217,23 +229,19 @@ def _routing_bwd_kernel(
 
     b = first_b + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
-    g = tl.arange(0, GROUPS)
-    k = tl.arange(0, BLOCK_P * BLOCK_I)
-    p = (k // BLOCK_I).to(tl.int64)
     mask_bd = (b < B)[:, None] & (d < D)[None, :]
     offs_bd = (b * J * D)[:, None] + d[None, :]
     for tile in range(split * tiles, (split + 1) * tiles):
-        group_i = tile * GROUPS * BLOCK_I + g[:, None] * BLOCK_I
-        i = group_i + tl.arange(0, BLOCK_I)[None, :]  # (GROUPS, BLOCK_I)
-        ki = group_i + (k % BLOCK_I)[None, :]  # (GROUPS, BLOCK_P * BLOCK_I)
+        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
         mask_k = (ki < I) & (p < P)[None, :]
-        offs_k = ki * stride_u_i + (p * stride_u_p)[None, :]
         mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
-        u = tl.load(u_ptr + (b * stride_u_b)[None, :, None] + offs_k[:, None, :], mask_u, other=0.0)
-        u = tl.reshape(u.to(dtype), (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-        offs_w = (ki * stride_weight_i + (p * stride_weight_p)[None, :])[:, :, None]
-        weight_ptrs = weight_ptr + offs_w + (d * stride_weight_d)[None, None, :]
+        offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
+        u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
+        u = tl.load(u_ptrs, mask_u, other=0.0).to(dtype)
+        u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
         mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
+        offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
+        weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_bi = (b < B)[None, :, None] & (i < I)[:, None, :]  # (GROUPS, BLOCK_B, BLOCK_I)
         offs_bi = (b * I)[None, :, None] + i[:, None, :]
@@ -249,8 +257,8 @@ def _routing_bwd_kernel(
             for j in range(tl.cast(J, tl.int64)):
                 w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(dtype)
                 _, logits = _logits(
-                    w, u, poses_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
-                    HAS_POSES, HAS_PRIOR, PRECISION,
+                    w, u, poses_ptr + offs_bd + j * D, mask_bd,
+                    prior_ptrs + j * stride_prior_j, i < I, HAS_POSES, HAS_PRIOR, PRECISION,
                 )  # fmt: skip
                 new_top = tl.maximum(top, logits)
                 shrink = tl.exp(top - new_top)
@@ -297,10 +305,11 @@ def _routing_bwd_kernel(
 
 @triton.jit
 def _add_pairs(
-    dw, dprior, u, w, prior, pose_ptrs, grad_ptrs, mask_bd, normaliser_ptrs, delta_ptrs, gc, mask_ib,
+    dw, dprior, u, w, prior, pose_ptrs, grad_ptrs, mask_bd,
+    normaliser_ptrs, delta_ptrs, grad_coupling, mask_ib,
     DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add one iteration of one batch tile to dW_j, (K, BLOCK_D), and to dprior_j, (BLOCK_I, BLOCK_B).
+    """Add an iteration of one batch tile to dW_j, (K, BLOCK_D), and dprior_j, (BLOCK_I, BLOCK_B).
 
     Here u is (BLOCK_P, BLOCK_I, BLOCK_B), K = BLOCK_P * BLOCK_I, and w is (K, BLOCK_D).
     """
@@ -316,7 +325,7 @@ def _add_pairs(
     dw += dot(cu, grad, PRECISION)
     if (HAS_POSES or HAS_PRIOR) and not DETACH:
         projected = dot(w, tl.trans(grad), PRECISION)
-        dc = gc + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
+        dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
         db = c * (dc - tl.load(delta_ptrs, mask_ib, other=0.0))
         if HAS_PRIOR:
             dprior += tl.where(mask_ib, db, 0.0)
@@ -329,8 +338,8 @@ def _add_pairs(
 @triton.jit
 def _weight_gradient_kernel(
     # pointers
-    u_ptr, weight_ptr, prior_ptr, grad_coupling_ptr, poses_ptr, grads_ptr, normaliser_ptr, delta_ptr,
-    grad_weight_ptr, grad_prior_ptr,
+    u_ptr, weight_ptr, prior_ptr, grad_coupling_ptr,
+    poses_ptr, grads_ptr, normaliser_ptr, delta_ptr, grad_weight_ptr, grad_prior_ptr,
     # extents
     B, I, P, J, D, first_step, steps,
     # strides
@@ -378,27 +387,30 @@ def _weight_gradient_kernel(
         offs_bd = ((b * J + j) * D)[:, None] + d[None, :]
         offs_ib = (b * I)[None, :] + i[:, None]
         grad_coupling_ptrs = grad_coupling_ptr + j * stride_grad_coupling_j
-        grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None] + (b * stride_grad_coupling_b)[None, :]
+        grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
+        grad_coupling_ptrs += (b * stride_grad_coupling_b)[None, :]
         for step in range(first_step, steps):
-            gc = tl.zeros((BLOCK_I, BLOCK_B), dtype)
-            if HAS_GRAD_COUPLING:
-                if step == steps - 1:
-                    gc += tl.load(grad_coupling_ptrs, mask_ib, other=0.0).to(dtype)
+            grad_coupling = tl.zeros((BLOCK_I, BLOCK_B), dtype)
+            if HAS_GRAD_COUPLING:  # no row of it belongs to a step before the last
+                mask_b = b < tl.where(step == steps - 1, B, 0)
+                mask = (i < I)[:, None] & mask_b[None, :]
+                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
             poses = step * pose_step + offs_bd
             pairs = step * pair_step + offs_ib
             dw, dprior = _add_pairs(
                 dw, dprior, u, w, prior, poses_ptr + poses, grads_ptr + poses, mask_bd,
-                normaliser_ptr + pairs, delta_ptr + pairs, gc, mask_ib,
+                normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib,
                 DETACH, True, HAS_PRIOR, PRECISION,
             )  # fmt: skip
         if WITH_FIRST:
-            gc = tl.zeros((BLOCK_I, BLOCK_B), dtype)
+            grad_coupling = tl.zeros((BLOCK_I, BLOCK_B), dtype)
             if HAS_GRAD_COUPLING:
-                if steps == 1:
-                    gc += tl.load(grad_coupling_ptrs, mask_ib, other=0.0).to(dtype)
+                mask_b = b < tl.where(steps == 1, B, 0)
+                mask = (i < I)[:, None] & mask_b[None, :]
+                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
             dw, dprior = _add_pairs(
                 dw, dprior, u, w, prior, poses_ptr + offs_bd, grads_ptr + offs_bd, mask_bd,
-                normaliser_ptr + offs_ib, delta_ptr + offs_ib, gc, mask_ib,
+                normaliser_ptr + offs_ib, delta_ptr + offs_ib, grad_coupling, mask_ib,
                 DETACH, False, HAS_PRIOR, PRECISION,
             )  # fmt: skip
     offs_dw = ((ki * P + p) * J + j)[:, None] * D + d[None, :]
@@ -411,7 +423,7 @@ def _weight_gradient_kernel(
 
 
 def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
-    """Σ_i û_ij as one product of the vendor's library, (B, I·P) × (I·P, J·D), not yet divided by J."""
+    """Σ_i û_ij, not yet divided by J: one (B, I·P) × (I·P, J·D) product of the vendor's library."""
     B, I, P = u.shape
     _, _, J, D = weight.shape
     dtype = accumulation_dtype(u.dtype)
@@ -451,7 +463,7 @@ def capsule_routing_fwd(
         return v.zero_(), coupling, sums.zero_()
 
     target = target_of(u)
-    config = capsule_routing_config(I, P, J, D, u.dtype, target)
+    config = capsule_routing_config(I, P, J, D, u.dtype, target, backward=False)
     splits, tiles = config.divide(I)
     # Read and written alternately: a pass reads every slot of the iteration before it.
     slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
@@ -521,7 +533,7 @@ def capsule_routing_bwd(
         return grad_u.zero_(), grad_weight.zero_(), grad_prior
 
     target = target_of(u)
-    config = capsule_routing_config(I, P, J, D, u.dtype, target)
+    config = capsule_routing_config(I, P, J, D, u.dtype, target, backward=True)
     splits, tiles = config.divide(I)
     slots = sums.new_empty(2, splits, B, J, D)
     poses = sums.new_empty(splits, B, J, D)

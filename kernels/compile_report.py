@@ -24,10 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from tritoncaps import kernels
 from tritoncaps.kernels import capsule_routing, dynamic_routing, prediction_vectors
 from tritoncaps.kernels._launch import Target
+
+from tritoncaps import kernels
 
 BATCH = 128
 
@@ -74,7 +74,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a compiled kernel takes; stack is in bytes a thread, shared memory in bytes a program."""
+    """What a compiled kernel takes: stack in bytes a thread, shared memory in bytes a program."""
 
     registers: int
     stack: int
@@ -84,7 +84,7 @@ class Footprint:
 
 def _record(kernel: JITFunction, *args: Any, **kwargs: Any) -> Launch:
     names = kernel.arg_names
-    values = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    values = dict(zip(names, args, strict=False)) | kwargs
     options = {name: value for name, value in kwargs.items() if name not in names}
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
@@ -185,13 +185,17 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Footprint:
 
 def main() -> int:
     """Print one line for every distinct launch."""
-    parser = argparse.ArgumentParser(description="Footprint of every kernel, compiled without a GPU.")
+    parser = argparse.ArgumentParser(description="The kernels' footprints, compiled without a GPU.")
     parser.add_argument("--target", choices=TARGETS, default="sm90")
-    parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in _TYPES], default="float32")
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in _TYPES]
+    parser.add_argument("--dtype", choices=dtypes, default="float32")
     arguments = parser.parse_args()
     gpu, target = TARGETS[arguments.target]
     print(f"{arguments.target}, {arguments.dtype}, Triton {triton.__version__}, B = {BATCH}")
-    print(f"{'shape':14}{'kernel':28}{'warps':>6}{'registers':>10}{'stack':>6}{'shared':>8}{'instructions':>13}")
+    print(
+        f"{'shape':14}{'kernel':28}{'warps':>6}"
+        f"{'registers':>10}{'stack':>6}{'shared':>8}{'instructions':>13}"
+    )
     seen: set[Launch] = set()
     for shape_name, shape in SHAPES.items():
         for launch in record_launches(shape, getattr(torch, arguments.dtype), target):

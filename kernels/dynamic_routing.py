@@ -1,15 +1,14 @@
 """Routing of given prediction vectors û, (B, I, J, D): memory-bound, one read of û a pass.
 
-A program owns one batch row and walks over tiles of input capsules. As in the fused routing it sweeps
-twice over the output capsules, first for the softmax's normaliser, then to apply it; a tile is sized so
-that the second sweep finds it in the first-level cache. "Votes" are the û of one tile.
+A program owns one batch row and walks over tiles of input capsules. As in the fused routing it
+sweeps twice over the output capsules, first for the softmax's normaliser, then to apply it; a tile
+is sized so that the second sweep finds it in the first-level cache. "Votes" are the û of one tile.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from tritoncaps.kernels._launch import (
     accumulation_dtype,
     cdiv,
@@ -28,7 +27,7 @@ def _load_votes(
     row_ptrs, mask_id, first_j, J, D, stride_votes_j,
     DTYPE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """û of one block of output capsules, (BLOCK_I, BLOCK_J, BLOCK_D), with j and the mask over (j, d)."""
+    """û of a block of output capsules, (BLOCK_I, BLOCK_J, BLOCK_D); j; and the mask over (j, d)."""
     j = first_j + tl.arange(0, BLOCK_J).to(tl.int64)
     mask = mask_id & (j < J)[None, :, None]
     votes = tl.load(row_ptrs + (j * stride_votes_j)[None, :, None], mask, other=0.0).to(DTYPE)
@@ -40,7 +39,7 @@ def _logits(
     votes, pose_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
     HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
 ):  # fmt: skip
-    """V, (BLOCK_J, BLOCK_D), and the logits û·V + prior, (BLOCK_I, BLOCK_J), -inf past the last j."""
+    """V, (BLOCK_J, BLOCK_D), and logits û·V + prior, (BLOCK_I, BLOCK_J), -inf past the last j."""
     pose = tl.zeros((votes.shape[1], votes.shape[2]), votes.dtype)
     logits = tl.zeros((votes.shape[0], votes.shape[1]), votes.dtype)
     if HAS_POSES:
@@ -64,7 +63,10 @@ def _dynamic_fwd_kernel(
     SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Put one program's share of s⁽ᵗ⁾ = Σ_i c_ij û_ij in its slot, c = softmax_j(û·V⁽ᵗ⁻¹⁾ + prior)."""
+    """Put one program's share of s⁽ᵗ⁾ in its slot.
+
+    s⁽ᵗ⁾ = Σ_i c_ij û_ij with c = softmax_j(û·V⁽ᵗ⁻¹⁾ + prior).
+    """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
@@ -95,8 +97,8 @@ def _dynamic_fwd_kernel(
             )
             _, logits = _logits(
                 votes, poses_ptr + ((b * J + j) * D)[:, None] + d[None, :], mask_jd,
-                prior_ptrs + (j * stride_prior_j)[None, :], (i < I)[:, None] & (j < J)[None, :], j < J,
-                HAS_POSES, HAS_PRIOR,
+                prior_ptrs + (j * stride_prior_j)[None, :], (i < I)[:, None] & (j < J)[None, :],
+                j < J, HAS_POSES, HAS_PRIOR,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             mass = mass * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
@@ -130,9 +132,9 @@ def _dynamic_fwd_kernel(
 #     dc = û·ds⁽ᵗ⁾ (+ grad_coupling in the last iteration),  δ = Σ_j c dc,  db = c (dc - δ)
 #     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db û,  dû = Σ_t (c ds⁽ᵗ⁾ + db V⁽ᵗ⁻¹⁾),  dprior = Σ_t Σ_b db
 #
-# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and leaves
-# log Σ_j exp and δ of every (b, i). One more pass then evaluates all iterations at once for each û and
-# writes dû, so that û is read r times and dû written once.
+# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and
+# leaves log Σ_j exp and δ of every (b, i). One more pass then evaluates all iterations at once for
+# each û and writes dû, so that û is read r times and dû written once.
 
 
 @triton.jit
@@ -164,8 +166,8 @@ def _dynamic_bwd_kernel(
 ):  # fmt: skip
     """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾, leave log Σ_j exp and δ of every (b, i).
 
-    DETACH treats the coupling as a constant: db = 0. Without poses and prior the coupling is 1/J and
-    there is nothing to do beyond the prologue: such a pass is launched with no tiles.
+    DETACH treats the coupling as a constant: db = 0. Without poses and prior the coupling is 1/J,
+    and there is nothing to do beyond the prologue: such a pass is launched with no tiles.
     """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
@@ -252,7 +254,7 @@ def _add_iteration(
     normaliser_ptrs, delta_ptrs, mask_i, grad_coupling, J,
     DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
 ):  # fmt: skip
-    """Add c ds + db V of one iteration to dû, (BLOCK_I, BLOCK_J, BLOCK_D), and db to the logits'."""
+    """Add c ds + db V of an iteration to dû, (BLOCK_I, BLOCK_J, BLOCK_D), and db to dlogits."""
     grad, dc = _coupling_gradient(votes, grad_ptrs, mask_jd, pose_ptrs, mask_ij, False)
     if HAS_POSES or HAS_PRIOR:
         pose, logits = _logits(
@@ -315,21 +317,23 @@ def _votes_gradient_kernel(
         dlogits = tl.zeros((BLOCK_I, BLOCK_J), dtype)
         for step in range(first_step, steps):
             grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
-            if HAS_GRAD_COUPLING:
-                if step == steps - 1:
-                    grad_coupling += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(dtype)
+            if HAS_GRAD_COUPLING:  # no row of it belongs to a step before the last
+                mask_i = i < tl.where(step == steps - 1, I, 0)
+                mask = mask_i[:, None] & (j < J)[None, :]
+                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
+            poses = step * pose_step + offs_jd
+            pairs = step * pair_step + offs_i
             dvotes, dlogits = _add_iteration(
-                dvotes, dlogits, votes,
-                poses_ptr + step * pose_step + offs_jd, grads_ptr + step * pose_step + offs_jd, mask_jd,
-                prior_ptrs, mask_ij, j < J,
-                normaliser_ptr + step * pair_step + offs_i, delta_ptr + step * pair_step + offs_i, i < I,
+                dvotes, dlogits, votes, poses_ptr + poses, grads_ptr + poses, mask_jd,
+                prior_ptrs, mask_ij, j < J, normaliser_ptr + pairs, delta_ptr + pairs, i < I,
                 grad_coupling, J, DETACH, True, HAS_PRIOR,
             )  # fmt: skip
         if WITH_FIRST:
             grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
             if HAS_GRAD_COUPLING:
-                if steps == 1:
-                    grad_coupling += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(dtype)
+                mask_i = i < tl.where(steps == 1, I, 0)
+                mask = mask_i[:, None] & (j < J)[None, :]
+                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
             dvotes, dlogits = _add_iteration(
                 dvotes, dlogits, votes, poses_ptr + offs_jd, grads_ptr + offs_jd, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + offs_i, delta_ptr + offs_i, i < I,

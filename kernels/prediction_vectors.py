@@ -1,14 +1,13 @@
 """Prediction vectors û_ij = W_ij u_i, (B, I, J, D): for each i one product (B, P) × (P, J·D).
 
-Writing û, and reading its gradient twice, is what takes the time: each product has only P terms. The
-columns n of a product run over (j, d).
+Writing û, and reading its gradient twice, is what takes the time: each product has only P terms.
+The columns n of a product run over (j, d).
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from tritoncaps.kernels._launch import (
     cdiv,
     device_of,
@@ -57,8 +56,8 @@ def _votes_fwd_kernel(
 
 # Backward -----------------------------------------------------------------------------------------
 #
-# With g = dû: du_i = Σ_n g_in W_in, a reduction over the columns, and dW_in = Σ_b u_bi ⊗ g_bin, one over
-# the batch. Each has a kernel that owns its output and runs the reduction from first to last.
+# With g = dû: du_i = Σ_n g_in W_in, a reduction over the columns, and dW_in = Σ_b u_bi ⊗ g_bin, one
+# over the batch. Each has a kernel that owns its output and runs the reduction from first to last.
 
 
 @triton.jit

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+from tritoncaps._operators import INTERPRETED
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
 # time; HYPOTHESIS_PROFILE=nightly draws many new ones.
@@ -21,6 +22,10 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+# Interpreted, a shrink takes many minutes; the first failing example is printed as it is.
+phases = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrink, Phase.explain))]
+for _profile in ("dev", "ci", "nightly"):
+    settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 

@@ -249,12 +249,12 @@ def test_fallback_to_the_torch_path_is_said_once(monkeypatch):
     """A shape that no kernel configuration fits gets the torch path's result, and one warning."""
 
     class Kernels:
-        class UnsupportedShapeError(Exception):
+        class UnsupportedShape(Exception):  # noqa: N818 - its name in the kernels
             pass
 
         @staticmethod
         def squash_fwd(s):
-            raise Kernels.UnsupportedShapeError("D=3 is too much for this test")
+            raise Kernels.UnsupportedShape("D=3 is too much for this test")
 
     monkeypatch.setattr(_operators, "INTERPRETED", True)
     monkeypatch.setattr(_operators, "_kernels", lambda: Kernels)

@@ -54,7 +54,7 @@ def _run(function: str, tensor: Tensor, *args: Any) -> Any:
     if kernels is not None:
         try:
             return getattr(kernels, function)(*args)
-        except kernels.UnsupportedShapeError as reason:
+        except kernels.UnsupportedShape as reason:
             _say_once(f"{function} runs without its Triton kernel: {reason}")
     return getattr(_torch_path, function)(*args)
 

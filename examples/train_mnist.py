@@ -212,8 +212,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
     # -- model and optimiser
     model_kwargs = model_arguments(args, dataset)
     model = runtime.place(create_model(args.model, **model_kwargs))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     schedule = Schedule(args.lr, args.gamma, args.warmup_steps)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
 
     # -- the run directory, and what is about to happen
     if resumed_from is not None:

@@ -47,6 +47,17 @@ class Config:
     block_rows: int = 1
     max_splits: int = 1  # programs that may share the input capsules of a batch tile
 
+    def options(self, target: Target) -> dict[str, int]:
+        """Triton's launch options.
+
+        Told that all registers may be used, NVIDIA's assembler does not spill a few of them to make
+        room for one more program.
+        """
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if target.architecture.startswith("sm"):
+            options["maxnreg"] = min(65536 // (32 * self.num_warps), 255)
+        return options
+
     def divide(self, I: int) -> tuple[int, int]:
         """Splits, and tiles a split: as few tiles as `max_splits` allows, then as few splits."""
         tiles = cdiv(I, self.groups * self.block_i)
@@ -223,7 +234,7 @@ def capsule_routing_config(
         block_i=block_i,
         block_p=block_p,
         block_d=block_d,
-        block_rows=max(groups * 128 // block_d, 1),
+        block_rows=max(groups * (64 if is_wide else 128) // block_d, 1),
         max_splits=16,
     )
     rule = "capsule_routing_bwd" if backward else "capsule_routing_fwd"

@@ -495,8 +495,7 @@ def capsule_routing_fwd(
                 BLOCK_P=config.block_p,
                 BLOCK_D=config.block_d,
                 BLOCK_ROWS=config.block_rows,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **config.options(target),
             )  # fmt: skip
             filled, uniform = next_slots, False
         squash_slots(filled, uniform, sums[-1], v)
@@ -584,8 +583,7 @@ def capsule_routing_bwd(
                 BLOCK_P=config.block_p,
                 BLOCK_D=config.block_d,
                 BLOCK_ROWS=config.block_rows,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **config.options(target),
             )  # fmt: skip
             filled = next_slots
         config = weight_gradient_config(I, P, J, D, u.dtype, target)
@@ -603,7 +601,6 @@ def capsule_routing_bwd(
             BLOCK_I=config.block_i,
             BLOCK_P=config.block_p,
             BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options(target),
         )  # fmt: skip
     return grad_u, grad_weight, grad_prior

@@ -372,7 +372,8 @@ def dynamic_routing_fwd(
     if B == 0 or I == 0 or J == 0:
         return v.zero_(), coupling, sums.zero_()
 
-    config = dynamic_routing_config(I, J, D, u_hat.dtype, target_of(u_hat))
+    target = target_of(u_hat)
+    config = dynamic_routing_config(I, J, D, u_hat.dtype, target)
     splits, tiles = config.divide(I)
     # Read and written alternately: a pass reads every slot of the iteration before it.
     slots = u_hat.new_empty((2, splits, B, J, D), dtype=dtype)
@@ -393,7 +394,7 @@ def dynamic_routing_fwd(
                 BLOCK_J=config.block_j,
                 BLOCK_D=config.block_d,
                 BLOCK_ROWS=config.block_rows,
-                num_warps=config.num_warps,
+                **config.options(target),
             )  # fmt: skip
         squash_slots(slots[iterations % 2], False, sums[-1], v)
     return v, coupling, sums
@@ -425,7 +426,8 @@ def dynamic_routing_bwd(
     if B == 0 or I == 0 or J == 0:
         return grad_u_hat.zero_(), grad_prior
 
-    config = dynamic_routing_config(I, J, D, u_hat.dtype, target_of(u_hat))
+    target = target_of(u_hat)
+    config = dynamic_routing_config(I, J, D, u_hat.dtype, target)
     splits, tiles = config.divide(I)
     slots = sums.new_empty(2, splits, B, J, D)
     poses = sums.new_empty(splits, B, J, D)
@@ -468,7 +470,7 @@ def dynamic_routing_bwd(
                 BLOCK_J=config.block_j,
                 BLOCK_D=config.block_d,
                 BLOCK_ROWS=config.block_rows,
-                num_warps=config.num_warps,
+                **config.options(target),
             )  # fmt: skip
             filled = next_slots
         sum_logits = prior is not None and full
@@ -485,7 +487,7 @@ def dynamic_routing_bwd(
             BLOCK_I=config.block_i,
             BLOCK_J=config.block_j,
             BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            **config.options(target),
         )  # fmt: skip
         if grad_prior is not None and sum_logits:
             grad_prior.copy_(grad_logits.sum(0))

@@ -140,6 +140,7 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
     u_hat = u.new_empty(B, I, J, D)
     if u_hat.numel() == 0:
         return u_hat
+    target = target_of(u)
     config = prediction_vectors_config(P, J, D, u.dtype)
     grid = (I * cdiv(B, config.block_b), cdiv(J * D, config.block_n))
     with device_of(u):
@@ -149,11 +150,11 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
             *u.stride(),
             *weight.stride(),
             WIDE=u.dtype == torch.float64,
-            PRECISION=dot_precision(u.dtype, target_of(u)),
+            PRECISION=dot_precision(u.dtype, target),
             BLOCK_B=config.block_b,
             BLOCK_P=config.block_p,
             BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
+            **config.options(target),
         )  # fmt: skip
     return u_hat
 
@@ -164,14 +165,15 @@ def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tup
     _, _, J, D = weight.shape
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    target = target_of(u)
     config = prediction_vectors_config(P, J, D, u.dtype)
     meta = {
         "WIDE": u.dtype == torch.float64,
-        "PRECISION": dot_precision(u.dtype, target_of(u)),
+        "PRECISION": dot_precision(u.dtype, target),
         "BLOCK_B": config.block_b,
         "BLOCK_P": config.block_p,
         "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
+        **config.options(target),
     }
     with device_of(u):
         if grad_u.numel() > 0:

@@ -33,7 +33,11 @@ def routing_inputs(
         inputs = [random(B, I, P, dtype=dtype), random(I, P, J, D, dtype=dtype) / max(P, 1) ** 0.5]
     else:
         inputs = [random(B, I, J, D, dtype=dtype)]
-    inputs += [random(I, J, dtype=dtype), random(B, J, D, dtype=dtype), random(B, I, J, dtype=dtype)]
+    inputs += [
+        random(I, J, dtype=dtype),
+        random(B, J, D, dtype=dtype),
+        random(B, I, J, dtype=dtype),
+    ]
     return [tensor.to(device) for tensor in inputs]
 
 
@@ -107,7 +111,7 @@ class Allocations(TorchDispatchMode):
             self.products += 1
         if name in ("mm", "empty", "empty_like", "new_empty", "zeros_like", "_to_copy", "clone"):
             self.shapes.append(result.shape)
-        if name not in ("empty", "empty_like", "new_empty"):
+        if name not in ("empty", "empty_like", "new_empty") or not result.is_floating_point():
             return result
         size = result.numel()
         storage = result.new_full((size + 2 * self.BAND,), self.SENTINEL)

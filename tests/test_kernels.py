@@ -1,8 +1,8 @@
 """The kernels' launchers against the reference in float64, interpreted on a CPU or on a GPU.
 
-tests/test_ops.py draws the operators at random on every backend; here is what only the launchers can
-show: that nothing beside a tensor is touched, which kernels run, and that no bit depends on layout,
-batch or repetition.
+tests/test_ops.py draws the operators at random on every backend; here is what only the launchers
+can show: that every mode is exact in float64, that nothing beside a tensor is touched, which
+kernels run, and that no bit depends on layout or batch.
 """
 
 import json
@@ -31,10 +31,10 @@ from kernel_cases import (
     routing_inputs,
     run_routing,
 )
-
-from tritoncaps import kernels
 from tritoncaps.kernels import _launch
 from tritoncaps.kernels._primitives import _round_to_tf32, dot
+
+from tritoncaps import kernels
 
 SHAPE = (3, 19, 3, 4, 5)  # B, I, P, J, D
 
@@ -75,11 +75,19 @@ def test_axes_of_no_and_of_one_element(device, name, with_prior, extent, axis):
     assert_exact(actual, exact_routing(name, inputs, with_prior=with_prior))
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize("shape", [(2, 3, 2, 70, 3), (1, 2, 1, 300, 2), (18, 2, 33, 3, 17)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("dynamic_routing", (1, 2, 1, 300, 17)),
+        ("dynamic_routing", (2, 150, 1, 3, 33)),
+        ("capsule_routing", (1, 2, 33, 20, 17)),
+        ("capsule_routing", (18, 150, 3, 3, 2)),
+    ],
+)
 def test_shapes_of_several_blocks(device, name, shape):
     inputs = routing_inputs(name, shape, device)
-    assert_exact(run_routing(name, inputs), exact_routing(name, inputs))
+    actual = run_routing(name, inputs, iterations=2)
+    assert_exact(actual, exact_routing(name, inputs, iterations=2))
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -101,7 +109,7 @@ def test_any_tiling_of_a_table_is_exact(device, name, tmp_path, monkeypatch):
     path.write_text(json.dumps(table))
     monkeypatch.setattr(_launch, "_table", {})
     _launch.load_table(path)
-    inputs = routing_inputs(name, (17, 53, 4, 3, 2), device)
+    inputs = routing_inputs(name, (2 if name == "dynamic_routing" else 17, 53, 4, 3, 2), device)
     assert_exact(run_routing(name, inputs), exact_routing(name, inputs))
 
 
@@ -138,7 +146,7 @@ def test_float16_agrees(device, name):
         assert_agrees(f"result {index}", result, plain[index], exact[index])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(ROUTINGS),
     layouts=st.lists(st.sampled_from(LAYOUTS), min_size=5, max_size=5),
@@ -172,16 +180,18 @@ def test_layout_changes_no_bit_of_prediction_vectors_and_squash(device, layout):
         assert torch.equal(result, bits)
 
 
-@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
-@pytest.mark.parametrize("name", ROUTINGS)
+# The interpreter's maximum of a row of NaN is numpy's, which warns and returns NaN.
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "with_prior"),
+    [("dynamic_routing", False), ("dynamic_routing", True), ("capsule_routing", True)],
+)
 def test_batch_rows_do_not_depend_on_the_batch(device, name, with_prior):
     """A slice of the batch gives the bits of the batch, and a row of NaN stays alone.
 
     Without a prior the first sums of the fused routing come from the vendor's matrix product, whose
     order of additions may depend on the batch: there is no such promise there.
     """
-    if name == "capsule_routing" and not with_prior:
-        return
     inputs = routing_inputs(name, (19, 9, 3, 4, 5), device, torch.float32)
     *shared, prior, grad_v, grad_coupling = inputs
     shared[0][3] = float("nan")
@@ -226,8 +236,8 @@ def test_nothing_beside_prediction_vectors_or_squash_is_written(device):
 @pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
 def test_fused_routing_launches_few_kernels_and_stores_no_votes(device, iterations, with_prior):
-    B, I, P, J, D = shape = (2, 11, 3, 5, 7)
-    inputs = routing_inputs("capsule_routing", shape, device)
+    I, D = 11, 7
+    inputs = routing_inputs("capsule_routing", (2, I, 3, 5, D), device)
     u, weight, prior, grad_v, _ = inputs
     prior = prior if with_prior else None
     with Allocations() as allocations:
@@ -258,7 +268,8 @@ def test_fused_routing_launches_few_kernels_and_stores_no_votes(device, iteratio
 def test_shape_that_fits_no_configuration_is_refused(device, function, shapes):
     tensors = [torch.zeros(1, device=device).expand(shape) for shape in shapes]
     rest = (None, 3, False) if "routing" in function else ()
-    with counted_launches() as launched, pytest.raises(kernels.UnsupportedShape, match="at most|holds"):
+    refused = pytest.raises(kernels.UnsupportedShape, match=r"at most|holds")
+    with counted_launches() as launched, refused:
         getattr(kernels, function)(*tensors, *rest)
     assert not launched
 
@@ -301,7 +312,7 @@ def _tf32x3_kernel(a_ptr, b_ptr, product_ptr, high_ptr, N: tl.constexpr):
 
 
 def test_three_tf32_products_make_float32(device):
-    a, b = random(32, 32, dtype=torch.float32).to(device), random(32, 32, seed=1).float().to(device)
+    a, b = (random(32, 32, dtype=torch.float32, seed=seed).to(device) for seed in (0, 1))
     product, high = torch.empty_like(a), torch.empty_like(a)
     _tf32x3_kernel[(1,)](a, b, product, high, N=32)
     assert (high.view(torch.int32) & 0x1FFF == 0).all(), "the bits that TF32 lacks are zero"

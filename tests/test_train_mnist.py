@@ -4,8 +4,10 @@ The program runs in this process, with small networks on a few of the embedded d
 of its own where signals are tested. What holds for the loop alone is in test_training.py.
 """
 
+import contextlib
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -24,8 +26,8 @@ import torch
 import train_mnist
 from engine import checkpoint, training
 from torch import Tensor, nn
-from tritoncaps import models
 
+from tritoncaps import models
 from tritoncaps.data import Dataset, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 
@@ -65,12 +67,13 @@ def few_digits(train: int = 90, test: int = 40) -> Dataset:
 
 
 def patch_program(
-    monkeypatch: pytest.MonkeyPatch, dataset: Dataset, *, pictures: bool = False
+    set_attribute: Callable[[Any, str, Any], None], dataset: Dataset, *, pictures: bool = False
 ) -> None:
-    monkeypatch.setattr(train_mnist, "create_model", small_model)
-    monkeypatch.setattr(train_mnist, "load_dataset", lambda name, data_dir, download: dataset)
+    """Make the program small: its networks, and its data."""
+    set_attribute(train_mnist, "create_model", small_model)
+    set_attribute(train_mnist, "load_dataset", lambda name, data_dir, download: dataset)
     if not pictures:
-        monkeypatch.setattr(train_mnist, "draw_figures", lambda *args: None)
+        set_attribute(train_mnist, "draw_figures", lambda *args: None)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +93,7 @@ def dataset() -> Dataset:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> Run:
     """Run the program in an empty directory, without pictures."""
     monkeypatch.chdir(tmp_path)
-    patch_program(monkeypatch, dataset)
+    patch_program(monkeypatch.setattr, dataset)
 
     def run(*flags: str) -> int:
         return train_mnist.main(list(flags))
@@ -99,20 +102,17 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> Ru
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, dataset: Dataset
-) -> Iterator[tuple[Path, str]]:
+def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> tuple[Path, str]:
     """A run from beginning to end, with pictures: its directory, and what it printed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryFile("w+") as printed:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        monkeypatch.setattr(sys, "stdout", printed)
-        patch_program(monkeypatch, dataset, pictures=True)
+    printed = io.StringIO()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        patch_program(monkeypatch.setattr, dataset, pictures=True)
         assert train_mnist.main([*NEW, "--output-dir", str(directory)]) == 0
-        torch.set_num_threads(threads)
-        printed.seek(0)
-        yield directory, printed.read()
+    torch.set_num_threads(threads)
+    return directory, printed.getvalue()
 
 
 @pytest.fixture
@@ -172,8 +172,9 @@ def assert_same_training(a: Path, b: Path) -> None:
     """Assert that two runs have the same weights, optimiser, tables and logs."""
     for name in ("last.pt", "model_best.pt"):
         first, second = checkpoint.load(a / name), checkpoint.load(b / name)
-        for part in ("model", "optimizer", "rng"):
+        for part in ("model", "optimizer"):
             assert_equal_tensors(first[part], second[part])
+        assert_equal_tensors(first["rng"]["torch"], second["rng"]["torch"])
     assert [without(row, "seconds") for row in summary(a)] == [
         without(row, "seconds") for row in summary(b)
     ]
@@ -317,7 +318,7 @@ class TestRun:
         self, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        patch_program(monkeypatch, dataset, pictures=True)
+        patch_program(monkeypatch.setattr, dataset, pictures=True)
         inner = training.Trainer.evaluate
 
         def evaluate(self: training.Trainer, images: Any) -> training.Evaluation:
@@ -456,7 +457,8 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(training.Trainer, "_step", step)
-            for left in (0, 2, 5, 4):  # noqa: B007: `step` counts it down
+            for steps in (0, 2, 5, 4):
+                left = steps
                 with pytest.raises(MemoryError):
                     run(*command)
         assert run(*command) == 0
@@ -717,7 +719,7 @@ class TestDryRun:
         dataset: Dataset,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        patch_program(monkeypatch, dataset, pictures=True)
+        patch_program(monkeypatch.setattr, dataset, pictures=True)
         here, temporary = tmp_path / "here", tmp_path / "temporary"
         here.mkdir()
         temporary.mkdir()
@@ -820,7 +822,7 @@ import sys
 import torch
 import test_train_mnist
 import train_mnist
-import pytest
+from tritoncaps.data import Dataset, ImageSet
 
 class Gate(train_mnist.Batches):
     def epoch(self, epoch, start=0):
@@ -830,11 +832,12 @@ class Gate(train_mnist.Batches):
                 sys.stdin.readline()
             yield batch
 
+train_mnist.Batches = Gate
+train, test = (ImageSet(*pair) for pair in torch.load("digits.pt"))
+dataset = Dataset("digits", "digits", train, test, tuple("0123456789"), "a few digits")
+test_train_mnist.patch_program(setattr, dataset)
 torch.set_num_threads(1)
-with pytest.MonkeyPatch.context() as monkeypatch:
-    test_train_mnist.patch_program(monkeypatch, test_train_mnist.few_digits())
-    monkeypatch.setattr(train_mnist, "Batches", Gate)
-    sys.exit(train_mnist.main(sys.argv[1:]))
+sys.exit(train_mnist.main(sys.argv[1:]))
 """
 
 
@@ -843,7 +846,9 @@ class TestSignals:
     """A process of its own waits in the second batch of the second epoch for a signal."""
 
     @pytest.fixture
-    def process(self, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    def process(self, tmp_path: Path, dataset: Dataset) -> Iterator[subprocess.Popen[str]]:
+        sets = [(part.images, part.labels) for part in (dataset.train, dataset.test)]
+        torch.save(sets, tmp_path / "digits.pt")
         folders = [Path(train_mnist.__file__).parent, Path(__file__).parent]
         path = os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
         process = subprocess.Popen(
@@ -870,7 +875,7 @@ class TestSignals:
         finished: tuple[Path, str],
     ) -> None:
         process.send_signal(number)
-        out, error = process.communicate("go on\n", timeout=60)
+        out, error = process.communicate("go on\n", timeout=120)
         assert process.returncode == 130
         assert error == f"\n{number.name}: finishing the batch, then saving\n"
         assert out.endswith("go on with: python examples/train_mnist.py --resume run\n")
@@ -885,7 +890,7 @@ class TestSignals:
         process.send_signal(signal.SIGINT)
         wait_for(process.stderr, "SIGINT: finishing the batch, then saving")
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 130
         assert error == "\ntrain_mnist.py: interrupted; what was saved before stays\n"
         progress = checkpoint.load(tmp_path / "run/last.pt")["progress"]
@@ -899,7 +904,7 @@ class TestSignals:
         finished: tuple[Path, str],
     ) -> None:
         process.kill()
-        process.wait(timeout=60)
+        process.wait(timeout=120)
         assert run("--resume=run") == 0
         assert_same_training(tmp_path / "run", finished[0])
 
@@ -948,16 +953,18 @@ class TestOptions:
         not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
         reason="torch.compile needs a C++ compiler on a CPU",
     )
-    def test_torchcompile_trains_alike(
-        self, run: Run, tmp_path: Path, finished: tuple[Path, str]
-    ) -> None:
-        """Some 20 s, most of them in the compiler."""
-        flags = ("--epochs=1", "--torchcompile", "--output-dir=run")
-        assert run(*NEW, *flags) == 0
-        compiled, eager = metrics(tmp_path / "run"), metrics(finished[0])
-        assert [record["loss"] for record in compiled] == pytest.approx(
-            [record["loss"] for record in eager[:3]], rel=1e-4
+    # torch 2.13 compiles with a module of its own that it has deprecated.
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+    def test_torchcompile_trains_alike(self, run: Run, tmp_path: Path) -> None:
+        """Some 15 s, most in the compiler, though the sizes of the batches are all the same."""
+        flags = ("--epochs=1", "--batch-size=27", "--primary-iterations=1")
+        assert run(*NEW, *flags, "--output-dir=eager") == 0
+        assert run(*NEW, *flags, "--torchcompile", "--output-dir=run") == 0
+        losses, expected = (
+            [record["loss"] for record in metrics(tmp_path / name)] for name in ("run", "eager")
         )
+        assert len(losses) == 3
+        assert losses == pytest.approx(expected, rel=1e-4)
         # The names of the weights are those of the model, not of a compiled one.
         weights, _ = checkpoint.load_weights(tmp_path / "run/model_best.safetensors")
         assert set(weights) == set(small_model("capsnet").state_dict())

@@ -383,8 +383,9 @@ class TestResume:
         assert resumed.fit(train, validation, test, 3)
         assert_same_run(tmp_path, uninterrupted)
 
+    @pytest.mark.parametrize("when", ["before", "after"])
     @pytest.mark.parametrize(
-        "where, epoch", [("evaluate", 3), ("_save_best", 1), ("_save_last", 3), ("_say", 3)]
+        "place, epoch", [("evaluate", 3), ("_save_best", 1), ("_save_last", 3)]
     )
     def test_after_a_crash_at_the_end_of_an_epoch(
         self,
@@ -394,17 +395,22 @@ class TestResume:
         validation: ImageSet,
         test: ImageSet,
         uninterrupted: Path,
-        where: str,
+        place: str,
         epoch: int,
+        when: str,
     ) -> None:
         """Whatever of the epoch's files was written, the resumed run leaves them all right."""
         trainer = new_trainer(tmp_path)
         assert trainer.fit(train, validation, test, epoch - 1)
 
+        inner = getattr(trainer, place)
+
         def crash(*args: Any) -> None:
+            if when == "after":
+                inner(*args)
             raise MemoryError
 
-        monkeypatch.setattr(trainer, where, crash)
+        monkeypatch.setattr(trainer, place, crash)
         with pytest.raises(MemoryError):
             trainer.fit(train, validation, test, 3)
         monkeypatch.undo()

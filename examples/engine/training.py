@@ -121,7 +121,7 @@ class Trainer:
         on_metrics: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.model = model
-        self.call = compiled or model
+        self.call = model if compiled is None else compiled
         self.loss = CapsuleLoss()
         self.optimizer = optimizer
         self.schedule = schedule

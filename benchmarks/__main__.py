@@ -1,0 +1,169 @@
+"""Measure tritoncaps beside its rivals.
+
+    python -m benchmarks ops                     # each operator, forward, backward and both
+    python -m benchmarks all                     # everything, with results in benchmarks/results/
+    python -m benchmarks all --quick             # does it all still run? under two minutes
+    python -m benchmarks gpu --output results    # everything on a GPU, in under eight minutes
+    python -m benchmarks plot                    # draw the results
+    python -m benchmarks table [--check]         # write them into the README, or compare
+
+What each figure means is in benchmarks/README.md.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import launch, memory, operators, scaling, step, tables
+from benchmarks.report import RESULTS, Report, directory_of
+from benchmarks.session import Session
+
+BENCHMARKS = {
+    "check": operators.run_check,
+    "ops": operators.run_ops,
+    "memory": memory.run_memory,
+    "step": step.run_step,
+    "scaling": scaling.run_scaling,
+    "launch": launch.run_launch,
+}
+# Seconds of each part of `gpu`, after which it begins nothing new; 30 more and it is stopped.
+GPU_SECONDS = {"check": 80, "ops": 120, "memory": 20, "step": 50, "scaling": 45, "launch": 80}
+GPU_TOTAL = 470
+ROOT = Path(__file__).parent.parent
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    args = parse_arguments(arguments)
+    if args.command == "plot":
+        return run_plot(args.directories)
+    if args.command == "table":
+        return run_table(args.results, args.readme, args.check)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = choose_device("cuda" if args.command == "gpu" else args.device)
+    output = args.output or default_output(device, args.quick)
+    if args.command in ("all", "gpu"):
+        return run_all(device, output, args.quick, args.threads)
+    end = time.monotonic() + args.seconds
+    settings = {"quick": args.quick}
+    session = Session(device, args.quick, Report(args.command, device, settings, output), end)
+    BENCHMARKS[args.command](session)
+    print(f"{args.command}: {session.report.path}")
+    return 0 if session.report.is_complete else 1
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    measure = argparse.ArgumentParser(add_help=False)
+    measure.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: benchmarks/results/<device>"
+    )
+    measure.add_argument("--quick", action="store_true", help="a few calls: does it still run?")
+    measure.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    either = argparse.ArgumentParser(add_help=False, parents=[measure])
+    either.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    for name, run in BENCHMARKS.items():
+        command = commands.add_parser(name, parents=[either], help=first_line(run))
+        command.add_argument(
+            "--seconds", type=float, default=float("inf"), help="begin nothing new after that many"
+        )
+    commands.add_parser("all", parents=[either], help="Run all of these, each in its own process.")
+    commands.add_parser("gpu", parents=[measure], help="The same on a GPU, within 8 minutes.")
+
+    plot = commands.add_parser("plot", help="Draw results as PNG files beside them.")
+    plot.add_argument(
+        "directories", nargs="*", type=Path, help="default: all in benchmarks/results"
+    )
+    table = commands.add_parser("table", help="Write the results into the README.")
+    table.add_argument("--check", action="store_true", help="compare; exit with 1 if they differ")
+    table.add_argument("--readme", type=Path, default=tables.README)
+    table.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def first_line(function: object) -> str:
+    return (function.__doc__ or "").splitlines()[0]
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks: torch finds no CUDA device")
+    return device
+
+
+def default_output(device: torch.device, quick: bool) -> Path:
+    """A quick run measures nothing, so it does not replace what was measured."""
+    return Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else directory_of(device)
+
+
+def run_all(device: torch.device, output: Path, quick: bool, threads: int | None) -> int:
+    """Run each benchmark in a process of its own, so that a fault in one does not stop the rest."""
+    on_gpu = device.type == "cuda"
+    names = [name for name in BENCHMARKS if on_gpu or name != "launch"]
+    start = time.monotonic()
+    failed = []
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks", name, "--device", str(device)]
+        command += ["--output", str(output.resolve()), *(["--quick"] if quick else [])]
+        command += ["--threads", str(threads)] if threads else []
+        limit = None
+        if on_gpu:
+            left = GPU_TOTAL / (4 if quick else 1) - (time.monotonic() - start)
+            seconds = max(0.0, min(GPU_SECONDS[name] / (4 if quick else 1), left - 10))
+            command += ["--seconds", f"{seconds:.0f}"]
+            limit = max(5.0, min(seconds + 30, left))
+        print(f"\n== {name}", flush=True)
+        began = time.monotonic()
+        try:
+            status = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
+            if status != 0:
+                failed.append(f"{name} (exit status {status})")
+        except subprocess.TimeoutExpired:
+            failed.append(f"{name} (stopped: it took too long)")
+        print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"\nResults of {len(names)} benchmarks are in {output}, {time.monotonic() - start:.0f} s."
+    )
+    if failed:
+        print(f"Not all went well: {', '.join(failed)}.")
+    return 1 if failed else 0
+
+
+def run_plot(directories: list[Path]) -> int:
+    # Matplotlib is needed for nothing else, and a machine that only measures may lack it.
+    from benchmarks import plots
+
+    for directory in directories or sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for path in plots.draw(directory):
+            print(path)
+    return 0
+
+
+def run_table(results: Path, readme: Path, check: bool) -> int:
+    text = readme.read_text(encoding="utf-8")
+    updated = tables.replace_block(text, tables.readme_block(results))
+    if not check:
+        readme.write_text(updated, encoding="utf-8")
+    elif updated != text:
+        print(f"{readme}: the tables differ from {results}; run `python -m benchmarks table`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

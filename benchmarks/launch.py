@@ -1,0 +1,187 @@
+"""Search for launch configurations of the Triton kernels that beat the rules'.
+
+The outcome is `launch_table.json`, which the kernels load where TRITONCAPS_LAUNCH_TABLE names it:
+the configurations of this architecture that were right and faster.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.cases import SHAPES, Case, batch_size
+from benchmarks.operators import input_sets, phase_task
+from benchmarks.oracle import Oracle, gradients
+from benchmarks.report import NO_TIME
+from benchmarks.rivals import op_rival, ours
+from benchmarks.session import Session, reason, timed
+from benchmarks.timing import Task, replayed
+
+Config = dict[str, int]
+
+# What a search tries, one after the other, each on top of the best so far: factors of a field. A
+# field that is 1 is left alone: the kernel has no use for it.
+_CHOICES = (
+    ("max_splits", 2),
+    ("max_splits", 0.5),
+    ("block_i", 2),
+    ("block_i", 0.5),
+    ("block_b", 2),
+    ("block_b", 0.5),
+    ("block_j", 2),
+    ("block_j", 0.5),
+    ("num_warps", 2),
+    ("num_warps", 0.5),
+    ("num_stages", 0.67),
+    ("num_stages", 0.34),
+)
+# A smaller gain is within the noise, and not worth an entry.
+_WORTHWHILE = 1.03
+
+
+class _Table(dict[str, Config]):
+    """A launch table that remembers the names that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rules: dict[str, Config] = {}
+        self.asked = ""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked = name
+        return super().get(name, default)
+
+
+@contextmanager
+def launch_table() -> Iterator[_Table]:
+    """Put a table of our own in the place of the kernels', and note what their rules choose."""
+    from tritoncaps.kernels import _launch
+
+    table, measured = _Table(), _launch._measured
+
+    def note(rule: str, config: Any, *rest: Any) -> Any:
+        result = measured(rule, config, *rest)
+        table.rules[table.asked] = asdict(config)
+        return result
+
+    with (
+        mock.patch.object(_launch, "_table", table),
+        mock.patch.object(_launch, "_measured", note),
+    ):
+        yield table
+
+
+def run_launch(session: Session) -> None:
+    """Search for faster launch configurations of the Triton kernels."""
+    if ours(session.device) != "triton":
+        session.report.add([{"left_out": "the kernels do not run on this device"}])
+        return
+    entries: dict[str, Config] = {}
+    with launch_table() as table:
+        for case in launch_cases(session.device, session.quick):
+            print(case, flush=True)
+            if session.is_over():
+                session.report.add([{"case": str(case), **NO_TIME}])
+                continue
+            try:
+                oracle = Oracle(case, session.device)
+                phases = tuned_rules(case, oracle, table)
+                for name, phase in phases.items():
+                    entries |= search(session, case, oracle, table, name, phase)
+                    path = session.report.path.with_name("launch_table.json")
+                    path.write_text(json.dumps(entries, indent=1) + "\n")
+            except Exception as error:  # the other cases go on
+                session.report.add([{"case": str(case), "left_out": reason(error)}])
+    session.report.note(table=entries)
+
+
+def launch_cases(device: torch.device, quick: bool) -> list[Case]:
+    """List what is tuned, the most important first."""
+    if quick:
+        return [Case("capsule_routing", SHAPES["tiny"], 4, name="tiny")]
+    chosen = (
+        ("capsule_routing", "mnist", "fp32"),
+        ("capsule_routing", "second", "fp32"),
+        ("capsule_routing", "mnist", "bf16"),
+        ("capsule_routing", "classes100", "fp32"),
+        ("dynamic_routing", "mnist", "fp32"),
+        ("capsule_routing", "cifar", "fp32"),
+    )
+    return [
+        Case(op, SHAPES[name], batch_size(name, device), precision=precision, name=name)
+        for op, name, precision in chosen
+    ]
+
+
+def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
+    """Name the entries that a case asks for, each with the phase in which it matters."""
+    function = op_rival("triton", case, oracle.grad.device)
+    table.rules.clear()
+    with torch.no_grad():
+        function(**oracle.arguments)
+    forward = set(table.rules)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
+    output = function(**leaves)
+    table.rules.clear()
+    torch.autograd.grad(output, list(leaves.values()), oracle.grad)
+    backward = set(table.rules)
+    gradients(function, oracle.arguments, oracle.grad)
+    return {
+        name: "both" if name in forward & backward else "forward" if name in forward else "backward"
+        for name in table.rules
+    }
+
+
+def search(
+    session: Session, case: Case, oracle: Oracle, table: _Table, name: str, phase: str
+) -> dict[str, Config]:
+    """Tune one entry in one phase; returns it, or nothing where the rule's choice is best."""
+    print(f"  {name}", flush=True)
+    rule = table.rules[name]
+    best: Config = {}
+    for field, factor in _CHOICES:
+        value = int({**rule, **best}[field] * factor)
+        if rule[field] == 1 or value == 0 or session.is_over():
+            continue
+        candidate = {**best, field: value}
+        if field == "num_warps" and rule["groups"] > 1:
+            candidate["groups"] = value  # a group is what one warp works on
+        row = {"case": f"{name} B={case.B}", "phase": phase, "config": candidate}
+        try:
+            table[name] = candidate
+            oracle.check(op_rival("triton", case, session.device))
+            tasks = {
+                "best": _task(session, case, table, name, phase, best),
+                "candidate": _task(session, case, table, name, phase, candidate),
+            }
+            timings = session.time(tasks, seconds=2.0)
+        except Exception as error:  # a tile that the device has no room for is a result as well
+            session.report.add([row | {"left_out": reason(error)}], "phase", "config")
+            continue
+        speedup = timings["best"].median / timings["candidate"].median
+        session.report.add(
+            [row | timed(timings["candidate"]) | {"speedup": speedup}], "phase", "config"
+        )
+        if speedup > _WORTHWHILE:
+            best = candidate
+    table[name] = best
+    return {name: best} if best else {}
+
+
+def _task(
+    session: Session, case: Case, table: _Table, name: str, phase: str, config: Config
+) -> Task:
+    """Run a phase with a configuration; on a GPU it is captured with it."""
+    inputs, grad = input_sets(case, session.device), case.output_gradient(session.device)
+    task = phase_task(op_rival("triton", case, session.device), phase, inputs, grad)
+
+    def run(state: Any) -> None:
+        table[name] = config
+        task.run(state)
+
+    configured = Task(run, task.prepare, task.calls)
+    return replayed(configured) if session.device.type == "cuda" else configured

@@ -1,0 +1,195 @@
+"""Where results go: JSON files and lines on the terminal, with where they come from."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tritoncaps
+from tritoncaps import _operators
+
+FORMAT = 1
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+# What a row has instead of figures, where nothing is wrong.
+NO_TIME: Row = {"left_out": "no time was left"}
+
+
+class Report:
+    """The rows of one benchmark, printed and saved as they come: what is killed keeps its rows."""
+
+    def __init__(
+        self, benchmark: str, device: torch.device, settings: dict[str, Any], directory: Path
+    ) -> None:
+        self.path = directory / f"{benchmark}.json"
+        self.data: dict[str, Any] = {
+            "format": FORMAT,
+            "benchmark": benchmark,
+            "environment": describe_environment(device),
+            "settings": settings,
+            "rows": [],
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    @property
+    def rows(self) -> list[Row]:
+        """What was added so far."""
+        return self.data["rows"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Tell whether everything went well that there was time for."""
+        return all(row.get("left_out") in (None, NO_TIME["left_out"]) for row in self.rows)
+
+    def note(self, **facts: Any) -> None:
+        """Add facts that are not rows."""
+        self.data.update(facts)
+        self._save()
+
+    def add(self, rows: Iterable[Row], *columns: str) -> None:
+        """Add rows, save them, and print them with these columns before their figures."""
+        rows = list(rows)
+        self.rows.extend(rows)
+        for row in rows:
+            print("  " + describe(row, columns), flush=True)
+        self._save()
+
+    def _save(self) -> None:
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.data, indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, self.path)
+
+
+# Environment --------------------------------------------------------------------------------------
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Collect what a reader needs to make a result again: versions, device, commit."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "interpreted": _operators.INTERPRETED,
+        "tritoncaps": tritoncaps.__version__,
+        "commit": _commit(),
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Name the processor or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+
+
+def directory_of(device: torch.device) -> Path:
+    """Name the folder of a device's results, such as results/amd-epyc-2-threads."""
+    name = device_name(device)
+    if device.type == "cpu":
+        name += f" {torch.get_num_threads()} threads"
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return str(__import__(package).__version__)
+    except ModuleNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, with a + where files differ from it; None outside of git."""
+    try:
+        describe = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return describe.stdout.strip()
+
+
+# Figures for people -------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    """Format a duration with three digits: 3.11 s, 38.7 ms, 12.0 µs."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3)):
+        if value * factor >= 1:
+            return f"{_three_digits(value * factor)} {unit}"
+    return f"{_three_digits(value * 1e6)} µs"
+
+
+def machine(environment: dict[str, Any]) -> str:
+    """Name the device of a result, a CPU with the threads that were used."""
+    if environment["device_type"] != "cpu":
+        return str(environment["device"])
+    threads = environment["threads"]
+    return f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Format with a decimal prefix and three digits: 604 MB, 1.32 GFLOP/s."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{_three_digits(value / factor)} {prefix}{unit}"
+    return f"{_three_digits(value)} {unit}"
+
+
+def _three_digits(value: float) -> str:
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def describe(row: Row, columns: Sequence[str]) -> str:
+    """Write a row of any benchmark as one line."""
+    words = [f"{row.get(column, '')!s:<13}" for column in columns]
+    if "left_out" in row:
+        return " ".join([*words, f"left out: {row['left_out']}"])
+    if "median_s" in row:
+        spread = f"({seconds(row['p20_s'])} to {seconds(row['p80_s'])})"
+        words.append(f"{seconds(row['median_s']):>8} {spread:<24}")
+    for key, template in _FIGURES.items():
+        if row.get(key) is not None:
+            words.append(template(row[key]))
+    return " ".join(words)
+
+
+# How the figures are written; a row has some of them.
+_FIGURES: dict[str, Callable[[float], str]] = {
+    "speedup": lambda value: f"{value:7.2f} x",
+    "bytes_per_second": lambda value: f"{quantity(value, 'B/s'):>9}",
+    "flops_per_second": lambda value: f"{quantity(value, 'FLOP/s'):>13}",
+    "share_of_floor": lambda value: f"{100 * value:5.1f} % of the floor's rate",
+    "images_per_second": lambda value: f"{value:8.0f} images/s",
+    "peak_bytes": lambda value: f"peak {quantity(value, 'B'):>8}",
+    "share_of_allowed": lambda value: f"error {100 * value:4.0f} % of what is allowed",
+}
+
+
+def load_results(directory: Path) -> dict[str, Any]:
+    """Read the results of one device, by benchmark."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}

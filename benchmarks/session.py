@@ -1,0 +1,62 @@
+"""What all benchmarks of a run share."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.report import Report, Row
+from benchmarks.timing import Task, Timing, clock_for, time_alternately
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all benchmarks of a run share.
+
+    Attributes:
+        device: where everything runs.
+        quick: a few calls of everything, which prove that it works and measure nothing.
+        report: takes the rows.
+        end: when, by `time.monotonic`, to begin nothing new.
+    """
+
+    device: torch.device
+    quick: bool
+    report: Report
+    end: float = math.inf
+
+    def is_over(self) -> bool:
+        """Tell whether the time for this benchmark is used up."""
+        return time.monotonic() >= self.end
+
+    def time(self, tasks: dict[str, Task], seconds: float) -> dict[str, Timing]:
+        """Time tasks alternately, about `seconds` on a CPU and a tenth of that on a GPU."""
+        seconds = 0.0 if self.quick else seconds / (10 if self.device.type == "cuda" else 1)
+        rounds = (2, 3) if self.quick else (7, 100)
+        return time_alternately(tasks, clock_for(self.device), rounds=rounds, seconds=seconds)
+
+
+def reason(error: Exception) -> str:
+    """Put an error in one line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
+
+
+def timed(timing: Timing) -> Row:
+    """Name the figures of a timing."""
+    return {f"{name}_s": value for name, value in asdict(timing).items() if name != "samples"} | {
+        "samples": timing.samples
+    }
+
+
+def axes(case: Case) -> Row:
+    """Name the sizes of a case."""
+    return {
+        "op": case.op,
+        **case.shape._asdict(),
+        "B": case.B,
+        "iterations": case.iterations,
+        "precision": case.precision,
+    }

@@ -1,0 +1,115 @@
+"""Whole training steps: forward, loss, backward, Adam."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tritoncaps.models import CapsNet, DeepCapsNet
+
+from benchmarks.cases import train_images
+from benchmarks.oracle import WrongResultError, check_networks
+from benchmarks.report import NO_TIME, Row
+from benchmarks.rivals import EinsumCapsNet, einsum_loss, tritoncaps_loss
+from benchmarks.session import Session, reason, timed
+from benchmarks.timing import Task
+
+
+class Trainer:
+    """A model with its loss and Adam, which is the same for all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
+        precision: str,
+        batch: tuple[Tensor, Tensor],
+        compiled: bool = False,
+    ) -> None:
+        self.device, self.precision = batch[0].device, precision
+        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.images = batch[0].contiguous(memory_format=torch.channels_last)
+        self.target = batch[1]
+        self.loss_of = loss_of
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        exact = copy.deepcopy(model).to("cpu", torch.float64)
+        self._exact = loss_of(exact, batch[0].cpu().double(), batch[1].cpu()).item()
+        if compiled:
+            model.compile(dynamic=False)
+
+    def loss(self) -> Tensor:
+        """Run forward."""
+        is_bf16 = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_bf16):
+            return self.loss_of(self.model, self.images, self.target)
+
+    def step(self, _: Any = None) -> None:
+        """Run forward, backward and the update."""
+        self.optimizer.zero_grad()
+        torch.autograd.backward(self.loss())
+        self.optimizer.step()
+
+    def check(self) -> None:
+        """Compare the loss with that of the same network in float64, on the CPU.
+
+        Raises:
+            WrongResultError: they differ by more than rounding explains.
+        """
+        error = abs(self.loss().item() / self._exact - 1)
+        # Convolutions on a GPU may use TF32 in fp32, and have 8 bits in bf16.
+        if not error <= {"fp32": 1e-3, "bf16": 3e-2}[self.precision]:
+            raise WrongResultError(f"the loss is off by {100 * error:.2f} %")
+
+
+def run_step(session: Session) -> None:
+    """Time whole training steps: forward, loss, backward, Adam."""
+    B = 4 if session.quick else 64
+    check_networks()
+    tasks: dict[str, Task] = {}
+    facts: dict[str, Row] = {}
+    for model, rival, precision in _STEPS:
+        if session.quick and rival == "compiled port":
+            continue
+        name = f"{model} {rival} {precision}"
+        facts[name] = {"model": model, "rival": rival, "precision": precision, "B": B}
+        if session.is_over():
+            session.report.add([facts[name] | NO_TIME], *_COLUMNS)
+            continue
+        try:
+            trainer = make_trainer(model, rival, precision, train_images(B, session.device))
+            trainer.check()
+            trainer.step()
+            tasks[name] = Task(trainer.step)
+        except Exception as error:  # a wrong or failing trainer does not stop the others
+            session.report.add([facts[name] | {"left_out": reason(error)}], *_COLUMNS)
+    timings = session.time(tasks, seconds=100.0)
+    port = timings.get("CapsNet einsum port fp32")
+    for name, timing in timings.items():
+        figures: Row = {"images_per_second": B / timing.median}
+        if port is not None:
+            figures["speedup"] = port.median / timing.median
+        session.report.add([facts[name] | timed(timing) | figures], *_COLUMNS)
+
+
+_COLUMNS = ("model", "rival", "precision")
+_STEPS = (
+    ("CapsNet", "einsum port", "fp32"),
+    ("CapsNet", "tritoncaps", "fp32"),
+    ("CapsNet", "einsum port", "bf16"),
+    ("CapsNet", "tritoncaps", "bf16"),
+    ("DeepCapsNet", "tritoncaps", "fp32"),
+    ("DeepCapsNet", "tritoncaps", "bf16"),
+    ("CapsNet", "compiled port", "fp32"),  # last, as it takes the longest to get ready
+)
+
+
+def make_trainer(model: str, rival: str, precision: str, batch: tuple[Tensor, Tensor]) -> Trainer:
+    """Build a trainer; the port starts from the weights of `CapsNet`."""
+    torch.manual_seed(0)
+    if rival == "tritoncaps":
+        network = CapsNet() if model == "CapsNet" else DeepCapsNet()
+        return Trainer(network, tritoncaps_loss, precision, batch)
+    port = EinsumCapsNet()
+    port.copy_weights(CapsNet())
+    return Trainer(port, einsum_loss, precision, batch, compiled=rival == "compiled port")

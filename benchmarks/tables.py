@@ -1,0 +1,109 @@
+"""The tables of the project's README, made from the results in JSON."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import Row, load_results, machine, quantity, seconds
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+
+def readme_block(results: Path) -> str:
+    """Write the tables of all devices, with the markers."""
+    devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    parts = [_device_tables(device) for device in devices if device]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def replace_block(text: str, block: str) -> str:
+    """Put a block in the place of the one between the markers.
+
+    Raises:
+        ValueError: the text has not one pair of markers.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} and after it one {END}")
+    head, rest = text.split(BEGIN)
+    return head + block + rest.split(END)[1]
+
+
+def _device_tables(device: dict[str, Any]) -> str:
+    environment = next(iter(device.values()))["environment"]
+    commits = sorted({str(data["environment"]["commit"]) for data in device.values()})
+    tables = [
+        f"**{machine(environment)}** (torch {environment['torch']}, "
+        f"commit {' and '.join(commits)}, {environment['date']})"
+    ]
+    if "ops" in device:
+        tables.append(_ops_table(device["ops"]["rows"]))
+    if "step" in device:
+        tables.append(_step_table(device["step"]["rows"]))
+    if "memory" in device:
+        tables.append(_memory_table(device["memory"]["rows"]))
+    return "\n\n".join(tables)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_rival(rows: list[Row], value: str) -> dict[str, float]:
+    return {row["rival"]: row[value] for row in rows if value in row}
+
+
+def _own(figures: dict[str, float]) -> str:
+    """The path that tritoncaps takes on the device."""
+    return "triton" if "triton" in figures else "torch path"
+
+
+def _ops_table(rows: list[Row]) -> str:
+    lines = []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["op"] == "capsule_routing" and row["phase"] in ("forward", "both"):
+            groups.setdefault((row["case"], row["phase"]), []).append(row)
+    for (case, phase), group in groups.items():
+        medians = _by_rival(group, "median_s")
+        own = _own(medians)
+        if own not in medians:
+            continue
+        first = group[0]
+        name = f"{first['shape']} {case.split()[2]}, B={first['B']}, {first['precision']}"
+        cells = [seconds(medians[r]) if r in medians else "" for r in ("eager", "compile", own)]
+        ratios = [
+            f"{medians[r] / medians[own]:.1f}" if r in medians else "" for r in ("eager", "compile")
+        ]
+        phase = {"forward": "forward", "both": "forward + backward"}[phase]
+        lines.append([f"{name}, {phase}", *cells, *ratios])
+    header = ["`capsule_routing`", "einsum", "compiled einsum", "tritoncaps"]
+    return _table([*header, "× einsum", "× compiled"], lines)
+
+
+def _step_table(rows: list[Row]) -> str:
+    lines = [
+        [
+            f"{row['model']}, {row['rival']}, {row['precision']}",
+            seconds(row["median_s"]),
+            f"{row['images_per_second']:.0f}",
+            f"{row['speedup']:.2f}",
+        ]
+        for row in rows
+        if "median_s" in row
+    ]
+    header = f"Training step, batch {rows[0]['B']}"
+    return _table([header, "time", "images/s", "× einsum port, fp32"], lines)
+
+
+def _memory_table(rows: list[Row]) -> str:
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        group = [row for row in rows if row["case"] == case]
+        peaks = _by_rival(group, "peak_bytes")
+        names = ("eager", "compile", _own(peaks))
+        cells = [quantity(peaks[name], "B") if name in peaks else "" for name in names]
+        name = f"{group[0]['shape']} {case.split()[2]}, B={group[0]['B']}"
+        lines.append([name, quantity(group[0]["u_hat_bytes"], "B"), *cells])
+    header = ["Peak of forward + backward", "û alone", "einsum", "compiled einsum", "tritoncaps"]
+    return _table(header, lines)

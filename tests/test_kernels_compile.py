@@ -1,0 +1,106 @@
+"""Every kernel, in every configuration that the rules choose for the named shapes, compiles for
+every target without a GPU, keeps its values in registers and fits into shared memory.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritoncaps._operators import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
+pytest.importorskip("triton", reason="there is no Triton for this platform")
+
+from triton.runtime.jit import JITFunction
+from tritoncaps.kernels import (
+    _primitives,
+    capsule_routing,
+    compile_report,
+    dynamic_routing,
+    prediction_vectors,
+    squash,
+)
+from tritoncaps.kernels.compile_report import SHAPES, TARGETS
+
+from tritoncaps import kernels
+
+MODULES = (_primitives, capsule_routing, dynamic_routing, prediction_vectors, squash)
+FP32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    """Compile anew, whatever earlier versions have left in the user's cache."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def launches(target_name, dtypes, *, shapes=tuple(SHAPES), **options):
+    """Distinct launches for the shapes, the dtypes and one target."""
+    _, target = TARGETS[target_name]
+    found = {}
+    for shape in shapes:
+        for dtype in dtypes:
+            found |= dict.fromkeys(
+                compile_report.record_launches(SHAPES[shape], dtype, target, **options)
+            )
+    return list(found)
+
+
+def assert_compiles(target_name, found):
+    gpu, target = TARGETS[target_name]
+    for launch in found:
+        cost = compile_report.compile_launch(launch, gpu)
+        what = f"{launch.name} on {target_name}: {cost}, {launch}"
+        assert cost.stack == 0, f"spills: {what}"
+        assert cost.shared_memory <= target.shared_memory, what
+        assert 0 < cost.registers <= 512, what
+        assert cost.instructions > 0, what
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_named_shapes_compile(target_name):
+    assert_compiles(target_name, launches(target_name, [FP32]))
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_float64_and_half_precision_compile(target_name):
+    found = launches(target_name, [torch.float64, torch.bfloat16], shapes=["MNIST"])
+    assert_compiles(target_name, found)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "last"])
+def test_prior_and_coupling_compile(full):
+    found = launches("sm90", [FP32], shapes=["MNIST"], with_prior=True, full=full)
+    assert_compiles("sm90", found)
+
+
+def test_no_jit_function_is_forgotten():
+    """Every kernel is launched by some launcher, and every helper is called by another."""
+    source = "".join(
+        path.read_text() for path in Path(inspect.getfile(kernels)).parent.glob("*.py")
+    )
+    launched = {launch.name for launch in launches("sm90", [FP32], shapes=["MNIST"])}
+    functions = {
+        name: value
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
+    assert {name for name in functions if name.endswith("_kernel")} == launched
+    for name in functions.keys() - launched:
+        assert len(re.findall(rf"(?<!def ){name}\(", source)) > 0, f"{name} is never called"
+
+
+def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compile_report"])
+    monkeypatch.setattr(compile_report, "SHAPES", {"tiny": SHAPES["tiny"]})
+    footprint = compile_report.Footprint(42, 0, 1024, 777)
+    monkeypatch.setattr(compile_report, "compile_launch", lambda *_: footprint)
+    assert compile_report.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(launches("sm90", [FP32], shapes=["tiny"]))
+    assert "_routing_fwd_kernel" in "".join(lines)

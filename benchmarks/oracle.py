@@ -7,11 +7,11 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from tritoncaps.models import CapsNet
 
 from benchmarks.cases import SHARED, Case, train_images
 from benchmarks.rivals import EinsumCapsNet, Rival, einsum_loss, tritoncaps_loss
 from tritoncaps import _operators, reference
+from tritoncaps.models import CapsNet
 
 # An eager form whose own error is beyond this share of the largest value measures nothing.
 _LIMIT = {

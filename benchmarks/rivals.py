@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tritoncaps.models import CapsNet
 
 from benchmarks.cases import Case
 from tritoncaps import _operators, _torch_path, ops, reference
+from tritoncaps.models import CapsNet
 
 Rival = Callable[..., Tensor]
 

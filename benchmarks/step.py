@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tritoncaps.models import CapsNet, DeepCapsNet
 
 from benchmarks.cases import train_images
 from benchmarks.oracle import WrongResultError, check_networks
@@ -14,6 +13,7 @@ from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import EinsumCapsNet, einsum_loss, tritoncaps_loss
 from benchmarks.session import Session, reason, timed
 from benchmarks.timing import Task
+from tritoncaps.models import CapsNet, DeepCapsNet
 
 
 class Trainer:

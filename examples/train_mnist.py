@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from engine import checkpoint, figures, run_directory
 from engine.run_directory import RunDirectoryError
 from engine.runtime import (
@@ -28,8 +29,6 @@ from engine.runtime import (
     make_deterministic,
 )
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
-from tritoncaps.models import create_model, list_models
-
 from tritoncaps.data import (
     Batches,
     Dataset,
@@ -40,6 +39,7 @@ from tritoncaps.data import (
     split_validation,
     to_float,
 )
+from tritoncaps.models import create_model, list_models
 
 # The default number of epochs: small sets converge in fewer steps than MNIST has in one epoch.
 EPOCHS = {"mnist": 30, "fashion-mnist": 30, "digits": 15}

@@ -75,9 +75,9 @@ def squash_rows_grad(s, dv):
     """Gradient of squash at each row s.
 
     With e = s / n, the part of dv across s is scaled by f and the part along it, ρ = e·dv, by
-    f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept apart because
-    their sum would lose the second to cancellation where n is large. With m = max(n, 1), nothing
-    overflows in 1 / (1 + n²) = (1/m)² / ((1/m)² + (n/m)²).
+    f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept apart, as
+    their sum would lose the second to cancellation where n is large. With m = max(n, 1),
+    nothing overflows in 1 / (1 + n²) = (1/m)² / ((1/m)² + (n/m)²).
     """
     length, direction = _length_and_direction(s)
     along = tl.sum(direction * dv, axis=1)[:, None] * direction

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from tritoncaps.kernels._launch import (
     accumulation_dtype,
     capsule_routing_config,

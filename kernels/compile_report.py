@@ -24,10 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from tritoncaps.kernels import capsule_routing, dynamic_routing, prediction_vectors
-from tritoncaps.kernels._launch import Target
 
 from tritoncaps import kernels
+from tritoncaps.kernels import capsule_routing, dynamic_routing, prediction_vectors
+from tritoncaps.kernels._launch import Target
 
 BATCH = 128
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from tritoncaps.kernels._launch import (
     cdiv,
     device_of,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from tritoncaps.kernels._launch import cdiv, device_of, row_config
 from tritoncaps.kernels._primitives import (
     load_sum,

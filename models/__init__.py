@@ -4,6 +4,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
+
 from tritoncaps.models.capsnet import CapsNet, CapsuleOutput
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 

@@ -8,13 +8,6 @@ which gives 7,869,200 parameters.
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tritoncaps.models.capsnet import (
-    CapsuleOutput,
-    check_capsules,
-    check_images,
-    image_sides,
-    relu_convolution,
-)
 
 from tritoncaps import ops
 from tritoncaps.layers import (
@@ -22,6 +15,13 @@ from tritoncaps.layers import (
     ReconstructionDecoder,
     RoutedCapsules,
     capsule_lengths,
+)
+from tritoncaps.models.capsnet import (
+    CapsuleOutput,
+    check_capsules,
+    check_images,
+    image_sides,
+    relu_convolution,
 )
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+
 from tritoncaps._operators import INTERPRETED
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every

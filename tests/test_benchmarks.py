@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tritoncaps.models import CapsNet
 
 from benchmarks import __main__ as command_line
 from benchmarks import memory, operators, oracle, report, rivals, scaling, step, tables
@@ -23,6 +22,7 @@ from benchmarks.oracle import Oracle, WrongResultError
 from benchmarks.roofline import Ceilings, floor, measure_ceilings
 from benchmarks.timing import CpuClock, CudaClock, Task, Timing, replayed, time_alternately
 from tritoncaps import _operators, reference
+from tritoncaps.models import CapsNet
 
 CPU = torch.device("cpu")
 SMALL = Case("capsule_routing", Shape(7, 3, 4, 5), B=6)

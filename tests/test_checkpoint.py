@@ -23,9 +23,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
-from torch import nn
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 

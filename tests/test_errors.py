@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 from tritoncaps import CapsuleLoss, PrimaryCapsules, ReconstructionDecoder, RoutedCapsules, ops
 from tritoncaps.losses import reconstruction_error
+from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 U, WEIGHT = torch.ones(2, 6, 8), torch.ones(6, 8, 10, 16)
 U_HAT, PRIOR = torch.ones(2, 6, 10, 16), torch.zeros(6, 10)

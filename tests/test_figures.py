@@ -18,11 +18,12 @@ from torch import Tensor
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 
-from engine import figures  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
+
+from engine import figures  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
 TRAIN, VALIDATION, WRONG = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xC0, 0x00, 0x00)

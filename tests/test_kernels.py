@@ -31,10 +31,10 @@ from kernel_cases import (
     routing_inputs,
     run_routing,
 )
-from tritoncaps.kernels import _launch
-from tritoncaps.kernels._primitives import _round_to_tf32, dot
 
 from tritoncaps import kernels
+from tritoncaps.kernels import _launch
+from tritoncaps.kernels._primitives import _round_to_tf32, dot
 
 SHAPE = (3, 19, 3, 4, 5)  # B, I, P, J, D
 

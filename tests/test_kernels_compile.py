@@ -16,6 +16,8 @@ if INTERPRETED:
 pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 from triton.runtime.jit import JITFunction
+
+from tritoncaps import kernels
 from tritoncaps.kernels import (
     _primitives,
     capsule_routing,
@@ -25,8 +27,6 @@ from tritoncaps.kernels import (
     squash,
 )
 from tritoncaps.kernels.compile_report import SHAPES, TARGETS
-
-from tritoncaps import kernels
 
 MODULES = (_primitives, capsule_routing, dynamic_routing, prediction_vectors, squash)
 FP32 = torch.float32

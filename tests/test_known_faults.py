@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tritoncaps.models import CapsNet, DeepCapsNet
 
 from tritoncaps import PrimaryCapsules, RoutedCapsules, ops, reference
 from tritoncaps.layers import capsule_lengths
+from tritoncaps.models import CapsNet, DeepCapsNet
 
 
 def votes(device, B=2, I=7, J=4, D=3):

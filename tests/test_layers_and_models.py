@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
 
 from tritoncaps import (
     CapsuleLoss,
@@ -14,6 +13,7 @@ from tritoncaps import (
     reference,
 )
 from tritoncaps.losses import reconstruction_error
+from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
 
 # Every argument at another value than its default.
 BUILDS = [

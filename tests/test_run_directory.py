@@ -10,10 +10,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from engine import run_directory
-from engine.run_directory import MetricsLog, RunDirectoryError, find_run, new_directory
 from hypothesis import given
 from hypothesis import strategies as st
+
+from engine import run_directory
+from engine.run_directory import MetricsLog, RunDirectoryError, find_run, new_directory
 
 
 @pytest.fixture(autouse=True)

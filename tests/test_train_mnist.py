@@ -23,10 +23,10 @@ from unittest import mock
 
 import pytest
 import torch
-import train_mnist
-from engine import checkpoint, training
 from torch import Tensor, nn
 
+import train_mnist
+from engine import checkpoint, training
 from tritoncaps import models
 from tritoncaps.data import Dataset, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
@@ -314,6 +314,16 @@ class TestRun:
         assert run(*NEW, "--seed=2", "--epochs=1", "--output-dir=other") == 0
         assert metrics(tmp_path / "other")[0]["loss"] != metrics(finished[0])[0]["loss"]
 
+    def test_the_seed_and_the_shift_reach_the_batches(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = mock.Mock(wraps=train_mnist.Batches)
+        monkeypatch.setattr(train_mnist, "Batches", made)
+        flags = ("--seed=7", "--max-shift=1", "--epochs=1", "--output-dir=run")
+        assert run(*NEW, *flags) == 0
+        ((_, batch_size), options) = made.call_args
+        assert (batch_size, options) == (32, {"seed": 7, "max_shift": 1})
+
     def test_pictures_survive_a_model_that_is_always_wrong(
         self, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -371,7 +381,7 @@ class TestLearning:
         monkeypatch.setattr(train_mnist, "create_model", create)
         monkeypatch.setattr(train_mnist, "draw_figures", lambda *args: None)
         flags = ("--model=capsnet", "--dataset=digits", "--device=cpu", "--precision=fp32")
-        recipe = ("--epochs=6", "--batch-size=32", "--lr=0.003", "--max-shift=1")
+        recipe = ("--epochs=4", "--batch-size=32", "--lr=0.003", "--max-shift=1")
         run = tmp_path / "run"
         assert run_main(*flags, *recipe, f"--output-dir={run}") == 0
         rows = summary(run)
@@ -551,12 +561,18 @@ class TestResume:
     def test_a_damaged_best_model_is_reported_by_the_epoch_it_is_of(
         self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
+        """The one before it is not the final model either, and is tested itself."""
         epoch = checkpoint.load(a_run / "model_best.previous.pt")["progress"]["best_epoch"]
+        rows = summary(a_run)
+        accuracies = [f"{100 * float(rows[n - 1]['test_accuracy']):.2f} %" for n in (epoch, 3)]
+        assert accuracies[0] != accuracies[1]
         (a_run / "model_best.pt").write_bytes(b"")
         assert run(f"--resume={a_run}") == 0
         captured = capsys.readouterr()
         assert "warning: " in captured.err and "model_best.pt is empty" in captured.err
-        assert f"best model (epoch {epoch}, by validation)" in captured.out
+        title = f"best model (epoch {epoch}, by validation)"
+        assert f"{title}: test accuracy {accuracies[0]} " in captured.out
+        assert f"final model: test accuracy {accuracies[1]} " in captured.out
 
     @pytest.mark.parametrize("path", ["nowhere", "nowhere/last.pt"])
     def test_a_run_that_is_not_there_is_an_error(

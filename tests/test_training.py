@@ -18,15 +18,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from engine import checkpoint, runtime, training
 from engine.runtime import Runtime, choose_runtime, describe_environment, make_deterministic
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
-from torch import Tensor, nn
-from tritoncaps.models import CapsNet
-
 from tritoncaps.data import Batches, ImageSet, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.losses import CapsuleLoss
+from tritoncaps.models import CapsNet
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 SCHEDULE = Schedule(0.003, 0.8, 4)
@@ -803,7 +803,8 @@ class TestReports:
             f"epoch 1/2: loss {row['train_loss']:.4f}, "
             f"accuracy {100 * row['train_accuracy']:.2f} %; "
             f"validation {100 * row['validation_accuracy']:.2f} %; "
-            f"test {100 * row['test_accuracy']:.2f} % (0 s, best so far)"
+            f"test {100 * row['test_accuracy']:.2f} % "
+            f"({training._duration(row['seconds'])}, best so far)"
         )
         assert second.startswith("epoch 2/2: ")
 

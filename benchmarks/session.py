@@ -34,7 +34,7 @@ class Session:
     def time(self, tasks: dict[str, Task], seconds: float) -> dict[str, Timing]:
         """Time tasks alternately, about `seconds` on a CPU and a tenth of that on a GPU."""
         seconds = 0.0 if self.quick else seconds / (10 if self.device.type == "cuda" else 1)
-        rounds = (2, 3) if self.quick else (7, 100)
+        rounds = (2, 3) if self.quick else (5, 100)
         return time_alternately(tasks, clock_for(self.device), rounds=rounds, seconds=seconds)
 
 

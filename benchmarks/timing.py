@@ -130,7 +130,7 @@ def time_alternately(
     """Time tasks side by side, so that a drift of the machine meets all of them alike.
 
     Every round runs each task once, in an order that is drawn anew: no task always follows the
-    same one. Two rounds to warm up are not counted.
+    same one. A round to warm up is not counted.
 
     Args:
         tasks: by name.
@@ -143,9 +143,8 @@ def time_alternately(
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
     with _no_collection():
-        for _ in range(2):
-            for name in order:
-                clock.seconds(tasks[name])
+        for name in order:
+            clock.seconds(tasks[name])
         end = now() + seconds
         for done in range(rounds[1]):
             if done >= rounds[0] and now() >= end:

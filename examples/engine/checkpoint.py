@@ -289,7 +289,7 @@ def _check_loadable(value: Any, where: str) -> None:
 
 
 def _cuda_states() -> list[Tensor]:
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not torch.cuda.is_initialized():
         return []
     return torch.cuda.get_rng_state_all()
 

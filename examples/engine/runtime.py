@@ -38,7 +38,7 @@ class Runtime:
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, with channels last: what fast convolutions expect."""
-        return model.to(device=self.device, memory_format=torch.channels_last)
+        return model.to(self.device).to(memory_format=torch.channels_last)
 
     def describe(self) -> str:
         """Say in a few words where the model runs."""
@@ -78,7 +78,7 @@ def _computes_in_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # 2.10 has no public name for this.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return False
 
@@ -113,7 +113,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
 
 

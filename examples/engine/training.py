@@ -228,7 +228,7 @@ class Trainer:
             output = self.call(images, labels)
         loss: Tensor = self.loss(output.lengths, labels, output.reconstruction, images)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return loss, output.lengths
 

@@ -38,7 +38,8 @@ def draw(directory: Path) -> Iterator[Path]:
     }
     with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
         for name, drawing in drawings.items():
-            if name in results:
+            rows = results[name]["rows"] if name in results else []
+            if any("left_out" not in row for row in rows):
                 figure = drawing(results[name])
                 path = directory / f"{name}.png"
                 figure.savefig(path, dpi=DPI, metadata={"Software": None})
@@ -64,9 +65,8 @@ def _legend(figure: Figure, rivals: list[str], extra: list[Any] | None = None) -
         for rival, (colour, marker, label) in _MARKS.items()
         if rival in rivals
     ] + (extra or [])
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False
-    )
+    columns = len(handles) if len(handles) <= 5 else 3
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def draw_ops(data: dict[str, Any]) -> Figure:
@@ -126,7 +126,13 @@ def _draw_bars(axes: Axes, bars: list[_Bar]) -> None:
             axes.plot(bar.spread, (y, y), color="black", linewidth=1)
             end = max(end, bar.spread[1])
         axes.annotate(
-            bar.text, (end, y), (5, 0), textcoords="offset points", va="center", fontsize=8
+            bar.text,
+            (end, y),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
 
 
@@ -178,7 +184,7 @@ def draw_step(data: dict[str, Any]) -> Figure:
     ]
     _draw_bars(axes, bars)
     axes.set_xlabel("milliseconds")
-    axes.margins(x=0.22)
+    axes.margins(x=0.3)
     return figure
 
 

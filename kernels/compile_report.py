@@ -79,7 +79,6 @@ class Footprint:
     registers: int
     stack: int
     shared_memory: int
-    instructions: int
 
 
 def _record(kernel: JITFunction, *args: Any, **kwargs: Any) -> Launch:
@@ -113,6 +112,7 @@ def record_launches(
     dtype: torch.dtype,
     target: Target,
     *,
+    batch: int = BATCH,
     with_prior: bool = False,
     full: bool = True,
 ) -> Iterator[Launch]:
@@ -126,10 +126,10 @@ def record_launches(
     def empty(*sizes: int) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
 
-    u, weight, u_hat = empty(BATCH, I, P), empty(I, P, J, D), empty(BATCH, I, J, D)
-    grad_v, s = empty(BATCH, J, D), empty(BATCH * J, D)
+    u, weight, u_hat = empty(batch, I, P), empty(I, P, J, D), empty(batch, I, J, D)
+    grad_v, s = empty(batch, J, D), empty(batch * J, D)
     prior = empty(I, J) if with_prior else None
-    grad_coupling = empty(BATCH, I, J) if with_prior else None
+    grad_coupling = empty(batch, I, J) if with_prior else None
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module in (capsule_routing, dynamic_routing, prediction_vectors):
@@ -143,31 +143,38 @@ def record_launches(
     yield from found
 
 
-def _cubin_footprint(cubin: bytes, shared_memory: int) -> Footprint:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _cuobjdump(cubin: bytes, flag: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True)
-            for flag in ("-res-usage", "-sass")
-        )
-    registers = re.search(r"REG:(\d+)", usage.stdout)
-    stack = re.search(r"STACK:(\d+)", usage.stdout)
-    assert registers is not None and stack is not None, usage.stdout
-    instructions = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", sass.stdout, re.MULTILINE))
-    return Footprint(int(registers[1]), int(stack[1]), shared_memory, instructions)
+        command = [program, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _amdgcn_footprint(assembly: str, shared_memory: int) -> Footprint:
-    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
-    stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
-    assert registers is not None and stack is not None, "no kernel metadata in the assembly"
-    instructions = len(re.findall(r"^\t[a-z]+_\w+", assembly, re.MULTILINE))
-    return Footprint(int(registers[1]), int(stack[1]), shared_memory, instructions)
+def footprint(compiled: Any) -> Footprint:
+    """Read the footprint off what the compiler made, a cubin or an AMD assembly."""
+    if "cubin" in compiled.asm:
+        text = _cuobjdump(compiled.asm["cubin"], "-res-usage")
+        registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+        stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    if registers is None or stack is None:
+        raise ValueError(f"no count of registers in {text[-1000:]!r}")
+    return Footprint(int(registers[1]), int(stack[1]), compiled.metadata.shared)
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Footprint:
+def count_instructions(compiled: Any) -> int:
+    """Machine instructions; disassembling takes as long as compiling."""
+    if "cubin" in compiled.asm:
+        assembly = _cuobjdump(compiled.asm["cubin"], "-sass")
+        return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", assembly, re.MULTILINE))
+    return len(re.findall(r"^\t[a-z]+_\w+", compiled.asm["amdgcn"], re.MULTILINE))
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """Compile ahead of time, as Triton would just in time."""
     position = {name: (index,) for index, name in enumerate(launch.kernel.arg_names)}
     source = ASTSource(
@@ -176,11 +183,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Footprint:
         constexprs={position[name]: value for name, value in launch.constants},
         attrs={position[name]: [["tt.divisibility", 16]] for name in launch.divisible_by_16},
     )
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
-    shared_memory = compiled.metadata.shared
-    if target.backend == "cuda":
-        return _cubin_footprint(compiled.asm["cubin"], shared_memory)
-    return _amdgcn_footprint(compiled.asm["amdgcn"], shared_memory)
+    return triton.compile(source, target=target, options=dict(launch.options))
 
 
 def main() -> int:
@@ -202,10 +205,11 @@ def main() -> int:
             if launch in seen:
                 continue
             seen.add(launch)
-            cost = compile_launch(launch, gpu)
+            compiled = compile_launch(launch, gpu)
+            cost = footprint(compiled)
             print(
                 f"{shape_name:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
-                f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{cost.instructions:13}",
+                f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{count_instructions(compiled):13}",
                 flush=True,
             )
     return 0

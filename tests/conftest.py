@@ -1,4 +1,4 @@
-"""Settings shared by all tests: hypothesis profiles, the device, one thread a test process."""
+"""Settings shared by all tests: hypothesis profiles and the device."""
 
 import os
 
@@ -9,11 +9,13 @@ from hypothesis import HealthCheck, Phase, settings
 from tritoncaps._operators import INTERPRETED
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
-# time; HYPOTHESIS_PROFILE=nightly draws many new ones.
-settings.register_profile("dev", max_examples=25, deadline=None)
+# time; HYPOTHESIS_PROFILE=nightly draws many new ones. The interpreter takes about a millisecond a
+# program of a kernel's grid, so it gets fewer.
+EXAMPLES = 8 if INTERPRETED else 25
+settings.register_profile("dev", max_examples=EXAMPLES, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=25,
+    max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     database=None,

@@ -55,13 +55,12 @@ def launches(target_name, dtypes, *, shapes=tuple(SHAPES), **options):
 def assert_compiles(target_name, found):
     gpu, target = TARGETS[target_name]
     for launch in found:
-        cost = compile_report.compile_launch(launch, gpu)
+        cost = compile_report.footprint(compile_report.compile_launch(launch, gpu))
         what = f"{launch.name} on {target_name}: {cost}, {launch}"
         if "*fp64" not in dict(launch.signature).values():
             assert cost.stack == 0, f"spills: {what}"
         assert cost.shared_memory <= target.shared_memory, what
         assert 0 < cost.registers <= 512, what
-        assert cost.instructions > 0, what
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
@@ -69,7 +68,7 @@ def test_named_shapes_compile(target_name):
     assert_compiles(target_name, launches(target_name, [FP32]))
 
 
-@pytest.mark.parametrize("target_name", TARGETS)
+@pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
 def test_float64_and_half_precision_compile(target_name):
     found = launches(target_name, [torch.float64, torch.bfloat16], shapes=["MNIST"])
     assert_compiles(target_name, found)
@@ -78,6 +77,13 @@ def test_float64_and_half_precision_compile(target_name):
 @pytest.mark.parametrize("full", [True, False], ids=["full", "last"])
 def test_prior_and_coupling_compile(full):
     found = launches("sm90", [FP32], shapes=["MNIST"], with_prior=True, full=full)
+    assert_compiles("sm90", found)
+
+
+def test_extents_of_one_compile():
+    """Triton makes an argument of 1 a constant, which not every operation on a tensor takes."""
+    _, target = TARGETS["sm90"]
+    found = compile_report.record_launches((1, 1, 1, 1), FP32, target, batch=1, with_prior=True)
     assert_compiles("sm90", found)
 
 
@@ -101,9 +107,23 @@ def test_no_jit_function_is_forgotten():
 def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["compile_report"])
     monkeypatch.setattr(compile_report, "SHAPES", {"tiny": SHAPES["tiny"]})
-    footprint = compile_report.Footprint(42, 0, 1024, 777)
-    monkeypatch.setattr(compile_report, "compile_launch", lambda *_: footprint)
+    monkeypatch.setattr(compile_report, "compile_launch", lambda *_: None)
+    monkeypatch.setattr(
+        compile_report, "footprint", lambda _: compile_report.Footprint(42, 0, 1024)
+    )
+    monkeypatch.setattr(compile_report, "count_instructions", lambda _: 777)
     assert compile_report.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(launches("sm90", [FP32], shapes=["tiny"]))
     assert "_routing_fwd_kernel" in "".join(lines)
+
+
+@pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
+def test_footprint_is_read_off_the_compiled_kernel(target_name):
+    gpu, target = TARGETS[target_name]
+    launch = next(iter(launches(target_name, [FP32], shapes=["tiny"])))
+    compiled = compile_report.compile_launch(launch, gpu)
+    cost = compile_report.footprint(compiled)
+    assert 0 < cost.registers <= 512
+    assert cost.shared_memory <= target.shared_memory
+    assert 50 < compile_report.count_instructions(compiled) < 5000

@@ -3,18 +3,23 @@
     python -m tritoncaps.kernels.compile_report [--target sm90] [--dtype float32]
 
 The launchers run on tensors without storage while every launch is recorded instead of made; each
-distinct launch is then compiled ahead of time, with the specialisation that Triton would give it.
+distinct launch is then compiled ahead of time, with the specialisation that Triton would give it,
+on all cores.
 """
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,27 +63,33 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as a launcher would start it: enough to compile it, and hashable."""
+    """A kernel as a launcher would start it: enough to compile it, hashable and picklable."""
 
-    kernel: JITFunction
+    module: str
+    name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible_by_16: tuple[str, ...]
     options: tuple[tuple[str, int], ...]
 
     @property
-    def name(self) -> str:
-        """The kernel's name."""
-        return self.kernel.fn.__name__
+    def kernel(self) -> JITFunction:
+        """The function that is launched."""
+        return getattr(importlib.import_module(self.module), self.name)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a compiled kernel takes: stack in bytes a thread, shared memory in bytes a program."""
+    """What a compiled kernel takes.
+
+    Registers and stack (bytes) of a thread, shared memory (bytes) of a program, and machine
+    instructions where they were counted.
+    """
 
     registers: int
     stack: int
     shared_memory: int
+    instructions: int | None = None
 
 
 def _record(kernel: JITFunction, *args: Any, **kwargs: Any) -> Launch:
@@ -99,7 +110,8 @@ def _record(kernel: JITFunction, *args: Any, **kwargs: Any) -> Launch:
             if value % 16 == 0:
                 divisible.append(name)
     return Launch(
-        kernel,
+        kernel.fn.__module__,
+        kernel.fn.__name__,
         tuple(signature.items()),
         tuple(constants.items()),
         tuple(divisible),
@@ -148,12 +160,15 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [program, flag, file.name]
+        command = [str(program), flag, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def footprint(compiled: Any) -> Footprint:
-    """Read the footprint off what the compiler made, a cubin or an AMD assembly."""
+def footprint(compiled: Any, *, instructions: bool = False) -> Footprint:
+    """Read the footprint off what the compiler made, a cubin or an AMD assembly.
+
+    Instructions are counted on demand: disassembling a cubin takes as long as compiling it.
+    """
     if "cubin" in compiled.asm:
         text = _cuobjdump(compiled.asm["cubin"], "-res-usage")
         registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
@@ -163,11 +178,11 @@ def footprint(compiled: Any) -> Footprint:
         stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
     if registers is None or stack is None:
         raise ValueError(f"no count of registers in {text[-1000:]!r}")
-    return Footprint(int(registers[1]), int(stack[1]), compiled.metadata.shared)
+    count = _count_instructions(compiled) if instructions else None
+    return Footprint(int(registers[1]), int(stack[1]), compiled.metadata.shared, count)
 
 
-def count_instructions(compiled: Any) -> int:
-    """Machine instructions; disassembling takes as long as compiling."""
+def _count_instructions(compiled: Any) -> int:
     if "cubin" in compiled.asm:
         assembly = _cuobjdump(compiled.asm["cubin"], "-sass")
         return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S", assembly, re.MULTILINE))
@@ -176,14 +191,31 @@ def count_instructions(compiled: Any) -> int:
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """Compile ahead of time, as Triton would just in time."""
-    position = {name: (index,) for index, name in enumerate(launch.kernel.arg_names)}
+    kernel = launch.kernel
+    position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     source = ASTSource(
-        fn=launch.kernel,
+        fn=kernel,
         signature=dict(launch.signature),
         constexprs={position[name]: value for name, value in launch.constants},
         attrs={position[name]: [["tt.divisibility", 16]] for name in launch.divisible_by_16},
     )
     return triton.compile(source, target=target, options=dict(launch.options))
+
+
+def _footprint_of(launch: Launch, target: GPUTarget, instructions: bool) -> Footprint:
+    return footprint(compile_launch(launch, target), instructions=instructions)
+
+
+def footprints(
+    launches: Iterable[Launch], target: GPUTarget, *, instructions: bool = False
+) -> Iterator[tuple[Launch, Footprint]]:
+    """Compile the launches, one process a core, and yield each, in order, with its footprint."""
+    launches = list(launches)
+    measure = partial(_footprint_of, target=target, instructions=instructions)
+    # Spawned, not forked: torch has threads by now.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(launches)), context) as pool:
+        yield from zip(launches, pool.map(measure, launches), strict=True)
 
 
 def main() -> int:
@@ -199,19 +231,16 @@ def main() -> int:
         f"{'shape':14}{'kernel':28}{'warps':>6}"
         f"{'registers':>10}{'stack':>6}{'shared':>8}{'instructions':>13}"
     )
-    seen: set[Launch] = set()
+    found: dict[Launch, str] = {}
     for shape_name, shape in SHAPES.items():
         for launch in record_launches(shape, getattr(torch, arguments.dtype), target):
-            if launch in seen:
-                continue
-            seen.add(launch)
-            compiled = compile_launch(launch, gpu)
-            cost = footprint(compiled)
-            print(
-                f"{shape_name:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
-                f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{count_instructions(compiled):13}",
-                flush=True,
-            )
+            found.setdefault(launch, shape_name)
+    for launch, cost in footprints(found, gpu, instructions=True):
+        print(
+            f"{found[launch]:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
+            f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{cost.instructions:13}",
+            flush=True,
+        )
     return 0
 
 

@@ -32,11 +32,16 @@ def _polar(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squash_fwd(s: Tensor) -> Tensor:
-    """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D); n/(n + 1/n) cannot overflow."""
+    """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D).
+
+    With m = max(n, 1) and k = min(n, 1), n² / (1 + n²) = k² / (1/m² + k²): no square overflows.
+    """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
     length, direction = _polar(s.to(accumulation_dtype(s.dtype)))
-    return (direction * (length / (length + 1 / length))).to(s.dtype)
+    inverse_square = (1 / length.clamp(min=1)).square()
+    small_square = length.clamp(max=1).square()
+    return (direction * (small_square / (inverse_square + small_square))).to(s.dtype)
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:

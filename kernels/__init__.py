@@ -4,13 +4,19 @@ A launcher takes validated tensors of any strides, on one device and of one dtyp
 contiguous ones. It knows nothing of autograd or dispatch. Importing this package imports Triton.
 """
 
+from triton.runtime.errors import OutOfResources
+
 from tritoncaps.kernels._launch import UnsupportedShape
 from tritoncaps.kernels.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
 from tritoncaps.kernels.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
 from tritoncaps.kernels.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
 from tritoncaps.kernels.squash import squash_bwd, squash_fwd
 
+# What a launcher raises where another backend should take over: nothing has been written.
+REFUSALS = (UnsupportedShape, OutOfResources)
+
 __all__ = [
+    "REFUSALS",
     "UnsupportedShape",
     "capsule_routing_bwd",
     "capsule_routing_fwd",

@@ -123,14 +123,35 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
 
 _table: dict[str, dict[str, int]] = {}
 
+# What a table may choose. block_p and block_d are not choices: they hold a whole pose.
+_POWERS = ("num_warps", "groups", "block_b", "block_i", "block_j", "block_rows")
+_TUNABLE = (*_POWERS, "num_stages", "max_splits")
+
 
 def load_table(path: str | Path) -> None:
     """Let measured configurations replace those of the rules.
 
     The file is JSON: {"<rule> <architecture> <dtype> I1152 P8 J10 D16": {"block_i": 8, …}, …}. The
     fields named there replace the rule's; any tiling gives the right result.
+
+    Raises:
+        ValueError: an entry sets a field that is not a choice, such as block_d, which follows from
+            the shape, or a value that is not a power of two (max_splits: not an int ≥ 1).
     """
-    _table.update(json.loads(Path(path).read_text()))
+    table = json.loads(Path(path).read_text())
+    for name, fields in table.items():
+        for field, value in fields.items():
+            if field not in _TUNABLE:
+                raise ValueError(
+                    f"load_table: {path}: {name!r} sets {field!r}, "
+                    f"but a table may set {', '.join(_TUNABLE)}"
+                )
+            if type(value) is not int or value < 1 or (value & (value - 1) and field in _POWERS):
+                kind = "a power of two" if field in _POWERS else "an int >= 1"
+                raise ValueError(
+                    f"load_table: {path}: {name!r} sets {field}={value!r}, must be {kind}"
+                )
+    _table.update(table)
 
 
 if "TRITONCAPS_LAUNCH_TABLE" in os.environ:

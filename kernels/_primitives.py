@@ -8,12 +8,24 @@ same to the last bit on every run, and no float is ever added atomically.
 A "row" is one vector over D of a contiguous (B, J, D) tensor; row n belongs to b = n // J.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-# Below any logit yet finite: a running maximum that starts here meets a logit of minus infinity
-# without forming inf - inf.
-LOWEST = tl.constexpr(-3.0e38)
+# The least finite values: a running maximum that starts here is below any logit, yet meets one of
+# minus infinity without forming inf - inf.
+_LOWEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
+_LOWEST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
+
+
+@triton.jit
+def full_of_lowest(shape: tl.constexpr, dtype: tl.constexpr):
+    """A tensor of the least finite value of its type, from which a maximum starts."""
+    if dtype == tl.float64:
+        lowest: tl.constexpr = _LOWEST_FLOAT64
+    else:
+        lowest: tl.constexpr = _LOWEST_FLOAT32
+    return tl.full(shape, lowest, dtype)
 
 
 @triton.jit
@@ -27,6 +39,9 @@ def _round_to_tf32(x):
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b in the type of its operands.
 
+    A TF32 multiplier drops the bits that it does not read. For "tf32" the operands are rounded
+    first, since dropping bits makes every product too small.
+
     "tf32x3" is float32 by three TF32 products: with a = a₀ + a₁ and a₀ in TF32, a₁ fits too but for
     its last bit, and only a₁ b₁, at most 2⁻²² of a b, is left out. It is spelled out here because
     it takes three instructions a value, a third of what Triton's own splitting takes.
@@ -37,6 +52,8 @@ def dot(a, b, PRECISION: tl.constexpr):
         product = tl.dot(a - a_high, b_high, input_precision="tf32")
         product = tl.dot(a_high, b - b_high, acc=product, input_precision="tf32")
         product = tl.dot(a_high, b_high, acc=product, input_precision="tf32")
+    elif PRECISION == "tf32":
+        product = tl.dot(_round_to_tf32(a), _round_to_tf32(b), input_precision="tf32")
     else:
         product = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
     return product
@@ -174,3 +191,15 @@ def pull_back(
             tl.store(saved_grads_ptr + offsets, ds, mask=mask)
             tl.store(saved_poses_ptr + offsets, pose, mask=mask)
     tl.debug_barrier()
+
+
+@triton.jit
+def load_grad_coupling(
+    ptrs, mask, steps_after, DTYPE: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr
+):
+    """The coupling's own gradient; it belongs to the last step, and is zero in the others."""
+    grad_coupling = tl.zeros(mask.shape, DTYPE)
+    if HAS_GRAD_COUPLING:
+        is_last = tl.zeros(mask.shape, tl.int32) == steps_after
+        grad_coupling += tl.load(ptrs, mask & is_last, other=0.0).to(DTYPE)
+    return grad_coupling

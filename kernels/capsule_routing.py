@@ -25,9 +25,10 @@ from tritoncaps.kernels._launch import (
     weight_gradient_config,
 )
 from tritoncaps.kernels._primitives import (
-    LOWEST,
     advance_poses,
     dot,
+    full_of_lowest,
+    load_grad_coupling,
     pull_back,
 )
 from tritoncaps.kernels.squash import squash_slots
@@ -42,6 +43,28 @@ def _tile_axes(tile, GROUPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.co
     group_i = tile * GROUPS * BLOCK_I + tl.arange(0, GROUPS)[:, None] * BLOCK_I
     i = group_i + tl.arange(0, BLOCK_I)[None, :]
     return i, group_i + (k % BLOCK_I)[None, :], (k // BLOCK_I).to(tl.int64)
+
+
+@triton.jit
+def _load_tile(
+    u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_d,
+    DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and where the weight of j = 0 lies, with the masks.
+
+    The masks are over (GROUPS, BLOCK_B, columns) and (GROUPS, columns, BLOCK_D).
+    """
+    mask_k = (ki < I) & (p < P)[None, :]
+    mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
+    offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
+    u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
+    u = tl.load(u_ptrs, mask_u, other=0.0).to(DTYPE)
+    u = tl.reshape(u, (ki.shape[0], b.shape[0], BLOCK_P, BLOCK_I))
+    mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
+    offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
+    weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
+    return u, weight_ptrs, mask_u, mask_w
 
 
 @triton.jit
@@ -117,19 +140,14 @@ def _routing_fwd_kernel(
     offs_bd = (b * J * D)[:, None] + d[None, :]
     for tile in range(split * tiles, (split + 1) * tiles):
         i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
-        mask_k = (ki < I) & (p < P)[None, :]
-        mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
-        offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
-        u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
-        u = tl.load(u_ptrs, mask_u, other=0.0).to(dtype)
-        u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-        mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
-        offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
-        weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
+        u, weight_ptrs, _mask_u, mask_w = _load_tile(
+            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+            stride_weight_i, stride_weight_p, stride_weight_d, dtype, BLOCK_P, BLOCK_I,
+        )  # fmt: skip
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_started = (b < tl.where(tile > split * tiles, B, 0))[:, None] & (d < D)[None, :]
 
-        top = tl.full((GROUPS, BLOCK_B, BLOCK_I), LOWEST, dtype)
+        top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), dtype)
         mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), dtype)
         for j in range(tl.cast(J, tl.int64)):
             w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(dtype)
@@ -213,7 +231,8 @@ def _routing_bwd_kernel(
 ):  # fmt: skip
     """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾ and du, leave log Σ_j exp and δ of every (b, i).
 
-    DETACH treats the coupling as a constant: db = 0.
+    DETACH treats the coupling as a constant: db = 0. Without poses and prior the coupling is 1/J,
+    and nothing is left.
     """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -234,15 +253,10 @@ def _routing_bwd_kernel(
     offs_bd = (b * J * D)[:, None] + d[None, :]
     for tile in range(split * tiles, (split + 1) * tiles):
         i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
-        mask_k = (ki < I) & (p < P)[None, :]
-        mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
-        offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
-        u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
-        u = tl.load(u_ptrs, mask_u, other=0.0).to(dtype)
-        u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-        mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
-        offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
-        weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
+        u, weight_ptrs, mask_u, mask_w = _load_tile(
+            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+            stride_weight_i, stride_weight_p, stride_weight_d, dtype, BLOCK_P, BLOCK_I,
+        )  # fmt: skip
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_bi = (b < B)[None, :, None] & (i < I)[:, None, :]  # (GROUPS, BLOCK_B, BLOCK_I)
         offs_bi = (b * I)[None, :, None] + i[:, None, :]
@@ -253,7 +267,7 @@ def _routing_bwd_kernel(
         mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), dtype) + J
         moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), dtype)  # Σ_j exp(logit - top) dc
         if HAS_POSES or HAS_PRIOR:
-            top += LOWEST
+            top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), dtype)
             mass = tl.zeros_like(mass)
             for j in range(tl.cast(J, tl.int64)):
                 w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(dtype)
@@ -273,8 +287,9 @@ def _routing_bwd_kernel(
                     moment = moment * shrink + share * dc
                 top = new_top
         delta = moment / mass
-        tl.store(normaliser_ptr + offs_bi, top + tl.log(mass), mask_bi)
-        tl.store(delta_ptr + offs_bi, delta, mask_bi)
+        if HAS_POSES or HAS_PRIOR:
+            tl.store(normaliser_ptr + offs_bi, top + tl.log(mass), mask_bi)
+            tl.store(delta_ptr + offs_bi, delta, mask_bi)
 
         du = tl.zeros((GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), dtype)
         for j in range(tl.cast(J, tl.int64)):
@@ -307,12 +322,13 @@ def _routing_bwd_kernel(
 @triton.jit
 def _add_pairs(
     dw, dprior, u, w, prior, pose_ptrs, grad_ptrs, mask_bd,
-    normaliser_ptrs, delta_ptrs, grad_coupling, mask_ib,
+    normaliser_ptrs, delta_ptrs, grad_coupling, mask_ib, J,
     DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add an iteration of one batch tile to dW_j, (K, BLOCK_D), and dprior_j, (BLOCK_I, BLOCK_B).
 
-    Here u is (BLOCK_P, BLOCK_I, BLOCK_B), K = BLOCK_P * BLOCK_I, and w is (K, BLOCK_D).
+    Here u is (BLOCK_P, BLOCK_I, BLOCK_B), K = BLOCK_P * BLOCK_I, and w is (K, BLOCK_D). dW sums
+    over the batch, so a row past its end must have coupling 0, whatever its logit.
     """
     K: tl.constexpr = w.shape[0]
     grad = tl.load(grad_ptrs, mask_bd, other=0.0)
@@ -321,7 +337,10 @@ def _add_pairs(
         pose = tl.load(pose_ptrs, mask_bd, other=0.0)
         projected = dot(w, tl.trans(pose), PRECISION)
         logits += tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
-    c = tl.exp(logits - tl.load(normaliser_ptrs, mask_ib, other=0.0))
+    if HAS_POSES or HAS_PRIOR:
+        c = tl.exp(logits - tl.load(normaliser_ptrs, mask_ib, other=float("inf")))
+    else:
+        c = tl.where(mask_ib, tl.full(mask_ib.shape, 1.0, u.dtype) / J, 0.0)
     cu = tl.reshape(c[None, :, :] * u, (K, u.shape[2]))
     dw += dot(cu, grad, PRECISION)
     if (HAS_POSES or HAS_PRIOR) and not DETACH:
@@ -382,36 +401,34 @@ def _weight_gradient_kernel(
         b = first_b + tl.arange(0, BLOCK_B).to(tl.int64)
         mask_bd = (b < B)[:, None] & (d < D)[None, :]
         mask_ib = (i < I)[:, None] & (b < B)[None, :]
-        offs_u = (ki * stride_u_i + p * stride_u_p)[:, None] + (b * stride_u_b)[None, :]
-        u = tl.load(u_ptr + offs_u, mask_k[:, None] & (b < B)[None, :], other=0.0).to(dtype)
-        u = tl.reshape(u, (BLOCK_P, BLOCK_I, BLOCK_B))
+        # Loaded along the capsules, which are next to each other in memory; batch rows are not.
+        offs_u = (b * stride_u_b)[:, None] + (ki * stride_u_i + p * stride_u_p)[None, :]
+        u = tl.load(u_ptr + offs_u, (b < B)[:, None] & mask_k[None, :], other=0.0).to(dtype)
+        u = tl.reshape(tl.trans(u), (BLOCK_P, BLOCK_I, BLOCK_B))
         offs_bd = ((b * J + j) * D)[:, None] + d[None, :]
         offs_ib = (b * I)[None, :] + i[:, None]
         grad_coupling_ptrs = grad_coupling_ptr + j * stride_grad_coupling_j
         grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
         grad_coupling_ptrs += (b * stride_grad_coupling_b)[None, :]
         for step in range(first_step, steps):
-            grad_coupling = tl.zeros((BLOCK_I, BLOCK_B), dtype)
-            if HAS_GRAD_COUPLING:  # no row of it belongs to a step before the last
-                mask_b = b < tl.where(step == steps - 1, B, 0)
-                mask = (i < I)[:, None] & mask_b[None, :]
-                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ib, steps - 1 - step, dtype, HAS_GRAD_COUPLING
+            )
             poses = step * pose_step + offs_bd
-            pairs = step * pair_step + offs_ib
+            # Without a prior, step 0 has no pairs.
+            pairs = (step if HAS_PRIOR else step - 1) * pair_step + offs_ib
             dw, dprior = _add_pairs(
                 dw, dprior, u, w, prior, poses_ptr + poses, grads_ptr + poses, mask_bd,
-                normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib,
+                normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib, J,
                 DETACH, True, HAS_PRIOR, PRECISION,
             )  # fmt: skip
         if WITH_FIRST:
-            grad_coupling = tl.zeros((BLOCK_I, BLOCK_B), dtype)
-            if HAS_GRAD_COUPLING:
-                mask_b = b < tl.where(steps == 1, B, 0)
-                mask = (i < I)[:, None] & mask_b[None, :]
-                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ib, steps - 1, dtype, HAS_GRAD_COUPLING
+            )
             dw, dprior = _add_pairs(
                 dw, dprior, u, w, prior, poses_ptr + offs_bd, grads_ptr + offs_bd, mask_bd,
-                normaliser_ptr + offs_ib, delta_ptr + offs_ib, grad_coupling, mask_ib,
+                normaliser_ptr + offs_ib, delta_ptr + offs_ib, grad_coupling, mask_ib, J,
                 DETACH, False, HAS_PRIOR, PRECISION,
             )  # fmt: skip
     offs_dw = ((ki * P + p) * J + j)[:, None] * D + d[None, :]
@@ -540,7 +557,9 @@ def capsule_routing_bwd(
     grads = torch.empty_like(poses)
     saved_poses = torch.empty_like(sums)
     saved_grads = torch.empty_like(sums)
-    normaliser = sums.new_empty(iterations, B, I)
+    # Of the iterations that have logits: without a prior the first has none.
+    unlogged = 1 if prior is None else 0
+    normaliser = sums.new_empty(iterations - unlogged, B, I)
     delta = torch.empty_like(normaliser)
     # du is summed over the passes in the accumulation type; the last pass writes it in u's.
     du = grad_u if u.dtype == sums.dtype else torch.empty_like(grad_u, dtype=sums.dtype)
@@ -564,10 +583,11 @@ def capsule_routing_bwd(
         first = 1 if full else iterations
         for iteration in range(iterations, first - 1, -1):
             step = iteration - 1
+            pairs = max(step - unlogged, 0)
             next_slots = slots[iteration % 2]
             _routing_bwd_kernel[(cdiv(B, config.block_b), splits)](
                 *inputs, filled, next_slots, poses, grads,
-                sums, saved_poses[step], saved_grads[step], normaliser[step], delta[step],
+                sums, saved_poses[step], saved_grads[step], normaliser[pairs:], delta[pairs:],
                 du, grad_u if iteration == first else du,
                 B, I, P, J, D, iteration, tiles,
                 *strides,

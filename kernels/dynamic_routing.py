@@ -17,7 +17,12 @@ from tritoncaps.kernels._launch import (
     dynamic_routing_config,
     target_of,
 )
-from tritoncaps.kernels._primitives import LOWEST, advance_poses, pull_back
+from tritoncaps.kernels._primitives import (
+    advance_poses,
+    full_of_lowest,
+    load_grad_coupling,
+    pull_back,
+)
 from tritoncaps.kernels.squash import squash_slots
 
 # Forward ------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ def _dynamic_fwd_kernel(
         prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None]
         started = tl.where(tile > split * tiles, J, 0)
 
-        top = tl.full((BLOCK_I,), LOWEST, dtype)
+        top = full_of_lowest((BLOCK_I,), dtype)
         mass = tl.zeros((BLOCK_I,), dtype)
         for first_j in range(0, J, BLOCK_J):
             votes, j, mask_jd = _load_votes(
@@ -193,7 +198,7 @@ def _dynamic_bwd_kernel(
         grad_coupling_ptrs = grad_coupling_ptr + b * stride_grad_coupling_b
         grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
 
-        top = tl.full((BLOCK_I,), LOWEST, dtype)
+        top = full_of_lowest((BLOCK_I,), dtype)
         mass = tl.zeros((BLOCK_I,), dtype)
         moment = tl.zeros((BLOCK_I,), dtype)  # Σ_j exp(logit - top) dc
         for first_j in range(0, J, BLOCK_J):
@@ -317,11 +322,9 @@ def _votes_gradient_kernel(
         dvotes = tl.zeros((BLOCK_I, BLOCK_J, BLOCK_D), dtype)
         dlogits = tl.zeros((BLOCK_I, BLOCK_J), dtype)
         for step in range(first_step, steps):
-            grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
-            if HAS_GRAD_COUPLING:  # no row of it belongs to a step before the last
-                mask_i = i < tl.where(step == steps - 1, I, 0)
-                mask = mask_i[:, None] & (j < J)[None, :]
-                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ij, steps - 1 - step, dtype, HAS_GRAD_COUPLING
+            )
             poses = step * pose_step + offs_jd
             pairs = step * pair_step + offs_i
             dvotes, dlogits = _add_iteration(
@@ -330,11 +333,9 @@ def _votes_gradient_kernel(
                 grad_coupling, J, DETACH, True, HAS_PRIOR,
             )  # fmt: skip
         if WITH_FIRST:
-            grad_coupling = tl.zeros((BLOCK_I, BLOCK_J), dtype)
-            if HAS_GRAD_COUPLING:
-                mask_i = i < tl.where(steps == 1, I, 0)
-                mask = mask_i[:, None] & (j < J)[None, :]
-                grad_coupling += tl.load(grad_coupling_ptrs, mask, other=0.0).to(dtype)
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ij, steps - 1, dtype, HAS_GRAD_COUPLING
+            )
             dvotes, dlogits = _add_iteration(
                 dvotes, dlogits, votes, poses_ptr + offs_jd, grads_ptr + offs_jd, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + offs_i, delta_ptr + offs_i, i < I,

@@ -109,7 +109,7 @@ class Allocations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "mm":
             self.products += 1
-        if name in ("mm", "empty", "empty_like", "new_empty", "zeros_like", "_to_copy", "clone"):
+        if isinstance(result, Tensor) and not func.is_view:
             self.shapes.append(result.shape)
         if name not in ("empty", "empty_like", "new_empty") or not result.is_floating_point():
             return result

@@ -107,10 +107,62 @@ def test_any_tiling_of_a_table_is_exact(device, name, tmp_path, monkeypatch):
     }
     path = tmp_path / "table.json"
     path.write_text(json.dumps(table))
-    monkeypatch.setattr(_launch, "_table", {})
+
+    class Asked(dict):
+        """A table that remembers what it was asked for."""
+
+        def get(self, key, default):
+            asked.add(key)
+            return super().get(key, default)
+
+    asked = set()
+    monkeypatch.setattr(_launch, "_table", Asked())
     _launch.load_table(path)
     inputs = routing_inputs(name, (2 if name == "dynamic_routing" else 17, 53, 4, 3, 2), device)
     assert_exact(run_routing(name, inputs), exact_routing(name, inputs))
+    is_dynamic = name == "dynamic_routing"
+    assert asked == {key for key in table if is_dynamic == ("dynamic_routing" in key)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"block_p": 2}, "sets 'block_p', but a table may set num_warps"),
+        ({"blok_i": 2}, "sets 'blok_i'"),
+        ({"block_i": 3}, "sets block_i=3, must be a power of two"),
+        ({"max_splits": 0}, "sets max_splits=0, must be an int >= 1"),
+        ({"num_warps": 4.0}, "sets num_warps=4.0"),
+    ],
+)
+def test_a_table_that_would_give_wrong_results_is_refused(tmp_path, monkeypatch, fields, words):
+    monkeypatch.setattr(_launch, "_table", {})
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"weight_gradient sm90 float32 I5 P4 J3 D2": fields}))
+    with pytest.raises(ValueError, match=words):
+        _launch.load_table(path)
+    assert not _launch._table
+
+
+@pytest.mark.parametrize("B", [3, 17])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_large_prior_stays_within_the_batch(device, name, B):
+    """exp(prior) is beyond float32: a row past the end of the batch must not form it."""
+    inputs = routing_inputs(name, (B, 5, 4, 3, 6), device, torch.float32)
+    inputs[-3][0, 0] = 100.0
+    exact = exact_routing(name, inputs)
+    v, coupling, _, *grads = run_routing(name, inputs)
+    for result, expected in zip([v, coupling, *grads], exact, strict=True):
+        torch.testing.assert_close(result, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_the_least_prior_is_a_logit_like_any_other(device, name, dtype):
+    """A row of the value that masks are made of still sums to 1."""
+    inputs = routing_inputs(name, SHAPE, device, dtype)
+    inputs[-3][1] = torch.finfo(dtype).min
+    _, coupling, *_ = run_routing(name, inputs)
+    torch.testing.assert_close(coupling[:, 1], torch.full_like(coupling[:, 1], 1 / SHAPE[3]))
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -272,6 +324,41 @@ def test_shape_that_fits_no_configuration_is_refused(device, function, shapes):
     with counted_launches() as launched, refused:
         getattr(kernels, function)(*tensors, *rest)
     assert not launched
+
+
+@pytest.mark.parametrize("module", ["squash", "prediction_vectors", *ROUTINGS])
+def test_every_launch_is_made_on_the_tensors_device(device, monkeypatch, module):
+    """Triton launches on the current device, whichever the tensors are on."""
+    entered = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.device = tensor.device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.append(None)
+
+    # The name of the launcher in the package hides that of its module.
+    monkeypatch.setattr(f"tritoncaps.kernels.{module}.device_of", Guard)
+    kernel_type = type(kernels.squash._squash_fwd_kernel)
+    launch = kernel_type.run
+
+    def guarded(kernel, *args, **kwargs):
+        assert entered and entered[-1] == u.device, f"{kernel.fn.__name__} has no guard"
+        return launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(kernel_type, "run", guarded)
+    u, weight, rows = (random(*s).to(device) for s in ((2, 3, 4), (3, 4, 5, 6), (2, 6)))
+    if module == "squash":
+        kernels.squash_bwd(kernels.squash_fwd(rows), rows)
+    elif module == "prediction_vectors":
+        kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
+    else:
+        run_routing(module, routing_inputs(module, SHAPE, device))
+    assert entered and entered[-1] is None
 
 
 FAR_APART = """

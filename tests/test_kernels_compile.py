@@ -19,7 +19,6 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 from triton.runtime.jit import JITFunction
 
-from tritoncaps import kernels
 from tritoncaps.kernels import (
     _primitives,
     capsule_routing,
@@ -88,19 +87,20 @@ def test_extents_of_one_compile():
 
 def test_no_jit_function_is_forgotten():
     """Every kernel is launched by some launcher, and every helper is called by another."""
-    source = "".join(
-        path.read_text() for path in Path(inspect.getfile(kernels)).parent.glob("*.py")
-    )
+    sources = {module: Path(inspect.getfile(module)).read_text() for module in MODULES}
     launched = {launch.name for launch in launches("sm90", [FP32], shapes=["MNIST"])}
     functions = {
-        name: value
+        (module, name)
         for module in MODULES
         for name, value in vars(module).items()
-        if isinstance(value, JITFunction)
+        if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__
     }
-    assert {name for name in functions if name.endswith("_kernel")} == launched
-    for name in functions.keys() - launched:
-        assert len(re.findall(rf"(?<!def ){name}\(", source)) > 0, f"{name} is never called"
+    assert {name for _, name in functions if name.endswith("_kernel")} == launched
+    for module, name in functions:
+        # A private helper serves its own module, the others any.
+        callers = [sources[module]] if name.startswith("_") else sources.values()
+        calls = sum(len(re.findall(rf"(?<!def )\b{name}[\(\[]", text)) for text in callers)
+        assert calls > 0, f"{module.__name__}.{name} is never called"
 
 
 def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):

@@ -252,6 +252,30 @@ def test_autocast_routes_in_float32(device, dtype):
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["capsule_routing", "dynamic_routing", "prediction_vectors"])
+def test_backward_inside_autocast_is_that_outside(device, name):
+    shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
+    inputs = [random(*shape, device=device) for shape in shapes]
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(getattr(ops, name)(*inputs).square().sum(), inputs))
+    for actual, expected in zip(*grads, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["capsule_routing", "dynamic_routing"])
+def test_loss_of_the_coupling_alone(device, name):
+    shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
+    inputs = [random(*shape, device=device) for shape in shapes]
+    grads = []
+    for module in (ops, reference):
+        _, c = getattr(module, name)(*inputs, return_coupling=True)
+        grads.append(torch.autograd.grad(c.square().sum(), inputs))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_meta_tensors_give_shapes(device):
     u, weight = torch.empty(B, I, P, device="meta"), torch.empty(I, P, J, D, device="meta")
     v, c = ops.capsule_routing(u, weight, return_coupling=True)
@@ -290,12 +314,11 @@ def test_fallback_to_the_torch_path_is_said_once(monkeypatch):
     """A shape that no kernel configuration fits gets the torch path's result, and one warning."""
 
     class Kernels:
-        class UnsupportedShape(Exception):  # noqa: N818 - its name in the kernels
-            pass
+        REFUSALS = (LookupError,)
 
         @staticmethod
         def squash_fwd(s):
-            raise Kernels.UnsupportedShape("D=3 is too much for this test")
+            raise LookupError("D=3 is too much for this test")
 
     monkeypatch.setattr(_operators, "INTERPRETED", True)
     monkeypatch.setattr(_operators, "_kernels", lambda: Kernels)

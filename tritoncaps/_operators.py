@@ -48,14 +48,19 @@ def _run(function: str, tensor: Tensor, *args: Any) -> Any:
 
     The rule: Triton kernels for CUDA and ROCm tensors, and for CPU tensors when TRITON_INTERPRET=1
     asks for it; the torch path for every other device, where Triton is missing, and for a shape
-    that no launch configuration fits, which is said once.
+    that no launch configuration fits, which is said once. Autocast is off inside: what it casts, it
+    has cast at the operator's boundary, and a backward may run where the forward did not.
     """
+    device_type = tensor.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _run(function, tensor, *args)
     wants_kernels = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
     kernels = _kernels() if wants_kernels else None
     if kernels is not None:
         try:
             return getattr(kernels, function)(*args)
-        except kernels.UnsupportedShape as reason:
+        except kernels.REFUSALS as reason:
             _say_once(f"{function} runs without its Triton kernel: {reason}")
     return getattr(_torch_path, function)(*args)
 
@@ -196,18 +201,25 @@ def _(
     return _contiguous_like(u_hat), grad_prior
 
 
+def _grad_v_or_zeros(grad_v: Tensor | None, like: Tensor, sums: Tensor) -> Tensor:
+    """Autograd gives None where the loss used the coupling alone."""
+    return like.new_zeros(sums.shape[1:]) if grad_v is None else grad_v
+
+
 def _save_dynamic_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u_hat, prior, _, ctx.full, ctx.return_coupling = inputs
+    u_hat, prior, _, full, return_coupling = inputs
+    ctx.full, ctx.differentiate_coupling = full, full and return_coupling
     ctx.save_for_backward(u_hat, prior, output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _dynamic_routing_gradient(
-    ctx: Any, grad_v: Tensor, grad_coupling: Tensor, grad_sums: Tensor
+    ctx: Any, grad_v: Tensor | None, grad_coupling: Tensor | None, grad_sums: None
 ) -> tuple[Tensor | None, ...]:
-    grad_coupling_or_none = grad_coupling if ctx.return_coupling and ctx.full else None
     u_hat, prior, sums = ctx.saved_tensors
+    grad_v = _grad_v_or_zeros(grad_v, u_hat, sums)
     grad_u_hat, grad_prior = dynamic_routing_backward(
-        grad_v, grad_coupling_or_none, u_hat, prior, sums, ctx.full
+        grad_v, grad_coupling if ctx.differentiate_coupling else None, u_hat, prior, sums, ctx.full
     )
     return grad_u_hat, None if prior is None else grad_prior, None, None, None
 
@@ -277,17 +289,25 @@ def _(
 
 
 def _save_capsule_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    u, weight, prior, _, ctx.full, ctx.return_coupling = inputs
+    u, weight, prior, _, full, return_coupling = inputs
+    ctx.full, ctx.differentiate_coupling = full, full and return_coupling
     ctx.save_for_backward(u, weight, prior, output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _capsule_routing_gradient(
-    ctx: Any, grad_v: Tensor, grad_coupling: Tensor, grad_sums: Tensor
+    ctx: Any, grad_v: Tensor | None, grad_coupling: Tensor | None, grad_sums: None
 ) -> tuple[Tensor | None, ...]:
-    grad_coupling_or_none = grad_coupling if ctx.return_coupling and ctx.full else None
     u, weight, prior, sums = ctx.saved_tensors
+    grad_v = _grad_v_or_zeros(grad_v, u, sums)
     grad_u, grad_weight, grad_prior = capsule_routing_backward(
-        grad_v, grad_coupling_or_none, u, weight, prior, sums, ctx.full
+        grad_v,
+        grad_coupling if ctx.differentiate_coupling else None,
+        u,
+        weight,
+        prior,
+        sums,
+        ctx.full,
     )
     return grad_u, grad_weight, None if prior is None else grad_prior, None, None, None
 

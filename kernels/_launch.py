@@ -232,12 +232,14 @@ def capsule_routing_config(
 
     block_b: 16, the rows of one matrix instruction; more rows would leave a batch of 128 too few
     programs. block_i: a warp's slice of the weight has 512 values (256 of float64), the most for
-    which the backward, which also holds du and two projections, keeps everything in registers.
+    which the backward, which also holds du and two projections, keeps everything in registers; a
+    pose pair P × D beyond that spills, more the larger it is, up to where it is refused.
     groups: 8 warps, with a group each, and few input capsules spread over them. num_stages: the
-    weight of the next j is fetched during this one if the buffers fit into shared memory, but not
-    in the backward, where the addresses no longer fit into registers.
-    max_splits: as in `dynamic_routing_config`; 16 splits of 8 batch tiles fill a device of 132
-    processors at B = 128.
+    first sweep fetches the weight of the next j during this one if the buffers fit into shared
+    memory; the second, which uses it in two products, does not, nor does the backward, where the
+    addresses no longer fit into registers.
+    max_splits: as in `dynamic_routing_config`. At the MNIST shape it gives 12 splits of 3 tiles, 96
+    programs at B = 128; no device has yet told whether more, smaller ones would be faster.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _fused_blocks(P, D, 256 if is_wide else 512)

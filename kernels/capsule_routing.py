@@ -6,8 +6,9 @@ Nothing in the program grows with J.
 
 With x any vector of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p: one small product, x W_jᵀ, for
 all pairs of the tile, then a sum over p against u. Products are batched over groups of input
-capsules, one group a warp, so that warps neither repeat nor exchange anything until the groups'
-sums are added. Columns of a product run over (p, i), i fastest: the sum over p stays in a thread.
+capsules, one group a warp, so that no warp repeats another's product; what they exchange is the sum
+over groups at the end of a step. Columns of a product run over (p, i), i fastest: the sum over p
+stays in a thread.
 """
 
 import torch

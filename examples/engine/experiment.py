@@ -265,6 +265,23 @@ class Experiment:
         print(f"            {sizes}")
         print(f"results     {self.directory}", flush=True)
 
+    def fix(self, name: str, value: Any) -> None:
+        """Add to the recipe what only the data can tell.
+
+        Raises:
+            RunDirectoryError: the directory was made with another value.
+        """
+        marker = self.directory / "experiment.json"
+        content = json.loads(marker.read_text())
+        before = content["recipe"].setdefault(name, value)
+        if before != value:
+            raise RunDirectoryError(
+                f"--output-dir {self.directory} was made with {_flag(name, before)}, not "
+                f"{_flag(name, value)}: repeat its flags, or choose another directory"
+            )
+        self.recipe[name] = value
+        write_json(marker, content)
+
     @property
     def where(self) -> str:
         """The device in a few words, for the titles of pictures."""
@@ -288,7 +305,9 @@ class Experiment:
             RunDirectoryError: a cell was trained for more epochs than are asked for now.
         """
         if self.args.dry_run:
-            cells = list({cell.name: cell for cell in (cells[0], cells[-1])}.values())
+            # One of each network, and the last one, which is often the largest.
+            kinds = {cell.model: cell for cell in reversed(cells)}
+            cells = [cell for cell in cells if cell in (*kinds.values(), cells[-1])]
         results = []
         for number, cell in enumerate(cells, 1):
             title = f"[{number}/{len(cells)}] {cell.name}"

@@ -126,6 +126,8 @@ def plot_heat_map(
             dark = value - lowest < 0.55 * (highest - lowest)
             colour = "white" if dark else "black"
             axes.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center")
+        for row, column in table.isnan().nonzero().tolist():
+            axes.text(column, row, "not run", color="0.4", ha="center", va="center")
         best = int(table.nan_to_num(-1).argmax())
         corner = (best % len(columns) - 0.5, best // len(columns) - 0.5)
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec=_PALETTE[1], lw=3, clip_on=False))
@@ -166,15 +168,12 @@ def plot_trade_off(
             x, y = [point[1] for point in others], [100 * point[2] for point in others]
             axes.plot(x, y, "o", color=_PALETTE[0], label="faster and as accurate exists")
         for name, seconds, share in points:
-            bold = any(name == point[0] for point in ahead)
-            axes.annotate(
-                name,
-                (seconds, 100 * share),
-                (7, 6),
-                textcoords="offset points",
-                color="black" if bold else "0.35",
-                weight="bold" if bold else "normal",
-            )
+            # Above and left of the front there is no point, so there is room for a name.
+            if any(name == point[0] for point in ahead):
+                style = {"xytext": (-7, 5), "ha": "right", "weight": "bold"}
+            else:
+                style = {"xytext": (6, -11), "ha": "left", "color": "0.35"}
+            axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
         axes.margins(0.12)
         axes.ticklabel_format(useOffset=False)
         axes.set_xlabel(labels[0])
@@ -325,7 +324,7 @@ def plot_overlapped(
         strips.append(_pad(strip.unsqueeze(0), text_height, 0)[0])
     mosaic = torch.cat(strips)
     tile = tiles.shape[2]
-    with _mosaic_figure(path, mosaic, title, left=128, bottom=0) as axes:
+    with _mosaic_figure(path, mosaic, title, left=148, bottom=0) as axes:
         top = 0
         for block, strip in zip(blocks, strips, strict=True):
             for row, name in enumerate(titles):
@@ -424,8 +423,7 @@ def _coloured(block: Overlapped) -> Tensor:
     """Return the seven rows of pictures of `plot_overlapped`, (7, N, 3, H, W), in [0, 1]."""
     # A class that was found stands in the place of its original.
     crossed = (block.predictions == block.labels.flip(1)).any(dim=1)
-    straight = (block.predictions == block.labels).any(dim=1)
-    swap = (crossed & ~straight)[:, None, None, None, None]
+    swap = crossed[:, None, None, None, None]
     decoded = block.reconstructions.where(~swap, block.reconstructions.flip(1))
     rows = [block.overlays.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)]
     for pair in (block.originals, decoded):
@@ -434,3 +432,31 @@ def _coloured(block: Overlapped) -> Tensor:
         second = grey[:, 1] * torch.tensor(_SECOND)[:, None, None]
         rows += [first, second, (first + second).clamp(max=1)]
     return torch.stack(rows)
+
+
+def plot_strips(
+    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
+) -> None:
+    """Draw rows of images, each with a name, and a line of text below each image.
+
+    Args:
+        strips: for each row its name, its images (N, C, H, W), and N texts.
+        path: the PNG to write.
+        title: the line above the pictures.
+    """
+    columns, text_height = max(len(images) for _, images, _ in strips), 22
+    rows = []
+    for _, images, _ in strips:
+        tiles = _enlarge(images)
+        blank = tiles.new_full((columns - len(tiles), *tiles.shape[1:]), 255)
+        tiles = _pad(torch.cat([tiles, blank]), text_height, _GAP)
+        rows.append(rearrange(tiles, "n h w rgb -> h (n w) rgb"))
+    tile = tiles.shape[2]
+    left = 30 + 7 * max(len(name) for name, _, _ in strips)
+    with _mosaic_figure(path, torch.cat(rows), title, left=left, bottom=0) as axes:
+        for row, (name, _, texts) in enumerate(strips):
+            top, height = row * len(rows[0]), len(rows[0]) - text_height
+            axes.text(-_GAP, top + height / 2, name, ha="right", va="center")
+            for column, text in enumerate(texts):
+                x = column * tile + (tile - _GAP) / 2
+                axes.text(x, top + height + 3, text, ha="center", va="top")

@@ -5,9 +5,9 @@
     python examples/reconstruct.py RUN --dry-run
 
 The network is that of a run directory, at the epoch that the validation set chose. It sees an image
-and no label, and the longest capsule is decoded. grids.png shows the first test images of each
-class beside their reconstructions; failures.png shows images that were misread, with the decoded
-capsules of the class it took them for and of the true one.
+and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
+shows the first test images of each class beside their reconstructions, and failures.png images that
+were misread, with the decoded capsules of the class it took them for and of the true one.
 
 The paper says that reconstructions are smoother and less noisy than the images. reconstruction.csv
 and reconstruction.json have numbers for that, class by class: the squared error, and the total
@@ -31,7 +31,7 @@ from engine.experiment import (
     positive,
     run_program,
 )
-from engine.trained import Trained, load_trained
+from engine.trained import Trained, check_trained, load_trained
 from tritoncaps.data import to_float
 from tritoncaps.losses import reconstruction_error
 
@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(args: argparse.Namespace) -> int:
     """Run the network over the test set, then draw and measure what it decodes."""
+    args.output_dir = args.output_dir or str(check_trained(args.run) / "reconstruct")
     experiment = Experiment("reconstruct", args, recipe=["run"])
     network = load_trained(args.run, experiment.runtime)
     check(experiment, network)

@@ -38,7 +38,7 @@ from engine.experiment import (
 )
 from engine.experiment_figures import Panel
 from engine.run_directory import write_json
-from engine.trained import Trained, load_trained
+from engine.trained import Trained, check_trained, load_trained
 from tritoncaps.data import to_float
 from tritoncaps.losses import MarginLoss
 
@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(args: argparse.Namespace) -> int:
     """Measure every network under every condition, then draw one curve for each."""
+    for run in args.runs:
+        check_trained(run)
     experiment = Experiment("robustness", args)
     networks = [load_trained(run, experiment.runtime) for run in args.runs]
     for network in networks:
@@ -192,7 +194,7 @@ def attack(network: Trained, kind: Kind, images: Tensor, labels: Tensor) -> Tens
             return distortions.score_difference(values, labels)
         if network.network == baseline.CNN:
             return torch.nn.functional.cross_entropy(values, labels, reduction="none")
-        return MarginLoss(reduction="none")(values, labels)  # type: ignore[no-any-return]
+        return MarginLoss(reduction="none")(values, labels)
 
     return distortions.sign_of_gradient(lambda changed: scores(network, changed), loss, images)
 

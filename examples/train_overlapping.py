@@ -11,7 +11,7 @@ the decoder draws each of them on its own, to be compared with the original that
 
 Two rates are reported: *exact pairs*, of which both classes are found, and *digits* found. The same
 command again goes on where it was stopped. Each network has a run directory; beside them stand
-pairs.csv, pairs.json, curves.png and a picture of successes and failures of each network.
+pairs.csv and pairs.json, curves.png, and a picture of successes and failures of each network.
 """
 
 import argparse
@@ -60,7 +60,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="coincident: no shift, 28×28; shifted: each by up to 4 pixels, 36×36",
     )
     what.add_argument("--models", nargs="+", choices=list_models(), default=list_models())
-    what.add_argument("--seed", type=int, default=1)
+    what.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
+    )
     what.add_argument(
         "--partners",
         type=positive,
@@ -83,9 +85,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(args: argparse.Namespace) -> int:
     """Train each network, test it on pairs it never saw, and draw what it makes of them."""
-    args.output_dir = args.output_dir or f"runs/train_overlapping-{args.mode}"
-    experiment = Experiment("train_overlapping", args, recipe=["mode"])
-    cells = [Cell(f"{model}-seed{args.seed}", model, args.seed) for model in args.models]
+    experiment = Experiment("train_overlapping", args, recipe=["mode"], variant=args.mode)
+    cells = [
+        Cell(f"{model}-seed{seed}", model, seed)
+        for seed in range(1, args.seeds + 1)
+        for model in args.models
+    ]
 
     def make_job(cell: Cell) -> Job:
         train, validation = experiment.split(cell.seed)
@@ -101,18 +106,21 @@ def tell(args: argparse.Namespace) -> int:
         return 130
 
     # -- the final test: the model that the validation set chose, and as many pairs as asked for
-    rows, curves = [], {}
+    rows = []
+    curves: dict[str, list[list[float]]] = {}
     for result in results:
         trained = load_trained(experiment.directory / result["name"], experiment.runtime)
         measured, examples = measure(experiment, trained)
-        rows.append({**{"mode": args.mode}, **result, **measured})
+        rows.append({"mode": args.mode, **result, **measured})
         title = baseline.TITLES[result["model"]]
-        curves[title] = [[row["test_accuracy"] for row in experiment.rows(result["name"])]]
+        curve = [row["test_accuracy"] for row in experiment.rows(result["name"])]
+        curves.setdefault(title, []).append(curve)
         print(
-            f"{title}: exact pairs {percent(measured['exact_pairs'])}, digits "
-            f"{percent(measured['digits'])} ({measured['pairs']:,} {args.mode} test pairs)"
+            f"{title}, seed {result['seed']}: exact pairs {percent(measured['exact_pairs'])}, "
+            f"digits {percent(measured['digits'])} ({measured['pairs']:,} {args.mode} test pairs)"
         )
-        draw(experiment, title, examples, measured["exact_pairs"])
+        if result["seed"] == 1:
+            draw(experiment, result["model"], examples, measured["exact_pairs"])
     experiment.write_table("pairs", rows)
     title = f"Overlapping {experiment.dataset.title}, {args.mode}"
     experiment_figures.plot_model_curves(
@@ -180,13 +188,14 @@ def joined(parts: list[Overlapped]) -> Overlapped:
     return Overlapped(*map(join, names))
 
 
-def draw(experiment: Experiment, title: str, examples: Overlapped, exact: float) -> None:
+def draw(experiment: Experiment, model: str, examples: Overlapped, exact: float) -> None:
     """Draw successes over failures."""
+    title = baseline.TITLES[model]
     right = (examples.predictions == examples.labels).all(dim=1)
     blocks = [examples.take(right), examples.take(~right)]
     experiment_figures.plot_overlapped(
         blocks,
-        experiment.directory / f"{title.lower()}.png",
+        experiment.directory / f"{model}.png",
         f"{title}, {experiment.args.mode} pairs: read right above, wrong below "
         f"({percent(exact)} exact)",
         experiment.dataset.class_names,

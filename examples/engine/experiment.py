@@ -236,13 +236,20 @@ class Experiment:
         program: the name of the script, without ".py".
         args: its flags.
         recipe: names of flags of its own that all cells share, beside `RECIPE`.
+        variant: a part of the name of the default output directory.
 
     Raises:
         DatasetError, ValueError: the data or the device are not there.
         RunDirectoryError: the output directory cannot be used, or belongs to another recipe.
     """
 
-    def __init__(self, program: str, args: argparse.Namespace, recipe: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        program: str,
+        args: argparse.Namespace,
+        recipe: Sequence[str] = (),
+        variant: str = "",
+    ) -> None:
         if args.deterministic:
             make_deterministic()
         self.program = program
@@ -257,7 +264,8 @@ class Experiment:
         resolved = {"dataset": dataset.name, "precision": self.runtime.precision}
         flags = {**vars(args), **resolved}
         self.recipe = {name: flags[name] for name in (*RECIPE, *recipe) if name in flags}
-        self.directory = Path(args.output_dir or f"runs/{program}-{dataset.name}")
+        name = "-".join(filter(None, (program, variant, dataset.name)))
+        self.directory = Path(args.output_dir or f"runs/{name}")
         _open_directory(self.directory, {"experiment": program, "recipe": self.recipe})
         sizes = f"{len(self.dataset.train):,} to train on, {len(self.dataset.test):,} to test"
         print(f"device      {self.runtime.describe()}")
@@ -352,12 +360,12 @@ class Experiment:
         args, directory = self.args, self.directory / cell.name
         directory.mkdir(exist_ok=True)
         saved_args = {
+            "hidden_capsules": 10,  # which train_mnist.py --eval-only asks for
             **vars(args),
             **self.recipe,
             **asdict(cell),
             "output_dir": str(directory),
             "model_kwargs": job.model_kwargs,
-            "hidden_capsules": 10,
         }
         trainer = Trainer(
             job.model,
@@ -533,6 +541,8 @@ def _open_directory(directory: Path, content: dict[str, Any]) -> None:
                 )
             write_json(marker, content)
             return
+        if list(directory.iterdir()) == [marker]:  # no run began
+            write_json(marker, content)
         found = json.loads(marker.read_text())
     except OSError as error:
         raise RunDirectoryError(f"--output-dir {directory}: {error.strerror}") from error

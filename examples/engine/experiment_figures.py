@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -79,7 +80,7 @@ def plot_model_curves(
                     axes.plot(range(1, len(run) + 1), values, color=colour, lw=0.7, alpha=0.55)
             label = f"{name}: highest {_spread([max(run) for run in seeds])}"
             label += f", last {_spread([run[-1] for run in seeds])}"
-            style = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 2.2}
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "lw": 2.2}
             axes.plot(range(1, length + 1), average, label=label, clip_on=False, **style)
         _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
         axes.set_ylabel(f"{quantity} (%), stretched towards 100")
@@ -136,7 +137,7 @@ def plot_heat_map(
         axes.set_ylabel(labels[0])
         axes.set_xlabel(labels[1])
         bar = figure.colorbar(image, ax=axes, label=f"{labels[2]} (%)")
-        bar.ax.yaxis.get_major_formatter().set_useOffset(False)
+        bar.ax.ticklabel_format(axis="y", useOffset=False)
 
 
 def plot_trade_off(
@@ -161,7 +162,7 @@ def plot_trade_off(
         axes = figure.subplots()
         ahead = sorted((points[index] for index in front), key=lambda point: point[1])
         others = [point for index, point in enumerate(points) if index not in set(front)]
-        line = {"color": _PALETTE[1], "marker": "s", "markersize": 8, "linewidth": 1.5}
+        line: dict[str, Any] = {"color": _PALETTE[1], "marker": "s", "markersize": 8, "lw": 1.5}
         x, y = [point[1] for point in ahead], [100 * point[2] for point in ahead]
         axes.plot(x, y, drawstyle="steps-post", label="Pareto front", zorder=3, **line)
         if others:
@@ -169,10 +170,9 @@ def plot_trade_off(
             axes.plot(x, y, "o", color=_PALETTE[0], label="faster and as accurate exists")
         for name, seconds, share in points:
             # Above and left of the front there is no point, so there is room for a name.
+            style: dict[str, Any] = {"xytext": (6, -11), "ha": "left", "color": "0.35"}
             if any(name == point[0] for point in ahead):
                 style = {"xytext": (-7, 5), "ha": "right", "weight": "bold"}
-            else:
-                style = {"xytext": (6, -11), "ha": "left", "color": "0.35"}
             axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
         axes.margins(0.12)
         axes.ticklabel_format(useOffset=False)
@@ -259,7 +259,7 @@ def plot_by_size(
         for (name, sizes), (colour, mark) in zip(curves.items(), _styles(), strict=False):
             known = sorted(sizes)
             average = [100 * mean(sizes[size]) for size in known]
-            style = {"color": colour, "marker": mark, "markersize": 5, "linewidth": 2}
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5, "lw": 2}
             axes.plot(known, average, label=name, clip_on=False, zorder=3, **style)
             for size in known:
                 values = [100 * share for share in sizes[size]]

@@ -30,12 +30,11 @@ class Trained:
         return baseline.TITLES.get(self.network, self.network)
 
 
-def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
-    """Load the best model of a run of train_mnist.py or of one cell of an experiment.
+def check_trained(directory: str | Path) -> Path:
+    """Return the path of a run directory that holds a trained network.
 
     Raises:
-        RunDirectoryError: the directory is not that of a run, or the run has not come so far.
-        CheckpointError: its checkpoint is damaged.
+        RunDirectoryError: it is not that of a run, or the run has not come so far.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -50,7 +49,18 @@ def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
             f"{path} holds no model_best.pt: give a directory that train_mnist.py wrote, or a "
             f"cell of compare_models.py{hint}"
         )
-    state, _, _ = checkpoint.load_latest(path, names[0])
+    return path
+
+
+def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
+    """Load the best model of a run of train_mnist.py or of one cell of an experiment.
+
+    Raises:
+        RunDirectoryError: the directory is not that of a run, or the run has not come so far.
+        CheckpointError: its checkpoint is damaged.
+    """
+    path = check_trained(directory)
+    state, _, _ = checkpoint.load_latest(path, "model_best.pt")
     args = state["args"]
     model = baseline.create_network(args["model"], **args["model_kwargs"])
     model.load_state_dict(state["model"])

@@ -150,7 +150,6 @@ class Overlays:
         """Draw pairs (N, 2), offsets (N, 2, 2) and order (N,) of a whole epoch, on the CPU."""
         generator = _epoch_generator(self.seed, epoch)
         count = len(self.images)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         # The others are count − own of a ring in which they follow the end of the own class.
         others = count - self._own_count
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
@@ -161,4 +160,6 @@ class Overlays:
         ascending = (labels < labels[partner]).unsqueeze(1)
         pairs = torch.where(ascending, both, both.flip(1))
         offsets = torch.randint(2 * self.max_shift + 1, (count, 2, 2), generator=generator)
+        # Last, so that it makes no difference to the overlays whether they are shuffled.
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         return pairs, offsets, order

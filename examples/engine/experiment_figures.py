@@ -206,7 +206,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
         quantity: what the share is of.
     """
     if not panels:
-        raise ValueError("plot_panels: there is nothing to plot")
+        raise ValueError("plot_panels: there is no curve to plot")
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with _figure(path, 420 * columns + 40, 380 * rows + 90, title, arrange=True) as figure:
@@ -251,7 +251,7 @@ def plot_by_size(
     """
     shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
     if not shares:
-        raise ValueError("plot_by_size: there is nothing to plot")
+        raise ValueError("plot_by_size: there is no point to plot")
     with _figure(path, 960, 620, title, arrange=True) as figure:
         axes = figure.subplots()
         axes.set_yscale("function", functions=(_stretch, _unstretch))
@@ -311,7 +311,7 @@ def plot_overlapped(
     """
     blocks = [block for block in blocks if len(block.overlays)]
     if not blocks:
-        raise ValueError("plot_overlapped: there are no images to draw")
+        raise ValueError("plot_overlapped: there is no image to draw")
     columns, text_height = max(len(block.overlays) for block in blocks), 54
     titles = ["input", "first original", "second original", "both", "first decoded"]
     titles += ["second decoded", "both"]

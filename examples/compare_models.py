@@ -73,8 +73,8 @@ def tell(args: argparse.Namespace) -> int:
 
     curves: dict[str, list[list[float]]] = {}
     for result in results:
-        curve = [row["test_accuracy"] for row in experiment.rows(result["name"])]
-        curves.setdefault(baseline.TITLES[result["model"]], []).append(curve)
+        title = baseline.TITLES[result["model"]]
+        curves.setdefault(title, []).append(experiment.curve(result["name"]))
     seeds = max(map(len, curves.values()))
     experiment_figures.plot_model_curves(
         curves,

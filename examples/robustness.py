@@ -155,15 +155,16 @@ def measure(
     untouched = 0
     for first, images, labels in batches(experiment):
         if kind.change is None:
-            direction = attack(network, kind, images, labels)
+            direction = attack(experiment, network, kind, images, labels)
             untouched += int((direction == 0).flatten(1).all(dim=1).sum())
         for index, amount in enumerate(amounts):
             if kind.change is None:
                 changed = distortions.attacked(images, direction, amount)
             else:
                 changed = kind.change(images, amount, first)
-            with torch.inference_mode(), experiment.runtime.autocast():
-                correct[index] += (scores(network, changed).argmax(dim=1) == labels).sum().cpu()
+            with torch.inference_mode():
+                right = scores(experiment, network, changed).argmax(dim=1) == labels
+            correct[index] += right.sum().cpu()
     count = len(experiment.test_images)
     share = untouched / count if kind.change is None else None
     return [
@@ -180,13 +181,16 @@ def batches(experiment: Experiment) -> Any:
         yield first, to_float(test.images[part]), test.labels[part]
 
 
-def scores(network: Trained, images: Tensor) -> Tensor:
+def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
     """Run the network as it predicts: without a label."""
-    lengths: Tensor = network.model(images).lengths
+    with experiment.runtime.autocast():
+        lengths: Tensor = network.model(images).lengths
     return lengths.float()
 
 
-def attack(network: Trained, kind: Kind, images: Tensor, labels: Tensor) -> Tensor:
+def attack(
+    experiment: Experiment, network: Trained, kind: Kind, images: Tensor, labels: Tensor
+) -> Tensor:
     """Return the direction of an attack on the images."""
 
     def loss(values: Tensor) -> Tensor:
@@ -196,7 +200,9 @@ def attack(network: Trained, kind: Kind, images: Tensor, labels: Tensor) -> Tens
             return torch.nn.functional.cross_entropy(values, labels, reduction="none")
         return MarginLoss(reduction="none")(values, labels)
 
-    return distortions.sign_of_gradient(lambda changed: scores(network, changed), loss, images)
+    return distortions.sign_of_gradient(
+        lambda changed: scores(experiment, network, changed), loss, images
+    )
 
 
 class Memory:
@@ -210,9 +216,8 @@ class Memory:
 
     @staticmethod
     def key(network: Trained, kind: Kind, amounts: tuple[float, ...]) -> str:
-        """Name a measurement, so that another epoch of the same run is another one."""
-        where = network.directory.resolve()
-        return f"{where} epoch {network.epoch} {kind.name} {list(map(float, amounts))}"
+        """Name a measurement: the weights, wherever they lie, and what is done to the images."""
+        return f"{network.digest} {kind.name} {list(map(float, amounts))}"
 
     def recall(
         self, network: Trained, kind: Kind, amounts: tuple[float, ...]
@@ -271,7 +276,7 @@ def draw(
     strips = []
     for kind in kinds:
         if kind.change is None:
-            direction = attack(networks[-1], kind, images, labels)
+            direction = attack(experiment, networks[-1], kind, images, labels)
             changed = [distortions.attacked(images, direction, amount) for amount in kind.amounts]
         else:
             changed = [kind.change(images, amount, 0) for amount in kind.amounts]

@@ -156,9 +156,8 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], rows: list[dict[
     equal: dict[str, list[list[float]]] = {}
     for result in results:
         if result["primary_iterations"] == result["secondary_iterations"]:
-            curve = [row["test_accuracy"] for row in experiment.rows(result["name"])]
             name = f"{result['primary_iterations']} × {result['secondary_iterations']}"
-            equal.setdefault(name, []).append(curve)
+            equal.setdefault(name, []).append(experiment.curve(result["name"]))
     if equal:
         title = f"{network}: the same count in both routes"
         experiment_figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")

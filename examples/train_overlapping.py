@@ -113,8 +113,7 @@ def tell(args: argparse.Namespace) -> int:
         measured, examples = measure(experiment, trained)
         rows.append({"mode": args.mode, **result, **measured})
         title = baseline.TITLES[result["model"]]
-        curve = [row["test_accuracy"] for row in experiment.rows(result["name"])]
-        curves.setdefault(title, []).append(curve)
+        curves.setdefault(title, []).append(experiment.curve(result["name"]))
         print(
             f"{title}, seed {result['seed']}: exact pairs {percent(measured['exact_pairs'])}, "
             f"digits {percent(measured['digits'])} ({measured['pairs']:,} {args.mode} test pairs)"

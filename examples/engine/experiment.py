@@ -12,6 +12,7 @@ experiment.json     the recipe: the flags that all cells share
 """
 
 import argparse
+import csv
 import json
 import shlex
 import sys
@@ -337,11 +338,10 @@ class Experiment:
             results.append(result)
         return results
 
-    def rows(self, cell_name: str) -> list[dict[str, Any]]:
-        """Return the epochs of a finished cell, one mapping each, as in its summary.csv."""
-        state, _, _ = checkpoint.load_latest(self.directory / cell_name)
-        rows: list[dict[str, Any]] = state["rows"]
-        return rows
+    def curve(self, cell_name: str) -> list[float]:
+        """Return the test accuracy of every epoch of a finished cell."""
+        with (self.directory / cell_name / "summary.csv").open(newline="") as file:
+            return [float(row["test_accuracy"]) for row in csv.DictReader(file)]
 
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         path = self.directory / cell.name / "result.json"
@@ -404,6 +404,10 @@ class Experiment:
             "commit": environment["commit"],
         }
         write_json(directory / "result.json", result)
+        # The second generation of each checkpoint is as large as the first, and there are many
+        # cells. More epochs go on with the first.
+        for path in directory.glob("*.previous.pt"):
+            path.unlink()
         return result
 
     # what a cell trains

@@ -1,10 +1,11 @@
 """Networks that were trained before, read back from their run directories."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine import baseline, checkpoint
 from engine.run_directory import RunDirectoryError, has_checkpoint
@@ -15,7 +16,8 @@ from engine.runtime import Runtime
 class Trained:
     """A trained network, ready to be tested.
 
-    `args` are the flags of its run, `epoch` the one that the validation set chose.
+    `args` are the flags of its run, `epoch` the one that the validation set chose, and `digest`
+    tells its weights from those of any other.
     """
 
     directory: Path
@@ -23,6 +25,7 @@ class Trained:
     model: nn.Module
     args: dict[str, Any]
     epoch: int
+    digest: str
 
     @property
     def title(self) -> str:
@@ -65,4 +68,12 @@ def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
     model = baseline.create_network(args["model"], **args["model_kwargs"])
     model.load_state_dict(state["model"])
     model = runtime.place(model).eval().requires_grad_(False)
-    return Trained(path, args["model"], model, args, state["progress"]["best_epoch"])
+    epoch = state["progress"]["best_epoch"]
+    return Trained(path, args["model"], model, args, epoch, _digest(state["model"]))
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -85,7 +85,8 @@ def tell(args: argparse.Namespace) -> int:
     )
 
     # -- what was misread, as it was taken and as it should have been
-    wrong = torch.tensor([int(label) in classes for label in labels]) & (predictions != labels)
+    of_these = torch.isin(labels, torch.tensor(classes))
+    wrong = of_these & (predictions != labels)
     failures = wrong.nonzero()[: args.failures, 0]
     if len(failures):
         inputs = images[failures].to(experiment.runtime.device)
@@ -97,7 +98,7 @@ def tell(args: argparse.Namespace) -> int:
             labels[failures],
             predictions[failures],
             experiment.directory / "failures.png",
-            f"{title}: {int(wrong.sum())} of {len(labels):,} test images misread",
+            f"{title}: {int(wrong.sum())} of {int(of_these.sum()):,} test images misread",
             names,
         )
     else:

@@ -263,7 +263,7 @@ def draw(
         for title in titles:
             chosen = [row for row in rows if (row["network"], row["kind"]) == (title, kind.name)]
             lines[title] = ([r["amount"] for r in chosen], [r["accuracy"] for r in chosen])
-        level = (CLAIM, f"{CLAIM:.0%}, the paper's claim") if kind.change is None else None
+        level = (CLAIM, f"{100 * CLAIM:.0f} %, the paper's claim") if kind.change is None else None
         panels.append(Panel(kind.title, kind.axis, lines, level))
     name = f"{experiment.dataset.title}, {len(experiment.test_images):,} test images"
     experiment_figures.plot_panels(

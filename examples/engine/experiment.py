@@ -268,7 +268,9 @@ class Experiment:
         name = "-".join(filter(None, (program, variant, dataset.name)))
         self.directory = Path(args.output_dir or f"runs/{name}")
         _open_directory(self.directory, {"experiment": program, "recipe": self.recipe})
-        sizes = f"{len(self.dataset.train):,} to train on, {len(self.dataset.test):,} to test"
+        sizes = f"{len(self.dataset.test):,} to test"
+        if "limit_train" in args:
+            sizes = f"{len(self.dataset.train):,} to train on, {sizes}"
         print(f"device      {self.runtime.describe()}")
         print(f"data        {dataset.note}")
         print(f"            {sizes}")

@@ -87,7 +87,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 

@@ -28,7 +28,10 @@ class Trainer:
         compiled: bool = False,
     ) -> None:
         self.device, self.precision = batch[0].device, precision
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        self.model = model.to(self.device)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
         self.images = batch[0].contiguous(memory_format=torch.channels_last)
         self.target = batch[1]
         self.loss_of = loss_of

@@ -27,6 +27,7 @@ from engine.runtime import (
     choose_runtime,
     describe_environment,
     make_deterministic,
+    require,
 )
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
 from tritoncaps.data import (
@@ -58,10 +59,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     """Read the flags."""
     parser = argparse.ArgumentParser(
         description="Train a capsule network on handwritten digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=list_models(), default="deep_capsnet")
+    model.add_argument(
+        "--model", choices=list_models(), default="deep_capsnet", help="the network to train"
+    )
     model.add_argument(
         "--primary-iterations",
         type=positive,
@@ -115,10 +118,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--epochs", type=positive, help=f"default: {EPOCHS['mnist']}, {EPOCHS['digits']} on digits"
+        "--epochs",
+        type=positive,
+        metavar="N",
+        help=f"passes over the training images (default: {EPOCHS['mnist']}, on digits "
+        f"{EPOCHS['digits']})",
     )
-    training.add_argument("-b", "--batch-size", type=positive, default=128)
-    training.add_argument("--test-batch-size", type=positive, default=500)
+    training.add_argument(
+        "-b", "--batch-size", type=positive, default=128, metavar="N", help="images a step"
+    )
+    training.add_argument(
+        "--test-batch-size",
+        type=positive,
+        default=500,
+        metavar="N",
+        help="images a batch in evaluations",
+    )
     training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     training.add_argument("--gamma", type=float, default=0.9, help="factor on it every epoch")
     training.add_argument(
@@ -128,7 +143,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         metavar="N",
         help="steps over which it rises linearly",
     )
-    training.add_argument("--seed", type=int, default=1)
+    training.add_argument(
+        "--seed", type=int, default=1, help="of the weights, the order and the shifts"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
@@ -146,13 +163,30 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", help="default: runs/<model>-<dataset>-<time>")
-    run.add_argument("--resume", metavar="PATH|auto", help="continue a run, auto: the newest")
+    run.add_argument("--output-dir", metavar="DIR", help="(default: runs/<model>-<dataset>-<time>)")
+    run.add_argument(
+        "--resume",
+        metavar="PATH|auto",
+        help="continue a run; auto: the newest one of this --model",
+    )
     run.add_argument("--eval-only", action="store_true", help="test the model of --resume")
     run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
-    run.add_argument("--log-interval", type=positive, default=10, metavar="STEPS")
+    run.add_argument(
+        "--log-interval",
+        type=positive,
+        default=10,
+        metavar="STEPS",
+        help="between two records of metrics.jsonl",
+    )
     run.add_argument("--tensorboard", action="store_true", help="log to TensorBoard as well")
     return parser, parser.parse_args(argv)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to each help text, but where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def positive(text: str) -> int:
@@ -174,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(parser, args, argv)
     except (
         DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
-        OSError,
+        OSError, ModuleNotFoundError,
     ) as error:  # fmt: skip
         print(f"train_mnist.py: error: {error}", file=sys.stderr)
         return 2
@@ -186,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> int:
     """Tell the story of one run: setup, data, model, training, test, pictures."""
     # -- setup: where to run, and what to continue from
+    require("matplotlib", "safetensors", *(["tensorboard"] if args.tensorboard else []))
     state, resumed_from = None, None
     if args.resume or args.eval_only:
         state, resumed_from = find_state(args)
@@ -322,8 +357,16 @@ def merge_arguments(
     keep = ("resume", "eval_only", "dry_run", "output_dir")
     parser.set_defaults(**{k: v for k, v in saved.items() if k in vars(args) and k not in keep})
     merged = parser.parse_args(argv)
+    if missing := [name for name in (*FIXED, "data_dir") if name not in saved]:
+        raise checkpoint.CheckpointError(
+            f"--resume {args.resume}: the checkpoint is not one of this program or version, its "
+            f"flags lack {', '.join(missing)}"
+        )
     if merged.dataset == "auto":
         merged.dataset = saved["dataset"]
+    if args.data_dir != merged.data_dir:
+        # A path that comes from the checkpoint is read, never written to.
+        merged.download = False
     for name in FIXED:
         if getattr(merged, name) != saved[name]:
             raise ValueError(

@@ -56,35 +56,33 @@ def _length_and_direction(s):
 
 
 @triton.jit
-def _gain(length):
-    """f(n) = n / (1 + n²), arranged so that n² is not formed where n > 1."""
-    large = tl.maximum(length, 1.0)
-    ratio = length / large
-    return ratio / (1.0 / large + length * ratio)
-
-
-@triton.jit
 def squash_rows(s):
-    """squash(s) = f(|s|) s of each row."""
-    length, _ = _length_and_direction(s)
-    return _gain(length) * s
+    """squash(s) = n² / (1 + n²) e of each row, n its length and e its direction.
+
+    With m = max(n, 1) and k = min(n, 1) that is k² / (1/m² + k²) e: no square overflows, nor does
+    it matter that n itself may.
+    """
+    length, direction = _length_and_direction(s)
+    inverse = 1.0 / tl.maximum(length, 1.0)
+    small = tl.minimum(length, 1.0)
+    return small * small / (inverse * inverse + small * small) * direction
 
 
 @triton.jit
 def squash_rows_grad(s, dv):
     """Gradient of squash at each row s.
 
-    With e = s / n, the part of dv across s is scaled by f and the part along it, ρ = e·dv, by
-    f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept apart, as
-    their sum would lose the second to cancellation where n is large. With m = max(n, 1),
-    nothing overflows in 1 / (1 + n²) = (1/m)² / ((1/m)² + (n/m)²).
+    With e = s / n, the part of dv across s is scaled by f = n / (1 + n²) and the part along it,
+    ρ = e·dv, by f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept
+    apart, as their sum would lose the second to cancellation where n is large. With m and k as in
+    `squash_rows`, 1 / (1 + n²) = (1/m)² / ((1/m)² + k²) and f = (1/m) k / ((1/m)² + k²).
     """
     length, direction = _length_and_direction(s)
     along = tl.sum(direction * dv, axis=1)[:, None] * direction
     inverse = 1.0 / tl.maximum(length, 1.0)
-    ratio = length * inverse
-    radial = 2.0 * inverse * inverse / (inverse * inverse + ratio * ratio)
-    return _gain(length) * ((dv - along) + radial * along)
+    small = tl.minimum(length, 1.0)
+    scale = inverse / (inverse * inverse + small * small)
+    return small * scale * ((dv - along) + 2.0 * inverse * scale * along)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
+from tritoncaps._checks import check_floating, check_pair, shape_of
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -70,7 +71,7 @@ class CapsNet(nn.Module):
         reconstruction: bool = True,
     ) -> None:
         super().__init__()
-        height, width = image_sides(image_size)
+        height, width = image_sides("CapsNet", image_size)
         self.image_shape = (in_channels, height, width)
         self.conv = relu_convolution(in_channels, channels, kernel_size=9)
         self.primary = PrimaryCapsules(channels, capsule_types, dim=8, kernel_size=9, stride=2)
@@ -113,9 +114,11 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
     return conv
 
 
-def image_sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
     """Read a side or a (height, width)."""
-    return (image_size, image_size) if isinstance(image_size, int) else image_size
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_pair(model, "image_size", sides, "an int or (height, width)")
+    return sides
 
 
 def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smallest: int) -> None:
@@ -128,9 +131,10 @@ def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smalles
 
 
 def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise ValueError where the images are not of the shape that the model was built for."""
-    if tuple(images.shape[1:]) != image_shape:
+    """Raise where the images are not of the kind or the shape that the model was built for."""
+    check_floating(model, "images", images)
+    if images.shape[1:] != image_shape:
         raise ValueError(
             f"{model}: images must be (B, {', '.join(map(str, image_shape))}), "
-            f"got {tuple(images.shape)}"
+            f"got {shape_of(images)}"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
+from tritoncaps._checks import check_pair
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -70,7 +71,8 @@ class DeepCapsNet(nn.Module):
         reconstruction: bool = True,
     ) -> None:
         super().__init__()
-        height, width = image_sides(image_size)
+        height, width = image_sides("DeepCapsNet", image_size)
+        check_pair("DeepCapsNet", "channels", channels, "two ints")
         self.image_shape = (in_channels, height, width)
         self.conv1 = relu_convolution(in_channels, channels[0], kernel_size=9)
         self.conv2 = relu_convolution(channels[0], channels[1], kernel_size=5)

@@ -5,7 +5,14 @@ import re
 import pytest
 import torch
 
-from tritoncaps import CapsuleLoss, PrimaryCapsules, ReconstructionDecoder, RoutedCapsules, ops
+from tritoncaps import (
+    CapsuleLoss,
+    MarginLoss,
+    PrimaryCapsules,
+    ReconstructionDecoder,
+    RoutedCapsules,
+    ops,
+)
 from tritoncaps.losses import reconstruction_error
 from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
@@ -118,7 +125,22 @@ CASES = {
         TypeError,
         "squash: s must be float16, bfloat16, float32 or float64, got torch.int32",
     ),
+    "squash-dim-kind": (
+        call(ops.squash, U, dim=1.0),
+        TypeError,
+        "squash: dim must be an int, got float",
+    ),
     # margin loss
+    "loss-no-class": (
+        call(ops.margin_loss, torch.ones(2, 0), TARGET),
+        ValueError,
+        "margin_loss: lengths has K=0 but needs K >= 1",
+    ),
+    "loss-reduction-module": (
+        call(MarginLoss, reduction="max"),
+        ValueError,
+        "MarginLoss: reduction must be",
+    ),
     "loss-rank": (
         call(ops.margin_loss, torch.ones(10), TARGET),
         ValueError,
@@ -240,7 +262,37 @@ CASES = {
         ValueError,
         "ReconstructionDecoder: target must have 1 axis (B), got 2 (target: (2, 10))",
     ),
+    "decoder-hidden": (
+        call(ReconstructionDecoder, 10, 16, (1, 5, 5), hidden=512),
+        TypeError,
+        "ReconstructionDecoder: hidden must be two ints, got 512",
+    ),
+    "primary-kind": (
+        call(PrimaryCapsules(3), [1.0]),
+        TypeError,
+        "PrimaryCapsules: features must be a torch.Tensor, got list",
+    ),
     # models
+    "capsnet-size-kind": (
+        call(CapsNet, image_size=28.0),
+        TypeError,
+        "CapsNet: image_size must be an int or (height, width), got 28.0",
+    ),
+    "deep-size-length": (
+        call(DeepCapsNet, image_size=(28,)),
+        TypeError,
+        "DeepCapsNet: image_size must be an int or (height, width), got (28,)",
+    ),
+    "deep-channels": (
+        call(DeepCapsNet, channels=4),
+        TypeError,
+        "DeepCapsNet: channels must be two ints, got 4",
+    ),
+    "model-kind": (
+        call(CapsNet(channels=2, capsule_types=1), [1.0]),
+        TypeError,
+        "CapsNet: images must be a torch.Tensor, got list",
+    ),
     "capsnet-image": (
         call(CapsNet, image_size=(28, 16)),
         ValueError,

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +66,13 @@ def test_opcheck_of_the_backward_operators(device):
             opcheck(_operators.capsule_routing_backward, (v, c, u, weight, p, sums, full))
 
 
-@pytest.mark.parametrize("case", CASES)
+def is_exact(case):
+    """Not gradient="last", whose derivative is by intention not that of the function."""
+    _, arguments = samples(torch.device("cpu"))[case]
+    return not (len(arguments) > 3 and arguments[-2] is False)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_exact(case)])
 def test_gradcheck_in_float64(device, case):
     """Also with a result that reaches the operator's backward with other strides."""
     operator, arguments = samples(device, torch.float64)[case]
@@ -74,10 +81,8 @@ def test_gradcheck_in_float64(device, case):
         result = operator(*tensors)
         return result if isinstance(result, torch.Tensor) else result[0]
 
-    full = not (len(arguments) > 3 and arguments[-2] is False)
-    if full:  # with gradient="last" the derivative is by intention not that of the function
-        assert gradcheck(outputs, arguments, fast_mode=True)
-        assert gradcheck(lambda *t: outputs(*t).transpose(0, 1), arguments, fast_mode=True)
+    assert gradcheck(outputs, arguments, fast_mode=True)
+    assert gradcheck(lambda *t: outputs(*t).transpose(0, 1), arguments, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
@@ -97,6 +102,38 @@ def test_second_derivative_is_refused_by_name(device):
     (grad,) = torch.autograd.grad(ops.capsule_routing(u, weight).sum(), u, create_graph=True)
     with pytest.raises(RuntimeError, match=r"tritoncaps\.capsule_routing_backward"):
         grad.sum().backward()
+
+
+# Entering forward mode, torch 2.15 uses what it has deprecated.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_forward_mode_is_refused_by_name(device):
+    u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
+    calls = {
+        "squash": (ops.squash, u),
+        "prediction_vectors": (lambda u: ops.prediction_vectors(u, weight), u),
+        "capsule_routing": (lambda u: ops.capsule_routing(u, weight), u),
+        "dynamic_routing": (ops.dynamic_routing, random(B, I, J, D, device=device)),
+    }
+    for name, (function, x) in calls.items():
+        with pytest.raises(NotImplementedError, match=f"{name}: .* forward-mode"):
+            torch.func.jvp(function, (x.detach(),), (torch.ones_like(x),))
+
+
+def test_vmap_over_no_slice_is_an_error(device):
+    weight = random(0, I, P, J, D, device=device, grad=False)
+    u = random(B, I, P, device=device, grad=False)
+    with pytest.raises(ValueError, match="has 0 slices"):
+        torch.func.vmap(ops.capsule_routing, in_dims=(None, 0))(u, weight)
+
+
+def test_margin_loss_under_vmap_and_of_fake_tensors(device):
+    lengths = torch.rand(3, 10, device=device)
+    target = torch.tensor([1, 0, 9], device=device)
+    each = torch.func.vmap(lambda x, y: ops.margin_loss(x[None], y[None]))(lengths, target)
+    torch.testing.assert_close(each, ops.margin_loss(lengths, target, reduction="none"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = ops.margin_loss(torch.rand(3, 10), torch.zeros(3, dtype=torch.int64))
+    assert fake.shape == ()
 
 
 def whole(u, weight, prior):
@@ -206,6 +243,9 @@ def test_autocast_routes_in_float32(device, dtype):
         assert v.dtype == c.dtype == torch.float32
         assert ops.squash(u.to(dtype)).dtype == torch.float32
         assert ops.prediction_vectors(u.to(dtype), weight).dtype == torch.float32
+        target = torch.zeros(B, dtype=torch.int64, device=device)
+        lengths = torch.rand(B, J, device=device, dtype=dtype)
+        assert ops.margin_loss(lengths, target).dtype == torch.float32
     # The products inside are not autocast either.
     torch.testing.assert_close(v, exact, rtol=0, atol=0)
     v.sum().backward()
@@ -220,6 +260,7 @@ def test_meta_tensors_give_shapes(device):
     assert ops.prediction_vectors(u, weight).shape == (B, I, J, D)
     assert ops.squash(u).shape == u.shape
     assert ops.dynamic_routing(torch.empty(B, I, J, D, device="meta")).shape == (B, J, D)
+    assert ops.capsule_routing(u.half(), weight.half()).dtype == torch.float16
 
 
 def test_flop_counter_counts_what_the_reference_does(device):

@@ -22,7 +22,7 @@ from agreement import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tritoncaps import ops, reference
+from tritoncaps import CapsuleLoss, ops, reference
 
 # The device fixture is the same for every example.
 same_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -232,7 +232,7 @@ def test_empty_batch_gives_zero_weight_gradients(device, gradient, dtype):
     assert ops.squash(torch.empty(0, 5, device=device)).shape == (0, 5)
 
 
-SQUASH_LENGTHS = [0.0, 1e-38, 1e-30, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e19, 1e25]
+SQUASH_LENGTHS = [0.0, 1e-38, 1e-30, 1e-10, 1e-3, 1.0, 1e3, 1e10, 1e19, 1e25, 3e38]
 
 
 @pytest.mark.parametrize("length", SQUASH_LENGTHS)
@@ -248,6 +248,25 @@ def test_squash_is_finite_in_value_and_gradient(device, length):
     (exact_grad,) = torch.autograd.grad(exact, exact_s, torch.ones_like(exact))
     assert_agrees("v", v.detach(), exact.detach().float().to(device), exact.detach())
     assert_agrees("grad", grad, exact_grad.float().to(device), exact_grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squash_takes_the_largest_components(device, dtype):
+    """Their length is beyond the dtype, their squash is not."""
+    s = torch.full((2, 8), torch.finfo(dtype).max, dtype=dtype, device=device, requires_grad=True)
+    v = ops.squash(s)
+    torch.testing.assert_close(v, torch.full_like(v, 8**-0.5))
+    (grad,) = torch.autograd.grad(v, s, torch.ones_like(v))
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0,), (0, 0, 3), (3,)])
+def test_squash_keeps_any_shape(device, shape):
+    s = torch.ones(shape, device=device, requires_grad=True)
+    v = ops.squash(s)
+    assert v.shape == shape
+    v.sum().backward()
+    assert s.grad.shape == shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -292,3 +311,19 @@ def test_margin_loss_of_an_empty_batch_is_zero(device):
     loss = ops.margin_loss(lengths, torch.empty(0, dtype=torch.int64, device=device))
     loss.backward()
     assert loss.item() == 0
+
+
+def test_capsule_loss_of_an_empty_batch_is_zero(device):
+    images = torch.empty(0, 1, 4, 4, device=device, requires_grad=True)
+    target = torch.empty(0, dtype=torch.int64, device=device)
+    loss = CapsuleLoss()(torch.empty(0, 10, device=device), target, images, images.detach())
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_capsule_loss_keeps_float64(device):
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device)
+    lengths = torch.tensor([[0.9, 0.1]], dtype=torch.float64, device=device)
+    target = torch.tensor([0], device=device)
+    loss = CapsuleLoss(reconstruction_weight=1.0)(lengths, target, images + 1 / 3, images)
+    assert loss.item() == pytest.approx(1 / 9, rel=1e-15)

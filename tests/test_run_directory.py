@@ -92,6 +92,12 @@ class TestNewDirectory:
         with pytest.raises(RunDirectoryError, match="cannot be created"):
             new_directory(None, "capsnet", "digits")
 
+    @pytest.mark.skipif(os.name == "nt", reason="Windows needs a privilege for a symbolic link")
+    def test_runs_on_a_disk_that_is_gone_is_an_error(self) -> None:
+        Path("runs").symlink_to("/nowhere/at/all")
+        with pytest.raises(RunDirectoryError, match="cannot be created"):
+            new_directory(None, "capsnet", "digits")
+
 
 class TestFindRun:
     def test_auto_finds_nothing_where_there_is_nothing(self) -> None:

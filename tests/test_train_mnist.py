@@ -511,6 +511,32 @@ class TestResume:
         assert run(*NEW, *again, f"--resume={a_run}", f"--output-dir={a_run}") == 0
         assert_same_training(a_run, finished[0])
 
+    @pytest.mark.parametrize("flags", [(), ("--data-dir=elsewhere",)])
+    def test_a_data_directory_named_by_the_checkpoint_is_read_alone(
+        self, run: Run, a_run: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+    ) -> None:
+        state = checkpoint.load(a_run / "last.pt")
+        state["args"]["data_dir"] = "of the checkpoint"
+        checkpoint.save(a_run / "last.pt", state)
+        asked = []
+
+        def load(name: str, data_dir: str, download: bool) -> Dataset:
+            asked.append((data_dir, download))
+            return few_digits()
+
+        monkeypatch.setattr(train_mnist, "load_dataset", load)
+        assert run(f"--resume={a_run}", *flags) == 0
+        assert asked == [("elsewhere", True) if flags else ("of the checkpoint", False)]
+
+    def test_a_checkpoint_of_another_program_is_refused(
+        self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        state = checkpoint.load(a_run / "last.pt")
+        del state["args"]["gamma"]
+        checkpoint.save(a_run / "last.pt", state)
+        assert run(f"--resume={a_run}") == 2
+        assert "its flags lack gamma" in capsys.readouterr().err
+
     def test_another_output_directory_is_refused(
         self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -937,6 +963,14 @@ def wait_for(stream: IO[str] | None, expected: str) -> None:
 
 
 class TestOptions:
+    def test_a_missing_package_is_said_before_anything_is_done(
+        self, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with mock.patch("importlib.util.find_spec", return_value=None):
+            assert run(*NEW, "--output-dir=run") == 2
+        assert "matplotlib is not installed" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
     def test_tensorboard_draws_each_point_once(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -962,6 +996,7 @@ class TestOptions:
         points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
         assert [event.step for event in points["loss"]] == list(range(1, 10))
         assert [event.step for event in points["validation_accuracy"]] == [3, 6, 9]
+        assert [event.step for event in points["learning_rate"]] == list(range(1, 10))
         losses = [record["loss"] for record in metrics(tmp_path / "run")]
         assert [event.value for event in points["loss"]] == pytest.approx(losses)
 
@@ -992,3 +1027,4 @@ class TestOptions:
         out = capsys.readouterr().out
         _, args = train_mnist.parse_arguments([])
         assert all(f"--{name.replace('_', '-')}" in out for name in vars(args))
+        assert "None" not in out

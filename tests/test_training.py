@@ -979,6 +979,8 @@ class TestRuntime:
         weight = model.primary.conv.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
+        # Four axes alone do not make a kernel of a convolution.
+        assert model.routing.weight.ndim == 4 and model.routing.weight.is_contiguous()
 
     def test_deterministic_is_what_torch_says_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

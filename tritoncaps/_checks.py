@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -25,6 +26,17 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{function}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
+        )
+
+
+def check_no_tangent(function: str, name: str, value: Tensor) -> None:
+    """Not a dual number: the operators have no forward-mode formula, and torch would give zeros."""
+    if torch.compiler.is_compiling():
+        return
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{function}: {name} has a forward-mode tangent, but there is no forward-mode "
+            f"derivative; use reverse mode, or tritoncaps.reference.{function}"
         )
 
 
@@ -80,8 +92,12 @@ def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> Non
 
 def routed_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which the operators take a tensor: autocast raises 16-bit types to float32."""
-    is_half = tensor.dtype in (torch.float16, torch.bfloat16)
-    if is_half and torch.is_autocast_enabled(tensor.device.type):
+    device_type = tensor.device.type
+    if (
+        tensor.dtype in (torch.float16, torch.bfloat16)
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    ):
         return torch.float32
     return tensor.dtype
 
@@ -106,8 +122,18 @@ def check_size(function: str, name: str, value: object) -> None:
     check_iterations(function, value, name)
 
 
-def check_dim(function: str, dim: int, ndim: int) -> None:
+def check_pair(function: str, name: str, value: object, expected: str) -> None:
+    """Two ints, each at least 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{function}: {name} must be {expected}, got {value!r}")
+    for size in value:
+        check_size(function, name, size)
+
+
+def check_dim(function: str, dim: object, ndim: int) -> None:
     """An axis that the tensor has."""
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"{function}: dim must be an int, got {type(dim).__name__}")
     if not -ndim <= dim < ndim:
         raise ValueError(f"{function}: dim={dim} is out of range for a tensor with {ndim} axes")
 
@@ -164,7 +190,10 @@ def _check_device(function: str, target: Tensor, device: torch.device) -> None:
 def _check_range(function: str, what: str, target: Tensor, limit: int) -> None:
     if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = target.min().item(), target.max().item()
+    try:
+        low, high = target.min().item(), target.max().item()
+    except RuntimeError:  # under vmap, or of a fake tensor: there is no value to read
+        return
     if low < 0 or high > limit:
         raise ValueError(
             f"{function}: target holds {what} from {low} to {high}, they must lie in 0 .. {limit}"

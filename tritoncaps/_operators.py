@@ -9,6 +9,7 @@ The backends `tritoncaps.kernels` and `tritoncaps._torch_path` hold functions of
 signatures: `<op>_fwd` and `<op>_bwd`.
 """
 
+import math
 import os
 import warnings
 from functools import cache
@@ -64,8 +65,9 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
 
 
 def _set_autocast(operator: Any) -> None:
-    for device_type in ("cpu", "cuda"):
-        operator.register_autocast(device_type, torch.float32)
+    for device_type in ("cpu", "cuda", "mps", "xpu"):
+        if torch.amp.is_autocast_available(device_type):
+            operator.register_autocast(device_type, torch.float32)
 
 
 # squash -------------------------------------------------------------------------------------------
@@ -74,14 +76,18 @@ def _set_autocast(operator: Any) -> None:
 @torch.library.custom_op("tritoncaps::squash", mutates_args=())
 def squash(s: Tensor) -> Tensor:
     """Squash along the last axis, (..., D)."""
-    return _run("squash_fwd", s, s.reshape(-1, s.shape[-1])).view(s.shape)
+    return _run("squash_fwd", s, _as_rows(s)).view(s.shape)
 
 
 @torch.library.custom_op("tritoncaps::squash_backward", mutates_args=())
 def squash_backward(grad_v: Tensor, s: Tensor) -> Tensor:
     """Gradient of squash along the last axis, (..., D)."""
-    D = s.shape[-1]
-    return _run("squash_bwd", s, grad_v.reshape(-1, D), s.reshape(-1, D)).view(s.shape)
+    return _run("squash_bwd", s, _as_rows(grad_v), _as_rows(s)).view(s.shape)
+
+
+def _as_rows(s: Tensor) -> Tensor:
+    """(..., D) → (N, D); not reshape(-1, D), since of D = 0 there may be any number."""
+    return s.reshape(math.prod(s.shape[:-1]), s.shape[-1])
 
 
 squash.register_fake(_contiguous_like)

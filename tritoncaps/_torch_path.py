@@ -7,8 +7,9 @@ short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits are û·V⁽ᵗ⁻¹�
 one pass over (u, W) that reduces over i, and only s⁽ᵗ⁾ has to be kept between the two.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -32,11 +33,16 @@ def _polar(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squash_fwd(s: Tensor) -> Tensor:
-    """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D); n/(n + 1/n) cannot overflow."""
+    """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D).
+
+    With m = max(n, 1) and k = min(n, 1), n² / (1 + n²) = k² / (1/m² + k²): no square overflows.
+    """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
     length, direction = _polar(s.to(accumulation_dtype(s.dtype)))
-    return (direction * (length / (length + 1 / length))).to(s.dtype)
+    inverse_square = (1 / length.clamp(min=1)).square()
+    small_square = length.clamp(max=1).square()
+    return (direction * (small_square / (inverse_square + small_square))).to(s.dtype)
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
@@ -60,12 +66,19 @@ def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
 
 
 def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
-    """û_{j|i} = W_ij u_i; one (B, P) × (P, J·D) product for each input capsule i."""
+    """û_{j|i} = W_ij u_i, chunk by chunk, since torch batches products by i, not by b."""
     B, I, _ = u.shape
     _, _, J, D = weight.shape
     u_hat = u.new_empty(B, I, J, D)
-    torch.bmm(u.transpose(0, 1), weight.flatten(2), out=u_hat.flatten(2).transpose(0, 1))
+    for chunk in _chunks(I, B * J * D, u):
+        u_hat[:, chunk] = _votes(u[:, chunk], weight[chunk])
     return u_hat
+
+
+def _votes(u: Tensor, weight: Tensor) -> Tensor:
+    """û as one (B, P) × (P, J·D) product for each input capsule; (B, I, J, D) with I outermost."""
+    votes = torch.bmm(u.transpose(0, 1), weight.flatten(2))
+    return votes.view(*votes.shape[:2], *weight.shape[2:]).transpose(0, 1)
 
 
 def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,11 +108,12 @@ def _chunk_bytes(device: torch.device) -> int:
     return (cache if cache > 0 else _DEFAULT_CACHE_BYTES) * torch.get_num_threads()
 
 
-def _chunks(I: int, elements_per_capsule: int, like: Tensor) -> Iterator[slice]:
-    """Slices of the input capsules whose largest temporary fits the cache."""
+def _chunks(I: int, elements_per_capsule: int, like: Tensor) -> list[slice]:
+    """Slices of the input capsules, of about one size, whose largest temporary fits the cache."""
     capsule_bytes = max(1, elements_per_capsule) * like.element_size()
-    size = max(1, _chunk_bytes(like.device) // capsule_bytes)
-    return (slice(start, min(start + size, I)) for start in range(0, I, size))
+    largest = max(1, _chunk_bytes(like.device) // capsule_bytes)
+    size = max(1, math.ceil(I / math.ceil(I / largest)))
+    return [slice(start, min(start + size, I)) for start in range(0, I, size)]
 
 
 def _squash_capsules(s: Tensor) -> Tensor:
@@ -229,7 +243,11 @@ def dynamic_routing_bwd(
 # Layout of the temporaries: the batch comes last, so that every element-wise step runs over
 # contiguous rows of B, and a chunk of the weight, (C·P, J, D), needs no repacking. For each output
 # capsule j a chunk takes two products: T_j = W_j V_j, (C·P, D) × (D, B), whose contraction with u
-# over p is the logit, and s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
+# over p is the logit, and s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B). All chunks share one set of
+# buffers: a fresh one for each would be paid for in page faults.
+#
+# A small batch gives those products too few columns. Up to B = P the prediction vectors take no
+# more memory than the weight, and are made.
 
 
 def capsule_routing_fwd(
@@ -238,7 +256,13 @@ def capsule_routing_fwd(
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
-    poses = u.permute(1, 2, 0).to(dtype).contiguous()  # (I, P, B)
+    if B <= P:
+        u_hat = _votes(u.to(dtype), weight.to(dtype))
+        v, coupling, sums = dynamic_routing_fwd(u_hat, prior, iterations, return_coupling)
+        return v.to(u.dtype), coupling.to(u.dtype), sums
+    poses = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = _chunks(I, J * P * B, poses)
+    (scratch,) = _buffers(1, chunks, J * P * B, poses)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
 
     def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
@@ -246,17 +270,18 @@ def capsule_routing_fwd(
         if v_sum is None and prior is None:
             if keep_coupling:
                 coupling.fill_(1 / J)
-            flat = poses.flatten(0, 1).T @ weight.to(dtype).flatten(0, 1).flatten(1)
+            flat = u.to(dtype).flatten(1) @ weight.to(dtype).flatten(0, 1).flatten(1)
             return flat.view(B, J, D) / J
-        s = u.new_zeros((J, D, B), dtype=dtype)
-        directions = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()  # (J, D, B)
-        for chunk in _chunks(I, J * P * B, s):
+        s = poses.new_zeros(J, D, B)
+        V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()  # (J, D, B)
+        for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
             x = poses[chunk]  # (C, P, B)
-            T = None if directions is None else torch.bmm(w, directions).view(J, *x.shape)
-            c = _fused_coupling(x, T, prior, chunk, J)  # (J, C, B)
-            scaled = torch.mul(c.unsqueeze(2), x, out=T)  # c∘u, (J, C, P, B)
-            s.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
+            T = _view(scratch, (J, *x.shape))
+            b = None if V is None else _contract(_product(w, V, T), x, out=T)
+            c = _fused_coupling(b, prior, chunk, x, J)  # (J, C, B)
+            torch.mul(c.unsqueeze(2), x, out=T)  # c∘u, (J, C, P, B)
+            s.baddbmm_(w.transpose(1, 2), T.flatten(1, 2))
             if keep_coupling:
                 coupling[:, chunk] = c.permute(2, 1, 0)
         return s.permute(2, 0, 1).contiguous()
@@ -265,17 +290,44 @@ def capsule_routing_fwd(
     return v.to(u.dtype), coupling, sums
 
 
+def _batch_last(u: Tensor) -> Tensor:
+    """(B, I, P) → (I, P, B), as a transposition of two axes, which torch does in blocks."""
+    return u.flatten(1).t().contiguous().view(*u.shape[1:], u.shape[0])
+
+
+def _buffers(count: int, chunks: list[slice], elements: int, like: Tensor) -> tuple[Tensor, ...]:
+    """Flat buffers for the largest chunk, with so many elements per input capsule."""
+    largest = max((chunk.stop - chunk.start for chunk in chunks), default=0)
+    return like.new_empty(count, largest * elements).unbind()
+
+
+def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of a flat buffer in a shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
 def _weight_rows(weight: Tensor) -> Tensor:
     """(C, P, J, D) → (J, C·P, D) without a copy: one matrix of rows (i, p) per output capsule."""
     return weight.flatten(0, 1).transpose(0, 1)
 
 
+def _product(w: Tensor, X: Tensor, out: Tensor) -> Tensor:
+    """W_j X_j for all j, (J, C·P, D) × (J, D, B), written to `out`, (J, C, P, B)."""
+    torch.bmm(w, X, out=out.flatten(1, 2))
+    return out
+
+
+def _contract(T: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Σ_p T∘u, (J, C, P, B) and (C, P, B) → (J, C, B); `out` takes the product T∘u."""
+    return torch.mul(T, x, out=out).sum(dim=2)
+
+
 def _fused_coupling(
-    x: Tensor, T: Tensor | None, prior: Tensor | None, chunk: slice, J: int
+    b: Tensor | None, prior: Tensor | None, chunk: slice, x: Tensor, J: int
 ) -> Tensor:
-    """c = softmax_j(prior + Σ_p T∘u) of a chunk, (J, C, B), with T = W V, (J, C, P, B)."""
-    C, _, B = x.shape
-    b = x.new_zeros((J, C, B)) if T is None else (T * x).sum(dim=2)
+    """c = softmax_j(prior + b) of a chunk, (J, C, B); without agreements b yet, of the prior."""
+    if b is None:
+        b = x.new_zeros(J, len(x), x.shape[-1])
     if prior is not None:
         b = b + prior[chunk].to(x.dtype).T.unsqueeze(-1)
     return b.softmax(dim=0)
@@ -296,11 +348,25 @@ def capsule_routing_bwd(
     never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
     Σ_j k∘(W_j x_j) to du_i and (k∘u) x_jᵀ to dW_j.
     """
-    (B, I, P), J = u.shape, weight.shape[2]
+    (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = sums.dtype
-    poses = u.permute(1, 2, 0).to(dtype).contiguous()  # (I, P, B)
+    if B <= P:
+        exact = u.to(dtype), weight.to(dtype)
+        grad_u_hat, grad_prior = dynamic_routing_bwd(
+            grad_v, grad_coupling, _votes(*exact), prior, sums, full
+        )
+        grad_u, grad_weight = prediction_vectors_bwd(grad_u_hat, *exact)
+        return (
+            grad_u.to(u.dtype),
+            grad_weight.to(u.dtype),
+            None if grad_prior is None else grad_prior.to(u.dtype),
+        )
+    poses = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = _chunks(I, J * P * B, poses)
+    scratch = _buffers(3, chunks, J * P * B, poses)
+    (rows_scratch,) = _buffers(1, chunks, J * P * D, poses)
     grad_poses = torch.zeros_like(poses)
-    grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    grad_weight = poses.new_zeros(weight.shape)
     grad_prior = None if prior is None else torch.zeros_like(prior, dtype=dtype)
 
     def uniform_step(grad_s: Tensor) -> None:
@@ -317,34 +383,38 @@ def capsule_routing_bwd(
         ds = grad_s.permute(1, 2, 0).contiguous()  # (J, D, B)
         V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()
         grad_v_sum = torch.zeros_like(ds)
-        for chunk in _chunks(I, J * P * B, ds):
+        for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
-            grad_w = _weight_rows(grad_weight[chunk])
             x = poses[chunk]  # (C, P, B)
-            W_V = None if V is None else torch.bmm(w, V).view(J, *x.shape)
-            W_ds = torch.bmm(w, ds).view(J, *x.shape)
-            c = _fused_coupling(x, W_V, prior, chunk, J)  # (J, C, B)
+            W_V, W_ds, scaled = (_view(buffer, (J, *x.shape)) for buffer in scratch)
+            grad_w = _view(rows_scratch, (J, w.shape[1], D))
+            b = None if V is None else _contract(_product(w, V, W_V), x, out=scaled)
+            c = _fused_coupling(b, prior, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
+            _product(w, ds, W_ds)
             if full:
-                grad_c = (W_ds * x).sum(dim=2)
+                grad_c = _contract(W_ds, x, out=scaled).unsqueeze(2)
                 if grad_coupling is not None and t == len(sums) - 1:
-                    grad_c += grad_coupling[:, chunk].permute(2, 1, 0)
-                grad_b = _coupling_gradient(c, grad_c, dim=0).unsqueeze(2)  # (J, C, 1, B)
+                    grad_c += grad_coupling[:, chunk].permute(2, 1, 0).unsqueeze(2)
+                grad_b = _coupling_gradient(c, grad_c, dim=0)  # (J, C, 1, B)
                 if grad_prior is not None:
                     grad_prior[chunk] += grad_b.sum(dim=(2, 3)).T
-                if V is not None and W_V is not None:
-                    grad_poses[chunk] += W_V.mul_(grad_b).sum(dim=0)
-                    scaled = torch.mul(grad_b, x, out=W_V).flatten(1, 2)  # db∘u, (J, C·P, B)
-                    grad_w.baddbmm_(scaled, V.transpose(1, 2))
-                    grad_v_sum.baddbmm_(w.transpose(1, 2), scaled)
-            c = c.unsqueeze(2)
-            grad_poses[chunk] += W_ds.mul_(c).sum(dim=0)
-            scaled = torch.mul(c, x, out=W_ds).flatten(1, 2)  # c∘u, (J, C·P, B)
-            grad_w.baddbmm_(scaled, ds.transpose(1, 2))
+            if full and V is not None:
+                grad_poses[chunk] += W_V.mul_(grad_b).addcmul_(W_ds, c).sum(dim=0)
+                torch.mul(grad_b, x, out=scaled)  # db∘u
+                torch.bmm(scaled.flatten(1, 2), V.transpose(1, 2), out=grad_w)
+                grad_v_sum.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
+            else:
+                grad_poses[chunk] += W_ds.mul_(c).sum(dim=0)
+                grad_w.zero_()
+            torch.mul(c, x, out=scaled)  # c∘u
+            grad_w.baddbmm_(scaled.flatten(1, 2), ds.transpose(1, 2))
+            # Added at the end, since torch batches products into contiguous results alone.
+            _weight_rows(grad_weight[chunk]).add_(grad_w)
         return grad_v_sum.permute(2, 0, 1).contiguous()
 
     _route_backward(grad_v, sums, full, step)
     return (
-        grad_poses.permute(2, 0, 1).to(u.dtype).contiguous(),
+        grad_poses.flatten(0, 1).t().to(u.dtype).contiguous().view(u.shape),
         grad_weight.to(weight.dtype),
         None if grad_prior is None else grad_prior.to(u.dtype),
     )

@@ -18,6 +18,8 @@ from tritoncaps import _operators
 
 def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """Call the operator once a slice and stack the results."""
+    if info.batch_size == 0:
+        raise ValueError(f"vmap of {operator}: the mapped axis has 0 slices, but needs >= 1")
     results = [
         operator(
             *(

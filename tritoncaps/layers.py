@@ -80,6 +80,7 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Convolve, cut into capsules, squash."""
+        _checks.check_floating("PrimaryCapsules", "features", features)
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(
                 f"PrimaryCapsules: features must be (B, {self.in_channels}, H, W), "
@@ -229,6 +230,7 @@ class ReconstructionDecoder(nn.Module):
             ("width", width),
         ):
             _checks.check_size("ReconstructionDecoder", name, value)
+        _checks.check_pair("ReconstructionDecoder", "hidden", hidden, "two ints")
         self.num_classes = num_classes
         self.dim = dim
         self.image_shape = (channels, height, width)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import ops
-from tritoncaps._checks import shape_of
+from tritoncaps._checks import check_choice, shape_of
 
 __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
 
@@ -37,6 +37,7 @@ class MarginLoss(nn.Module):
         self.m_pos = m_pos
         self.m_neg = m_neg
         self.down_weight = down_weight
+        check_choice("MarginLoss", "reduction", reduction, ("mean", "sum", "none"))
         self.reduction: ops.Reduction = reduction
 
     def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
@@ -71,8 +72,10 @@ class CapsuleLoss(nn.Module):
         loss = ops.margin_loss(lengths, target)
         if reconstruction is None:
             return loss
-        error = reconstruction_error(reconstruction.float(), images)
-        return torch.add(loss, error.mean(), alpha=self.reconstruction_weight)
+        error = reconstruction_error(reconstruction.to(images.dtype), images)
+        # Of an empty batch the mean is 0.
+        mean = error.sum() / max(1, len(error))
+        return torch.add(loss, mean, alpha=self.reconstruction_weight)
 
     def extra_repr(self) -> str:
         """The arguments that build this module."""

@@ -8,7 +8,8 @@ Axes: B batch, I input capsules, P input pose dimension, J output capsules, D ou
 Common to all: the arguments of a call share one device and one dtype (float16, bfloat16, float32 or
 float64); sums are accumulated in float32, for float64 in float64. Inside `torch.autocast` the
 16-bit types are raised to float32 first, mixtures with float32 are taken, and results are float32.
-Second derivatives raise an error that names the operator: there is no formula for them.
+Derivatives are of reverse mode and first order. Forward mode, and a second derivative, raise an
+error that names the operator: there is no formula for them.
 """
 
 from typing import Literal, overload
@@ -35,7 +36,7 @@ def squash(s: Tensor, dim: int = -1) -> Tensor:
         Tensor of the shape and dtype of `s`.
 
     Raises:
-        TypeError: `s` is not a floating-point tensor.
+        TypeError: `s` is not a floating-point tensor, or `dim` not an int.
         ValueError: `s` has no axis `dim`.
 
     Note:
@@ -52,6 +53,7 @@ def squash(s: Tensor, dim: int = -1) -> Tensor:
     """
     _checks.check_floating("squash", "s", s)
     _checks.check_dim("squash", dim, s.ndim)
+    _checks.check_no_tangent("squash", "s", s)
     return _operators.squash(s.movedim(dim, -1)).movedim(-1, dim)
 
 
@@ -240,12 +242,12 @@ def margin_loss(
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
 
     Returns:
-        A scalar, or shape (B,) with "none"; dtype of `lengths`.
+        A scalar, or shape (B,) with "none"; dtype of `lengths`, under autocast float32.
 
     Raises:
         TypeError: an argument of the wrong kind, class indices that are not int64.
-        ValueError: shapes that do not match, two devices, an unknown `reduction`, and, on a CPU,
-            class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
+        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`, and, on
+            a CPU, class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
 
     Example:
         >>> import torch
@@ -255,8 +257,10 @@ def margin_loss(
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 4.
     """
     _checks.check_tensor("margin_loss", "lengths", lengths, "B K")
+    _checks.check_not_empty("margin_loss", "lengths", lengths, "B K")
     _checks.check_target("margin_loss", target, lengths)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
+    lengths = lengths.to(_checks.routed_dtype(lengths))
     present = F.one_hot(target, lengths.shape[1]) if target.ndim == 1 else target
     present = present.to(lengths.dtype)
     too_short = (m_pos - lengths).clamp(min=0).square()
@@ -280,6 +284,7 @@ def _check_routing(
     for name, tensor, axes in tensors:
         _checks.check_tensor(function, name, tensor, axes)
         _checks.check_not_empty(function, name, tensor, axes)
+        _checks.check_no_tangent(function, name, tensor)
     _checks.check_axes(function, tensors)
     _checks.check_same_kind(function, [(name, tensor) for name, tensor, _ in tensors])
     _checks.check_iterations(function, iterations)

@@ -50,9 +50,13 @@ def new_directory(requested: str | None, model: str, dataset: str) -> Path:
 def _unique_directory(name: str) -> Path:
     """Create a directory under runs/, with a number after its name where two runs start at once."""
     path, number = ROOT / name, 1
+    try:
+        ROOT.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"{ROOT} cannot be created: {error.strerror}") from error
     while True:
         try:
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
         except FileExistsError:
             number += 1

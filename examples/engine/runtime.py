@@ -1,5 +1,6 @@
 """What the hardware offers, and what a run asks of it: device, precision, determinism."""
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -37,8 +38,16 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, with channels last: what fast convolutions expect."""
-        return model.to(self.device).to(memory_format=torch.channels_last)
+        """Move a model to the device, its convolutions with channels last, as the fast ones expect.
+
+        The convolutions alone: `model.to(memory_format=...)` would turn every parameter with four
+        axes, the weight of a routing too.
+        """
+        model = model.to(self.device)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
+        return model
 
     def describe(self) -> str:
         """Say in a few words where the model runs."""
@@ -81,6 +90,19 @@ def _computes_in_bf16(device: torch.device) -> bool:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return False
+
+
+def require(*modules: str) -> None:
+    """Raise where a package that is needed later cannot be found: better now than after hours.
+
+    Raises:
+        ModuleNotFoundError: names the package and what to install.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f'{module} is not installed, and this run needs it: pip install "tritoncaps[train]"'
+            )
 
 
 def make_deterministic() -> None:

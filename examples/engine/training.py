@@ -285,7 +285,10 @@ class Trainer:
         if is_best:
             self._save_best()
         self._save_last()
-        self.on_metrics(progress.step, {k: v for k, v in row.items() if k != "epoch"})
+        # The learning rate of this step was among the metrics of the last batch.
+        self.on_metrics(
+            progress.step, {k: v for k, v in row.items() if k not in ("epoch", "learning_rate")}
+        )
         self._say(_epoch_line(row, epochs, is_best and validation is not None))
 
     def _save_last(self) -> None:

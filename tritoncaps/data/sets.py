@@ -1,5 +1,6 @@
 """What a data set is, and how a part of it is held out."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,10 @@ def split_validation(
         raise TypeError(
             "split_validation: fraction_or_count must be a float or an int, "
             f"got {type(fraction_or_count).__name__}"
+        )
+    if not math.isfinite(fraction_or_count):
+        raise ValueError(
+            f"split_validation: fraction_or_count must be finite, got {fraction_or_count}"
         )
     is_share = isinstance(fraction_or_count, float)
     count = round(fraction_or_count * len(train)) if is_share else int(fraction_or_count)

@@ -17,17 +17,8 @@ import sys
 from typing import Any
 
 from engine import baseline, experiment_figures
-from engine.experiment import (
-    Cell,
-    Experiment,
-    add_machine_flags,
-    add_training_flags,
-    mean_and_spread,
-    new_parser,
-    percent,
-    positive,
-    run_program,
-)
+from engine.experiment import Cell, Experiment, mean_and_spread, percent, run_program
+from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser
 
 # What is averaged over the seeds.
 AVERAGED = (
@@ -40,10 +31,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     what = parser.add_argument_group("experiment")
     networks = baseline.list_networks()
-    what.add_argument("--models", nargs="+", choices=networks, default=networks)
     what.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
+        "--models", nargs="+", choices=networks, default=networks, help="which networks"
     )
+    add_seeds(what)
     add_training_flags(parser, epochs=30)
     add_machine_flags(parser)
     return parser.parse_args(argv)

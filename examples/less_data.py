@@ -21,18 +21,8 @@ from typing import Any
 import torch
 
 from engine import baseline, experiment_figures
-from engine.experiment import (
-    Cell,
-    Experiment,
-    Job,
-    add_machine_flags,
-    add_training_flags,
-    mean_and_spread,
-    new_parser,
-    percent,
-    positive,
-    run_program,
-)
+from engine.experiment import Cell, Experiment, Job, mean_and_spread, percent, run_program
+from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
 from tritoncaps.data import Batches, ImageSet, stratified_subset
 
 SIZES = [100, 300, 1_000, 3_000, 10_000, 30_000, 60_000]
@@ -43,29 +33,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     what = parser.add_argument_group("experiment")
     networks = baseline.list_networks()
-    what.add_argument("--models", nargs="+", choices=networks, default=networks)
+    what.add_argument(
+        "--models", nargs="+", choices=networks, default=networks, help="which networks"
+    )
     what.add_argument(
         "--sizes",
         nargs="+",
         type=positive,
         metavar="N",
-        help=f"training images; default: those of {SIZES} that there are, and all",
+        help=f"training images (default: those of {SIZES} that there are, and all)",
     )
     what.add_argument(
         "--epoch-size",
         type=positive,
         metavar="N",
-        help="images an epoch, for every size; default: the largest size",
+        help="images an epoch, for every size (default: the largest size)",
     )
-    what.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
-    )
-    add_training_flags(parser, epochs=10, validation_fraction=0.0)
+    add_seeds(what)
+    add_training_flags(parser, epochs=10, holds_out=False)
     add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    if args.validation_fraction:
-        parser.error("--validation-fraction: here no image is held out")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

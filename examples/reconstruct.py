@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from engine import experiment_figures
-from engine.experiment import (
-    Experiment,
+from engine.experiment import Experiment, percent, run_program
+from engine.flags import (
     add_data_flags,
     add_machine_flags,
+    add_test_batch_size,
     new_parser,
-    percent,
     positive,
-    run_program,
 )
 from engine.trained import Trained, check_trained, load_trained
 from tritoncaps.data import to_float
@@ -41,10 +40,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     what = parser.add_argument_group("experiment")
     what.add_argument("run", metavar="RUN", help="directory of a trained capsule network")
-    what.add_argument("--classes", nargs="+", metavar="NAME", help="default: all")
-    what.add_argument("--per-class", type=positive, default=8, metavar="N")
+    what.add_argument("--classes", nargs="+", metavar="NAME", help="which ones (default: all)")
+    what.add_argument("--per-class", type=positive, default=8, metavar="N", help="images of each")
     what.add_argument("--failures", type=positive, default=10, metavar="N", help="at most so many")
-    what.add_argument("--test-batch-size", type=positive, default=500)
+    add_test_batch_size(what, 500)
     add_data_flags(parser)
     add_machine_flags(parser)
     return parser.parse_args(argv)

@@ -27,16 +27,9 @@ import torch
 from torch import Tensor
 
 from engine import baseline, distortions, experiment_figures
-from engine.experiment import (
-    Experiment,
-    add_data_flags,
-    add_machine_flags,
-    new_parser,
-    percent,
-    positive,
-    run_program,
-)
+from engine.experiment import Experiment, percent, run_program
 from engine.experiment_figures import Panel
+from engine.flags import add_data_flags, add_machine_flags, add_test_batch_size, new_parser
 from engine.run_directory import write_json
 from engine.trained import Trained, check_trained, load_trained
 from tritoncaps.data import to_float
@@ -85,8 +78,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("experiment")
     what.add_argument("runs", nargs="+", metavar="RUN", help="directories of trained networks")
     names = [kind.name for kind in KINDS]
-    what.add_argument("--kinds", nargs="+", choices=names, default=names)
-    what.add_argument("--test-batch-size", type=positive, default=250)
+    what.add_argument("--kinds", nargs="+", choices=names, default=names, help="which conditions")
+    add_test_batch_size(what, 250)
     add_data_flags(parser)
     add_machine_flags(parser)
     # The sign of a gradient near 0 is that of its rounding errors in 16 bits.

@@ -21,17 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import experiment_figures
-from engine.experiment import (
-    Cell,
-    Experiment,
-    add_machine_flags,
-    add_training_flags,
-    mean_and_spread,
-    new_parser,
-    percent,
-    positive,
-    run_program,
-)
+from engine.experiment import Cell, Experiment, mean_and_spread, percent, run_program
+from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -47,9 +38,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             metavar="R",
             help=f"iterations of the {name} route, {route} capsules",
         )
-    what.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
-    )
+    add_seeds(what)
     add_training_flags(parser, epochs=30)
     add_machine_flags(parser)
     return parser.parse_args(argv)

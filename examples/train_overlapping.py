@@ -22,18 +22,9 @@ import torch
 from torch import Tensor
 
 from engine import baseline, experiment_figures
-from engine.experiment import (
-    Cell,
-    Experiment,
-    Job,
-    add_machine_flags,
-    add_training_flags,
-    new_parser,
-    percent,
-    positive,
-    run_program,
-)
+from engine.experiment import Cell, Experiment, Job, percent, run_program
 from engine.experiment_figures import Overlapped
+from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
 from engine.tasks import TwoClasses, TwoClassesLoss, per_class_rate
 from engine.trained import Trained, load_trained
 from tritoncaps.data import ImageSet, Overlays
@@ -59,10 +50,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="coincident",
         help="coincident: no shift, 28×28; shifted: each by up to 4 pixels, 36×36",
     )
-    what.add_argument("--models", nargs="+", choices=list_models(), default=list_models())
     what.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
+        "--models", nargs="+", choices=list_models(), default=list_models(), help="which networks"
     )
+    add_seeds(what)
     what.add_argument(
         "--partners",
         type=positive,
@@ -70,12 +61,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="overlays of each test image in the final test",
     )
-    add_training_flags(parser, epochs=30, max_shift=0)
+    add_training_flags(parser, epochs=30, shifts=False)
     add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    if args.max_shift:
-        parser.error("--max-shift: the images of an overlay are shifted by --mode")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,13 @@ from engine.run_directory import (
     write_json,
     write_summary,
 )
-from engine.runtime import Runtime, choose_runtime, describe_environment, make_deterministic
+from engine.runtime import (
+    Runtime,
+    choose_runtime,
+    describe_environment,
+    make_deterministic,
+    require,
+)
 from engine.tasks import Source, Task
 from engine.training import Schedule, Trainer, TrainingError
 from tritoncaps.data import (
@@ -41,7 +47,6 @@ from tritoncaps.data import (
     Dataset,
     DatasetError,
     ImageSet,
-    list_datasets,
     load_dataset,
     split_validation,
     stratified_subset,
@@ -86,121 +91,6 @@ class Job:
     curve: bool = True
 
 
-# -- the flags that the experiments share
-
-
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Begin a parser; its description is the first line of the script's docstring."""
-    return argparse.ArgumentParser(
-        description=(doc or "").strip().splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags that say which images there are."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=["auto", *list_datasets()],
-        default="auto",
-        help="auto: MNIST if it is there or can be downloaded, else digits",
-    )
-    data.add_argument("--data-dir", default="data", help="where data sets lie")
-    data.add_argument(
-        "--download",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fetch a data set that is missing",
-    )
-    data.add_argument(
-        "--limit-test",
-        type=positive,
-        metavar="N",
-        help="use N of the test images, the classes in proportion; default: all",
-    )
-    return data
-
-
-def add_training_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    epochs: int,
-    max_shift: int = 2,
-    validation_fraction: float = 0.1,
-) -> None:
-    """Add the flags of data and recipe; the arguments are the defaults that differ."""
-    data = add_data_flags(parser)
-    data.add_argument(
-        "--limit-train",
-        type=positive,
-        metavar="N",
-        help="use N of the training images, the classes in proportion; default: all",
-    )
-    data.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=validation_fraction,
-        metavar="F",
-        help="share of the training images held out to choose the best epoch; 0: the last counts",
-    )
-    data.add_argument(
-        "--max-shift",
-        type=int,
-        default=max_shift,
-        metavar="PIXELS",
-        help="each training image is shifted by up to this much",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs", type=positive, default=epochs, help="more than before goes on with the runs"
-    )
-    training.add_argument("-b", "--batch-size", type=positive, default=128)
-    training.add_argument("--test-batch-size", type=positive, default=500)
-    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    training.add_argument("--gamma", type=float, default=0.9, help="factor on it every epoch")
-    training.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="steps over which it rises linearly",
-    )
-
-
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where it runs and where its results go."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    machine.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 convolutions where the hardware computes in it",
-    )
-    machine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits from run to run on the same machine",
-    )
-    machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", help="default: runs/<experiment>-<dataset>")
-    run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
-    run.add_argument("--log-interval", type=positive, default=10, metavar="STEPS")
-
-
-def positive(text: str) -> int:
-    """Read an int of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-    return value
-
-
-# -- the program
-
-
 def run_program(
     program: str,
     story: Callable[[argparse.Namespace], int],
@@ -218,7 +108,7 @@ def run_program(
         return story(args)
     except (
         DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
-        OSError,
+        OSError, ModuleNotFoundError,
     ) as error:  # fmt: skip
         print(f"{program}.py: error: {error}", file=sys.stderr)
         return 2
@@ -251,6 +141,7 @@ class Experiment:
         recipe: Sequence[str] = (),
         variant: str = "",
     ) -> None:
+        require("matplotlib", "safetensors")
         if args.deterministic:
             make_deterministic()
         self.program = program

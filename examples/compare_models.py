@@ -65,7 +65,7 @@ def tell(args: argparse.Namespace) -> int:
     curves: dict[str, list[list[float]]] = {}
     for result in results:
         title = baseline.TITLES[result["model"]]
-        curves.setdefault(title, []).append(experiment.curve(result["name"]))
+        curves.setdefault(title, []).append(experiment.curve(result))
     seeds = max(map(len, curves.values()))
     experiment_figures.plot_model_curves(
         curves,

@@ -146,7 +146,7 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], rows: list[dict[
     for result in results:
         if result["primary_iterations"] == result["secondary_iterations"]:
             name = f"{result['primary_iterations']} × {result['secondary_iterations']}"
-            equal.setdefault(name, []).append(experiment.curve(result["name"]))
+            equal.setdefault(name, []).append(experiment.curve(result))
     if equal:
         title = f"{network}: the same count in both routes"
         experiment_figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")

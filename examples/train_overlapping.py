@@ -101,7 +101,7 @@ def tell(args: argparse.Namespace) -> int:
         measured, examples = measure(experiment, trained)
         rows.append({"mode": args.mode, **result, **measured})
         title = baseline.TITLES[result["model"]]
-        curves.setdefault(title, []).append(experiment.curve(result["name"]))
+        curves.setdefault(title, []).append(experiment.curve(result))
         print(
             f"{title}, seed {result['seed']}: exact pairs {percent(measured['exact_pairs'])}, "
             f"digits {percent(measured['digits'])} ({measured['pairs']:,} {args.mode} test pairs)"

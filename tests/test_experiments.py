@@ -225,6 +225,15 @@ class TestCompareModels:
         went_on, fresh = (rows_of(path, "runs") for path in (a_comparison, tmp_path / "fresh"))
         assert untimed(went_on) == untimed(fresh) and fresh[0]["epochs"] == 3
 
+    def test_an_unfinished_run_cannot_go_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flags = (*TINY, "--models=cnn", f"--output-dir={tmp_path / 'out'}")
+        stop_after(monkeypatch, 8)  # in the third epoch
+        assert run(compare_models, *flags, "--epochs=4")[0] == 130
+        status, printed = run(compare_models, *flags, "--epochs=1")
+        assert status == 2 and "cnn-seed1 in" in printed and "give --epochs 2" in printed
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [

@@ -231,22 +231,27 @@ class Experiment:
             results.append(result)
         return results
 
-    def curve(self, cell_name: str) -> list[float]:
+    def curve(self, result: dict[str, Any]) -> list[float]:
         """Return the test accuracy of every epoch of a finished cell."""
-        with (self.directory / cell_name / "summary.csv").open(newline="") as file:
-            return [float(row["test_accuracy"]) for row in csv.DictReader(file)]
+        with (self.directory / result["name"] / "summary.csv").open(newline="") as file:
+            accuracies = [float(row["test_accuracy"]) for row in csv.DictReader(file)]
+        return accuracies[: result["epochs"]]
 
     def _finished(self, cell: Cell) -> dict[str, Any] | None:
         path = self.directory / cell.name / "result.json"
         if not path.is_file():
             return None
         result: dict[str, Any] = json.loads(path.read_text())
-        if result["epochs"] > self.args.epochs:
-            raise RunDirectoryError(
-                f"{cell.name} in {self.directory} was trained for {result['epochs']} epochs, not "
-                f"{self.args.epochs}: give --epochs {result['epochs']} or another --output-dir"
-            )
+        self._check_epochs(cell, result["epochs"])
         return result if result["epochs"] == self.args.epochs else None
+
+    def _check_epochs(self, cell: Cell, trained: int) -> None:
+        """Refuse a cell that is past the epochs that are asked for: it cannot go back."""
+        if trained > self.args.epochs:
+            raise RunDirectoryError(
+                f"{cell.name} in {self.directory} was trained for {trained} epochs, not "
+                f"{self.args.epochs}: give --epochs {trained} or another --output-dir"
+            )
 
     def _train_cell(self, cell: Cell, job: Job) -> dict[str, Any] | None:
         """Train a cell, from where it was stopped; returns its result, or None if it is stopped."""
@@ -279,6 +284,7 @@ class Experiment:
                 print(f"warning: {warning}", file=sys.stderr)
             trainer.load_state(state)
             progress = trainer.progress
+            self._check_epochs(cell, progress.epoch)
             print(f"resuming    after {progress.epoch} epochs and {progress.batch} batches")
         environment = self.environment()
         write_json(directory / "args.json", {"args": saved_args, "environment": environment})
@@ -308,10 +314,9 @@ class Experiment:
     def make_job(self, cell: Cell) -> Job:
         """Build what a cell of ordinary classification trains."""
         train, validation = self.split(cell.seed)
-        return self.classification(
-            cell, Batches(train, self.args.batch_size, seed=cell.seed, max_shift=self.max_shift),
-            validation,
-        )  # fmt: skip
+        args = self.args
+        batches = Batches(train, args.batch_size, seed=cell.seed, max_shift=args.max_shift)
+        return self.classification(cell, batches, validation)
 
     def classification(
         self, cell: Cell, train: Source, validation: ImageSet | None, *, curve: bool = True
@@ -320,12 +325,6 @@ class Experiment:
         model, kwargs = self.build(cell, tuple(train.images.images.shape[1:]))
         loss = baseline.network_loss(cell.model)
         return Job(model, kwargs, train, validation, self.test_images, loss, curve=curve)
-
-    @property
-    def max_shift(self) -> int:
-        """How far training images are shifted."""
-        shift: int = self.args.max_shift
-        return shift
 
     def split(self, seed: int) -> tuple[ImageSet, ImageSet | None]:
         """Hold out the validation set: all images and None where its share is 0."""

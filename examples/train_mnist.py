@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint, figures, run_directory
+from engine.flags import HelpFormatter, positive
 from engine.run_directory import RunDirectoryError
 from engine.runtime import (
     Runtime,
@@ -180,21 +181,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
     )
     run.add_argument("--tensorboard", action="store_true", help="log to TensorBoard as well")
     return parser, parser.parse_args(argv)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text, but where there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def positive(text: str) -> int:
-    """Read an int of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up: a file may import from its own layer and from those before it.
 LAYERS = ["kernels", "tritoncaps", "models", "examples", "benchmarks"]
+# How the examples are imported: as they are when they are run as scripts.
+EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
 
 def layer_of(module: str) -> str | None:
@@ -19,7 +21,7 @@ def layer_of(module: str) -> str | None:
         return module.split(".")[1]
     if module.startswith(("tritoncaps.kernels.", "tritoncaps.models.")):
         return module.split(".")[1]
-    if module.split(".")[0] in ("engine", "train_mnist"):
+    if module.split(".")[0] in EXAMPLES:
         return "examples"
     return module.split(".")[0] if module.split(".")[0] in LAYERS else None
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from engine import checkpoint
 from engine.run_directory import MetricsLog, write_json, write_summary
 from engine.runtime import Runtime
+from engine.tasks import Source, Task
 from tritoncaps.data import Batches, ImageSet
 from tritoncaps.losses import CapsuleLoss
 
@@ -39,7 +40,10 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a set of images, and the predicted class of each, (N,), on the CPU."""
+    """Means over a set of images, and what was predicted for each, on the CPU.
+
+    `predictions` are classes, (N,), or (N, 2) where an image shows two.
+    """
 
     loss: float
     accuracy: float
@@ -100,6 +104,8 @@ class Trainer:
         runtime: device and precision.
         directory: where the run's files go.
         args: the flags of the run, plain values; written to every checkpoint.
+        loss: called as loss(lengths, target, reconstruction, images); by default `CapsuleLoss`.
+        task: what is asked about an image; by default its class.
         test_batch_size: images a batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
         compiled: the model as it is called, where that is not `model` itself (torch.compile).
@@ -115,6 +121,8 @@ class Trainer:
         directory: Path,
         args: dict[str, Any],
         *,
+        loss: nn.Module | None = None,
+        task: Task | None = None,
         test_batch_size: int = 500,
         log_interval: int = 10,
         compiled: Callable[..., Any] | None = None,
@@ -122,7 +130,8 @@ class Trainer:
     ) -> None:
         self.model = model
         self.call = model if compiled is None else compiled
-        self.loss = CapsuleLoss()
+        self.loss = CapsuleLoss() if loss is None else loss
+        self.task = Task() if task is None else task
         self.optimizer = optimizer
         self.schedule = schedule
         self.runtime = runtime
@@ -159,11 +168,18 @@ class Trainer:
 
     # training
 
-    def fit(self, train: Batches, validation: ImageSet, test: ImageSet | None, epochs: int) -> bool:
+    def fit(
+        self,
+        train: Source,
+        validation: ImageSet | Source | None,
+        test: ImageSet | Source | None,
+        epochs: int,
+    ) -> bool:
         """Train up to `epochs` epochs; returns False if a signal stopped it before.
 
-        `validation` chooses model_best. `test`, where given, is evaluated after every epoch for
-        the curve, and nothing is chosen by it.
+        `validation` chooses model_best; without it nothing is chosen, and the last epoch is taken.
+        `test`, where given, is evaluated after every epoch for the curve, and nothing is chosen by
+        it.
         """
         log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
         try:
@@ -182,7 +198,7 @@ class Trainer:
             log.close()
         return True
 
-    def _train_epoch(self, train: Batches, epochs: int, log: MetricsLog) -> bool:
+    def _train_epoch(self, train: Source, epochs: int, log: MetricsLog) -> bool:
         progress, device = self.progress, self.runtime.device
         self.model.train()
         # Summed on the device: reading them at every step would make each one wait.
@@ -195,8 +211,8 @@ class Trainer:
                 loss, lengths = self._step(images, labels)
                 progress.batch += 1
                 progress.step += 1
-                loss_sum += loss.detach().to(loss_sum.dtype) * len(labels)
-                correct += (lengths.detach().argmax(dim=1) == labels).sum()
+                loss_sum += loss.detach().to(loss_sum.dtype) * len(images)
+                correct += self.task.correct(lengths.detach(), labels).sum()
                 bar.update()
                 is_last = progress.batch == len(train)
                 is_due = progress.step % self.log_interval == 0 or is_last
@@ -219,13 +235,13 @@ class Trainer:
                 raise self._not_finite(f"{name} is not finite")
         return not stopping
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         rate = self.schedule(self.progress.step, self.progress.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
-            output = self.call(images, labels)
+            output = self.task.run(self.call, images, labels)
         loss: Tensor = self.loss(output.lengths, labels, output.reconstruction, images)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -233,7 +249,11 @@ class Trainer:
         return loss, output.lengths
 
     def _finish_epoch(
-        self, train: Batches, validation: ImageSet, test: ImageSet | None, epochs: int
+        self,
+        train: Source,
+        validation: ImageSet | Source | None,
+        test: ImageSet | Source | None,
+        epochs: int,
     ) -> None:
         progress = self.progress
         row: dict[str, Any] = {
@@ -249,12 +269,15 @@ class Trainer:
         row["learning_rate"] = self.schedule(progress.step - 1, progress.epoch)
         row["seconds"] = round(progress.seconds, 2)
         self.rows.append(row)
-        # The loss breaks ties, which are common on a small validation set.
-        quality = (row["validation_accuracy"], -row["validation_loss"])
-        is_best = quality > (progress.best_accuracy, -progress.best_loss)
+        is_best = True
+        if validation is not None:
+            # The loss breaks ties, which are common on a small validation set.
+            quality = (row["validation_accuracy"], -row["validation_loss"])
+            is_best = quality > (progress.best_accuracy, -progress.best_loss)
+            if is_best:
+                progress.best_accuracy, progress.best_loss = quality[0], -quality[1]
         if is_best:
             progress.best_epoch = row["epoch"]
-            progress.best_accuracy, progress.best_loss = quality[0], -quality[1]
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
         # last.pt comes last: whatever is cut off before it, the resumed run writes again.
@@ -266,7 +289,7 @@ class Trainer:
         self.on_metrics(
             progress.step, {k: v for k, v in row.items() if k not in ("epoch", "learning_rate")}
         )
-        self._say(_epoch_line(row, epochs, is_best))
+        self._say(_epoch_line(row, epochs, is_best and validation is not None))
 
     def _save_last(self) -> None:
         checkpoint.save(self.directory / "last.pt", self.state())
@@ -276,23 +299,28 @@ class Trainer:
         weights = self.directory / "model_best.safetensors"
         checkpoint.save_weights(weights, self.model.state_dict(), {"format": "pt"})
         config = {"model": self.args["model"], "model_kwargs": self.args["model_kwargs"]}
-        best = {"epoch": self.progress.best_epoch, "validation": self.progress.best_accuracy}
+        validated = self.progress.best_accuracy if self.progress.best_accuracy >= 0 else None
+        best = {"epoch": self.progress.best_epoch, "validation": validated}
         write_json(self.directory / "config.json", {**config, "best": best})
 
     @torch.inference_mode()
-    def evaluate(self, images: ImageSet) -> Evaluation:
-        """Evaluate a set; the decoder sees no label."""
+    def evaluate(self, images: ImageSet | Source) -> Evaluation:
+        """Evaluate a set, or the first epoch of a source; the decoder sees no label."""
         self.model.eval()
         loss_sum = torch.zeros((), dtype=self.runtime.sum_dtype, device=self.runtime.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
         predictions = []
-        for batch, labels in Batches(images, self.test_batch_size, seed=0, shuffle=False).epoch(0):
+        if isinstance(images, ImageSet):
+            images = Batches(images, self.test_batch_size, seed=0, shuffle=False)
+        for batch, labels in images.epoch(0):
             output = self.predict(batch)
             loss = self.loss(output.lengths, labels, output.reconstruction, batch)
-            loss_sum += loss.to(loss_sum.dtype) * len(labels)
-            predictions.append(output.lengths.argmax(dim=1))
-        predicted = torch.cat(predictions)
-        correct = int((predicted == images.labels).sum())
-        return Evaluation(loss_sum.item() / len(images), correct / len(images), predicted.cpu())
+            loss_sum += loss.to(loss_sum.dtype) * len(batch)
+            correct += self.task.correct(output.lengths, labels).sum()
+            predictions.append(self.task.predictions(output.lengths))
+        predicted = torch.cat(predictions).cpu()
+        count = len(predicted)
+        return Evaluation(loss_sum.item() / count, int(correct) / count, predicted)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Any:
@@ -300,7 +328,7 @@ class Trainer:
         self.model.eval()
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
-            return self.model(images)
+            return self.task.run(self.model, images)
 
     # reports
 
@@ -316,7 +344,7 @@ class Trainer:
         )
 
     def _record(
-        self, train: Batches, elapsed: float, first_batch: int, bar: Any, log: MetricsLog
+        self, train: Source, elapsed: float, first_batch: int, bar: Any, log: MetricsLog
     ) -> None:
         progress = self.progress
         seen = min(progress.batch * train.batch_size, len(train.images))
@@ -334,7 +362,7 @@ class Trainer:
             f"{values['images_per_second']:.0f} images/s"
         )
 
-    def _estimate(self, train: Batches, elapsed: float, first_batch: int, epochs: int) -> None:
+    def _estimate(self, train: Source, elapsed: float, first_batch: int, epochs: int) -> None:
         """Say once, after the first seconds, how long the run will take."""
         if self._estimated or elapsed < _ESTIMATE_AFTER_SECONDS:
             return

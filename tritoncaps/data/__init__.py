@@ -13,16 +13,21 @@ torchvision nor scikit-learn; each is imported by the one function that uses it.
 
 from tritoncaps.data.batches import Batches, random_shift, to_float
 from tritoncaps.data.load import list_datasets, load_dataset
+from tritoncaps.data.overlays import Originals, Overlays
 from tritoncaps.data.sets import Dataset, DatasetError, ImageSet, split_validation
+from tritoncaps.data.subsets import stratified_subset
 
 __all__ = [
     "Batches",
     "Dataset",
     "DatasetError",
     "ImageSet",
+    "Originals",
+    "Overlays",
     "list_datasets",
     "load_dataset",
     "random_shift",
     "split_validation",
+    "stratified_subset",
     "to_float",
 ]

@@ -1,0 +1,102 @@
+"""The networks that the experiments compare: the capsule networks, and a CNN of like size."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritoncaps.models import CapsuleOutput, create_model, list_models
+
+CNN = "cnn"
+
+# How the networks are called in pictures and tables.
+TITLES = {"capsnet": "CapsNet", "deep_capsnet": "DeepCapsNet", CNN: "CNN"}
+
+
+class ConvNet(nn.Module):
+    """A plain convolutional network as large as the capsule networks.
+
+    Three convolutions of 5×5, two fully connected layers and dropout, after the baseline of Sabour
+    2017 (section 5). That one has 35.4 M parameters; here the features are pooled and the layer
+    after them is set so that at 28×28 there are 8.2 M, as in the networks it stands beside.
+
+    Args:
+        num_classes: classes, K.
+        in_channels: channels of the images.
+        image_size: (height, width), each at least 14.
+        channels: feature maps of the three convolutions.
+        hidden: widths of the two fully connected layers.
+
+    Example:
+        >>> model = ConvNet()
+        >>> sum(p.numel() for p in model.parameters())
+        8202102
+        >>> model(torch.rand(2, 1, 28, 28)).lengths.shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        image_size: tuple[int, int] = (28, 28),
+        *,
+        channels: tuple[int, int, int] = (256, 256, 128),
+        hidden: tuple[int, int] = (684, 192),
+    ) -> None:
+        super().__init__()
+        # Three kernels of 5 take 12 pixels, the pooling halves what is left.
+        rows, columns = ((side - 12) // 2 for side in image_size)
+        if min(rows, columns) < 1:
+            raise ValueError(f"ConvNet: image_size={image_size}, both sides must be at least 14")
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, channels[0], 5),
+            nn.ReLU(),
+            nn.Conv2d(channels[0], channels[1], 5),
+            nn.ReLU(),
+            nn.Conv2d(channels[1], channels[2], 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels[2] * rows * columns, hidden[0]),
+            nn.ReLU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(hidden[1], num_classes),
+        )
+
+    def forward(self, images: Tensor, target: Tensor | None = None) -> CapsuleOutput:
+        """Score the classes, (B, C, H, W) → `lengths` (B, K): the larger, the likelier.
+
+        There is no pose but the score, and no reconstruction; the target has no part in it.
+        """
+        scores = self.classifier(self.features(images)).float()
+        return CapsuleOutput(scores, scores.unsqueeze(2), None)
+
+
+class CrossEntropy(nn.Module):
+    """The loss of `ConvNet`, called like the capsule loss."""
+
+    def forward(
+        self, lengths: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
+    ) -> Tensor:
+        """Compute the mean cross entropy of scores (B, K) for class indices (B,)."""
+        return torch.nn.functional.cross_entropy(lengths, target)
+
+
+def list_networks() -> list[str]:
+    """List the names that `create_network` knows."""
+    return [*list_models(), CNN]
+
+
+def create_network(name: str, **kwargs: Any) -> nn.Module:
+    """Build a capsule network or the CNN by name."""
+    return ConvNet(**kwargs) if name == CNN else create_model(name, **kwargs)
+
+
+def network_loss(name: str) -> nn.Module | None:
+    """Return the loss that a network is trained by; None for the capsule loss, the default."""
+    return CrossEntropy() if name == CNN else None

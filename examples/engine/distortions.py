@@ -1,0 +1,96 @@
+"""Test images made harder: attacked by their gradient, shifted, rotated, scaled.
+
+All functions are pure and take float images in [0, 1], shape (B, C, H, W). Distortions go both ways
+in turn, by the number of the image: so no direction is preferred, and nothing is drawn at random.
+
+Example:
+    >>> import torch
+    >>> rotated(torch.rand(4, 1, 28, 28), 30.0).shape
+    torch.Size([4, 1, 28, 28])
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Right, left, down, up.
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+
+
+def shifted(images: Tensor, pixels: float, first: int = 0) -> Tensor:
+    """Shift by so many pixels, in turn to the right, to the left, down and up.
+
+    Args:
+        images: shape (B, C, H, W).
+        pixels: how far; what leaves the image is lost, and black comes in.
+        first: the number of the first image in its set, so that batches do not matter.
+    """
+    height, width = images.shape[2:]
+    directions = torch.tensor(_DIRECTIONS)[(torch.arange(len(images)) + first) % 4]
+    # An affine map says where a pixel comes from, on an axis that has length 2.
+    offset = -2 * pixels * directions / torch.tensor([width, height])
+    return _sample(images, torch.eye(2).expand(len(images), 2, 2), offset)
+
+
+def rotated(images: Tensor, degrees: float, first: int = 0) -> Tensor:
+    """Rotate about the centre, in turn anticlockwise and clockwise."""
+    sign = 1 - 2 * ((torch.arange(len(images)) + first) % 2)
+    angle = sign * math.radians(degrees)
+    height, width = images.shape[2:]
+    cos, sin = angle.cos(), angle.sin()
+    # Angles are those of pixels, whatever the shape of the image.
+    rows = [cos, -sin * height / width], [sin * width / height, cos]
+    matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    return _sample(images, matrix, torch.zeros(len(images), 2))
+
+
+def scaled(images: Tensor, factor: float, first: int = 0) -> Tensor:
+    """Enlarge about the centre; a factor below 1 makes smaller."""
+    if not factor > 0:
+        raise ValueError(f"scaled: factor must be > 0, got {factor}")
+    matrix = torch.eye(2).expand(len(images), 2, 2) / factor
+    return _sample(images, matrix, torch.zeros(len(images), 2))
+
+
+def _sample(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """Sample (B, C, H, W) at matrix (B, 2, 2) · place + offset (B, 2), linearly between pixels."""
+    theta = torch.cat([matrix.float(), offset.float().unsqueeze(2)], dim=2).to(images.device)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # Outside is black, and rounding leaves nothing outside [0, 1].
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False).clamp(0, 1)
+
+
+def sign_of_gradient(
+    scores: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], images: Tensor
+) -> Tensor:
+    """Return the direction of the fast gradient sign attack, −1, 0 or 1 a pixel.
+
+    Args:
+        scores: the network, images → (B, K), as it predicts: it sees no label.
+        loss: scores → (B,), what the attacker increases.
+        images: shape (B, C, H, W).
+
+    Goodfellow, Shlens, Szegedy: Explaining and Harnessing Adversarial Examples (2015).
+    """
+    with torch.enable_grad():
+        attacked = images.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(scores(attacked)).sum(), attacked)
+    return gradient.sign()
+
+
+def attacked(images: Tensor, direction: Tensor, epsilon: float) -> Tensor:
+    """Move every pixel by `epsilon` in its direction, within [0, 1]."""
+    return (images + epsilon * direction).clamp(0, 1)
+
+
+def score_difference(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return how far the best wrong class is ahead of the true one, (B, K), (B,) → (B,).
+
+    Its gradient does not vanish where the network is sure, as those of the margin loss (exactly)
+    and of the cross entropy (nearly) do.
+    """
+    true = F.one_hot(labels, scores.shape[1]).bool()
+    return scores.masked_fill(true, -math.inf).amax(dim=1) - scores[true]

@@ -1,0 +1,462 @@
+"""The pictures of the experiments, drawn as those in figures.py: plain data in, one PNG out.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line has a
+mark of its own as well, for grey paper. Shares in 0 .. 1 are shown in percent.
+
+Example:
+    >>> import tempfile
+    >>> from engine import experiment_figures
+    >>> path = tempfile.mkdtemp() + "/curves.png"
+    >>> curves = {"CapsNet": [[0.97, 0.98], [0.96, 0.99]], "CNN": [[0.98, 0.985]]}
+    >>> experiment_figures.plot_model_curves(curves, path, "Two networks", "test accuracy")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from engine.figures import (
+    _ACCURACY_TICKS,
+    _GAP,
+    _WRONG,
+    _enlarge,
+    _figure,
+    _mosaic_figure,
+    _pad,
+    _set_limits,
+    _shrink_to,
+    _stretch,
+    _unstretch,
+)
+
+_PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f"]
+_MARKS = ["o", "s", "^", "D", "v", "P", "X", "*"]
+
+# The two images of an overlay: where both are white, their colours add up to white.
+_FIRST, _SECOND = (1.0, 0.55, 0.0), (0.0, 0.45, 1.0)
+
+# Ticks of an accuracy axis that is stretched; more than figures.py has, for narrow ranges.
+_FINE_TICKS = sorted({*_ACCURACY_TICKS, 10, 30, 60, 85, 97, 98.5, 99.2, 99.6, 99.7})
+
+
+def plot_model_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str, quantity: str
+) -> None:
+    """Plot a share by epoch for each network: every seed thin, their mean thick.
+
+    The legend gives the highest and the last value, mean ± standard deviation over the seeds. The
+    axis is stretched towards 100 %.
+
+    Args:
+        curves: for each network its runs, each a list with one share an epoch.
+        path: the PNG to write.
+        title: the line above the plot.
+        quantity: what the share is of, such as "test accuracy".
+    """
+    runs = [run for seeds in curves.values() for run in seeds]
+    if not runs or not all(runs):
+        raise ValueError("plot_model_curves: there is no epoch to plot")
+    longest = max(map(len, runs))
+    with _figure(path, 960, 560 + 22 * len(curves), title, arrange=True) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        axes = figure.subplots()
+        axes.set_yscale("function", functions=(_stretch, _unstretch))
+        for (name, seeds), (colour, mark) in zip(curves.items(), _styles(), strict=False):
+            length = min(map(len, seeds))
+            average = [100 * mean(run[epoch] for run in seeds) for epoch in range(length)]
+            if len(seeds) > 1:
+                for run in seeds:
+                    values = [100 * value for value in run]
+                    axes.plot(range(1, len(run) + 1), values, color=colour, lw=0.7, alpha=0.55)
+            label = f"{name}: highest {_spread([max(run) for run in seeds])}"
+            label += f", last {_spread([run[-1] for run in seeds])}"
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "lw": 2.2}
+            axes.plot(range(1, length + 1), average, label=label, clip_on=False, **style)
+        _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
+        axes.set_ylabel(f"{quantity} (%), stretched towards 100")
+        axes.set_xlabel("epoch")
+        axes.set_xlim(0.5, longest + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=1)
+
+
+def plot_heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str, str],
+) -> None:
+    """Draw a table of shares as colours and numbers; the highest is framed.
+
+    Args:
+        values: a share for each row and column, NaN where there is none.
+        rows: the number of each row.
+        columns: the number of each column.
+        path: the PNG to write.
+        title: the line above the table.
+        labels: what rows, columns and values are.
+    """
+    table = 100 * torch.tensor(values, dtype=torch.float64)
+    known = table[~table.isnan()]
+    if known.numel() == 0:
+        raise ValueError("plot_heat_map: there is no value to draw")
+    width, height = 300 + 110 * len(columns), 190 + 80 * len(rows)
+    with _figure(path, width, height, title, arrange=True) as figure:
+        from matplotlib.patches import Rectangle
+
+        axes = figure.subplots()
+        lowest, highest = float(known.min()), float(known.max())
+        image = axes.imshow(
+            table.numpy(), cmap="cividis", aspect="auto", vmin=lowest, vmax=highest + 1e-9
+        )
+        for row, column in (~table.isnan()).nonzero().tolist():
+            value = float(table[row, column])
+            dark = value - lowest < 0.55 * (highest - lowest)
+            colour = "white" if dark else "black"
+            axes.text(column, row, f"{value:.2f}", color=colour, ha="center", va="center")
+        for row, column in table.isnan().nonzero().tolist():
+            axes.text(column, row, "not run", color="0.4", ha="center", va="center")
+        best = int(table.nan_to_num(-1).argmax())
+        corner = (best % len(columns) - 0.5, best // len(columns) - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec=_PALETTE[1], lw=3, clip_on=False))
+        axes.set_yticks(range(len(rows)), [str(row) for row in rows])
+        axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+        axes.set_ylabel(labels[0])
+        axes.set_xlabel(labels[1])
+        bar = figure.colorbar(image, ax=axes, label=f"{labels[2]} (%)")
+        bar.ax.ticklabel_format(axis="y", useOffset=False)
+
+
+def plot_trade_off(
+    points: Sequence[tuple[str, float, float]],
+    front: Sequence[int],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """Plot a share against time, a named point each, and join those that nothing else beats.
+
+    Args:
+        points: name, seconds and share of each.
+        front: the positions of the points of the Pareto front.
+        path: the PNG to write.
+        title: the line above the plot.
+        labels: what time and share are.
+    """
+    if not points:
+        raise ValueError("plot_trade_off: there is no point to plot")
+    with _figure(path, 960, 620, title, arrange=True) as figure:
+        axes = figure.subplots()
+        ahead = sorted((points[index] for index in front), key=lambda point: point[1])
+        others = [point for index, point in enumerate(points) if index not in set(front)]
+        line: dict[str, Any] = {"color": _PALETTE[1], "marker": "s", "markersize": 8, "lw": 1.5}
+        x, y = [point[1] for point in ahead], [100 * point[2] for point in ahead]
+        axes.plot(x, y, drawstyle="steps-post", label="Pareto front", zorder=3, **line)
+        if others:
+            x, y = [point[1] for point in others], [100 * point[2] for point in others]
+            axes.plot(x, y, "o", color=_PALETTE[0], label="faster and as accurate exists")
+        for name, seconds, share in points:
+            # Above and left of the front there is no point, so there is room for a name.
+            style: dict[str, Any] = {"xytext": (6, -11), "ha": "left", "color": "0.35"}
+            if any(name == point[0] for point in ahead):
+                style = {"xytext": (-7, 5), "ha": "right", "weight": "bold"}
+            axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
+        axes.margins(0.12)
+        axes.ticklabel_format(useOffset=False)
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(f"{labels[1]} (%)")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of `plot_panels`: a share against something, for each network.
+
+    `lines` holds the values x and the shares of each network. `level` draws a dashed line at a
+    share, with its name.
+    """
+
+    title: str
+    x_label: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    level: tuple[float, str] | None = None
+
+
+def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity: str) -> None:
+    """Plot several shares side by side, on one scale of 0 to 100 %.
+
+    Args:
+        panels: the plots, three in a row.
+        path: the PNG to write.
+        title: the line above the plots.
+        quantity: what the share is of.
+    """
+    if not panels:
+        raise ValueError("plot_panels: there is no curve to plot")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    with _figure(path, 420 * columns + 40, 380 * rows + 90, title, arrange=True) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        for panel, axes in zip(panels, grid.flat, strict=False):
+            for (name, (x, y)), (colour, mark) in zip(panel.lines.items(), _styles(), strict=False):
+                shares = [100 * share for share in y]
+                style = {"color": colour, "marker": mark, "markersize": 4}
+                axes.plot(x, shares, label=name, clip_on=False, zorder=3, **style)
+            if panel.level is not None:
+                share, name = panel.level
+                axes.axhline(100 * share, color="0.4", ls="--", lw=1, label=name)
+            axes.set_title(panel.title, fontsize=9)
+            axes.set_xlabel(panel.x_label)
+            axes.set_ylabel(f"{quantity} (%)")
+            axes.set_ylim(0, 102)
+            axes.grid(alpha=0.3)
+        handles = {
+            label: handle
+            for axes in grid.flat
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        columns = min(4, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def plot_by_size(
+    curves: Mapping[str, Mapping[int, Sequence[float]]],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """Plot a share against a number of images, on a logarithmic axis: each run, and their mean.
+
+    Args:
+        curves: for each network and size the shares of its runs.
+        path: the PNG to write.
+        title: the line above the plot.
+        labels: what size and share are.
+    """
+    shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
+    if not shares:
+        raise ValueError("plot_by_size: there is no point to plot")
+    with _figure(path, 960, 620, title, arrange=True) as figure:
+        axes = figure.subplots()
+        axes.set_yscale("function", functions=(_stretch, _unstretch))
+        axes.set_xscale("log")
+        for (name, sizes), (colour, mark) in zip(curves.items(), _styles(), strict=False):
+            known = sorted(sizes)
+            average = [100 * mean(sizes[size]) for size in known]
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5, "lw": 2}
+            axes.plot(known, average, label=name, clip_on=False, zorder=3, **style)
+            for size in known:
+                values = [100 * share for share in sizes[size]]
+                if len(values) > 1:
+                    axes.plot([size] * len(values), values, "_", color=colour, markersize=9)
+        _set_limits(axes, _FINE_TICKS, shares)
+        all_sizes = sorted({size for sizes in curves.values() for size in sizes})
+        axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
+        axes.minorticks_off()
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(f"{labels[1]} (%), stretched towards 100")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=len(curves))
+
+
+@dataclass(frozen=True)
+class Overlapped:
+    """Overlapping images with their originals, and what a network made of them.
+
+    `overlays` (N, C, H, W), `originals` and `reconstructions` (N, 2, C, H, W), in [0, 1];
+    `labels` and `predictions` (N, 2), each row ascending and distinct.
+    """
+
+    overlays: Tensor
+    originals: Tensor
+    reconstructions: Tensor
+    labels: Tensor
+    predictions: Tensor
+
+    def take(self, chosen: Tensor) -> Overlapped:
+        """Return those at some positions."""
+        parts = (self.overlays, self.originals, self.reconstructions, self.labels, self.predictions)
+        return Overlapped(*(part[chosen] for part in parts))
+
+
+def plot_overlapped(
+    blocks: Sequence[Overlapped], path: str | Path, title: str, class_names: Sequence[str]
+) -> None:
+    """Draw overlays over their originals and reconstructions, one colour for each of the two.
+
+    What a class that was found is decoded to has the colour of its original; a class that is not
+    in the image takes the place, and the colour, of one that was missed.
+
+    Args:
+        blocks: rows of examples, such as successes and failures; empty ones are left out.
+        path: the PNG to write.
+        title: the line above the pictures.
+        class_names: the name of each class.
+    """
+    blocks = [block for block in blocks if len(block.overlays)]
+    if not blocks:
+        raise ValueError("plot_overlapped: there is no image to draw")
+    columns, text_height = max(len(block.overlays) for block in blocks), 54
+    titles = ["input", "first original", "second original", "both", "first decoded"]
+    titles += ["second decoded", "both"]
+    strips = []
+    for block in blocks:
+        tiles = _enlarge(_coloured(block))  # (7, N, h, w, 3)
+        blank = tiles.new_full((len(tiles), columns - tiles.shape[1], *tiles.shape[2:]), 255)
+        tiles = _pad(torch.cat([tiles, blank], dim=1), _GAP, _GAP)
+        strip = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
+        strips.append(_pad(strip.unsqueeze(0), text_height, 0)[0])
+    mosaic = torch.cat(strips)
+    tile = tiles.shape[2]
+    with _mosaic_figure(path, mosaic, title, left=148, bottom=0) as axes:
+        top = 0
+        for block, strip in zip(blocks, strips, strict=True):
+            for row, name in enumerate(titles):
+                place = (-_GAP, top + row * tile + (tile - _GAP) / 2)
+                axes.text(*place, name, ha="right", va="center")
+            below = top + len(titles) * tile
+            axes.text(-_GAP, below, "shown\nfound", ha="right", va="top")
+            for column in range(len(block.overlays)):
+                shown, found = block.labels[column].tolist(), block.predictions[column].tolist()
+                lines = [", ".join(class_names[index] for index in pair) for pair in (shown, found)]
+                x = column * tile + (tile - _GAP) / 2
+                colour = "black" if shown == found else _WRONG
+                text = axes.text(x, below, "\n".join(lines), color=colour, ha="center", va="top")
+                _shrink_to(tile, text)
+            top += len(strip)
+
+
+def plot_grids(
+    images: Tensor, reconstructions: Tensor, rows: Sequence[str], path: str | Path, title: str
+) -> None:
+    """Draw a grid of inputs beside the grid of their reconstructions.
+
+    Args:
+        images: the inputs, shape (rows, columns, C, H, W).
+        reconstructions: what the decoder made of them, same shape.
+        rows: the name of each row.
+        path: the PNG to write.
+        title: the line above the grids.
+    """
+    grids = []
+    for part in (images, reconstructions):
+        tiles = _pad(_enlarge(part), 2, 2)
+        grids.append(rearrange(tiles, "r c h w rgb -> (r h) (c w) rgb"))
+    height, width = grids[0].shape[:2]
+    heading, gap = 26, 30
+    grids = [torch.cat([grid.new_full((heading, width, 3), 255), grid]) for grid in grids]
+    between = grids[0].new_full((height + heading, gap, 3), 255)
+    mosaic = torch.cat([grids[0], between, grids[1]], dim=1)
+    left = 20 + 8 * max(map(len, rows))
+    with _mosaic_figure(path, mosaic, title, left=left, bottom=_GAP) as axes:
+        for index, name in enumerate(rows):
+            y = heading + (index + 0.5) * height / len(rows)
+            axes.text(-_GAP, y, name, ha="right", va="center")
+        for start, name in ((0, "input"), (width + gap, "reconstruction")):
+            axes.text(start + width / 2, heading - 6, name, ha="center", va="bottom")
+
+
+def plot_failures(
+    images: Tensor,
+    as_predicted: Tensor,
+    as_labelled: Tensor,
+    labels: Sequence[int] | Tensor,
+    predictions: Sequence[int] | Tensor,
+    path: str | Path,
+    title: str,
+    class_names: Sequence[str],
+) -> None:
+    """Draw images that were misread over what the capsules of two classes are decoded to.
+
+    Args:
+        images: shape (N, C, H, W).
+        as_predicted: the decoded capsule of the predicted class, same shape.
+        as_labelled: the decoded capsule of the true class, same shape.
+        labels: the true class of each, N indices.
+        predictions: the predicted class of each, N indices.
+        path: the PNG to write.
+        title: the line above the pictures.
+        class_names: the name of each class.
+    """
+    tiles = torch.stack([_enlarge(part) for part in (images, as_predicted, as_labelled)])
+    tiles = _pad(tiles, _GAP, _GAP)  # (3, N, h, w, 3)
+    mosaic = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
+    tile = tiles.shape[2]
+    with _mosaic_figure(path, mosaic, title, left=140, bottom=58) as axes:
+        for row, name in enumerate(("input", "predicted class,\ndecoded", "true class,\ndecoded")):
+            axes.text(-_GAP, row * tile + (tile - _GAP) / 2, name, ha="right", va="center")
+        axes.text(-_GAP, 3 * tile, "predicted\ntrue", ha="right", va="top")
+        for column, pair in enumerate(zip(predictions, labels, strict=True)):
+            names = "\n".join(class_names[int(index)] for index in pair)
+            x = column * tile + (tile - _GAP) / 2
+            text = axes.text(x, 3 * tile, names, color=_WRONG, ha="center", va="top")
+            _shrink_to(tile, text)
+
+
+def _styles() -> cycle[tuple[str, str]]:
+    return cycle(zip(_PALETTE, _MARKS, strict=True))
+
+
+def _spread(shares: Sequence[float]) -> str:
+    if len(shares) == 1:
+        return f"{100 * shares[0]:.2f} %"
+    return f"{100 * mean(shares):.2f} ± {100 * stdev(shares):.2f} %"
+
+
+def _coloured(block: Overlapped) -> Tensor:
+    """Return the seven rows of pictures of `plot_overlapped`, (7, N, 3, H, W), in [0, 1]."""
+    # A class that was found stands in the place of its original.
+    crossed = (block.predictions == block.labels.flip(1)).any(dim=1)
+    swap = crossed[:, None, None, None, None]
+    decoded = block.reconstructions.where(~swap, block.reconstructions.flip(1))
+    rows = [block.overlays.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)]
+    for pair in (block.originals, decoded):
+        grey = pair.float().clamp(0, 1).mean(dim=2, keepdim=True)
+        first = grey[:, 0] * torch.tensor(_FIRST)[:, None, None]
+        second = grey[:, 1] * torch.tensor(_SECOND)[:, None, None]
+        rows += [first, second, (first + second).clamp(max=1)]
+    return torch.stack(rows)
+
+
+def plot_strips(
+    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
+) -> None:
+    """Draw rows of images, each with a name, and a line of text below each image.
+
+    Args:
+        strips: for each row its name, its images (N, C, H, W), and N texts.
+        path: the PNG to write.
+        title: the line above the pictures.
+    """
+    columns, text_height = max(len(images) for _, images, _ in strips), 22
+    rows = []
+    for _, images, _ in strips:
+        tiles = _enlarge(images)
+        blank = tiles.new_full((columns - len(tiles), *tiles.shape[1:]), 255)
+        tiles = _pad(torch.cat([tiles, blank]), text_height, _GAP)
+        rows.append(rearrange(tiles, "n h w rgb -> h (n w) rgb"))
+    tile = tiles.shape[2]
+    left = 30 + 7 * max(len(name) for name, _, _ in strips)
+    with _mosaic_figure(path, torch.cat(rows), title, left=left, bottom=0) as axes:
+        for row, (name, _, texts) in enumerate(strips):
+            top, height = row * len(rows[0]), len(rows[0]) - text_height
+            axes.text(-_GAP, top + height / 2, name, ha="right", va="center")
+            for column, text in enumerate(texts):
+                x = column * tile + (tile - _GAP) / 2
+                axes.text(x, top + height + 3, text, ha="center", va="top")

@@ -1,0 +1,194 @@
+"""Draw what a trained capsule network makes of test images (Figures 12 and 13).
+
+    python examples/reconstruct.py runs/compare_models-mnist/deep_capsnet-seed1
+    python examples/reconstruct.py RUN --classes 3 5 8 --per-class 6
+    python examples/reconstruct.py RUN --dry-run
+
+The network is that of a run directory, at the epoch that the validation set chose. It sees an image
+and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
+shows the first test images of each class beside their reconstructions, and failures.png images that
+were misread, with the decoded capsules of the class it took them for and of the true one.
+
+The paper says that reconstructions are smoother and less noisy than the images. reconstruction.csv
+and reconstruction.json have numbers for that, class by class: the squared error, and the total
+variation (the sum of the differences between neighbouring pixels) of images and reconstructions.
+"""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import experiment_figures
+from engine.experiment import Experiment, percent, run_program
+from engine.flags import (
+    add_data_flags,
+    add_machine_flags,
+    add_test_batch_size,
+    new_parser,
+    positive,
+)
+from engine.trained import Trained, check_trained, load_trained
+from tritoncaps.data import to_float
+from tritoncaps.losses import reconstruction_error
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = new_parser(__doc__)
+    what = parser.add_argument_group("experiment")
+    what.add_argument("run", metavar="RUN", help="directory of a trained capsule network")
+    what.add_argument("--classes", nargs="+", metavar="NAME", help="which ones (default: all)")
+    what.add_argument("--per-class", type=positive, default=8, metavar="N", help="images of each")
+    what.add_argument("--failures", type=positive, default=10, metavar="N", help="at most so many")
+    add_test_batch_size(what, 500)
+    add_data_flags(parser)
+    add_machine_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Reconstruct; returns the exit status of the program."""
+    return run_program("reconstruct", tell, parse_arguments(argv))
+
+
+def tell(args: argparse.Namespace) -> int:
+    """Run the network over the test set, then draw and measure what it decodes."""
+    args.output_dir = args.output_dir or str(check_trained(args.run) / "reconstruct")
+    experiment = Experiment("reconstruct", args, recipe=["run"])
+    network = load_trained(args.run, experiment.runtime)
+    check(experiment, network)
+    names = experiment.dataset.class_names
+    classes = chosen_classes(args.classes, names)
+    title = f"{network.title} on {experiment.dataset.title}"
+
+    images = to_float(experiment.test_images.images)
+    labels = experiment.test_images.labels.cpu()
+    predictions, decoded = decode(experiment, network, images)
+    images = images.cpu()
+
+    # -- the first images of each class, beside what they are decoded to
+    shown = [(labels == label).nonzero()[: args.per_class, 0] for label in classes]
+    columns = min(map(len, shown))
+    if columns == 0:
+        raise ValueError("--limit-test: it leaves a class without an image, take more")
+    grid = torch.stack([rows[:columns] for rows in shown])
+    experiment_figures.plot_grids(
+        images[grid],
+        decoded[grid],
+        [names[label] for label in classes],
+        experiment.directory / "grids.png",
+        f"{title}: test images beside their reconstructions",
+    )
+
+    # -- what was misread, as it was taken and as it should have been
+    of_these = torch.isin(labels, torch.tensor(classes))
+    wrong = of_these & (predictions != labels)
+    failures = wrong.nonzero()[: args.failures, 0]
+    if len(failures):
+        inputs = images[failures].to(experiment.runtime.device)
+        _, as_labelled = decode(experiment, network, inputs, labels[failures])
+        experiment_figures.plot_failures(
+            images[failures],
+            decoded[failures],
+            as_labelled,
+            labels[failures],
+            predictions[failures],
+            experiment.directory / "failures.png",
+            f"{title}: {int(wrong.sum())} of {int(of_these.sum()):,} test images misread",
+            names,
+        )
+    else:
+        print("no image of these classes was misread: there is no failures.png")
+
+    # -- the same in numbers
+    rows = measure(images, decoded, labels, predictions, classes, names)
+    experiment.write_table("reconstruction", rows)
+    print("class    accuracy   squared error   total variation: image → reconstruction")
+    for row in rows:
+        print(
+            f"{row['class']:<8} {percent(row['accuracy'])} {row['squared_error']:>14.2f} "
+            f"{row['variation_image']:>16.1f} → {row['variation_reconstruction']:.1f}"
+        )
+    print(f"tables and pictures are in {experiment.directory}")
+    return 0
+
+
+def check(experiment: Experiment, network: Trained) -> None:
+    """Refuse a network that has no decoder, or was made for other images."""
+    if getattr(network.model, "decoder", None) is None:
+        raise ValueError(
+            f"{network.directory} is a {network.title}, which has no decoder: "
+            "give the run of a capsule network"
+        )
+    trained_on = network.args["dataset"]
+    if trained_on != experiment.dataset.name:
+        raise ValueError(
+            f"{network.directory} was trained on {trained_on}, but the test images are "
+            f"{experiment.dataset.name}: add --dataset {trained_on}"
+        )
+
+
+def chosen_classes(wanted: list[str] | None, names: tuple[str, ...]) -> list[int]:
+    """Turn names of classes into indices."""
+    if wanted is None:
+        return list(range(len(names)))
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"--classes {name}: there are {', '.join(names)}")
+    return [names.index(name) for name in wanted]
+
+
+@torch.inference_mode()
+def decode(
+    experiment: Experiment, network: Trained, images: Tensor, target: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return predictions (N,) and decoded images, of the longest capsule or of the target's."""
+    predictions, decoded = [], []
+    size = experiment.args.test_batch_size
+    for first in range(0, len(images), size):
+        part = slice(first, first + size)
+        labels = None if target is None else target[part].to(images.device)
+        with experiment.runtime.autocast():
+            output = network.model(images[part], labels)
+        predictions.append(output.lengths.argmax(dim=1).cpu())
+        decoded.append(output.reconstruction.float().cpu())
+    return torch.cat(predictions), torch.cat(decoded)
+
+
+def measure(
+    images: Tensor,
+    decoded: Tensor,
+    labels: Tensor,
+    predictions: Tensor,
+    classes: list[int],
+    names: tuple[str, ...],
+) -> list[dict[str, Any]]:
+    """Return a row for each class: means over its images."""
+    rows = []
+    for label in classes:
+        members = labels == label
+        rows.append(
+            {
+                "class": names[label],
+                "images": int(members.sum()),
+                "accuracy": (predictions == labels)[members].double().mean().item(),
+                "squared_error": reconstruction_error(decoded, images)[members].mean().item(),
+                "variation_image": total_variation(images[members]).mean().item(),
+                "variation_reconstruction": total_variation(decoded[members]).mean().item(),
+            }
+        )
+    return rows
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum the absolute differences between neighbours: (N, C, H, W) → (N,)."""
+    down = (images[:, :, 1:] - images[:, :, :-1]).abs().flatten(1).sum(dim=1)
+    across = (images[..., 1:] - images[..., :-1]).abs().flatten(1).sum(dim=1)
+    return down + across
+
+
+if __name__ == "__main__":
+    sys.exit(main())

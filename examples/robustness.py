@@ -1,0 +1,286 @@
+"""Measure what attacked, shifted, rotated and scaled images do to trained networks.
+
+    python examples/robustness.py runs/compare_models-mnist/*-seed1 --dry-run
+    python examples/robustness.py runs/compare_models-mnist/*-seed1 --limit-test 2000
+    python examples/robustness.py RUN RUN RUN                       # runs of train_mnist.py will do
+
+Nothing is trained: the networks are those of run directories, at the epoch that their validation
+set chose. The fast gradient sign attack takes the gradient of the classification loss that each
+was trained by, on the path by which it predicts: the decoder has no part in it, nor has the label
+any but in the loss. That loss of a capsule network has a gradient of exactly 0 where all lengths
+are beyond their margins, and such an image is not attacked at all. So the share of these images is
+reported, and a second attack follows the difference between the best wrong score and the true one,
+which never vanishes. Networks are only comparable where their clean accuracies are.
+
+It writes robustness.csv and robustness.json (a row for each network and condition), robustness.png
+and examples.png. A condition that is measured is not measured again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import baseline, distortions, experiment_figures
+from engine.experiment import Experiment, percent, run_program
+from engine.experiment_figures import Panel
+from engine.flags import add_data_flags, add_machine_flags, add_test_batch_size, new_parser
+from engine.run_directory import write_json
+from engine.trained import Trained, check_trained, load_trained
+from tritoncaps.data import to_float
+from tritoncaps.losses import MarginLoss
+
+# The paper: accuracy under the attack stays above this.
+CLAIM = 0.7
+
+# Clean accuracies that differ by more are pointed out.
+LIKE = 0.005
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to make images harder: its title, the label of its axis, the amounts, and the change.
+
+    `change` is None for attacks, which need the network.
+    """
+
+    name: str
+    title: str
+    axis: str
+    amounts: tuple[float, ...]
+    change: Callable[[Tensor, float, int], Tensor] | None = None
+
+
+EPSILONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+KINDS = (
+    Kind("fgsm", "fast gradient sign, loss as trained", "ε (pixels are 0 … 1)", EPSILONS),
+    Kind(
+        "fgsm_difference",
+        "fast gradient sign, difference of scores",
+        "ε (pixels are 0 … 1)",
+        EPSILONS,
+    ),
+    Kind("shift", "shifted", "pixels", (0, 1, 2, 3, 4, 5, 6, 8), distortions.shifted),
+    Kind("rotation", "rotated", "degrees", (0, 10, 20, 30, 40, 50, 60), distortions.rotated),
+    Kind("scale", "scaled", "factor", (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5),
+         distortions.scaled),
+)  # fmt: skip
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = new_parser(__doc__)
+    what = parser.add_argument_group("experiment")
+    what.add_argument("runs", nargs="+", metavar="RUN", help="directories of trained networks")
+    names = [kind.name for kind in KINDS]
+    what.add_argument("--kinds", nargs="+", choices=names, default=names, help="which conditions")
+    add_test_batch_size(what, 250)
+    add_data_flags(parser)
+    add_machine_flags(parser)
+    # The sign of a gradient near 0 is that of its rounding errors in 16 bits.
+    parser.set_defaults(precision="fp32")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; returns the exit status of the program."""
+    return run_program("robustness", tell, parse_arguments(argv))
+
+
+def tell(args: argparse.Namespace) -> int:
+    """Measure every network under every condition, then draw one curve for each."""
+    for run in args.runs:
+        check_trained(run)
+    experiment = Experiment("robustness", args)
+    networks = [load_trained(run, experiment.runtime) for run in args.runs]
+    for network in networks:
+        trained_on = network.args["dataset"]
+        if trained_on != experiment.dataset.name:
+            raise ValueError(
+                f"{network.directory} was trained on {trained_on}, but the test images are "
+                f"{experiment.dataset.name}: add --dataset {trained_on}"
+            )
+        # What is measured is classification: no label reaches a decoder that is not there.
+        network.model.decoder = None  # type: ignore[assignment]
+    titles = distinct_titles(networks)
+    kinds = [kind for kind in KINDS if kind.name in args.kinds]
+    memory = Memory(experiment)
+    rows = []
+    for title, network in zip(titles, networks, strict=True):
+        for kind in kinds:
+            amounts = kind.amounts[:: len(kind.amounts) - 1] if args.dry_run else kind.amounts
+            measured = memory.recall(network, kind, amounts)
+            if measured is None:
+                measured = measure(experiment, network, kind, amounts)
+                memory.keep(network, kind, amounts, measured)
+            line = ", ".join(f"{row['amount']:g}: {percent(row['accuracy'])}" for row in measured)
+            print(f"{title}, {kind.title}: {line}", flush=True)
+            environment = {"epoch": network.epoch, "run": str(network.directory)}
+            rows += [
+                {"network": title, "kind": kind.name, **row, **environment} for row in measured
+            ]
+    experiment.write_table("robustness", rows)
+    compare_clean(rows)
+    draw(experiment, rows, kinds, titles, networks)
+    print(f"tables and pictures are in {experiment.directory}")
+    return 0
+
+
+def distinct_titles(networks: list[Trained]) -> list[str]:
+    """Name the networks; where two are of one kind, by their directories too."""
+    titles = [network.title for network in networks]
+    return [
+        title if titles.count(title) == 1 else f"{title} ({network.directory.name})"
+        for title, network in zip(titles, networks, strict=True)
+    ]
+
+
+def measure(
+    experiment: Experiment, network: Trained, kind: Kind, amounts: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Return a row for each amount: accuracy, and how many images an attack can do nothing to."""
+    correct = torch.zeros(len(amounts), dtype=torch.int64)
+    untouched = 0
+    for first, images, labels in batches(experiment):
+        if kind.change is None:
+            direction = attack(experiment, network, kind, images, labels)
+            untouched += int((direction == 0).flatten(1).all(dim=1).sum())
+        for index, amount in enumerate(amounts):
+            if kind.change is None:
+                changed = distortions.attacked(images, direction, amount)
+            else:
+                changed = kind.change(images, amount, first)
+            with torch.inference_mode():
+                right = scores(experiment, network, changed).argmax(dim=1) == labels
+            correct[index] += right.sum().cpu()
+    count = len(experiment.test_images)
+    share = untouched / count if kind.change is None else None
+    return [
+        {"amount": amount, "accuracy": int(right) / count, "images": count, "no_gradient": share}
+        for amount, right in zip(amounts, correct, strict=True)
+    ]
+
+
+def batches(experiment: Experiment) -> Any:
+    """Iterate over the test set: number of the first image, images in [0, 1], labels."""
+    test, size = experiment.test_images, experiment.args.test_batch_size
+    for first in range(0, len(test), size):
+        part = slice(first, first + size)
+        yield first, to_float(test.images[part]), test.labels[part]
+
+
+def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
+    """Run the network as it predicts: without a label."""
+    with experiment.runtime.autocast():
+        lengths: Tensor = network.model(images).lengths
+    return lengths.float()
+
+
+def attack(
+    experiment: Experiment, network: Trained, kind: Kind, images: Tensor, labels: Tensor
+) -> Tensor:
+    """Return the direction of an attack on the images."""
+
+    def loss(values: Tensor) -> Tensor:
+        if kind.name == "fgsm_difference":
+            return distortions.score_difference(values, labels)
+        if network.network == baseline.CNN:
+            return torch.nn.functional.cross_entropy(values, labels, reduction="none")
+        return MarginLoss(reduction="none")(values, labels)
+
+    return distortions.sign_of_gradient(
+        lambda changed: scores(experiment, network, changed), loss, images
+    )
+
+
+class Memory:
+    """What was measured before: measured.json in the output directory."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.path = experiment.directory / "measured.json"
+        self.content: dict[str, Any] = {}
+        if self.path.is_file():
+            self.content = json.loads(self.path.read_text())
+
+    @staticmethod
+    def key(network: Trained, kind: Kind, amounts: tuple[float, ...]) -> str:
+        """Name a measurement: the weights, wherever they lie, and what is done to the images."""
+        return f"{network.digest} {kind.name} {list(map(float, amounts))}"
+
+    def recall(
+        self, network: Trained, kind: Kind, amounts: tuple[float, ...]
+    ) -> list[dict[str, Any]] | None:
+        """Return what was measured, or None."""
+        return self.content.get(self.key(network, kind, amounts))
+
+    def keep(
+        self,
+        network: Trained,
+        kind: Kind,
+        amounts: tuple[float, ...],
+        measured: list[dict[str, Any]],
+    ) -> None:
+        """Write down what was measured."""
+        self.content[self.key(network, kind, amounts)] = measured
+        write_json(self.path, self.content)
+
+
+def compare_clean(rows: list[dict[str, Any]]) -> None:
+    """Say where the networks are not alike on clean images."""
+    clean = {
+        row["network"]: row["accuracy"]
+        for row in rows
+        if row["amount"] == (1 if row["kind"] == "scale" else 0)
+    }
+    if clean and max(clean.values()) - min(clean.values()) > LIKE:
+        line = ", ".join(f"{name} {percent(value)}" for name, value in clean.items())
+        print(f"warning: clean accuracies differ, so compare with care: {line}", file=sys.stderr)
+
+
+def draw(
+    experiment: Experiment,
+    rows: list[dict[str, Any]],
+    kinds: list[Kind],
+    titles: list[str],
+    networks: list[Trained],
+) -> None:
+    """Draw the curves, and what a digit looks like under each condition."""
+    panels = []
+    for kind in kinds:
+        lines = {}
+        for title in titles:
+            chosen = [row for row in rows if (row["network"], row["kind"]) == (title, kind.name)]
+            lines[title] = ([r["amount"] for r in chosen], [r["accuracy"] for r in chosen])
+        level = (CLAIM, f"{100 * CLAIM:.0f} %, the paper's claim") if kind.change is None else None
+        panels.append(Panel(kind.title, kind.axis, lines, level))
+    name = f"{experiment.dataset.title}, {len(experiment.test_images):,} test images"
+    experiment_figures.plot_panels(
+        panels,
+        experiment.directory / "robustness.png",
+        f"What changed images do to trained networks: {name}",
+        "test accuracy",
+    )
+    images, labels = next((images[:1], labels[:1]) for _, images, labels in batches(experiment))
+    strips = []
+    for kind in kinds:
+        if kind.change is None:
+            direction = attack(experiment, networks[-1], kind, images, labels)
+            changed = [distortions.attacked(images, direction, amount) for amount in kind.amounts]
+        else:
+            changed = [kind.change(images, amount, 0) for amount in kind.amounts]
+        names = [f"{amount:g}" for amount in kind.amounts]
+        strips.append((kind.title, torch.cat(changed).cpu(), names))
+    experiment_figures.plot_strips(
+        strips,
+        experiment.directory / "examples.png",
+        f"One test image under every condition (attacks: {titles[-1]})",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

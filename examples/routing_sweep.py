@@ -1,0 +1,156 @@
+"""Sweep the routing iterations of the deep capsule network (Figures 9 to 11).
+
+    python examples/routing_sweep.py --dry-run                            # try it, in seconds
+    python examples/routing_sweep.py --main 1 2 3 --secondary 1 2 3 \\
+        --limit-train 10000 --epochs 3                                    # on a CPU
+    python examples/routing_sweep.py --epochs 30 --seeds 3                # the whole, on a GPU
+
+One run for each pair of main and secondary iterations, in a directory of its own. A finished one is
+not run again, and a larger grid adds to a smaller one. Beside the runs stand runs.csv and runs.json
+(a row a run), grid.csv and grid.json (a row a pair: mean and spread over the seeds, and whether it
+is on the Pareto front), grid.png (accuracies as a heat map), time.png (time against accuracy) and
+equal.png (the curves of equal counts).
+
+Seconds can only be compared on one machine that does nothing else; the tables name the device.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine import experiment_figures
+from engine.experiment import Cell, Experiment, mean_and_spread, percent, run_program
+from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the flags."""
+    parser = new_parser(__doc__)
+    what = parser.add_argument_group("experiment")
+    for name, route in (("main", "from primary"), ("secondary", "to class")):
+        what.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=positive,
+            default=[1, 2, 3, 4],
+            metavar="R",
+            help=f"iterations of the {name} route, {route} capsules",
+        )
+    add_seeds(what)
+    add_training_flags(parser, epochs=30)
+    add_machine_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train the grid; returns the exit status of the program."""
+    return run_program("routing_sweep", tell, parse_arguments(argv))
+
+
+def tell(args: argparse.Namespace) -> int:
+    """Train every pair of counts, then weigh accuracy against time."""
+    experiment = Experiment("routing_sweep", args)
+    grid = [
+        (main_count, secondary)
+        for main_count in sorted(set(args.main))
+        for secondary in sorted(set(args.secondary))
+    ]
+    cells = [
+        Cell(f"main{pair[0]}-secondary{pair[1]}-seed{seed}", "deep_capsnet", seed, *pair)
+        for seed in range(1, args.seeds + 1)
+        for pair in grid
+    ]
+    results = experiment.train(cells, experiment.make_job)
+    if results is None:
+        return 130
+
+    rows = pairs(results)
+    experiment.write_table("runs", results)
+    experiment.write_table("grid", rows)
+    report(rows)
+    draw(experiment, results, rows)
+    print(f"tables, pictures and checkpoints are in {experiment.directory}")
+    return 0
+
+
+def pairs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each pair of counts, with mean and spread over the seeds."""
+    rows = []
+    grid = dict.fromkeys((r["primary_iterations"], r["secondary_iterations"]) for r in results)
+    for pair in grid:
+        runs = [r for r in results if (r["primary_iterations"], r["secondary_iterations"]) == pair]
+        row: dict[str, Any] = {"main": pair[0], "secondary": pair[1], "seeds": len(runs)}
+        for name in ("test_accuracy", "highest_test_accuracy", "seconds_per_epoch"):
+            row[name], row[f"{name}_spread"] = mean_and_spread([run[name] for run in runs])
+        rows.append(row)
+    front = pareto_front([(row["seconds_per_epoch"], row["test_accuracy"]) for row in rows])
+    for index, row in enumerate(rows):
+        row["pareto_front"] = index in front
+    return rows
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the positions of the points (seconds, accuracy) that no other one beats.
+
+    One beats another if it is at least as fast and as accurate, and better in one of the two.
+    """
+    return [
+        index
+        for index, (seconds, accuracy) in enumerate(points)
+        if not any(
+            other[0] <= seconds and other[1] >= accuracy and other != (seconds, accuracy)
+            for other in points
+        )
+    ]
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print the table, the most accurate pair and the front."""
+    print("main × secondary   test accuracy    s an epoch")
+    for row in rows:
+        accuracy = percent(row["test_accuracy"], row["test_accuracy_spread"])
+        mark = "  Pareto front" if row["pareto_front"] else ""
+        name = f"{row['main']} × {row['secondary']}"
+        print(f"{name:>10} {accuracy:>21} {row['seconds_per_epoch']:>13.4g}{mark}")
+    best = max(rows, key=lambda row: float(row["test_accuracy"]))
+    print(f"most accurate: main {best['main']} × secondary {best['secondary']}")
+
+
+def draw(experiment: Experiment, results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Draw the heat map, time against accuracy, and the curves of equal counts."""
+    directory, where = experiment.directory, experiment.where
+    network = f"DeepCapsNet on {experiment.dataset.title}"
+    by_pair = {(row["main"], row["secondary"]): row["test_accuracy"] for row in rows}
+    counts = [sorted({row[name] for row in rows}) for name in ("main", "secondary")]
+    experiment_figures.plot_heat_map(
+        [[by_pair.get((row, column), math.nan) for column in counts[1]] for row in counts[0]],
+        counts[0],
+        counts[1],
+        directory / "grid.png",
+        f"{network}, by routing iterations",
+        ("iterations of the main route", "iterations of the secondary route", "test accuracy"),
+    )
+    experiment_figures.plot_trade_off(
+        [
+            (f"{row['main']} × {row['secondary']}", row["seconds_per_epoch"], row["test_accuracy"])
+            for row in rows
+        ],
+        [index for index, row in enumerate(rows) if row["pareto_front"]],
+        directory / "time.png",
+        f"{network}: iterations main × secondary, on {where}",
+        ("training time of an epoch (s)", "test accuracy"),
+    )
+    equal: dict[str, list[list[float]]] = {}
+    for result in results:
+        if result["primary_iterations"] == result["secondary_iterations"]:
+            name = f"{result['primary_iterations']} × {result['secondary_iterations']}"
+            equal.setdefault(name, []).append(experiment.curve(result))
+    if equal:
+        title = f"{network}: the same count in both routes"
+        experiment_figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -22,10 +22,10 @@ _LOWEST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
 def full_of_lowest(shape: tl.constexpr, dtype: tl.constexpr):
     """A tensor of the least finite value of its type, from which a maximum starts."""
     if dtype == tl.float64:
-        lowest: tl.constexpr = _LOWEST_FLOAT64
+        filled = tl.full(shape, _LOWEST_FLOAT64, dtype)
     else:
-        lowest: tl.constexpr = _LOWEST_FLOAT32
-    return tl.full(shape, lowest, dtype)
+        filled = tl.full(shape, _LOWEST_FLOAT32, dtype)
+    return filled
 
 
 @triton.jit

@@ -109,7 +109,8 @@ class Allocations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "mm":
             self.products += 1
-        if isinstance(result, Tensor) and not func.is_view:
+        # What is not floating-point are the interpreter's own copies, made of bytes.
+        if isinstance(result, Tensor) and not func.is_view and result.is_floating_point():
             self.shapes.append(result.shape)
         if name not in ("empty", "empty_like", "new_empty") or not result.is_floating_point():
             return result

@@ -34,7 +34,8 @@ SCHEDULE = Schedule(0.003, 0.8, 4)
 BATCHES = 6
 
 
-@pytest.fixture(autouse=True)
+# Of the module, so that it holds for the module's other fixtures too.
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -25,6 +25,7 @@ from engine import experiment_figures
 from engine.experiment import Experiment, percent, run_program
 from engine.flags import (
     add_data_flags,
+    add_limit,
     add_machine_flags,
     add_test_batch_size,
     new_parser,
@@ -44,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--per-class", type=positive, default=8, metavar="N", help="images of each")
     what.add_argument("--failures", type=positive, default=10, metavar="N", help="at most so many")
     add_test_batch_size(what, 500)
-    add_data_flags(parser)
+    add_limit(add_data_flags(parser), "test")
     add_machine_flags(parser)
     return parser.parse_args(argv)
 

@@ -29,7 +29,13 @@ from torch import Tensor
 from engine import baseline, distortions, experiment_figures
 from engine.experiment import Experiment, percent, run_program
 from engine.experiment_figures import Panel
-from engine.flags import add_data_flags, add_machine_flags, add_test_batch_size, new_parser
+from engine.flags import (
+    add_data_flags,
+    add_limit,
+    add_machine_flags,
+    add_test_batch_size,
+    new_parser,
+)
 from engine.run_directory import write_json
 from engine.trained import Trained, check_trained, load_trained
 from tritoncaps.data import to_float
@@ -80,7 +86,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     names = [kind.name for kind in KINDS]
     what.add_argument("--kinds", nargs="+", choices=names, default=names, help="which conditions")
     add_test_batch_size(what, 250)
-    add_data_flags(parser)
+    add_limit(add_data_flags(parser), "test")
     add_machine_flags(parser)
     # The sign of a gradient near 0 is that of its rounding errors in 16 bits.
     parser.set_defaults(precision="fp32")

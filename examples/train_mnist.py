@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 from engine import checkpoint, figures, run_directory
-from engine.flags import HelpFormatter, positive
+from engine.flags import (
+    add_data_flags,
+    add_machine_flags,
+    add_max_shift,
+    add_recipe_flags,
+    add_validation_fraction,
+    new_parser,
+    positive,
+)
 from engine.run_directory import RunDirectoryError
 from engine.runtime import (
     Runtime,
@@ -36,7 +44,6 @@ from tritoncaps.data import (
     Dataset,
     DatasetError,
     ImageSet,
-    list_datasets,
     load_dataset,
     split_validation,
     to_float,
@@ -58,10 +65,7 @@ OFFSETS = [step * 0.05 for step in range(-5, 6)]
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the flags."""
-    parser = argparse.ArgumentParser(
-        description="Train a capsule network on handwritten digits.",
-        formatter_class=HelpFormatter,
-    )
+    parser = new_parser(__doc__)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", choices=list_models(), default="deep_capsnet", help="the network to train"
@@ -88,34 +92,9 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         help="capsules between the two routes of deep_capsnet",
     )
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
-        choices=["auto", *list_datasets()],
-        default="auto",
-        help="auto: MNIST if it is there or can be downloaded, else digits",
-    )
-    data.add_argument("--data-dir", default="data", help="where data sets lie")
-    data.add_argument(
-        "--download",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fetch a data set that is missing",
-    )
-    data.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.1,
-        metavar="F",
-        help="share of the training images held out to choose model_best",
-    )
-    data.add_argument(
-        "--max-shift",
-        type=int,
-        default=2,
-        metavar="PIXELS",
-        help="each training image is shifted by up to this much",
-    )
+    data = add_data_flags(parser)
+    add_validation_fraction(data, "model_best")
+    add_max_shift(data)
 
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -125,60 +104,18 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.ArgumentParser, ar
         help=f"passes over the training images (default: {EPOCHS['mnist']}, on digits "
         f"{EPOCHS['digits']})",
     )
-    training.add_argument(
-        "-b", "--batch-size", type=positive, default=128, metavar="N", help="images a step"
-    )
-    training.add_argument(
-        "--test-batch-size",
-        type=positive,
-        default=500,
-        metavar="N",
-        help="images a batch in evaluations",
-    )
-    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    training.add_argument("--gamma", type=float, default=0.9, help="factor on it every epoch")
-    training.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="steps over which it rises linearly",
-    )
+    add_recipe_flags(training)
     training.add_argument(
         "--seed", type=int, default=1, help="of the weights, the order and the shifts"
     )
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    machine.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 convolutions where the hardware computes in it",
-    )
-    machine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits from run to run on the same machine",
-    )
-    machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", metavar="DIR", help="(default: runs/<model>-<dataset>-<time>)")
+    run = add_machine_flags(parser, "runs/<model>-<dataset>-<time>")
     run.add_argument(
         "--resume",
         metavar="PATH|auto",
         help="continue a run; auto: the newest one of this --model",
     )
     run.add_argument("--eval-only", action="store_true", help="test the model of --resume")
-    run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
-    run.add_argument(
-        "--log-interval",
-        type=positive,
-        default=10,
-        metavar="STEPS",
-        help="between two records of metrics.jsonl",
-    )
     run.add_argument("--tensorboard", action="store_true", help="log to TensorBoard as well")
     return parser, parser.parse_args(argv)
 

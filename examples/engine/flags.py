@@ -1,4 +1,4 @@
-"""The flags that the experiments share: images, recipe, machine and run."""
+"""The flags that the programs share: images, recipe, machine and run."""
 
 import argparse
 
@@ -29,7 +29,7 @@ def new_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags that say which images there are."""
+    """Add the flags that say where the images come from."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--dataset",
@@ -44,59 +44,44 @@ def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default=True,
         help="fetch a data set that is missing",
     )
-    data.add_argument(
-        "--limit-test",
-        type=positive,
-        metavar="N",
-        help="use N of the test images, the classes in proportion (default: all)",
-    )
     return data
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    epochs: int,
-    shifts: bool = True,
-    holds_out: bool = True,
-) -> None:
-    """Add the flags of data and recipe.
-
-    `epochs` is the default; an experiment that shifts no image, or holds none out, has no flag for
-    it.
-    """
-    data = add_data_flags(parser)
+def add_limit(data: argparse._ArgumentGroup, part: str) -> None:
+    """Add the flag --limit-test or --limit-train."""
+    images = {"test": "test", "train": "training"}[part]
     data.add_argument(
-        "--limit-train",
+        f"--limit-{part}",
         type=positive,
         metavar="N",
-        help="use N of the training images, the classes in proportion (default: all)",
+        help=f"use N of the {images} images, the classes in proportion (default: all)",
     )
-    parser.set_defaults(validation_fraction=0.0, max_shift=0)
-    if holds_out:
-        data.add_argument(
-            "--validation-fraction",
-            type=float,
-            default=0.1,
-            metavar="F",
-            help="share of the training images held out to choose an epoch; 0: the last counts",
-        )
-    if shifts:
-        data.add_argument(
-            "--max-shift",
-            type=int,
-            default=2,
-            metavar="PIXELS",
-            help="each training image is shifted by up to this much",
-        )
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs",
-        type=positive,
-        default=epochs,
-        metavar="N",
-        help="passes over the training images; more than before goes on with the runs",
+
+
+def add_validation_fraction(data: argparse._ArgumentGroup, what: str) -> None:
+    """Add the flag that says how many images are held out, and what for."""
+    data.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help=f"share of the training images held out to choose {what}",
     )
+
+
+def add_max_shift(data: argparse._ArgumentGroup) -> None:
+    """Add the flag of the augmentation."""
+    data.add_argument(
+        "--max-shift",
+        type=int,
+        default=2,
+        metavar="PIXELS",
+        help="each training image is shifted by up to this much",
+    )
+
+
+def add_recipe_flags(training: argparse._ArgumentGroup) -> None:
+    """Add the flags of the optimisation."""
     training.add_argument(
         "-b", "--batch-size", type=positive, default=128, metavar="N", help="images a step"
     )
@@ -110,6 +95,37 @@ def add_training_flags(
         metavar="N",
         help="steps over which it rises linearly",
     )
+
+
+def add_training_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    epochs: int,
+    shifts: bool = True,
+    holds_out: bool = True,
+) -> None:
+    """Add the flags of an experiment's data and recipe.
+
+    `epochs` is the default; an experiment that shifts no image, or holds none out, has no flag for
+    it.
+    """
+    data = add_data_flags(parser)
+    add_limit(data, "test")
+    add_limit(data, "train")
+    parser.set_defaults(validation_fraction=0.0, max_shift=0)
+    if holds_out:
+        add_validation_fraction(data, "an epoch; 0: the last counts")
+    if shifts:
+        add_max_shift(data)
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=positive,
+        default=epochs,
+        metavar="N",
+        help="passes over the training images; more than before goes on with the runs",
+    )
+    add_recipe_flags(training)
 
 
 def add_test_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
@@ -130,8 +146,10 @@ def add_seeds(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say where it runs and where its results go."""
+def add_machine_flags(
+    parser: argparse.ArgumentParser, output_dir: str = "runs/<experiment>-<dataset>"
+) -> argparse._ArgumentGroup:
+    """Add the flags that say where it runs and where its results go; returns the last group."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     machine.add_argument(
@@ -147,7 +165,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
     run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", metavar="DIR", help="(default: runs/<experiment>-<dataset>)")
+    run.add_argument("--output-dir", metavar="DIR", help=f"(default: {output_dir})")
     run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
     run.add_argument(
         "--log-interval",
@@ -156,3 +174,4 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="between two records of metrics.jsonl",
     )
+    return run

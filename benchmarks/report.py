@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 import tritoncaps
 from tritoncaps import _operators
+from tritoncaps._environment import commit_of, processor_name
 
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
@@ -82,7 +82,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "interpreted": _operators.INTERPRETED,
         "tritoncaps": tritoncaps.__version__,
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
@@ -96,8 +96,7 @@ def device_name(device: torch.device) -> str:
     """Name the processor or the GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
+    return processor_name()
 
 
 def directory_of(device: torch.device) -> Path:
@@ -113,22 +112,6 @@ def _version(package: str) -> str | None:
         return str(__import__(package).__version__)
     except ModuleNotFoundError:
         return None
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a + where files differ from it; None outside of git."""
-    try:
-        describe = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return describe.stdout.strip()
 
 
 # Figures for people -------------------------------------------------------------------------------

@@ -341,7 +341,6 @@ def test_every_launch_is_made_on_the_tensors_device(device, monkeypatch, module)
         def __exit__(self, *error):
             entered.append(None)
 
-    # The name of the launcher in the package hides that of its module.
     monkeypatch.setattr(f"tritoncaps.kernels.{module}.device_of", Guard)
     kernel_type = type(kernels.squash._squash_fwd_kernel)
     launch = kernel_type.run

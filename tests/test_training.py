@@ -20,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, runtime, training
+from engine import checkpoint, training
 from engine.runtime import Runtime, choose_runtime, describe_environment, make_deterministic
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
+from tritoncaps._environment import commit_of
 from tritoncaps.data import Batches, ImageSet, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.losses import CapsuleLoss
@@ -1023,9 +1024,8 @@ class TestEnvironment:
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
             monkeypatch.delenv(name, raising=False)
-        source = tmp_path / "runtime.py"
-        monkeypatch.setattr(runtime, "__file__", str(source))
-        assert runtime._commit() is None
+        source = tmp_path / "source.py"
+        assert commit_of(tmp_path) is None
 
         def git(*arguments: str) -> str:
             identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
@@ -1040,13 +1040,13 @@ class TestEnvironment:
         git("commit", "-q", "-m", "one")
         # A tag does not take its place.
         git("tag", "-a", "v1", "-m", "one")
-        assert runtime._commit() == git("rev-parse", "HEAD")[:12]
+        assert commit_of(tmp_path) == git("rev-parse", "HEAD")[:12]
         source.write_text("two")
-        assert runtime._commit() == git("rev-parse", "HEAD")[:12] + "+"
+        assert commit_of(tmp_path) == git("rev-parse", "HEAD")[:12] + "+"
 
     def test_without_git_there_is_no_commit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(*args: Any, **kwargs: Any) -> None:
             raise FileNotFoundError("git")
 
-        monkeypatch.setattr(runtime.subprocess, "run", run)
-        assert runtime._commit() is None
+        monkeypatch.setattr(subprocess, "run", run)
+        assert commit_of(Path(__file__).parent) is None

@@ -307,9 +307,8 @@ def _check_intact(path: Path, file: BinaryIO) -> None:
             # The checksums do not cover the attributes, which torch leaves at 0. Of a member marked
             # as a directory it reads nothing, and returns uninitialised memory as the tensor.
             attributes = any(member.external_attr for member in archive.infolist())
-    except (
-        Exception
-    ) as error:  # BadZipFile, zlib.error, NotImplementedError, ... by where it is hit
+    # BadZipFile, zlib.error, NotImplementedError, ...: it depends on where the damage is.
+    except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: wrong checksum (CRC-32) of its part {damaged}")

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import subprocess
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 import tritoncaps
+from tritoncaps._environment import commit_of, processor_name
 
 
 @dataclass(frozen=True)
@@ -125,32 +125,10 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "torch_build": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "precision": runtime.precision,
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
     }
-
-
-def _processor() -> str:
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return str(capabilities.get("cpu_name") or platform.processor() or platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a + where files differ from it; None outside of git."""
-    here = Path(__file__).parent
-    try:
-        describe = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return describe.stdout.strip()

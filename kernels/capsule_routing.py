@@ -222,7 +222,6 @@ def _routing_bwd_kernel(
     stride_u_b, stride_u_i, stride_u_p,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j,
-    stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
     IS_LAST: tl.constexpr, DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr,
@@ -261,8 +260,7 @@ def _routing_bwd_kernel(
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_bi = (b < B)[None, :, None] & (i < I)[:, None, :]  # (GROUPS, BLOCK_B, BLOCK_I)
         offs_bi = (b * I)[None, :, None] + i[:, None, :]
-        gc_ptrs = grad_coupling_ptr + (b * stride_grad_coupling_b)[None, :, None]
-        gc_ptrs += (i * stride_grad_coupling_i)[:, None, :]
+        grad_coupling_ptrs = grad_coupling_ptr + offs_bi * J
 
         top = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), dtype)
         mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), dtype) + J
@@ -283,7 +281,7 @@ def _routing_bwd_kernel(
                 if not DETACH:
                     _, dc = _coupling_gradient(
                         w, u, grads_ptr + offs_bd + j * D, mask_bd,
-                        gc_ptrs + j * stride_grad_coupling_j, mask_bi, HAS_GRAD_COUPLING, PRECISION,
+                        grad_coupling_ptrs + j, mask_bi, HAS_GRAD_COUPLING, PRECISION,
                     )  # fmt: skip
                     moment = moment * shrink + share * dc
                 top = new_top
@@ -301,7 +299,7 @@ def _routing_bwd_kernel(
             )  # fmt: skip
             grad_projected, dc = _coupling_gradient(
                 w, u, grads_ptr + offs_bd + j * D, mask_bd,
-                gc_ptrs + j * stride_grad_coupling_j, mask_bi, HAS_GRAD_COUPLING, PRECISION,
+                grad_coupling_ptrs + j, mask_bi, HAS_GRAD_COUPLING, PRECISION,
             )  # fmt: skip
             c = tl.exp(logits - top) / mass
             du += c[:, :, None, :] * grad_projected
@@ -367,7 +365,6 @@ def _weight_gradient_kernel(
     stride_u_b, stride_u_i, stride_u_p,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j,
-    stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
     DETACH: tl.constexpr, WITH_FIRST: tl.constexpr, HAS_PRIOR: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr,
@@ -408,9 +405,7 @@ def _weight_gradient_kernel(
         u = tl.reshape(tl.trans(u), (BLOCK_P, BLOCK_I, BLOCK_B))
         offs_bd = ((b * J + j) * D)[:, None] + d[None, :]
         offs_ib = (b * I)[None, :] + i[:, None]
-        grad_coupling_ptrs = grad_coupling_ptr + j * stride_grad_coupling_j
-        grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
-        grad_coupling_ptrs += (b * stride_grad_coupling_b)[None, :]
+        grad_coupling_ptrs = grad_coupling_ptr + offs_ib * J + j
         for step in range(first_step, steps):
             grad_coupling = load_grad_coupling(
                 grad_coupling_ptrs, mask_ib, steps - 1 - step, dtype, HAS_GRAD_COUPLING
@@ -534,7 +529,9 @@ def capsule_routing_bwd(
 
     Args:
         grad_v: shape (B, J, D), any strides.
-        grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `full`.
+        grad_coupling: shape (B, I, J), any strides (read as it is where it is contiguous, else
+            copied: its own strides would cost the registers that are left), or None. Ignored
+            unless `full`.
         u, weight, prior: as given to `capsule_routing_fwd`.
         sums: as returned by `capsule_routing_fwd`.
         full: differentiate through every iteration; otherwise the last coupling is a constant.
@@ -570,13 +567,12 @@ def capsule_routing_bwd(
         u,
         weight,
         u if prior is None else prior,
-        u if grad_coupling is None else grad_coupling,
+        u if grad_coupling is None else grad_coupling.contiguous(),
     )
     strides = (
         *u.stride(),
         *weight.stride(),
         *((0, 0) if prior is None else prior.stride()),
-        *((0, 0, 0) if grad_coupling is None else grad_coupling.stride()),
     )
     precision = dot_precision(u.dtype, target)
     with device_of(u):

@@ -125,10 +125,12 @@ def record_launches(
     target: Target,
     *,
     batch: int = BATCH,
+    iterations: int = 3,
     with_prior: bool = False,
+    with_coupling: bool = False,
     full: bool = True,
 ) -> Iterator[Launch]:
-    """Every distinct launch of every op, forward and backward, with three iterations."""
+    """Every distinct launch of every op, forward and backward."""
     I, P, J, D = shape
     found: dict[Launch, None] = {}
 
@@ -141,16 +143,16 @@ def record_launches(
     u, weight, u_hat = empty(batch, I, P), empty(I, P, J, D), empty(batch, I, J, D)
     grad_v, s = empty(batch, J, D), empty(batch * J, D)
     prior = empty(I, J) if with_prior else None
-    grad_coupling = empty(batch, I, J) if with_prior else None
+    grad_coupling = empty(batch, I, J) if with_coupling else None
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module in (capsule_routing, dynamic_routing, prediction_vectors):
             stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
         kernels.squash_bwd(kernels.squash_fwd(s), s)
         kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
-        _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, 3, with_prior)
+        _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, iterations, with_coupling)
         kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, full)
-        _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, 3, with_prior)
+        _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, iterations, with_coupling)
         kernels.capsule_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, full)
     yield from found
 

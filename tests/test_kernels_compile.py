@@ -6,6 +6,7 @@ float64, which serves to check gradients, may spill.
 
 import inspect
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -72,16 +73,37 @@ def test_float64_and_half_precision_compile(target_name):
     assert_compiles(target_name, found)
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["full", "last"])
-def test_prior_and_coupling_compile(full):
-    found = launches("sm90", [FP32], shapes=["MNIST"], with_prior=True, full=full)
-    assert_compiles("sm90", found)
+def test_named_shapes_compile_in_half_precision():
+    assert_compiles("sm90", launches("sm90", [torch.bfloat16]))
+
+
+def test_named_shapes_compile_with_one_tf32_product():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = launches("sm90", [FP32])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    is_tf32 = [launch for launch in found if dict(launch.constants).get("PRECISION") == "tf32"]
+    assert {launch.name for launch in is_tf32} > {"_routing_fwd_kernel", "_routing_bwd_kernel"}
+    assert_compiles("sm90", is_tf32)
+
+
+def test_every_mode_compiles():
+    found = {}
+    for iterations, *flags in product((1, 2, 3), *[(False, True)] * 3):
+        modes = dict(zip(("with_prior", "with_coupling", "full"), flags, strict=True))
+        of_mode = launches("sm90", [FP32], shapes=["MNIST"], iterations=iterations, **modes)
+        found |= dict.fromkeys(of_mode)
+    assert_compiles("sm90", list(found))
 
 
 def test_extents_of_one_compile():
     """Triton makes an argument of 1 a constant, which not every operation on a tensor takes."""
     _, target = TARGETS["sm90"]
-    found = compile_report.record_launches((1, 1, 1, 1), FP32, target, batch=1, with_prior=True)
+    found = compile_report.record_launches(
+        (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_coupling=True
+    )
     assert_compiles("sm90", found)
 
 

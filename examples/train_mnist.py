@@ -5,6 +5,7 @@
     python examples/train_mnist.py --dataset mnist --data-dir ~/data
     python examples/train_mnist.py --resume auto                    # go on where it stopped
     python examples/train_mnist.py --eval-only --resume runs/NAME   # test a trained model
+    torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
 
 Without MNIST and without a network it trains on the 1,797 digits that scikit-learn brings along.
 What a run writes is listed in engine/run_directory.py; beside it stand the pictures curves.png,
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from engine import checkpoint, figures, run_directory
+from engine.distributed import World, join
 from engine.flags import (
     add_data_flags,
     add_machine_flags,
@@ -124,11 +126,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status of the program."""
     parser, args = parse_arguments(argv)
     try:
-        if args.dry_run:
-            with tempfile.TemporaryDirectory() as directory:
-                args.output_dir = str(Path(directory) / "run")
-                return run(parser, args, argv)
-        return run(parser, args, argv)
+        with join() as world:
+            if args.dry_run:
+                with tempfile.TemporaryDirectory() as directory:
+                    args.output_dir = str(Path(directory) / "run")
+                    return run(parser, args, argv, world)
+            return run(parser, args, argv, world)
     except (
         DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
         OSError, ModuleNotFoundError,
@@ -140,22 +143,32 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str] | None) -> int:
+def run(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    world: World,
+) -> int:
     """Tell the story of one run: setup, data, model, training, test, pictures."""
     # -- setup: where to run, and what to continue from
     require("matplotlib", "safetensors", *(["tensorboard"] if args.tensorboard else []))
     state, resumed_from = None, None
     if args.resume or args.eval_only:
-        state, resumed_from = find_state(args)
+        state, resumed_from = world.from_main(lambda: find_state(args))
     if state is not None:
         args = merge_arguments(parser, args, state["args"], argv)
     if args.deterministic:
         make_deterministic()
     torch.manual_seed(args.seed)
-    runtime = choose_runtime(args.device, args.precision)
+    runtime = choose_runtime(args.device, args.precision, world)
+    if args.batch_size < world.size:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: each of {world.size} processes needs an image of it"
+        )
 
     # -- data: whole on the device, as uint8
-    dataset = load_dataset(args.dataset, args.data_dir, download=args.download)
+    with world.first_on_each_machine():
+        dataset = load_dataset(args.dataset, args.data_dir, download=args.download)
     train, validation = split_validation(dataset.train, args.validation_fraction, args.seed)
     test = dataset.test
     epochs = args.epochs or EPOCHS[dataset.name]
@@ -177,7 +190,11 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
     if resumed_from is not None:
         directory = resumed_from if resumed_from.is_dir() else resumed_from.parent
     else:
-        directory = run_directory.new_directory(args.output_dir, args.model, dataset.name)
+        directory = world.from_main(
+            lambda: run_directory.new_directory(
+                args.output_dir, args.model, dataset.name, resuming=args.resume is not None
+            )
+        )
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"device      {runtime.describe()}")
     print(f"data        {dataset.note}")
@@ -197,8 +214,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
         saved_args,
         test_batch_size=args.test_batch_size,
         log_interval=args.log_interval,
-        compiled=torch.compile(model) if args.torchcompile else None,
+        checkpoint_interval=args.checkpoint_interval,
+        compile_model=args.torchcompile,
     )
+    world.seed_apart(args.seed)
     if state is not None:
         trainer.load_state(state)
 
@@ -207,15 +226,22 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
         return 0
 
     # -- training
-    if args.tensorboard:
-        trainer.on_metrics = tensorboard_writer(directory, trainer.progress.step)
-    run_directory.write_json(
-        directory / "args.json", {"args": saved_args, "environment": describe_environment(runtime)}
-    )
+    if world.is_main:
+        if args.tensorboard:
+            trainer.on_metrics = tensorboard_writer(directory, trainer.progress.step)
+        environment = describe_environment(runtime)
+        run_directory.write_json(
+            directory / "args.json", {"args": saved_args, "environment": environment}
+        )
     if state is not None:
         done = f"{trainer.progress.epoch} epochs and {trainer.progress.batch} batches"
         print(f"resuming    after {done}")
-    print(f"training    {epochs} epochs of {len(batches)} batches, seed {args.seed}", flush=True)
+    each = f" ({args.batch_size / world.size:.4g} on each process)" if world.size > 1 else ""
+    print(
+        f"training    {epochs} epochs of {len(batches)} batches of {args.batch_size}{each}, "
+        f"seed {args.seed}",
+        flush=True,
+    )
     if not trainer.fit(batches, validation, test, epochs):
         command = f"python examples/train_mnist.py --resume {shlex.quote(str(directory))}"
         print("stopped" if args.dry_run else f"stopped and saved; go on with: {command}")
@@ -223,14 +249,15 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[st
 
     # -- the test set, at last: the final model, and the one that the validation set chose
     report("final model", trainer.evaluate(test), test)
-    best = load_latest(directory, "model_best.pt")
+    best = world.from_main(lambda: load_latest(directory, "model_best.pt"))
     model.load_state_dict(best["model"])
     evaluation = trainer.evaluate(test)
     epoch = best["progress"]["best_epoch"]
     report(f"best model (epoch {epoch}, by validation)", evaluation, test)
 
     # -- pictures
-    draw_figures(trainer, dataset, test, evaluation, directory)
+    if world.is_main:
+        draw_figures(trainer, dataset, test, evaluation, directory)
     if args.dry_run:
         print("dry run: everything works; nothing was kept")
     else:

@@ -61,6 +61,17 @@ class TestNewDirectory:
         assert "--resume" not in str(caught.value)
         assert contents(Path("mine")) == {f"mine/{name}": b"mine"}
 
+    def test_a_run_cut_off_before_its_first_checkpoint_is_begun_again(self) -> None:
+        Path("run").mkdir()
+        for name in ("args.json", "metrics.jsonl", ".lock", ".last.pt.0123abcd.tmp"):
+            Path("run", name).write_text("begun")
+        assert new_directory("run", "capsnet", "digits", resuming=True) == Path("run")
+        with pytest.raises(RunDirectoryError, match="run is not empty"):
+            new_directory("run", "capsnet", "digits")
+        Path("run", "thesis.tex").write_text("mine")
+        with pytest.raises(RunDirectoryError, match="run is not empty"):
+            new_directory("run", "capsnet", "digits", resuming=True)
+
     @pytest.mark.parametrize("path", ["file", "file/below"])
     def test_a_file_in_its_place_is_an_error_that_names_it(self, path: str) -> None:
         Path("file").write_text("a file")

@@ -41,7 +41,7 @@ NEW = (
 )  # fmt: skip
 FILES = {
     "args.json", "summary.csv", "metrics.jsonl", "last.pt", "last.previous.pt", "model_best.pt",
-    "model_best.previous.pt", "model_best.safetensors", "config.json",
+    "model_best.previous.pt", "model_best.safetensors", "config.json", ".lock",
 }  # fmt: skip
 PICTURES = {"curves.png", "reconstructions.png", "perturbations.png", "confusion.png"}
 
@@ -202,7 +202,7 @@ class TestRun:
             "            81 to train, 9 to validate, 40 to test",
             f"model       capsnet, {parameters:,} parameters",
             f"results     {directory}",
-            "training    3 epochs of 3 batches, seed 1",
+            "training    3 epochs of 3 batches of 32, seed 1",
         ]
 
     def test_it_prints_the_final_and_the_best_model(self, finished: tuple[Path, str]) -> None:
@@ -619,13 +619,13 @@ class TestNothingIsLost:
         assert error.startswith(f"train_mnist.py: error: --output-dir {a_run} is not empty")
         assert snapshot(a_run) == before
 
-    def test_a_loss_that_is_not_finite_stops_with_step_and_epoch(
+    def test_a_loss_that_is_not_finite_stops_with_batch_and_epoch(
         self, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert run(*NEW, "--lr=1e30", "--warmup-steps=0", "--output-dir=run") == 2
         error = capsys.readouterr().err
         assert re.fullmatch(
-            r"train_mnist\.py: error: the loss is nan at step 2 \(epoch 1, .*\n", error
+            r"train_mnist\.py: error: the loss of batch 2 of 3 is nan, in epoch 1 .*\n", error
         )
         # What was saved before the first step is as good as new.
         state = checkpoint.load(tmp_path / "run/last.pt")
@@ -647,7 +647,9 @@ class TestNothingIsLost:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
             assert run(f"--resume={a_run}", "--epochs=4") == 2
-        assert capsys.readouterr().err.endswith("No space left on device\n")
+        assert capsys.readouterr().err == (
+            f"train_mnist.py: error: [Errno 28] No space left on device: '{a_run / 'args.json'}'\n"
+        )
         assert (a_run / "last.pt").read_bytes() == before
         assert run(f"--resume={a_run}", "--epochs=4") == 0
 

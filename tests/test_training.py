@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, training
+from engine.run_directory import RunDirectoryError
 from engine.runtime import Runtime, choose_runtime, describe_environment, make_deterministic
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
 from tritoncaps._environment import commit_of
@@ -200,10 +201,9 @@ class TestRun:
         inner = trainer._step
 
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            loss, lengths = inner(images, labels)
-            hits = int((lengths.argmax(1) == labels).sum())
-            steps.append((loss.item() * len(labels), hits, len(labels)))
-            return loss, lengths
+            loss, correct = inner(images, labels)
+            steps.append((loss.item(), int(correct), len(labels)))
+            return loss, correct
 
         trainer._step = step  # type: ignore[method-assign]
         assert trainer.fit(train, validation, None, 1)
@@ -244,7 +244,11 @@ class TestRun:
         assert seen == [(3, record), (6, record), (6, epoch | {"seconds"})]
 
     def test_the_model_called_may_be_a_compiled_one(
-        self, tmp_path: Path, train: Batches, validation: ImageSet
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        train: Batches,
+        validation: ImageSet,
     ) -> None:
         """`call` serves the steps alone: an evaluation is not worth another compilation."""
         trainer = new_trainer(tmp_path)
@@ -260,6 +264,7 @@ class TestRun:
                 modes.append(trainer.model.training)
                 return trainer.model(*args)
 
+        monkeypatch.setattr(torch, "compile", lambda model: Compiled())
         trainer = Trainer(
             trainer.model,
             trainer.optimizer,
@@ -267,7 +272,7 @@ class TestRun:
             CPU,
             tmp_path,
             trainer.args,
-            compiled=Compiled(),
+            compile_model=True,
         )
         assert trainer.fit(train, validation, None, 1)
         assert modes == [True] * BATCHES
@@ -469,6 +474,77 @@ class TestResume:
         assert json.loads(last)["images_per_second"] == 26 / 20
 
 
+class TestCheckpointInterval:
+    def test_checkpoints_within_an_epoch(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        train: Batches,
+        validation: ImageSet,
+        test: ImageSet,
+        uninterrupted: Path,
+    ) -> None:
+        """Written every so many steps and after every epoch; they change nothing else."""
+        trainer = new_trainer(tmp_path)
+        trainer.checkpoint_interval = 4
+        written: list[int] = []
+        inner = checkpoint.save
+
+        def save(path: Path, state: dict[str, Any]) -> None:
+            if path.name == "last.pt":
+                written.append(state["progress"]["step"])
+            inner(path, state)
+
+        monkeypatch.setattr(checkpoint, "save", save)
+        assert trainer.fit(train, validation, test, 3)
+        assert written == [0, 4, 6, 8, 12, 16, 18]
+        assert_same_run(tmp_path, uninterrupted)
+
+    def test_a_run_goes_on_from_one(
+        self, tmp_path: Path, train: Batches, validation: ImageSet, test: ImageSet,
+        uninterrupted: Path,
+    ) -> None:  # fmt: skip
+        """The power fails at step 11, three steps after the last checkpoint."""
+        trainer = new_trainer(tmp_path)
+        trainer.checkpoint_interval = 4
+        inner = trainer._step
+
+        def fail(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            if trainer.progress.step == 11:
+                raise ConnectionAbortedError
+            return inner(images, labels)
+
+        trainer._step = fail  # type: ignore[method-assign]
+        with pytest.raises(ConnectionAbortedError):
+            trainer.fit(train, validation, test, 3)
+        resumed = resumed_trainer(tmp_path)
+        assert resumed.progress.step == 8
+        assert resumed.fit(train, validation, test, 3)
+        assert_same_run(tmp_path, uninterrupted)
+
+
+class TestLock:
+    def test_a_second_process_is_refused_by_name(
+        self, tmp_path: Path, train: Batches, validation: ImageSet
+    ) -> None:
+        """Also a second trainer of the same process, as here; the first one goes on."""
+        first, second = new_trainer(tmp_path), new_trainer(tmp_path)
+        inner = first._step
+
+        def interfere(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            if first.progress.step == 2:
+                before = (tmp_path / "metrics.jsonl").read_bytes()
+                with pytest.raises(RunDirectoryError, match=f"{tmp_path} is in use: another"):
+                    second.fit(train, validation, None, 1)
+                assert (tmp_path / "metrics.jsonl").read_bytes() == before
+            return inner(images, labels)
+
+        first._step = interfere  # type: ignore[method-assign]
+        assert first.fit(train, validation, None, 1)
+        # It is let go of at the end.
+        assert resumed_trainer(tmp_path).fit(train, validation, None, 2)
+
+
 class TestSeed:
     def test_the_same_seed_gives_the_same_bits_and_another_does_not(
         self,
@@ -594,15 +670,36 @@ class TestNotFinite:
                 return loss * value if trainer.progress.step == 8 else loss
 
         trainer.loss = Spoilt()
-        message = rf"the loss is {value} at step 9 \(epoch 2, .* batch 3\).*lower --lr$"
+        message = rf"the loss of batch 3 of 6 is {value}, in epoch 2 .*lower --lr$"
         self.assert_stops(trainer, train, validation, message)
 
-    def test_it_is_found_at_the_end_of_the_interval(
+    def test_the_batch_is_named_that_was_the_first(
         self, trainer: Trainer, train: Batches, validation: ImageSet
     ) -> None:
         trainer.log_interval = 4
         trainer.schedule = Schedule(1e30, 1.0, 0)
-        message = r"the loss is nan at step 8 \(epoch 2, at or within 4 batches before batch 2\)"
+        # The first step is taken from a finite loss.
+        message = r"the loss of batch 2 of 6 is nan, in epoch 2 \(found at step 8\)"
+        self.assert_stops(trainer, train, validation, message)
+
+    def test_one_image_that_is_nan_stops_the_run(
+        self,
+        trainer: Trainer,
+        monkeypatch: pytest.MonkeyPatch,
+        train: Batches,
+        validation: ImageSet,
+    ) -> None:
+        trainer.log_interval = 5
+        inner = train.epoch
+
+        def spoilt(epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            for number, (images, labels) in enumerate(inner(epoch, start)):
+                if number == 2:
+                    images[5] = math.nan
+                yield images, labels
+
+        monkeypatch.setattr(train, "epoch", spoilt)
+        message = r"the loss of batch 3 of 6 is nan, in epoch 2 \(found at step 10\)"
         self.assert_stops(trainer, train, validation, message)
 
     @pytest.mark.parametrize("step", [9, 12])
@@ -621,7 +718,7 @@ class TestNotFinite:
             return result
 
         trainer._step = spoil  # type: ignore[method-assign]
-        message = rf"conv\.weight is not finite at step {step} \(epoch 2"
+        message = rf"conv\.weight is not finite, in epoch 2 \(found at step {step}\)"
         self.assert_stops(trainer, train, validation, message)
 
     def test_the_remedy_depends_on_the_precision(
@@ -703,12 +800,15 @@ class TestEvaluation:
         assert_same_run(tmp_path, uninterrupted)
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
 class TestSignals:
     @pytest.fixture(autouse=True)
     def handlers_are_put_back(self) -> Iterator[None]:
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        before = [signal.getsignal(number) for number in SIGNALS]
         yield
-        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        assert [signal.getsignal(number) for number in SIGNALS] == before
 
     def raise_at(self, trainer: Trainer, step: int, *numbers: signal.Signals) -> None:
         inner = trainer._step
@@ -721,7 +821,7 @@ class TestSignals:
 
         trainer._step = raising  # type: ignore[method-assign]
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+    @pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
     def test_a_signal_finishes_the_batch_and_saves(
         self,
         tmp_path: Path,
@@ -744,6 +844,16 @@ class TestSignals:
         with pytest.raises(KeyboardInterrupt):
             trainer.fit(train, validation, None, 3)
         assert checkpoint.load(tmp_path / "last.pt")["progress"]["step"] == 6
+
+    @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+    def test_nohup_is_respected(self, tmp_path: Path, train: Batches, validation: ImageSet) -> None:
+        trainer = new_trainer(tmp_path)
+        self.raise_at(trainer, 2, signal.SIGHUP)
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            assert trainer.fit(train, validation, None, 1)
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_sigterm_may_come_twice(
         self, tmp_path: Path, train: Batches, validation: ImageSet
@@ -970,10 +1080,18 @@ class TestRuntime:
                     kinds[name] = output.dtype
 
                 module.register_forward_hook(record)
-        loss, lengths = trainer._step(test.images[:8] / 255, test.labels[:8])
+        lengths: list[torch.dtype] = []
+        inner = trainer.loss.forward
+
+        def loss(*args: Tensor) -> Tensor:
+            lengths.append(args[0].dtype)
+            return inner(*args)
+
+        trainer.loss.forward = loss  # type: ignore[method-assign]
+        loss_sum, _ = trainer._step(test.images[:8] / 255, test.labels[:8])
         expected = torch.bfloat16 if precision == "bf16" else torch.float32
         assert len(kinds) == 5 and set(kinds.values()) == {expected}
-        assert lengths.dtype is torch.float32 and loss.dtype is torch.float32
+        assert lengths == [torch.float32] and loss_sum.dtype is torch.float64
         assert {p.grad.dtype for p in trainer.model.parameters()} == {torch.float32}
 
     def test_convolutions_are_placed_with_channels_last(self) -> None:

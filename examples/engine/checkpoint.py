@@ -224,6 +224,9 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
     At every instant ``path`` is either what it was or the complete new file. The temporary file is
     gone afterwards, whether the block succeeds or fails.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``, which the system's error may not.
     """
     path = Path(path)
     temporary = _temporary_name(path)
@@ -234,8 +237,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_directory(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that has just become read-only it stays
+            temporary.unlink(missing_ok=True)
 
 
 def _temporary_name(path: Path) -> Path:
@@ -248,6 +256,11 @@ def _temporary_name(path: Path) -> Path:
         with suppress(OSError):
             leftover.unlink()
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a process left that was killed in the middle of `atomic_write`."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def _second_name(path: Path, other: Path) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from engine import baseline, checkpoint
+from engine.distributed import require_one_process
 from engine.run_directory import (
     RunDirectoryError,
     has_checkpoint,
@@ -142,6 +143,7 @@ class Experiment:
         variant: str = "",
     ) -> None:
         require("matplotlib", "safetensors")
+        require_one_process(program)
         if args.deterministic:
             make_deterministic()
         self.program = program
@@ -276,7 +278,8 @@ class Experiment:
             task=job.task,
             test_batch_size=args.test_batch_size,
             log_interval=args.log_interval,
-            compiled=torch.compile(job.model) if args.torchcompile else None,
+            checkpoint_interval=args.checkpoint_interval,
+            compile_model=args.torchcompile,
         )
         if has_checkpoint(directory):
             state, _, warning = checkpoint.load_latest(directory)

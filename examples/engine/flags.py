@@ -174,4 +174,10 @@ def add_machine_flags(
         metavar="STEPS",
         help="between two records of metrics.jsonl",
     )
+    run.add_argument(
+        "--checkpoint-interval",
+        type=positive,
+        metavar="STEPS",
+        help="between two checkpoints within an epoch (default: one after each epoch)",
+    )
     return run

@@ -6,11 +6,15 @@ metrics.jsonl           one record every few steps
 last.pt                 everything needed to continue; last.previous.pt is the one before
 model_best.pt           the same, at the best validation accuracy
 model_best.safetensors  the weights of it alone, and config.json, to share
+.lock                   held by the process that trains, so that no second one does
 """
 
 import csv
 import io
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,13 +23,25 @@ from engine import checkpoint
 
 ROOT = Path("runs")
 
+_LOCK = ".lock"
+# What a run writes before its first checkpoint: one that was cut off there has lost nothing.
+_BEGINNINGS = {"args.json", "metrics.jsonl", "tensorboard", _LOCK}
+
 
 class RunDirectoryError(RuntimeError):
     """The directory cannot be used; the message says why and what to do."""
 
 
-def new_directory(requested: str | None, model: str, dataset: str) -> Path:
+def new_directory(
+    requested: str | None, model: str, dataset: str, *, resuming: bool = False
+) -> Path:
     """Create the directory of a new run: the one asked for, or runs/<model>-<dataset>-<time>.
+
+    Args:
+        requested: the directory asked for, or None.
+        model: name of the model.
+        dataset: name of the data set.
+        resuming: take also one whose run was cut off before its first checkpoint.
 
     Raises:
         RunDirectoryError: it is there already and holds something, or cannot be created.
@@ -35,7 +51,7 @@ def new_directory(requested: str | None, model: str, dataset: str) -> Path:
     path = Path(requested)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        occupied = any(path.iterdir())
+        occupied = any(not (resuming and _is_beginning(entry)) for entry in path.iterdir())
     except OSError as error:
         raise RunDirectoryError(f"--output-dir {path}: {error.strerror}") from error
     if occupied:
@@ -45,6 +61,32 @@ def new_directory(requested: str | None, model: str, dataset: str) -> Path:
             f"{remedy}choose another directory"
         )
     return path
+
+
+def _is_beginning(entry: Path) -> bool:
+    return entry.name in _BEGINNINGS or checkpoint.is_temporary(entry)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in a directory; a process that dies lets go of it.
+
+    Raises:
+        RunDirectoryError: another process trains in it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunDirectoryError(f"{directory} is in use: another process trains in it") from None
+    except NotImplementedError:
+        print(f"warning: {directory} cannot be locked on this file system", file=sys.stderr)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _unique_directory(name: str) -> Path:

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import platform
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tritoncaps
+from engine.distributed import World
 from tritoncaps._environment import commit_of, processor_name
 
 
@@ -20,11 +21,13 @@ class Runtime:
     """Where and how the model runs.
 
     `precision` is "fp32" or "bf16": bf16 runs convolutions and fully connected layers under
-    autocast; the routing and the loss stay in float32 in both.
+    autocast; the routing and the loss stay in float32 in both. `world` is the processes that train
+    the model together.
     """
 
     device: torch.device
     precision: str
+    world: World = field(default_factory=World)
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -55,18 +58,23 @@ class Runtime:
             name = torch.cuda.get_device_name(self.device)
         else:
             name = f"{torch.get_num_threads()} threads"
-        return f"{self.device} ({name}), precision {self.precision}"
+        processes = f"{self.world.size} processes, each on " if self.world.size > 1 else ""
+        return f"{processes}{self.device} ({name}), precision {self.precision}"
 
 
-def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
+def choose_runtime(
+    device: str = "auto", precision: str = "auto", world: World | None = None
+) -> Runtime:
     """Turn the flags --device and --precision into a `Runtime`.
 
     "auto" takes an accelerator if there is one, and bf16 where the hardware computes in it: NVIDIA
     from compute capability 8.0, AMD from CDNA, and CPUs with AMX or AVX512-BF16.
 
     Raises:
-        ValueError: torch does not know the device, or cannot reach it.
+        ValueError: torch does not know the device, or cannot reach it; or several processes are to
+            share one GPU.
     """
+    world = World() if world is None else world
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         chosen = accelerator or torch.device("cpu")
@@ -77,9 +85,14 @@ def choose_runtime(device: str = "auto", precision: str = "auto") -> Runtime:
         except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {device}: not available here ({reason})") from error
+    if world.size > 1 and chosen.type != "cpu" and chosen.index is not None:
+        raise ValueError(
+            f"--device {device}: each of {world.size} processes takes a GPU of its own; leave out "
+            "the number"
+        )
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
-    return Runtime(chosen, precision)
+    return Runtime(chosen, precision, world)
 
 
 def _computes_in_bf16(device: torch.device) -> bool:
@@ -130,5 +143,6 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "precision": runtime.precision,
         "threads": torch.get_num_threads(),
+        "processes": runtime.world.size,
         "commit": commit_of(Path(__file__).parent),
     }

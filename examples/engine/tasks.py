@@ -95,7 +95,9 @@ class TwoClassesLoss(nn.Module):
         present = F.one_hot(target.labels, lengths.shape[1]).sum(dim=1)
         error = reconstruction_error(reconstruction.float(), target.images)
         loss = ops.margin_loss(lengths, present)
-        return torch.add(loss, error.mean(), alpha=self.reconstruction_weight)
+        # Of an empty batch the mean is 0.
+        mean = error.sum() / max(1, error.numel())
+        return torch.add(loss, mean, alpha=self.reconstruction_weight)
 
 
 def per_class_rate(predictions: Tensor, labels: Tensor) -> float:

@@ -3,7 +3,8 @@
 `Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when it is asked
 to. A run that was interrupted anywhere and resumed gives the same bits as one that was not: the
 order of the images and their shifts depend on (seed, epoch) alone, the learning rate on the step
-alone, and what remains is in the checkpoint.
+alone, and what remains is in the checkpoint. Several processes (see distributed.py) run the same
+loop, each on its share of every batch, and add up their sums wherever one is read.
 """
 
 import json
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.run_directory import MetricsLog, write_json, write_summary
+from engine.run_directory import MetricsLog, locked, write_json, write_summary
 from engine.runtime import Runtime
 from engine.tasks import Source, Task
 from tritoncaps.data import Batches, ImageSet
@@ -108,7 +109,9 @@ class Trainer:
         task: what is asked about an image; by default its class.
         test_batch_size: images a batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
-        compiled: the model as it is called, where that is not `model` itself (torch.compile).
+        checkpoint_interval: steps between two writings of last.pt within an epoch; None: it is
+            written after every epoch alone.
+        compile_model: train with torch.compile.
         on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
     """
 
@@ -125,11 +128,14 @@ class Trainer:
         task: Task | None = None,
         test_batch_size: int = 500,
         log_interval: int = 10,
-        compiled: Callable[..., Any] | None = None,
+        checkpoint_interval: int | None = None,
+        compile_model: bool = False,
         on_metrics: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.model = model
-        self.call = model if compiled is None else compiled
+        self.world = runtime.world
+        call = self.world.wrap(model, runtime.device)
+        self.call: Callable[..., Any] = torch.compile(call) if compile_model else call
         self.loss = CapsuleLoss() if loss is None else loss
         self.task = Task() if task is None else task
         self.optimizer = optimizer
@@ -139,6 +145,7 @@ class Trainer:
         self.args = args
         self.test_batch_size = test_batch_size
         self.log_interval = log_interval
+        self.checkpoint_interval = checkpoint_interval
         self.on_metrics = on_metrics or (lambda step, values: None)
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
@@ -148,14 +155,16 @@ class Trainer:
     # checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs."""
+        """Return everything that a resumed run needs. Collective."""
+        rng, *others = self.world.gather(checkpoint.rng_state())
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "rows": self.rows,
             "args": self.args,
-            "rng": checkpoint.rng_state(),
+            "rng": rng,
+            "rng_of_others": others,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -164,7 +173,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         self.rows = state["rows"]
-        checkpoint.set_rng_state(state["rng"])
+        # A process that was not there before keeps the state that it was seeded with.
+        generators = [state["rng"], *state.get("rng_of_others", [])]
+        if self.world.rank < len(generators):
+            checkpoint.set_rng_state(generators[self.world.rank])
 
     # training
 
@@ -175,78 +187,108 @@ class Trainer:
         test: ImageSet | Source | None,
         epochs: int,
     ) -> bool:
-        """Train up to `epochs` epochs; returns False if a signal stopped it before.
+        """Train up to `epochs` epochs; returns False if a signal stopped it before. Collective.
 
         `validation` chooses model_best; without it nothing is chosen, and the last epoch is taken.
         `test`, where given, is evaluated after every epoch for the curve, and nothing is chosen by
         it.
         """
-        log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
-        try:
-            with self._stop_on_signals():
-                if self.progress.step == 0:
-                    # A run that is killed in its first epoch can be resumed like any other.
-                    self._save_last()
-                while self.progress.epoch < epochs:
-                    if self._stop_requested:  # since the epoch before was saved
-                        return False
-                    if not self._train_epoch(train, epochs, log):
-                        self._save_last()
-                        return False
-                    self._finish_epoch(train, validation, test, epochs)
-        finally:
-            log.close()
+        with self._files() as log, self._stop_on_signals():
+            if self.progress.step == 0:
+                # A run that is killed in its first epoch can be resumed like any other.
+                self._save_last()
+            while self.progress.epoch < epochs:
+                if self.world.any(self._stop_requested):  # since the epoch before was saved
+                    return False
+                if not self._train_epoch(train, epochs, log):
+                    return False
+                self._finish_epoch(train, validation, test, epochs)
         return True
 
-    def _train_epoch(self, train: Source, epochs: int, log: MetricsLog) -> bool:
-        progress, device = self.progress, self.runtime.device
+    @contextmanager
+    def _files(self) -> Iterator[MetricsLog | None]:
+        """Hold the run directory and its log, which the main process alone writes."""
+        if not self.world.is_main:
+            yield None
+            return
+        with locked(self.directory):
+            log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
+            with closing(log):
+                yield log
+
+    def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
+        """Train what is left of an epoch; returns False if it was stopped, and saved, before."""
+        progress = self.progress
         self.model.train()
-        # Summed on the device: reading them at every step would make each one wait.
-        loss_sum = torch.tensor(progress.loss_sum, dtype=self.runtime.sum_dtype, device=device)
-        correct = torch.tensor(progress.correct, device=device)
-        begun, first_batch = time.perf_counter(), progress.batch
-        stopping = False
+        sums = _Sums(progress, self.runtime)
+        begun, first_batch, seconds = time.perf_counter(), progress.batch, progress.seconds
         with self._bar(f"epoch {progress.epoch + 1}/{epochs}", len(train), first_batch) as bar:
             for images, labels in train.epoch(progress.epoch, progress.batch):
-                loss, lengths = self._step(images, labels)
+                loss, correct = self._step(images, labels)
+                sums.add(loss, correct)
                 progress.batch += 1
                 progress.step += 1
-                loss_sum += loss.detach().to(loss_sum.dtype) * len(images)
-                correct += self.task.correct(lengths.detach(), labels).sum()
                 bar.update()
                 is_last = progress.batch == len(train)
-                is_due = progress.step % self.log_interval == 0 or is_last
-                # Read once, since a signal may arrive between any two lines.
-                stopping = self._stop_requested and not is_last
-                if is_due or stopping:
-                    progress.loss_sum, progress.correct = loss_sum.item(), int(correct.item())
-                    if not math.isfinite(progress.loss_sum):
-                        raise self._not_finite(f"the loss is {progress.loss_sum}")
-                if is_due:
-                    elapsed = time.perf_counter() - begun
+                is_logged = progress.step % self.log_interval == 0 or is_last
+                is_saved = (
+                    self.checkpoint_interval is not None
+                    and progress.step % self.checkpoint_interval == 0
+                    and not is_last
+                )
+                # Read once, since a signal may arrive between any two lines. Several processes
+                # hear of it at different steps, and agree where they add up their sums.
+                is_stopping = self._stop_requested and not is_last
+                if not (is_logged or is_saved or (is_stopping and self.world.size == 1)):
+                    continue
+                is_stopping = self._read(sums, is_stopping, len(train))
+                elapsed = time.perf_counter() - begun
+                progress.seconds = seconds + elapsed
+                if is_logged:
                     self._record(train, elapsed, first_batch, bar, log)
                     self._estimate(train, elapsed, first_batch, epochs)
-                if stopping:
-                    break
-        progress.seconds += time.perf_counter() - begun
-        # What follows is saved, and the last step may have spoilt what no loss has shown yet.
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise self._not_finite(f"{name} is not finite")
-        return not stopping
+                if is_saved or is_stopping:
+                    self._check_parameters()
+                    self._save_last()
+                if is_stopping:
+                    return False
+        self._check_parameters()
+        return True
+
+    def _read(self, sums: "_Sums", is_stopping: bool, batches: int) -> bool:
+        """Read the sums of the epoch so far; returns whether any process is asked to stop.
+
+        Raises:
+            TrainingError: the loss of a batch was not finite.
+        """
+        progress = self.progress
+        totals = self.world.sum(torch.stack([sums.loss, sums.correct, sums.number(is_stopping)]))
+        progress.loss_sum, correct, stopping = totals.tolist()
+        if not math.isfinite(progress.loss_sum):
+            # Once the weights are spoilt, every process counts no further.
+            first = min(self.world.gather(int(sums.finite.item()))) + 1
+            raise self._not_finite(f"the loss of batch {first} of {batches} is {progress.loss_sum}")
+        progress.correct = int(correct)
+        return stopping > 0
 
     def _step(self, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+        """Take one step; returns this process's share: the loss's sum, and how many were right."""
         rate = self.schedule(self.progress.step, self.progress.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        count = len(images)
+        images, labels = self.world.share(images), self.world.share(labels)
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
             output = self.task.run(self.call, images, labels)
         loss: Tensor = self.loss(output.lengths, labels, output.reconstruction, images)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # The mean over the whole batch is the mean of the shares' means, weighted by their sizes.
+        share = len(images) * self.world.size / count
+        (loss if share == 1 else loss * share).backward()
         self.optimizer.step()
-        return loss, output.lengths
+        correct = self.task.correct(output.lengths.detach(), labels).sum()
+        return loss.detach().to(self.runtime.sum_dtype) * len(images), correct
 
     def _finish_epoch(
         self,
@@ -281,21 +323,28 @@ class Trainer:
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
         # last.pt comes last: whatever is cut off before it, the resumed run writes again.
-        write_summary(self.directory / "summary.csv", self.rows)
+        if self.world.is_main:
+            write_summary(self.directory / "summary.csv", self.rows)
         if is_best:
             self._save_best()
         self._save_last()
-        # The learning rate of this step was among the metrics of the last batch.
-        self.on_metrics(
-            progress.step, {k: v for k, v in row.items() if k not in ("epoch", "learning_rate")}
-        )
+        if self.world.is_main:
+            # The learning rate of this step was among the metrics of the last batch.
+            self.on_metrics(
+                progress.step, {k: v for k, v in row.items() if k not in ("epoch", "learning_rate")}
+            )
         self._say(_epoch_line(row, epochs, is_best and validation is not None))
 
     def _save_last(self) -> None:
-        checkpoint.save(self.directory / "last.pt", self.state())
+        state = self.state()
+        if self.world.is_main:
+            checkpoint.save(self.directory / "last.pt", state)
 
     def _save_best(self) -> None:
-        checkpoint.save(self.directory / "model_best.pt", self.state())
+        state = self.state()
+        if not self.world.is_main:
+            return
+        checkpoint.save(self.directory / "model_best.pt", state)
         weights = self.directory / "model_best.safetensors"
         checkpoint.save_weights(weights, self.model.state_dict(), {"format": "pt"})
         config = {"model": self.args["model"], "model_kwargs": self.args["model_kwargs"]}
@@ -303,24 +352,37 @@ class Trainer:
         best = {"epoch": self.progress.best_epoch, "validation": validated}
         write_json(self.directory / "config.json", {**config, "best": best})
 
+    def _check_parameters(self) -> None:
+        """Refuse to save what the last step may have spoilt, and no loss has shown yet.
+
+        Raises:
+            TrainingError: a parameter is not finite.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise self._not_finite(f"{name} is not finite")
+
     @torch.inference_mode()
     def evaluate(self, images: ImageSet | Source) -> Evaluation:
-        """Evaluate a set, or the first epoch of a source; the decoder sees no label."""
+        """Evaluate a set, or the first epoch of a source; the decoder sees no label. Collective."""
         self.model.eval()
-        loss_sum = torch.zeros((), dtype=self.runtime.sum_dtype, device=self.runtime.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.runtime.device)
+        sums = _Sums(Progress(), self.runtime)
         predictions = []
         if isinstance(images, ImageSet):
             images = Batches(images, self.test_batch_size, seed=0, shuffle=False)
         for batch, labels in images.epoch(0):
+            count = len(batch)
+            batch, labels = self.world.share(batch), self.world.share(labels)
             output = self.predict(batch)
             loss = self.loss(output.lengths, labels, output.reconstruction, batch)
-            loss_sum += loss.to(loss_sum.dtype) * len(batch)
-            correct += self.task.correct(output.lengths, labels).sum()
-            predictions.append(self.task.predictions(output.lengths))
+            correct = self.task.correct(output.lengths, labels).sum()
+            sums.add(loss.to(self.runtime.sum_dtype) * len(batch), correct)
+            share = self.task.predictions(output.lengths)
+            predictions.append(self.world.reassemble(share, count))
         predicted = torch.cat(predictions).cpu()
         count = len(predicted)
-        return Evaluation(loss_sum.item() / count, int(correct) / count, predicted)
+        loss_sum, correct = self.world.sum(torch.stack([sums.loss, sums.correct])).tolist()
+        return Evaluation(loss_sum / count, int(correct) / count, predicted)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Any:
@@ -338,13 +400,12 @@ class Trainer:
         if self.runtime.precision != "fp32":
             remedy += ", or continue this one with --precision fp32"
         return TrainingError(
-            f"{what} at step {progress.step} (epoch {progress.epoch + 1}, at or within "
-            f"{self.log_interval} batches before batch {progress.batch}). Nothing was saved since "
-            f"the last checkpoint; {remedy}"
+            f"{what}, in epoch {progress.epoch + 1} (found at step {progress.step}). Nothing was "
+            f"saved since the last checkpoint; {remedy}"
         )
 
     def _record(
-        self, train: Source, elapsed: float, first_batch: int, bar: Any, log: MetricsLog
+        self, train: Source, elapsed: float, first_batch: int, bar: Any, log: MetricsLog | None
     ) -> None:
         progress = self.progress
         seen = min(progress.batch * train.batch_size, len(train.images))
@@ -355,8 +416,9 @@ class Trainer:
             "learning_rate": self.schedule(progress.step - 1, progress.epoch),
             "images_per_second": here / elapsed,
         }
-        log.write({"step": progress.step - 1, "epoch": progress.epoch + 1, **values})
-        self.on_metrics(progress.step, values)
+        if log is not None:
+            log.write({"step": progress.step - 1, "epoch": progress.epoch + 1, **values})
+            self.on_metrics(progress.step, values)
         bar.set_postfix_str(
             f"loss {values['loss']:.4f}, accuracy {100 * values['accuracy']:.2f} %, "
             f"{values['images_per_second']:.0f} images/s"
@@ -385,7 +447,7 @@ class Trainer:
             leave=False,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
-            disable=not sys.stderr.isatty(),
+            disable=not (self.world.is_main and sys.stderr.isatty()),
         ) as bar:
             yield bar
 
@@ -397,7 +459,7 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """Finish the batch on Ctrl-C or SIGTERM; a second Ctrl-C stops at once."""
+        """Finish the batch on Ctrl-C, SIGTERM or a lost terminal; a second Ctrl-C stops at once."""
         self._stop_requested = False
 
         def request_stop(number: int, frame: FrameType | None) -> None:
@@ -408,12 +470,38 @@ class Trainer:
             with suppress(OSError):
                 os.write(2, message.encode())
 
-        before = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has none, and nohup wants it ignored.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, request_stop) for number in numbers}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class _Sums:
+    """Sums over the batches of an epoch, kept on the device: to read them is to wait for it.
+
+    Each process sums up its own shares; the main one begins with what the checkpoint holds.
+    `finite` counts the batches until the loss of one is not finite.
+    """
+
+    def __init__(self, progress: Progress, runtime: Runtime) -> None:
+        def number(value: float) -> Tensor:
+            return torch.tensor(value, dtype=runtime.sum_dtype, device=runtime.device)
+
+        self.number = number
+        self.loss = number(progress.loss_sum if runtime.world.is_main else 0.0)
+        self.correct = number(progress.correct if runtime.world.is_main else 0.0)
+        self.finite = number(progress.batch)
+
+    def add(self, loss: Tensor, correct: Tensor) -> None:
+        self.loss += loss
+        self.correct += correct
+        self.finite += self.loss.isfinite()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

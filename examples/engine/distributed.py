@@ -1,0 +1,167 @@
+"""Several processes that train one model, each on its share of every batch.
+
+torchrun starts them and tells each its place by environment variables; without those there is one
+process, and everything below does nothing. A batch is shared out image by image: what is trained is
+what one process would train with the same `--batch-size`, whatever the number of processes.
+
+    torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+# How torchrun tells a process its place.
+_RANK, _SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, and which of them this one is.
+
+    Process 0, the main one, writes all files and all text. What is said to be collective has to be
+    called by all processes, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def part(self, count: int) -> slice:
+        """Say which of `count` images are this process's; the shares differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def share(self, batch: Any) -> Any:
+        """Take this process's part of a batch: of a tensor, or of each tensor in a named tuple."""
+        if self.size == 1:
+            return batch
+        if isinstance(batch, Tensor):
+            return batch[self.part(len(batch))]
+        return type(batch)(*map(self.share, batch))
+
+    def reassemble(self, share: Tensor, count: int) -> Tensor:
+        """Put the shares of a batch of `count` together again. Collective."""
+        if self.size == 1:
+            return share
+        batch = share.new_zeros(count, *share.shape[1:])
+        batch[self.part(count)] = share
+        return self.sum(batch)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place. Collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set in any process. Collective."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
+
+    def gather(self, value: T) -> list[T]:
+        """Collect a value of every process, in the order of their ranks. Collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Call a function in the main process; all get what it returns. Collective.
+
+        Raises:
+            SystemExit: in the other processes, where the function raised in the main one.
+        """
+        if self.size == 1:
+            return function()
+        message: list[Any] = [False, None]
+        try:
+            if self.is_main:
+                message = [True, function()]
+        finally:
+            dist.broadcast_object_list(message)
+        if not message[0]:
+            raise SystemExit(2)
+        return message[1]
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Have the gradients of a model averaged over all processes. Collective."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """Let one process of a machine go first, as where all need one download. Collective."""
+        if self.size > 1 and self.local_rank > 0:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.local_rank == 0:
+            dist.barrier()
+
+    def seed_apart(self, seed: int) -> None:
+        """Seed torch anew where this is not the main process: no two may draw the same numbers."""
+        if not self.is_main:
+            digest = hashlib.sha256(f"{seed} rank {self.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def require_one_process(program: str) -> None:
+    """Refuse to be started by torchrun.
+
+    Raises:
+        ValueError: there are several processes.
+    """
+    size = int(os.environ.get(_SIZE, "1"))
+    if size > 1:
+        raise ValueError(
+            f"{_SIZE} is {size}: {program}.py trains its networks one after another in one "
+            "process; start it without torchrun"
+        )
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """Join the processes that torchrun started; what the others than the main one print is dropped.
+
+    Raises:
+        ValueError: the environment names a world that cannot be.
+    """
+    if int(os.environ.get(_SIZE, "1")) == 1:
+        yield World()
+        return
+    missing = [name for name in (_RANK, _LOCAL_RANK) if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{_SIZE} is {os.environ[_SIZE]}, but {' and '.join(missing)} is not set: start "
+            "several processes with torchrun"
+        )
+    world = World(*(int(os.environ[name]) for name in (_RANK, _SIZE, _LOCAL_RANK)))
+    # Gloo for what is on the CPU: flags and states, and all of it where there is no GPU.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group(backend)
+    if world.is_main:
+        yield world
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield world
+    # Not after an error: the other processes may wait for this one, and torchrun ends them.
+    dist.destroy_process_group()

@@ -1,0 +1,194 @@
+"""Several processes train what one would: the same losses, gradients, files and decisions.
+
+The processes are real ones, started by torchrun, on the CPU.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_run
+import torch
+from torch.testing import assert_close
+
+from engine import checkpoint, distributed
+from engine.distributed import World
+from engine.runtime import choose_runtime
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = Path(small_run.__file__)
+TIMEOUT = 240
+
+# Float32 sums in another order. Adam divides by the size of each gradient, so what is small and
+# uncertain moves a weight as far as what is large: after twelve steps there is less agreement.
+FIRST_STEP = {"rtol": 1e-4, "atol": 1e-6}
+LATER_STEPS = {"rtol": 2e-3, "atol": 1e-4}
+
+
+def torchrun(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", *map(str, arguments)),
+        ],
+        cwd=cwd,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "examples"))),
+        },
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in each of the processes: their sums are added up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return small_run.train(tmp_path_factory.mktemp("alone"), World())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes."""
+    directory = tmp_path_factory.mktemp("together")
+    finished = torchrun(SCRIPT, directory)
+    assert finished.returncode == 0, finished.stderr
+    # The lines of the main process, and no others.
+    assert [line[:9] for line in finished.stdout.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def together(directory: Path) -> dict[str, Any]:
+    result: dict[str, Any] = torch.load(directory / "result.pt")
+    return result
+
+
+class TestAgreement:
+    def test_there_were_two(self, alone: dict[str, Any], together: dict[str, Any]) -> None:
+        assert (alone["world"], together["world"]) == (1, 2)
+
+    def test_gradients_are_those_of_one_process(
+        self, alone: dict[str, Any], together: dict[str, Any]
+    ) -> None:
+        assert len(together["gradients"]) == 12
+        assert_close(together["gradients"][0], alone["gradients"][0], **FIRST_STEP)
+        assert_close(together["gradients"], alone["gradients"], **LATER_STEPS)
+
+    def test_losses_are_those_of_one_process(
+        self, alone: dict[str, Any], together: dict[str, Any]
+    ) -> None:
+        assert len(together["losses"]) == 12
+        assert together["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-6)
+        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+
+    def test_evaluations_count_every_image_once(
+        self, alone: dict[str, Any], together: dict[str, Any]
+    ) -> None:
+        """Of 45 images, in batches of 16, 16 and 13; the predictions are in their order."""
+        assert len(together["predictions"]) == 45
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        right = (together["predictions"] == alone["predictions"]).double().mean()
+        assert right > 0.9
+        for row, expected in zip(together["rows"], alone["rows"], strict=True):
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+            # Of an accuracy, a count is left that has to be whole.
+            assert (row["train_accuracy"] * small_run.IMAGES) % 1 == pytest.approx(0, abs=1e-9)
+
+    def test_no_two_processes_draw_the_same_numbers(self, together: dict[str, Any]) -> None:
+        assert len(set(together["random"])) == 2
+
+
+class TestFiles:
+    def test_one_process_wrote_them(self, directory: Path, together: dict[str, Any]) -> None:
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 12
+        state = checkpoint.load(directory / "last.pt")
+        assert_close(state["model"], together["weights"], rtol=0, atol=0)
+        assert len(state["rng_of_others"]) == 1
+
+    def test_one_process_goes_on_with_the_run_of_two(
+        self, tmp_path: Path, directory: Path, together: dict[str, Any]
+    ) -> None:
+        """It finds nothing left to train, and evaluates the same model."""
+        shutil.copy(directory / "last.pt", tmp_path)
+        result = small_run.train(tmp_path, World())
+        assert_close(result["weights"], together["weights"], rtol=0, atol=0)
+        assert torch.equal(result["predictions"], together["predictions"])
+
+
+def test_a_killed_process_ends_the_run_and_it_can_be_resumed(
+    tmp_path: Path, together: dict[str, Any]
+) -> None:
+    """In the second epoch; both processes go on from the end of the first, to the same bits."""
+    killed = torchrun(SCRIPT, tmp_path, "--kill-at", "9")
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr
+    assert checkpoint.load(tmp_path / "last.pt")["progress"]["epoch"] == 1
+    assert not (tmp_path / "result.pt").exists()
+
+    resumed = torchrun(SCRIPT, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    result = torch.load(tmp_path / "result.pt")
+    assert_close(result["weights"], together["weights"], rtol=0, atol=0)
+    assert result["random"] == together["random"]
+
+
+def test_the_main_job_runs_under_torchrun(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    finished = torchrun(
+        REPOSITORY / "examples" / "train_mnist.py",
+        *("--dataset", "digits", "--model", "capsnet", "--epochs", "1", "--dry-run"),
+        *("--precision", "fp32", "--device", "cpu", "-b", "8", "--output-dir", run),
+        cwd=tmp_path,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("device      2 processes, each on cpu (1 threads)") == 1
+    assert "2 batches of 8 (4 on each process), seed 1" in finished.stdout
+    assert "dry run: everything works; nothing was kept" in finished.stdout
+
+
+class TestWorld:
+    @pytest.mark.parametrize("size", [1, 2, 3, 8])
+    @pytest.mark.parametrize("count", [0, 1, 7, 16])
+    def test_shares_are_the_whole_batch_once(self, size: int, count: int) -> None:
+        batch = torch.arange(count)
+        shares = [World(rank, size).share(batch) for rank in range(size)]
+        assert torch.equal(torch.cat(shares), batch)
+        lengths = [len(share) for share in shares]
+        assert max(lengths) - min(lengths) <= 1
+
+    def test_environment_without_a_rank_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        with (
+            pytest.raises(ValueError, match="WORLD_SIZE is 2, but LOCAL_RANK is not set"),
+            distributed.join(),
+        ):
+            pass
+
+    def test_an_experiment_refuses_torchrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        with pytest.raises(ValueError, match=r"WORLD_SIZE is 4: less_data\.py trains"):
+            distributed.require_one_process("less_data")
+
+    def test_one_gpu_is_not_shared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: None)
+        with pytest.raises(ValueError, match=r"--device cuda:0: each of 2 processes takes a GPU"):
+            choose_runtime("cuda:0", "fp32", World(0, 2))

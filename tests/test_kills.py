@@ -1,0 +1,173 @@
+"""Runs that are killed, or whose disk fails, at any moment: nothing is lost, nothing is wrong.
+
+The program is the MNIST example with a small network on a few digits, and checkpoints at every
+step. Its processes are forked from one that has imported everything, so that each starts at once.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_train_mnist import NEW, assert_same_training, few_digits, patch_program
+from tqdm import tqdm
+
+import train_mnist
+from engine import checkpoint
+
+KILLS = 20
+FLAGS = (*NEW, "--epochs=6", "--checkpoint-interval=1", "--resume=auto")
+needs_fork = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork here"
+)
+
+
+def run_program(directory: Path) -> None:
+    """Run the program to its end, silently; what a process of the tests below does."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+    # The semaphore of its default lock would be left behind by a process that is killed.
+    tqdm.set_lock(threading.RLock())
+    patch_program(setattr, few_digits())
+    sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}"]))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[multiprocessing.context.ForkServerContext]:
+    context = multiprocessing.get_context("forkserver")
+    # What torch and the program import late, as well.
+    late = ["torch._dynamo", "sklearn.datasets", "safetensors.torch", "filelock"]
+    context.set_forkserver_preload(["test_kills", *late])
+    with pytest.MonkeyPatch.context() as patch:
+        # The server is not told where this module lies.
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process = context.Process(target=int)
+        process.start()
+        process.join(120)
+    yield context
+
+
+@needs_fork
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    """SIGKILL at twenty random moments of several runs, from their first lines to their last."""
+
+    def start(directory: Path) -> multiprocessing.context.ForkServerProcess:
+        process = processes.Process(target=run_program, args=(directory,))
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
+    whole.join(120)
+    assert whole.exitcode == 0
+    begun = time.perf_counter()
+    again = start(tmp_path / "again")
+    again.join(120)
+    duration = time.perf_counter() - begun
+    assert_same_training(tmp_path / "again", tmp_path / "whole")
+
+    moments = random.Random(0)
+    kills = in_training = runs = 0
+    while kills < KILLS:
+        runs += 1
+        directory = tmp_path / f"run {runs}"
+        while True:
+            process = start(directory)
+            # Two or three lives a run: early, when there is little to resume, and late.
+            process.join(moments.uniform(0, 0.7) * duration if kills < KILLS else 120)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join(120)
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            in_training += (directory / "last.pt").exists()
+        assert process.exitcode == 0
+        assert_same_training(directory, tmp_path / "whole")
+    assert in_training >= KILLS / 2, "most kills came before the training: they prove little"
+    print(f"{kills} kills in {runs} runs, {in_training} of them in training")
+
+
+def mounted(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run shell commands where file systems can be mounted, and nobody else sees them."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("mounting needs the command unshare, of Linux")
+    command = [unshare, "--user", "--map-root-user", "--mount", "sh", "-ec"]
+    if subprocess.run([*command, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode:
+        pytest.skip("this system lets no user mount a file system of his own")
+    return subprocess.run(
+        [*command, script],
+        cwd=directory,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONWARNINGS": "ignore",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+class TestDisks:
+    """Real file systems; what holds for each system call is in test_checkpoint.py."""
+
+    PROGRAM = "from test_kills import run_loudly; run_loudly"
+
+    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path: Path) -> None:
+        script = f"""
+            mkdir disk
+            mount -t tmpfs -o size=32m tmpfs disk
+            "$PYTHON" -c '{self.PROGRAM}("disk/run", "--epochs=1")'
+            head -c 32m /dev/zero > disk/filler 2> filled || true
+            truncate -s -200k disk/filler
+            status=0
+            "$PYTHON" -c '{self.PROGRAM}("disk/run", "--epochs=6")' || status=$?
+            echo "exit status $status"
+            rm disk/filler
+            cp -r disk/run kept
+        """
+        done = mounted(script, tmp_path)
+        assert "exit status 2" in done.stdout, done.stderr
+        assert "error: [Errno 28] No space left on device: 'disk/run/last.pt'" in done.stderr
+        state = checkpoint.load(tmp_path / "kept" / "last.pt")
+        assert state["progress"]["epoch"] == 1
+        assert not list((tmp_path / "kept").glob("*.tmp"))
+
+    def test_a_read_only_disk_is_said_to_be_one(self, tmp_path: Path) -> None:
+        script = f"""
+            mkdir disk
+            mount -t tmpfs tmpfs disk
+            "$PYTHON" -c '{self.PROGRAM}("disk/run", "--epochs=1")'
+            mount -o remount,ro disk
+            for path in run new; do
+                status=0
+                "$PYTHON" -c "{self.PROGRAM}('disk/$path', '--epochs=6')" || status=$?
+                echo "exit status $status"
+            done
+            cp -r disk/run kept
+        """
+        done = mounted(script, tmp_path)
+        assert done.stdout.count("exit status 2") == 2, done.stderr
+        assert done.stderr.count("Read-only file system") == 2
+        assert "disk/run" in done.stderr and "disk/new" in done.stderr
+        assert checkpoint.load(tmp_path / "kept" / "last.pt")["progress"]["epoch"] == 1
+
+
+def run_loudly(directory: str, *flags: str) -> None:
+    """Run the program in a process of its own, and let it print."""
+    torch.set_num_threads(1)
+    patch_program(setattr, few_digits())
+    sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}", *flags]))

@@ -297,6 +297,20 @@ class TestRun:
         state = checkpoint.load(tmp_path / "run/last.pt")
         assert all(tensor.dtype is torch.float32 for tensor in state["model"].values())
 
+    def test_deterministic_is_repeated_bit_for_bit(
+        self, run: Run, tmp_path: Path, device: torch.device
+    ) -> None:
+        """On a GPU where there is one, in the precision of long runs, by both networks."""
+        try:
+            for model in models.list_models():
+                for name in ("first", "second"):
+                    flags = ("--precision=bf16", "--epochs=1", "--deterministic")
+                    where = (f"--device={device}", f"--output-dir={model}-{name}")
+                    assert run(*NEW, f"--model={model}", *flags, *where) == 0
+                assert_same_training(tmp_path / f"{model}-first", tmp_path / f"{model}-second")
+        finally:
+            torch.use_deterministic_algorithms(False)
+
     def test_without_flags_the_data_set_chooses_the_epochs_and_the_time_the_directory(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

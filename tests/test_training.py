@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +472,33 @@ class TestResume:
         # The speed is that of the resumed part: two batches, 16 and 10 images, in 20 s.
         last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["images_per_second"] == 26 / 20
+
+
+class TestForeignState:
+    """A checkpoint that is intact, but not of this model or this program, is refused by name."""
+
+    @pytest.mark.parametrize("damage, message", [
+        (lambda s: s["model"].pop("conv.bias"), 'Missing key.*"conv.bias"'),
+        (lambda s: s["model"].update({"conv.bias": torch.zeros(9)}), "size mismatch for conv.bias"),
+        (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "parameter group"),
+        (lambda s: s["progress"].update(kind="other"), "unexpected keyword argument 'kind'"),
+        (lambda s: s.pop("rows"), "'rows'"),
+    ], ids=["missing", "shape", "optimizer", "progress", "rows"])  # fmt: skip
+    def test_it_is_refused(
+        self,
+        tmp_path: Path,
+        uninterrupted: Path,
+        damage: Callable[[dict[str, Any]], object],
+        message: str,
+    ) -> None:
+        state = checkpoint.load(uninterrupted / "last.pt")
+        damage(state)
+        trainer = new_trainer(tmp_path)
+        expected = (
+            f"the checkpoint in {tmp_path} does not fit CapsNet and this program: .*{message}"
+        )
+        with pytest.raises(checkpoint.CheckpointError, match=expected):
+            trainer.load_state(state)
 
 
 class TestCheckpointInterval:

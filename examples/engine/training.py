@@ -168,11 +168,21 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
-        self.rows = state["rows"]
+        """Continue from a state of `state`.
+
+        Raises:
+            CheckpointError: it is that of another model or optimiser, or of another program.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+            self.rows = state["rows"]
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint in {self.directory} does not fit {type(self.model).__name__} and "
+                f"this program: {str(error).splitlines()[-1].strip()}"
+            ) from error
         # A process that was not there before keeps the state that it was seeded with.
         generators = [state["rng"], *state.get("rng_of_others", [])]
         if self.world.rank < len(generators):

@@ -109,11 +109,11 @@ class World:
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
         """Let one process of a machine go first, as where all need one download. Collective."""
-        if self.size > 1 and self.local_rank > 0:
-            dist.barrier()
+        if self.local_rank > 0:
+            self.any(False)  # returns when the first ones have come to theirs
         yield
-        if self.size > 1 and self.local_rank == 0:
-            dist.barrier()
+        if self.local_rank == 0:
+            self.any(False)
 
     def seed_apart(self, seed: int) -> None:
         """Seed torch anew where this is not the main process: no two may draw the same numbers."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -208,16 +208,19 @@ def _footprint_of(launch: Launch, target: GPUTarget, instructions: bool) -> Foot
     return footprint(compile_launch(launch, target), instructions=instructions)
 
 
+def compilers() -> ProcessPoolExecutor:
+    """Start one process a core to compile in; a context manager."""
+    # Spawned, not forked: torch has threads by now.
+    return ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn"))
+
+
 def footprints(
-    launches: Iterable[Launch], target: GPUTarget, *, instructions: bool = False
+    launches: Iterable[Launch], target: GPUTarget, pool: Executor, *, instructions: bool = False
 ) -> Iterator[tuple[Launch, Footprint]]:
-    """Compile the launches, one process a core, and yield each, in order, with its footprint."""
+    """Compile the launches in a pool and yield each, in order, with its footprint."""
     launches = list(launches)
     measure = partial(_footprint_of, target=target, instructions=instructions)
-    # Spawned, not forked: torch has threads by now.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(launches)), context) as pool:
-        yield from zip(launches, pool.map(measure, launches), strict=True)
+    yield from zip(launches, pool.map(measure, launches), strict=True)
 
 
 def main() -> int:
@@ -237,12 +240,13 @@ def main() -> int:
     for shape_name, shape in SHAPES.items():
         for launch in record_launches(shape, getattr(torch, arguments.dtype), target):
             found.setdefault(launch, shape_name)
-    for launch, cost in footprints(found, gpu, instructions=True):
-        print(
-            f"{found[launch]:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
-            f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{cost.instructions:13}",
-            flush=True,
-        )
+    with compilers() as pool:
+        for launch, cost in footprints(found, gpu, pool, instructions=True):
+            print(
+                f"{found[launch]:14}{launch.name:28}{dict(launch.options)['num_warps']:6}"
+                f"{cost.registers:10}{cost.stack:6}{cost.shared_memory:8}{cost.instructions:13}",
+                flush=True,
+            )
     return 0
 
 

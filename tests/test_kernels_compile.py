@@ -34,10 +34,13 @@ MODULES = (_primitives, capsule_routing, dynamic_routing, prediction_vectors, sq
 FP32 = torch.float32
 
 
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path, monkeypatch):
-    """Compile anew, whatever earlier versions have left in the user's cache."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """Compile each launch once, and anew: whatever earlier versions have left in a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with compile_report.compilers() as pool:
+            yield pool
 
 
 def launches(target_name, dtypes, *, shapes=tuple(SHAPES), **options):
@@ -52,9 +55,9 @@ def launches(target_name, dtypes, *, shapes=tuple(SHAPES), **options):
     return list(found)
 
 
-def assert_compiles(target_name, found):
+def assert_compiles(target_name, found, pool):
     gpu, target = TARGETS[target_name]
-    for launch, cost in compile_report.footprints(found, gpu):
+    for launch, cost in compile_report.footprints(found, gpu, pool):
         what = f"{launch.name} on {target_name}: {cost}, {launch}"
         if "*fp64" not in dict(launch.signature).values():
             assert cost.stack == 0, f"spills: {what}"
@@ -63,21 +66,21 @@ def assert_compiles(target_name, found):
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
-def test_named_shapes_compile(target_name):
-    assert_compiles(target_name, launches(target_name, [FP32]))
+def test_named_shapes_compile(pool, target_name):
+    assert_compiles(target_name, launches(target_name, [FP32]), pool)
 
 
 @pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
-def test_float64_and_half_precision_compile(target_name):
+def test_float64_and_half_precision_compile(pool, target_name):
     found = launches(target_name, [torch.float64, torch.bfloat16], shapes=["MNIST"])
-    assert_compiles(target_name, found)
+    assert_compiles(target_name, found, pool)
 
 
-def test_named_shapes_compile_in_half_precision():
-    assert_compiles("sm90", launches("sm90", [torch.bfloat16]))
+def test_named_shapes_compile_in_half_precision(pool):
+    assert_compiles("sm90", launches("sm90", [torch.bfloat16]), pool)
 
 
-def test_named_shapes_compile_with_one_tf32_product():
+def test_named_shapes_compile_with_one_tf32_product(pool):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -86,25 +89,25 @@ def test_named_shapes_compile_with_one_tf32_product():
         torch.set_float32_matmul_precision(before)
     is_tf32 = [launch for launch in found if dict(launch.constants).get("PRECISION") == "tf32"]
     assert {launch.name for launch in is_tf32} > {"_routing_fwd_kernel", "_routing_bwd_kernel"}
-    assert_compiles("sm90", is_tf32)
+    assert_compiles("sm90", is_tf32, pool)
 
 
-def test_every_mode_compiles():
+def test_every_mode_compiles(pool):
     found = {}
     for iterations, *flags in product((1, 2, 3), *[(False, True)] * 3):
         modes = dict(zip(("with_prior", "with_coupling", "full"), flags, strict=True))
         of_mode = launches("sm90", [FP32], shapes=["MNIST"], iterations=iterations, **modes)
         found |= dict.fromkeys(of_mode)
-    assert_compiles("sm90", list(found))
+    assert_compiles("sm90", list(found), pool)
 
 
-def test_extents_of_one_compile():
+def test_extents_of_one_compile(pool):
     """Triton makes an argument of 1 a constant, which not every operation on a tensor takes."""
     _, target = TARGETS["sm90"]
     found = compile_report.record_launches(
         (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_coupling=True
     )
-    assert_compiles("sm90", found)
+    assert_compiles("sm90", found, pool)
 
 
 def test_no_jit_function_is_forgotten():
@@ -130,7 +133,7 @@ def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
     monkeypatch.setattr(compile_report, "SHAPES", {"tiny": SHAPES["tiny"]})
     footprint = compile_report.Footprint(42, 0, 1024, 777)
     monkeypatch.setattr(
-        compile_report, "footprints", lambda found, _, **__: ((one, footprint) for one in found)
+        compile_report, "footprints", lambda found, *_, **__: ((one, footprint) for one in found)
     )
     assert compile_report.main() == 0
     lines = capsys.readouterr().out.splitlines()
@@ -139,7 +142,8 @@ def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
-def test_footprint_is_read_off_the_compiled_kernel(target_name):
+def test_footprint_is_read_off_the_compiled_kernel(target_name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     gpu, target = TARGETS[target_name]
     launch = next(iter(launches(target_name, [FP32], shapes=["tiny"])))
     compiled = compile_report.compile_launch(launch, gpu)

@@ -63,12 +63,13 @@ def dot(a, b, PRECISION: tl.constexpr):
 def _length_and_direction(s):
     """Length (ROWS, 1) and unit vector (ROWS, BLOCK_D) of each row; a zero row has direction 0.
 
-    Rows are divided by their largest component first, so that no square overflows or vanishes.
+    Rows are divided by their largest component first, so that no square overflows or vanishes. The
+    maximum passes over NaN, so it is the root that has to carry it to the other components.
     """
     peak = tl.max(tl.abs(s), axis=1)[:, None]
     scaled = s / tl.where(peak > 0, peak, 1.0)
     root = tl.sqrt(tl.sum(scaled * scaled, axis=1))[:, None]
-    root = tl.where(peak > 0, root, 1.0)
+    root = tl.where(root == 0, 1.0, root)
     return peak * root, scaled / root
 
 

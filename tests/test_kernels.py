@@ -6,8 +6,6 @@ kernels run, and that no bit depends on layout or batch.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -358,35 +356,6 @@ def test_every_launch_is_made_on_the_tensors_device(device, monkeypatch, module)
     else:
         run_routing(module, routing_inputs(module, SHAPE, device))
     assert entered and entered[-1] is None
-
-
-FAR_APART = """
-import sys, torch
-from tritoncaps import kernels
-stride = 2**30 + 16
-storage = torch.from_file(sys.argv[1], shared=True, size=2 * stride + 64, dtype=torch.float16)
-u = storage.as_strided((3, 2, 2), (stride, 2, 1))
-u.copy_(torch.arange(12).view(3, 2, 2) / 8)
-weight = torch.ones(2, 2, 2, 2, dtype=torch.float16)
-near, far = (kernels.capsule_routing_fwd(x, weight, None, 2, False)[0] for x in (u.clone(), u))
-assert torch.equal(near, far)
-near, far = (kernels.prediction_vectors_fwd(x, weight) for x in (u.clone(), u))
-assert torch.equal(near, far)
-rows = storage.as_strided((3, 4), (stride, 1))
-assert torch.equal(kernels.squash_fwd(rows.clone()), kernels.squash_fwd(rows))
-votes = storage.as_strided((3, 1, 2, 2), (stride, 4, 2, 1))
-near, far = (kernels.dynamic_routing_fwd(x, None, 2, False)[0] for x in (votes.clone(), votes))
-assert torch.equal(near, far)
-"""
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="maps a sparse file as a tensor of a CPU")
-def test_offsets_past_two_to_the_31_elements(tmp_path):
-    """In a process of its own: an offset that wraps around ends it with a segmentation fault."""
-    path = tmp_path / "sparse"
-    with path.open("wb") as file:
-        file.truncate(2 * (2 * (2**30 + 16) + 64))
-    subprocess.run([sys.executable, "-c", FAR_APART, str(path)], check=True)
 
 
 @triton.jit

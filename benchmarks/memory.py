@@ -95,10 +95,10 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
     """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
 
     The saved sums are r times as large as v, and the backward keeps V and ds of each iteration
-    too. Beyond it the torch path has u with the batch last and a few buffers of one chunk, and in
-    the backward both gradients, that of u also with the batch last; for a batch of up to P it has
-    û, no larger than the weight, and its gradient. The kernels have at most 16 slots of each kind,
-    and 2·(r − 1) values of each pair of image and input capsule.
+    too. To it and to the gradients of u and the weight the torch path adds u and its gradient with
+    the batch last and a few buffers of one chunk; for a batch of up to P instead û or its gradient,
+    which is no larger than the weight. The kernels add at most 16 slots of each kind, and 2·(r − 1)
+    values of each pair of image and input capsule.
     """
     size, r = _bytes_of(case), case.iterations
     forward = phase == "forward"
@@ -109,13 +109,10 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
         pairs = 0 if forward else 2 * (r - 1) * size["u"] // case.shape.P
         return saved + gradients_ + slots + pairs
     if case.B <= case.shape.P:
-        whole = size["u_hat"] if forward else size["u_hat"] + size["u"]
-        widest = size["u_hat"]
-    else:
-        whole = size["u"] if forward else 2 * size["u"]
-        widest = size["u"] * case.shape.J
-    chunk = min(_torch_path._chunk_bytes(device), widest)
-    return saved + gradients_ + whole + (2 if forward else 4) * chunk
+        return saved + gradients_ + size["u_hat"] + (0 if forward else size["u"])
+    chunk = min(_torch_path._chunk_bytes(device), size["u"] * case.shape.J)
+    buffers = (2 if forward else 4) * chunk
+    return saved + gradients_ + (1 if forward else 2) * size["u"] + buffers
 
 
 def peaks(cases: list[Case], rival: str, device: torch.device, phase: str = "both") -> list[int]:

@@ -137,10 +137,18 @@ def _memory_grid_tables(rows: list[Row]) -> list[str]:
             for phase in ("forward", "both"):
                 group = [row for row in cell if row["phase"] == phase]
                 peaks, formulas = _by_rival(group, "peak_bytes"), _by_rival(group, "formula_bytes")
-                values = (peaks.get("eager"), peaks.get(_own(peaks)), *formulas.values())
-                figures += ["" if value is None else quantity(value, "B") for value in values]
+                own = _own(formulas)
+                figures += [_peak(peaks.get("eager")), _peak(peaks.get(own))]
+                figures.append(_peak(formulas.get(own)))
             lines.append([f"{I}", f"{J}", *figures])
         columns = ["einsum", "tritoncaps", "formula"]
         names = [f"{phase}: {name}" for phase in ("forward", "with backward") for name in columns]
         tables.append(f"Batch {B}:\n\n{_table(['I', 'J', 'û alone', *names], lines)}")
     return tables
+
+
+def _peak(value: float | None) -> str:
+    """Write a size; the kernel, which counts pages in batches, cannot tell one under 1 MB."""
+    if value is None:
+        return ""
+    return quantity(value, "B") if value >= 1e6 else "< 1 MB"

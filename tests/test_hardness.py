@@ -13,6 +13,7 @@ from agreement import assert_agrees, gradients, round_once
 
 from tritoncaps import ops, reference
 from tritoncaps._operators import INTERPRETED
+from tritoncaps.models import CapsNet, DeepCapsNet
 
 OPS = ("squash", "prediction_vectors", "dynamic_routing", "capsule_routing", "margin_loss")
 ROUTINGS = ("dynamic_routing", "capsule_routing")
@@ -22,7 +23,7 @@ SHARED = ("grad of input 1", "grad of input 2")  # by all images: the weight, th
 BATCHES = (2,) if INTERPRETED else (3, 6)
 SIZES = (3, 2, 3, 2) if INTERPRETED else (7, 4, 3, 5)  # I, P, J, D
 J = SIZES[2]
-MANY = 6 if INTERPRETED else 50  # iterations
+MANY = 4 if INTERPRETED else 50  # iterations
 
 # Interpreted, tests/test_kernels.py has float64.
 DTYPES = (torch.float32,) if INTERPRETED else ALL_DTYPES
@@ -314,6 +315,21 @@ def test_a_bad_image_reaches_its_own_gradient_through_the_loss(device):
     (grad,) = torch.autograd.grad(loss.sum(), u)
     assert grad[1].isnan().all()
     assert grad[::2].isfinite().all()
+
+
+@pytest.mark.parametrize(("network", "channels"), [(CapsNet, 4), (DeepCapsNet, (4, 4))])
+def test_a_bad_image_stays_alone_in_a_network(device, network, channels):
+    torch.manual_seed(0)
+    model = (
+        network(channels=channels, capsule_types=1, image_size=20, num_classes=3).to(device).eval()
+    )
+    images = torch.rand(3, 1, 20, 20, device=device)
+    spoilt = images.clone()
+    spoilt[1, 0, 5, 5] = float("nan")
+    with torch.no_grad():
+        for result, expected in zip(model(spoilt), model(images), strict=True):
+            assert result[1].isnan().any()
+            assert torch.equal(result[::2], expected[::2])
 
 
 # The same bits again ------------------------------------------------------------------------------

@@ -350,10 +350,12 @@ REPEATED = [(9, 2, 3, 2)] if INTERPRETED else [(67, 4, 10, 16), (33, 8, 5, 7), (
 @pytest.mark.parametrize("dtype", TWO_DTYPES)
 @pytest.mark.parametrize("sizes", REPEATED, ids=str)
 @every_case_of(OPS)
-def test_a_call_is_repeated_bit_for_bit(device, name, B, with_prior, sizes, dtype):
+def test_a_call_is_repeated_bit_for_bit(device, monkeypatch, name, B, with_prior, sizes, dtype):
     """Also where torch refuses what is not deterministic and fills memory that is not written."""
     inputs = [t.to(dtype).to(device) for t in inputs_of(name, B, with_prior, sizes)]
     call = call_of(ops, name)
+    # Without it torch refuses cuBLAS.
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = evaluate(call, inputs), evaluate(call, inputs)
     with deterministic():
         third = evaluate(call, inputs)

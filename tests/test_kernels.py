@@ -377,6 +377,28 @@ def test_three_tf32_products_make_float32(device):
     assert (product - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * scale
 
 
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, product_ptr, PRECISION: tl.constexpr, N: tl.constexpr):
+    offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(product_ptr + offsets, dot(a, b, PRECISION))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
+def test_no_rounding_makes_a_number_of_nan(device, precision, bits):
+    """Arithmetic on an NVIDIA GPU makes NaN of all ones, to which one cannot add as to a number."""
+    a, b = (random(16, 16, dtype=torch.float32, seed=seed).to(device) for seed in (0, 1))
+    for operand, lost in ((a, (3, slice(None))), (b, (slice(None), 3))):
+        product = torch.empty_like(a)
+        kept = operand[3, 3].clone()
+        operand.view(torch.int32)[3, 3] = bits
+        _product_kernel[(1,)](a, b, product, precision, N=16)
+        assert product[lost].isnan().all()
+        operand[3, 3] = kept
+
+
 @given(
     I=st.integers(1, 5000),
     P=st.integers(1, 64),

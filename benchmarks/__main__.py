@@ -5,7 +5,7 @@
     python -m benchmarks all --quick             # does it all still run? under two minutes
     python -m benchmarks gpu --output results    # everything on a GPU, in under eight minutes
     python -m benchmarks plot                    # draw the results
-    python -m benchmarks table [--check]         # write them into the README, or compare
+    python -m benchmarks table [--check]         # write them into the pages, or compare
 
 What each figure means is in benchmarks/README.md.
 """
@@ -27,12 +27,21 @@ BENCHMARKS = {
     "check": operators.run_check,
     "ops": operators.run_ops,
     "memory": memory.run_memory,
+    "memory-grid": memory.run_memory_grid,
     "step": step.run_step,
     "scaling": scaling.run_scaling,
     "launch": launch.run_launch,
 }
 # Seconds of each part of `gpu`, after which it begins nothing new; 30 more and it is stopped.
-GPU_SECONDS = {"check": 80, "ops": 120, "memory": 20, "step": 50, "scaling": 45, "launch": 80}
+GPU_SECONDS = {
+    "check": 80,
+    "ops": 120,
+    "memory": 20,
+    "memory-grid": 15,
+    "step": 50,
+    "scaling": 45,
+    "launch": 80,
+}
 GPU_TOTAL = 470
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "plot":
         return run_plot(args.directories)
     if args.command == "table":
-        return run_table(args.results, args.readme, args.check)
+        blocks = {
+            args.readme: tables.readme_block(args.results),
+            args.memory_page: tables.memory_block(args.results),
+        }
+        return max(run_table(page, block, args.check) for page, block in blocks.items())
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device("cuda" if args.command == "gpu" else args.device)
@@ -86,9 +99,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     plot.add_argument(
         "directories", nargs="*", type=Path, help="default: all in benchmarks/results"
     )
-    table = commands.add_parser("table", help="Write the results into the README.")
+    table = commands.add_parser("table", help="Write the results into README and docs/memory.md.")
     table.add_argument("--check", action="store_true", help="compare; exit with 1 if they differ")
     table.add_argument("--readme", type=Path, default=tables.README)
+    table.add_argument("--memory-page", type=Path, default=tables.MEMORY_PAGE)
     table.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -154,13 +168,13 @@ def run_plot(directories: list[Path]) -> int:
     return 0
 
 
-def run_table(results: Path, readme: Path, check: bool) -> int:
-    text = readme.read_text(encoding="utf-8")
-    updated = tables.replace_block(text, tables.readme_block(results))
+def run_table(page: Path, block: str, check: bool) -> int:
+    text = page.read_text(encoding="utf-8")
+    updated = tables.replace_block(text, block)
     if not check:
-        readme.write_text(updated, encoding="utf-8")
+        page.write_text(updated, encoding="utf-8")
     elif updated != text:
-        print(f"{readme}: the tables differ from {results}; run `python -m benchmarks table`")
+        print(f"{page}: the tables differ from the results; run `python -m benchmarks table`")
         return 1
     return 0
 

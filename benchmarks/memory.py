@@ -1,4 +1,4 @@
-"""Peak memory of forward + backward: by how much a call raises it over its inputs.
+"""Peak memory of the routing: by how much a call raises it over its inputs.
 
 On a GPU the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU the kernel
 does: the peak of a process's resident memory (VmHWM), which sees everything a machine has to have,
@@ -16,11 +16,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.cases import SHAPES, Case, batch_size
+from benchmarks.cases import SHAPES, Case, Shape, batch_size
 from benchmarks.oracle import gradients
 from benchmarks.report import NO_TIME, Row
-from benchmarks.rivals import op_rival, rival_names
+from benchmarks.rivals import op_rival, ours, rival_names
 from benchmarks.session import Session, axes, reason
+from tritoncaps import _torch_path
 
 _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS = Path("/proc/self/status")
@@ -49,17 +50,82 @@ def run_memory(session: Session) -> None:
             session.report.add([row], "rival")
 
 
-def peaks(cases: list[Case], rival: str, device: torch.device) -> list[int]:
+def run_memory_grid(session: Session) -> None:
+    """Measure how the peaks of the routing grow with I and J, forward alone and with backward."""
+    cases = grid(session.quick)
+    for rival in ("eager", ours(session.device)):
+        for phase in ("forward", "both"):
+            rows: list[Row] = [
+                {"case": str(case), **axes(case), "phase": phase, "rival": rival} for case in cases
+            ]
+            found: list[Row] = [NO_TIME] * len(cases)
+            if not session.is_over():
+                try:
+                    measured = peaks(cases, rival, session.device, phase)
+                    found = [{"peak_bytes": peak} for peak in measured]
+                except Exception as error:  # it may need more than the machine has
+                    found = [{"left_out": reason(error)}] * len(cases)
+            for row, case, figures in zip(rows, cases, found, strict=True):
+                row |= {"u_hat_bytes": _bytes_of(case)["u_hat"], **figures}
+                if rival != "eager":
+                    row["formula_bytes"] = formula_bytes(case, rival, phase, session.device)
+            session.report.add(rows, "I", "J", "B", "phase", "rival")
+
+
+def grid(quick: bool) -> list[Case]:
+    """List the routings of the grid: input and output capsules around MNIST's, two batches."""
+    sizes, P, D = (((32, 64), (2, 4)), 4, 4) if quick else (((288, 1152, 4608), (10, 40)), 8, 16)
+    return [
+        Case("capsule_routing", Shape(I, P, J, D), B)
+        for B in (64, 1)
+        for I in sizes[0]
+        for J in sizes[1]
+    ]
+
+
+def _bytes_of(case: Case) -> dict[str, int]:
+    """Sizes of the tensors of a routing, in the type that its sums are added up in."""
+    (I, P, J, D), B = case.shape, case.B
+    values = {"u": B * I * P, "weight": I * P * J * D, "u_hat": B * I * J * D, "v": B * J * D}
+    width = _torch_path.accumulation_dtype(case.dtype).itemsize
+    return {name: count * width for name, count in values.items()}
+
+
+def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
+    """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
+
+    The saved sums are r times as large as v, and the backward keeps V and ds of each iteration
+    too. To it and to the gradients of u and the weight the torch path adds u and its gradient with
+    the batch last and a few buffers of one chunk; for a batch of up to P instead û or its gradient,
+    which is no larger than the weight. The kernels add at most 16 slots of each kind, and 2·(r − 1)
+    values of each pair of image and input capsule.
+    """
+    size, r = _bytes_of(case), case.iterations
+    forward = phase == "forward"
+    saved = (r if forward else 3 * r) * size["v"]
+    gradients_ = 0 if forward else size["u"] + size["weight"]
+    if rival == "triton":
+        slots = (3 if forward else 4) * 16 * size["v"]
+        pairs = 0 if forward else 2 * (r - 1) * size["u"] // case.shape.P
+        return saved + gradients_ + slots + pairs
+    if case.B <= case.shape.P:
+        return saved + gradients_ + size["u_hat"] + (0 if forward else size["u"])
+    chunk = min(_torch_path._chunk_bytes(device), size["u"] * case.shape.J)
+    buffers = (2 if forward else 4) * chunk
+    return saved + gradients_ + (1 if forward else 2) * size["u"] + buffers
+
+
+def peaks(cases: list[Case], rival: str, device: torch.device, phase: str = "both") -> list[int]:
     """Measure cases in one process: bytes beyond what is in use before the call.
 
-    The gradients count, the inputs do not.
+    The gradients count, the inputs do not. The phase is "both", or "forward" without gradients.
 
     Raises:
         OSError: a CPU without Linux's /proc.
         BrokenExecutor: the process was killed, as happens where memory runs out.
     """
     if device.type == "cuda":
-        return [_peak(case, rival, device) for case in cases]
+        return [_peak(case, rival, device, phase) for case in cases]
     if not _STATUS.exists():
         raise OSError("the peak of a process is read from /proc, which this system does not have")
     threads = torch.get_num_threads()
@@ -67,20 +133,28 @@ def peaks(cases: list[Case], rival: str, device: torch.device) -> list[int]:
         mock.patch.dict(os.environ, _RETURN_AT_ONCE),
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
     ):
-        return pool.submit(_peaks_of_this_process, cases, rival, threads).result()
+        return pool.submit(_peaks_of_this_process, cases, rival, threads, phase).result()
 
 
-def _peaks_of_this_process(cases: list[Case], rival: str, threads: int) -> list[int]:
+def _peaks_of_this_process(cases: list[Case], rival: str, threads: int, phase: str) -> list[int]:
     torch.set_num_threads(threads)
-    return [_peak(case, rival, torch.device("cpu")) for case in cases]
+    return [_peak(case, rival, torch.device("cpu"), phase) for case in cases]
 
 
-def _peak(case: Case, rival: str, device: torch.device) -> int:
+def _peak(case: Case, rival: str, device: torch.device, phase: str) -> int:
     arguments, grad = case.arguments(device), case.output_gradient(device)
     function = op_rival(rival, case, device)
-    gradients(function, arguments, grad)  # loads libraries, compiles
+
+    def call() -> None:
+        if phase == "both":
+            gradients(function, arguments, grad)
+        else:
+            with torch.no_grad():
+                function(**arguments)
+
+    call()  # loads libraries, compiles
     before = _start(device)
-    gradients(function, arguments, grad)
+    call()
     # What is smaller than the kernel's bookkeeping of pages may come out negative.
     return max(0, _highest(device) - before)
 

@@ -1,4 +1,4 @@
-"""The tables of the project's README, made from the results in JSON."""
+"""The tables of the project's README and of docs/memory.md, made from the results in JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.report import Row, load_results, machine, quantity, seconds
 
 README = Path(__file__).parent.parent / "README.md"
+MEMORY_PAGE = README.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
@@ -13,6 +14,17 @@ def readme_block(results: Path) -> str:
     """Write the tables of all devices, with the markers."""
     devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
     parts = [_device_tables(device) for device in devices if device]
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def memory_block(results: Path) -> str:
+    """Write the tables of docs/memory.md for all devices, with the markers."""
+    devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    parts = []
+    for device in devices:
+        if "memory-grid" in device:
+            data = device["memory-grid"]
+            parts += [_origin([data]), *_memory_grid_tables(data["rows"])]
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -29,12 +41,7 @@ def replace_block(text: str, block: str) -> str:
 
 
 def _device_tables(device: dict[str, Any]) -> str:
-    environment = next(iter(device.values()))["environment"]
-    commits = sorted({str(data["environment"]["commit"]) for data in device.values()})
-    tables = [
-        f"**{machine(environment)}** (torch {environment['torch']}, "
-        f"commit {' and '.join(commits)}, {environment['date']})"
-    ]
+    tables = [_origin([data for name, data in device.items() if name != "memory-grid"])]
     if "ops" in device:
         tables.append(_ops_table(device["ops"]["rows"]))
     if "step" in device:
@@ -42,6 +49,16 @@ def _device_tables(device: dict[str, Any]) -> str:
     if "memory" in device:
         tables.append(_memory_table(device["memory"]["rows"]))
     return "\n\n".join(tables)
+
+
+def _origin(results: list[dict[str, Any]]) -> str:
+    """Say where figures come from."""
+    environment = results[0]["environment"]
+    commits = sorted({str(data["environment"]["commit"]) for data in results})
+    return (
+        f"**{machine(environment)}** (torch {environment['torch']}, "
+        f"commit {' and '.join(commits)}, {environment['date']})"
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -107,3 +124,31 @@ def _memory_table(rows: list[Row]) -> str:
         lines.append([name, quantity(group[0]["u_hat_bytes"], "B"), *cells])
     header = ["Peak of forward + backward", "û alone", "einsum", "compiled einsum", "tritoncaps"]
     return _table(header, lines)
+
+
+def _memory_grid_tables(rows: list[Row]) -> list[str]:
+    tables = []
+    for B in dict.fromkeys(row["B"] for row in rows):
+        lines = []
+        own_rows = [row for row in rows if row["B"] == B]
+        for I, J in dict.fromkeys((row["I"], row["J"]) for row in own_rows):
+            cell = [row for row in own_rows if (row["I"], row["J"]) == (I, J)]
+            figures = [quantity(cell[0]["u_hat_bytes"], "B")]
+            for phase in ("forward", "both"):
+                group = [row for row in cell if row["phase"] == phase]
+                peaks, formulas = _by_rival(group, "peak_bytes"), _by_rival(group, "formula_bytes")
+                own = _own(formulas)
+                figures += [_peak(peaks.get("eager")), _peak(peaks.get(own))]
+                figures.append(_peak(formulas.get(own)))
+            lines.append([f"{I}", f"{J}", *figures])
+        columns = ["einsum", "tritoncaps", "formula"]
+        names = [f"{phase}: {name}" for phase in ("forward", "with backward") for name in columns]
+        tables.append(f"Batch {B}:\n\n{_table(['I', 'J', 'û alone', *names], lines)}")
+    return tables
+
+
+def _peak(value: float | None) -> str:
+    """Write a size; the kernel, which counts pages in batches, cannot tell one under 1 MB."""
+    if value is None:
+        return ""
+    return quantity(value, "B") if value >= 1e6 else "< 1 MB"

@@ -36,6 +36,15 @@ def _round_to_tf32(x):
 
 
 @triton.jit
+def _tf32_operand(x):
+    """Round an operand of one TF32 product, but for NaN.
+
+    An NVIDIA GPU makes NaN of all ones, which the rounding would carry over the sign, to -0.
+    """
+    return tl.where(x == x, _round_to_tf32(x), x)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a @ b in the type of its operands.
 
@@ -44,7 +53,8 @@ def dot(a, b, PRECISION: tl.constexpr):
 
     "tf32x3" is float32 by three TF32 products: with a = a₀ + a₁ and a₀ in TF32, a₁ fits too but for
     its last bit, and only a₁ b₁, at most 2⁻²² of a b, is left out. It is spelled out here because
-    it takes three instructions a value, a third of what Triton's own splitting takes.
+    it takes three instructions a value, a third of what Triton's own splitting takes. Of NaN, a₁ is
+    NaN whatever a₀ is.
     """
     if PRECISION == "tf32x3":
         a_high = _round_to_tf32(a)
@@ -53,7 +63,7 @@ def dot(a, b, PRECISION: tl.constexpr):
         product = tl.dot(a_high, b - b_high, acc=product, input_precision="tf32")
         product = tl.dot(a_high, b_high, acc=product, input_precision="tf32")
     elif PRECISION == "tf32":
-        product = tl.dot(_round_to_tf32(a), _round_to_tf32(b), input_precision="tf32")
+        product = tl.dot(_tf32_operand(a), _tf32_operand(b), input_precision="tf32")
     else:
         product = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
     return product
@@ -63,12 +73,13 @@ def dot(a, b, PRECISION: tl.constexpr):
 def _length_and_direction(s):
     """Length (ROWS, 1) and unit vector (ROWS, BLOCK_D) of each row; a zero row has direction 0.
 
-    Rows are divided by their largest component first, so that no square overflows or vanishes.
+    Rows are divided by their largest component first, so that no square overflows or vanishes. The
+    maximum passes over NaN, so it is the root that has to carry it to the other components.
     """
     peak = tl.max(tl.abs(s), axis=1)[:, None]
     scaled = s / tl.where(peak > 0, peak, 1.0)
     root = tl.sqrt(tl.sum(scaled * scaled, axis=1))[:, None]
-    root = tl.where(peak > 0, root, 1.0)
+    root = tl.where(root == 0, 1.0, root)
     return peak * root, scaled / root
 
 

@@ -255,6 +255,8 @@ def test_peaks_show_who_stores_the_prediction_vectors() -> None:
     grad_bytes = 4 * (64 * 1152 * 8 + 1152 * 8 * 16 * 16)
     (eager,) = memory.peaks([case], "eager", CPU)
     assert eager > 2 * u_hat_bytes
+    (forward,) = memory.peaks([case], rivals.ours(CPU), CPU, "forward")
+    assert forward < u_hat_bytes / 3
     small = Case("capsule_routing", Shape(10, 8, 16, 16), B=4)
     own, little = memory.peaks([case, small], rivals.ours(CPU), CPU)
     assert grad_bytes < own < u_hat_bytes
@@ -281,7 +283,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "measure_ceilings", lambda device, clock, names: ceilings)
     monkeypatch.setattr(scaling, "swept_case", toy_point)
     monkeypatch.setattr(memory, "rival_names", lambda op, device: ["eager"])
-    monkeypatch.setattr(memory, "peaks", lambda cases, rival, device: [100] * len(cases))
+    monkeypatch.setattr(memory, "peaks", lambda cases, *_: [100] * len(cases))
     monkeypatch.setattr(step, "train_images", lambda B, device: toy_images(2))
 
 
@@ -357,6 +359,36 @@ def test_memory_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("toy")
+def test_memory_grid_command(tmp_path: Path) -> None:
+    status, data = run("memory-grid", tmp_path)
+    assert status == 0
+    check_schema(data, "memory-grid")
+    own = rivals.ours(CPU)
+    measured = {(r["I"], r["J"], r["B"], r["phase"], r["rival"]) for r in data["rows"]}
+    assert len(measured) == len(data["rows"]) == 2 * 2 * 2 * 2 * 2
+    for row in data["rows"]:
+        assert row["peak_bytes"] == 100
+        assert row["u_hat_bytes"] == 4 * row["B"] * row["I"] * row["J"] * row["D"]
+        assert ("formula_bytes" in row) == (row["rival"] == own)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_grid_that_does_not_fit_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peaks(cases: list[Case], rival: str, *_: Any) -> list[int]:
+        if rival == "eager":
+            raise MemoryError("the process was killed")
+        return [100] * len(cases)
+
+    monkeypatch.setattr(memory, "peaks", peaks)
+    status, data = run("memory-grid", tmp_path)
+    assert status == 1
+    for row in data["rows"]:
+        killed = row["rival"] == "eager"
+        assert row.get("left_out", "").startswith("MemoryError") == killed
+        assert ("peak_bytes" in row) == (not killed)
+
+
+@pytest.mark.usefixtures("toy")
 def test_step_command(tmp_path: Path) -> None:
     status, data = run("step", tmp_path)
     assert status == 0
@@ -401,7 +433,7 @@ def test_a_wrong_rival_is_left_out_and_the_others_are_timed(
 
 
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize("command", ["check", "ops", "memory", "step", "scaling"])
+@pytest.mark.parametrize("command", ["check", "ops", "memory", "memory-grid", "step", "scaling"])
 def test_without_time_nothing_is_begun(command: str, tmp_path: Path) -> None:
     status, data = run(command, tmp_path, "--seconds", "0")
     assert status == 0
@@ -466,8 +498,9 @@ def test_all_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subprocess, "run", fake_run)
     assert command_line.run_all(CPU, tmp_path, quick=True, threads=None) == 1
-    assert [call[3] for call in calls] == ["check", "ops", "memory", "step", "scaling"]
-    assert limits == [None] * 5
+    names = [name for name in command_line.BENCHMARKS if name != "launch"]
+    assert [call[3] for call in calls] == names
+    assert limits == [None] * len(names)
     calls.clear(), limits.clear()
     command_line.run_all(torch.device("cuda"), tmp_path, quick=False, threads=None)
     assert [call[3] for call in calls] == [*command_line.BENCHMARKS]
@@ -545,7 +578,15 @@ def made_up_results(directory: Path) -> dict[str, dict[str, Any]]:
         for axis in "IJBr"
         for rival in ("eager", "torch path")
     ]
+    grid_rows = [
+        {**routing, "case": case, "phase": phase, "rival": rival, "u_hat_bytes": 47185920}
+        | ({"peak_bytes": 3.1e7, "formula_bytes": 3e7} if rival != "eager" else {"peak_bytes": 2e8})
+        for phase in ("forward", "both")
+        for rival in ("eager", "torch path")
+    ]
+    grid_rows[0] = {**grid_rows[0], "peak_bytes": 4096}
     rows = {"ops": ops_rows, "memory": memory_rows, "step": step_rows, "scaling": scaling_rows}
+    rows["memory-grid"] = grid_rows
     directory.mkdir()
     results = {}
     for benchmark, own in rows.items():
@@ -569,13 +610,34 @@ def test_the_table_shows_the_figures_of_the_results(tmp_path: Path) -> None:
     assert "commit abc" in block
 
 
-def test_the_table_command_writes_what_its_check_accepts(tmp_path: Path) -> None:
+def test_the_page_on_memory_shows_the_figures_of_the_grid(tmp_path: Path) -> None:
+    results = made_up_results(tmp_path / "slide-rule")
+    block = tables.memory_block(tmp_path)
+    assert "**Slide Rule, " in block
+    assert "Batch 64:" in block
+    assert (
+        "| 1152 | 10 | 47.2 MB | < 1 MB | 31.0 MB | 30.0 MB | 200 MB | 31.0 MB | 30.0 MB |" in block
+    )
+    # The README's line on where its figures come from does not name the commit of another page.
+    grid = results["memory-grid"]
+    grid["environment"] = {**grid["environment"], "commit": "xyz"}
+    (tmp_path / "slide-rule" / "memory-grid.json").write_text(json.dumps(grid))
+    assert "xyz" not in tables.readme_block(tmp_path)
+    assert "xyz" in tables.memory_block(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["readme", "memory-page"])
+def test_the_table_command_writes_what_its_check_accepts(tmp_path: Path, page: str) -> None:
     results = tmp_path / "results"
     results.mkdir()
     made_up_results(results / "slide-rule")
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n")
-    command = ["table", "--readme", str(readme), "--results", str(results)]
+    pages = {name: tmp_path / name for name in ("readme", "memory-page")}
+    command = ["table", "--results", str(results)]
+    for name, path in pages.items():
+        path.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n")
+        command += [f"--{name}", str(path)]
+    readme = pages[page]
+    figure = {"readme": "400 ms", "memory-page": "31.0 MB"}[page]
     assert command_line.main([*command, "--check"]) == 1
     assert "old" in readme.read_text()
     assert command_line.main(command) == 0
@@ -585,7 +647,8 @@ def test_the_table_command_writes_what_its_check_accepts(tmp_path: Path) -> None
     assert command_line.main([*command, "--check"]) == 0
     assert command_line.main(command) == 0
     assert readme.read_text() == written
-    readme.write_text(written.replace("400 ms", "401 ms", 1))
+    assert figure in written
+    readme.write_text(written.replace(figure, "401 ms", 1))
     assert command_line.main([*command, "--check"]) == 1
 
 

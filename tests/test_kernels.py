@@ -6,8 +6,6 @@ kernels run, and that no bit depends on layout or batch.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -360,35 +358,6 @@ def test_every_launch_is_made_on_the_tensors_device(device, monkeypatch, module)
     assert entered and entered[-1] is None
 
 
-FAR_APART = """
-import sys, torch
-from tritoncaps import kernels
-stride = 2**30 + 16
-storage = torch.from_file(sys.argv[1], shared=True, size=2 * stride + 64, dtype=torch.float16)
-u = storage.as_strided((3, 2, 2), (stride, 2, 1))
-u.copy_(torch.arange(12).view(3, 2, 2) / 8)
-weight = torch.ones(2, 2, 2, 2, dtype=torch.float16)
-near, far = (kernels.capsule_routing_fwd(x, weight, None, 2, False)[0] for x in (u.clone(), u))
-assert torch.equal(near, far)
-near, far = (kernels.prediction_vectors_fwd(x, weight) for x in (u.clone(), u))
-assert torch.equal(near, far)
-rows = storage.as_strided((3, 4), (stride, 1))
-assert torch.equal(kernels.squash_fwd(rows.clone()), kernels.squash_fwd(rows))
-votes = storage.as_strided((3, 1, 2, 2), (stride, 4, 2, 1))
-near, far = (kernels.dynamic_routing_fwd(x, None, 2, False)[0] for x in (votes.clone(), votes))
-assert torch.equal(near, far)
-"""
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="maps a sparse file as a tensor of a CPU")
-def test_offsets_past_two_to_the_31_elements(tmp_path):
-    """In a process of its own: an offset that wraps around ends it with a segmentation fault."""
-    path = tmp_path / "sparse"
-    with path.open("wb") as file:
-        file.truncate(2 * (2 * (2**30 + 16) + 64))
-    subprocess.run([sys.executable, "-c", FAR_APART, str(path)], check=True)
-
-
 @triton.jit
 def _tf32x3_kernel(a_ptr, b_ptr, product_ptr, high_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
@@ -406,6 +375,28 @@ def test_three_tf32_products_make_float32(device):
     exact = a.double() @ b.double()
     scale = (a.double().abs() @ b.double().abs()).max()
     assert (product - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * scale
+
+
+@triton.jit
+def _product_kernel(a_ptr, b_ptr, product_ptr, PRECISION: tl.constexpr, N: tl.constexpr):
+    offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(product_ptr + offsets, dot(a, b, PRECISION))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
+def test_no_rounding_makes_a_number_of_nan(device, precision, bits):
+    """Arithmetic on an NVIDIA GPU makes NaN of all ones, to which one cannot add as to a number."""
+    a, b = (random(16, 16, dtype=torch.float32, seed=seed).to(device) for seed in (0, 1))
+    for operand, lost in ((a, (3, slice(None))), (b, (slice(None), 3))):
+        product = torch.empty_like(a)
+        kept = operand[3, 3].clone()
+        operand.view(torch.int32)[3, 3] = bits
+        _product_kernel[(1,)](a, b, product, precision, N=16)
+        assert product[lost].isnan().all()
+        operand[3, 3] = kept
 
 
 @given(

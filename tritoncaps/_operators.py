@@ -38,9 +38,18 @@ def _kernels() -> ModuleType | None:
         raise
 
 
-@cache
+_said: dict[str, object] = {}
+
+
 def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    """Warn, but not again of the same: of threads that come at once, the first does."""
+    token = object()
+    if _said.setdefault(message, token) is token:
+        try:
+            warnings.warn(message, stacklevel=2)
+        except Warning:  # a filter makes it an error, which it then is every time
+            del _said[message]
+            raise
 
 
 def _run(function: str, tensor: Tensor, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: hypothesis profiles and the device."""
+"""Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
 
 import os
 
@@ -30,6 +30,29 @@ phases = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrin
 for _profile in ("dev", "ci", "nightly"):
     settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+# The cases that each fuzz test has tried.
+FUZZED = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register how long, and from which seed, tests/test_fuzz.py draws its cases."""
+    group = parser.getgroup("fuzzing")
+    group.addoption("--fuzz-seconds", type=float, default=2.0, help="for each fuzz test")
+    group.addoption("--fuzz-seed", type=int, default=0, help="the first seed of the cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to count."""
+    config.stash[FUZZED] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases were tried."""
+    if counts := terminalreporter.config.stash[FUZZED]:
+        terminalreporter.section("fuzzing")
+        for name, count in counts.items():
+            terminalreporter.line(f"{name}: {count:,} cases")
 
 
 @pytest.fixture

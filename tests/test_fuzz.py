@@ -131,7 +131,7 @@ class Array:
                 warnings.simplefilter("ignore")
                 return torch.empty(shape, dtype=self.dtype, device=self.device)
         if self.layout == "transposed":
-            tensor = self._buffer(shape[::-1]).permute(*range(len(shape))[::-1])
+            tensor = self._buffer(shape[::-1]).permute(tuple(range(len(shape))[::-1]))
         elif self.layout == "strided":
             tensor = self._buffer((*shape, 2))[..., 0]
         elif self.layout == "offset":

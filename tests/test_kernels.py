@@ -6,8 +6,10 @@ kernels run, and that no bit depends on layout or batch.
 """
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -435,6 +437,63 @@ def test_configurations_cover_the_capsules_and_fit(I, P, J, D, dtype, shared_mem
         covered = config.groups * config.block_i * tiles
         assert splits <= config.max_splits
         assert (splits - 1) * covered < I <= splits * covered
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "architecture"), [("cuda", 90, "sm90"), ("hip", "gfx942", "gfx942")]
+)
+def test_target_is_that_of_the_tensors_device(monkeypatch, backend, arch, architecture):
+    """Not of the current one: the architecture and the shared memory are asked for by index."""
+    current = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class Driver:
+        class utils:  # noqa: N801
+            @staticmethod
+            def get_device_properties(index):
+                return {"max_shared_mem": 1000 + index}
+
+        @staticmethod
+        def get_current_target():
+            assert current == [3]
+            return SimpleNamespace(backend=backend, arch=arch)
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver))
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3))
+    _launch._cuda_target.cache_clear()
+    try:
+        assert _launch.target_of(tensor) == _launch.Target(architecture, 1003)
+    finally:
+        _launch._cuda_target.cache_clear()
+
+
+@pytest.mark.parametrize(("num_warps", "registers"), [(4, 255), (8, 255), (16, 128), (32, 64)])
+def test_all_registers_may_be_used_on_nvidia(num_warps, registers):
+    config = _launch.Config(num_warps=num_warps, num_stages=2)
+    options = {"num_warps": num_warps, "num_stages": 2}
+    assert config.options(_launch.Target("gfx942", 65536)) == options
+    expected = options | {"maxnreg": registers}
+    assert config.options(_launch.Target("sm90", 232448)) == expected
+
+
+def test_a_table_named_in_the_environment_is_loaded_with_the_kernels(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"weight_gradient sm90 float32 I5 P4 J3 D2": {"block_i": 8}}))
+    code = "from tritoncaps.kernels import _launch; print(*_launch._table.values())"
+    environment = {**os.environ, "TRITONCAPS_LAUNCH_TABLE": str(path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'block_i': 8}"
 
 
 def test_precision_follows_torch():

@@ -34,7 +34,7 @@ from kernel_cases import (
     run_routing,
 )
 
-from tritoncaps import kernels
+from tritoncaps import kernels, reference
 from tritoncaps.kernels import _launch
 from tritoncaps.kernels._primitives import _round_to_tf32, dot
 
@@ -90,6 +90,22 @@ def test_shapes_of_several_blocks(device, name, shape):
     inputs = routing_inputs(name, shape, device)
     actual = run_routing(name, inputs, iterations=2)
     assert_exact(actual, exact_routing(name, inputs, iterations=2))
+
+
+@pytest.mark.parametrize("name", ["squash", "prediction_vectors"])
+def test_several_blocks_of_squash_and_prediction_vectors(device, name):
+    """More rows, columns and components than a program holds, both ways."""
+    shapes = {"squash": [(300, 5)], "prediction_vectors": [(33, 2, 34), (2, 34, 7, 5)]}[name]
+    leaves = [random(*shape).to(device).requires_grad_() for shape in shapes]
+    expected = getattr(reference, name)(*leaves)
+    grad = random(*expected.shape, seed=1).to(device)
+    exact = torch.autograd.grad(expected, leaves, grad)
+    forward, backward = (getattr(kernels, f"{name}_{way}") for way in ("fwd", "bwd"))
+    inputs = [leaf.detach() for leaf in leaves]
+    grads = backward(grad, *inputs)
+    results = [forward(*inputs), *(grads if isinstance(grads, tuple) else [grads])]
+    for result, exactly in zip(results, [expected.detach(), *exact], strict=True):
+        torch.testing.assert_close(result, exactly, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ROUTINGS)

@@ -334,9 +334,10 @@ def _check_claims(pickled: bytes) -> None:
 
     The restricted unpickler would call ``bytearray(10**10)`` or ``torch.Tensor(10**10)``.
     """
-    for operation, name, _ in pickletools.genops(pickled):
-        if operation.name == "GLOBAL" and name.endswith(("bytearray", "Tensor")):
-            raise pickle.UnpicklingError(f"it makes a {name.split()[-1]} of any size")
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = str(argument).rpartition(" ")[2] if operation.name == "GLOBAL" else ""
+        if name.endswith(("bytearray", "Tensor")):
+            raise pickle.UnpicklingError(f"it makes a {name} of any size")
 
 
 def _load_restricted(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:

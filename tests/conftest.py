@@ -29,6 +29,10 @@ settings.register_profile(
 phases = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
     settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)
+# The mutation check, tools/mutate.py, asks only whether anything fails.
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 # The cases that each fuzz test has tried.

@@ -9,11 +9,11 @@ ends the process is left in the file `case` of the test's temporary directory.
 
 import functools
 import gzip
+import hashlib
 import io
 import itertools
 import os
 import pickletools
-import resource
 import time
 import warnings
 import zipfile
@@ -466,6 +466,8 @@ def little_memory() -> Iterator[None]:
     if not Path("/proc/self/statm").exists():
         yield
         return
+    import resource  # which is where /proc is
+
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
@@ -722,8 +724,6 @@ class IdxCase:
 
 def test_idx_files(fuzz: Fuzz, tmp_path: Path) -> None:
     """Verified, the published content or an error; else what the files say, of any shape."""
-    import hashlib
-
     expected = make_set(6, height=4, width=3)
     contents = [
         idx_bytes(expected.images.squeeze(1)),

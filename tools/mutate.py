@@ -196,7 +196,7 @@ def prepare(folder: Path, interpreted: bool) -> None:
     os.environ |= {
         "PYTHONPATH": str(folder),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "HYPOTHESIS_PROFILE": "ci",
+        "HYPOTHESIS_PROFILE": "mutants",
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "1" if interpreted else "0",
     }

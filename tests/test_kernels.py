@@ -512,6 +512,26 @@ def test_a_table_named_in_the_environment_is_loaded_with_the_kernels(tmp_path):
     assert done.stdout.strip() == "{'block_i': 8}"
 
 
+@pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 64), (torch.float64, 32)])
+def test_the_widest_votes_that_a_grid_covers(dtype, block):
+    widest = 65535 * block
+    assert _launch.prediction_vectors_config(8, widest, 1, dtype).block_n == block
+    with pytest.raises(_launch.UnsupportedShape, match=f"J·D = {widest + 1} columns"):
+        _launch.prediction_vectors_config(8, widest + 1, 1, dtype)
+
+
+def test_the_forward_alone_fetches_ahead_where_the_buffers_fit():
+    def stages(shared_memory, backward):
+        target = _launch.Target("sm90", shared_memory)
+        return _launch.capsule_routing_config(
+            1152, 8, 10, 16, torch.float32, target, backward=backward
+        ).num_stages
+
+    buffer = 8 * 512 * 4  # eight warps with 512 float32 each
+    assert [stages(232448, backward) for backward in (False, True)] == [3, 1]
+    assert [stages(size, False) for size in (4 * buffer, 4 * buffer - 1)] == [3, 1]
+
+
 def test_precision_follows_torch():
     nvidia, amd = _launch.Target("sm90", 232448), _launch.Target("gfx942", 65536)
     assert _launch.dot_precision(torch.float64, nvidia) == "ieee"

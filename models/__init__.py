@@ -22,6 +22,7 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
     """Build a model by name; `kwargs` go to its class.
 
     Raises:
+        TypeError: the name is not a str.
         ValueError: no model has this name.
 
     Example:
@@ -29,6 +30,8 @@ def create_model(name: str, **kwargs: Any) -> nn.Module:
         >>> sum(p.numel() for p in model.parameters())
         7869200
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: name must be a str, got {type(name).__name__}")
     if name not in _MODELS:
         close = get_close_matches(name, _MODELS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

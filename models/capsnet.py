@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
-from tritoncaps._checks import check_floating, check_pair, shape_of
+from tritoncaps._checks import (
+    check_choice,
+    check_flag,
+    check_floating,
+    check_pair,
+    check_size,
+    shape_of,
+)
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -46,8 +53,8 @@ class CapsNet(nn.Module):
         reconstruction: build the decoder.
 
     Raises:
-        ValueError: the image is too small for the convolutions, and in `forward` images of
-            another shape.
+        TypeError, ValueError: an argument of the wrong kind or range, an image that is too small
+            for the convolutions, and in `forward` images of another kind or shape.
 
     Example:
         >>> import torch
@@ -71,6 +78,19 @@ class CapsNet(nn.Module):
         reconstruction: bool = True,
     ) -> None:
         super().__init__()
+        check_arguments(
+            "CapsNet",
+            {
+                "num_classes": num_classes,
+                "in_channels": in_channels,
+                "iterations": iterations,
+                "channels": channels,
+                "capsule_types": capsule_types,
+                "class_dim": class_dim,
+            },
+            gradient,
+            reconstruction,
+        )
         height, width = image_sides("CapsNet", image_size)
         self.image_shape = (in_channels, height, width)
         self.conv = relu_convolution(in_channels, channels, kernel_size=9)
@@ -112,6 +132,16 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
+
+
+def check_arguments(
+    model: str, sizes: dict[str, object], gradient: object, reconstruction: object
+) -> None:
+    """Raise for an argument of the wrong kind or range, by the name that the model gives it."""
+    for name, size in sizes.items():
+        check_size(model, name, size)
+    check_choice(model, "gradient", gradient, ("full", "last"))
+    check_flag(model, "reconstruction", reconstruction)
 
 
 def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from tritoncaps.layers import (
 )
 from tritoncaps.models.capsnet import (
     CapsuleOutput,
+    check_arguments,
     check_capsules,
     check_images,
     image_sides,
@@ -44,8 +45,8 @@ class DeepCapsNet(nn.Module):
         reconstruction: build the decoder.
 
     Raises:
-        ValueError: the image is too small for the convolutions, and in `forward` images of
-            another shape.
+        TypeError, ValueError: an argument of the wrong kind or range, an image that is too small
+            for the convolutions, and in `forward` images of another kind or shape.
 
     Example:
         >>> import torch
@@ -71,6 +72,21 @@ class DeepCapsNet(nn.Module):
         reconstruction: bool = True,
     ) -> None:
         super().__init__()
+        check_arguments(
+            "DeepCapsNet",
+            {
+                "num_classes": num_classes,
+                "in_channels": in_channels,
+                "hidden_capsules": hidden_capsules,
+                "hidden_dim": hidden_dim,
+                "primary_iterations": primary_iterations,
+                "secondary_iterations": secondary_iterations,
+                "capsule_types": capsule_types,
+                "class_dim": class_dim,
+            },
+            gradient,
+            reconstruction,
+        )
         height, width = image_sides("DeepCapsNet", image_size)
         check_pair("DeepCapsNet", "channels", channels, "two ints")
         self.image_shape = (in_channels, height, width)

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: hypothesis profiles and the device."""
+"""Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
 
 import os
 
@@ -29,7 +29,34 @@ settings.register_profile(
 phases = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
     settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)
+# The mutation check, tools/mutate.py, asks only whether anything fails.
+settings.register_profile(
+    "mutants", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
+
+# The cases that each fuzz test has tried.
+FUZZED = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register how long, and from which seed, tests/test_fuzz.py draws its cases."""
+    group = parser.getgroup("fuzzing")
+    group.addoption("--fuzz-seconds", type=float, default=2.0, help="for each fuzz test")
+    group.addoption("--fuzz-seed", type=int, default=0, help="the first seed of the cases")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to count."""
+    config.stash[FUZZED] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases were tried."""
+    if counts := terminalreporter.config.stash[FUZZED]:
+        terminalreporter.section("fuzzing")
+        for name, count in counts.items():
+            terminalreporter.line(f"{name}: {count:,} cases")
 
 
 @pytest.fixture

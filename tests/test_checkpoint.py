@@ -311,6 +311,40 @@ class TestForeignFiles:
             checkpoint.load(path)
         assert "weights_only" not in str(error.value)
 
+    def test_what_claims_more_than_there_is_is_not_unpacked(self, tmp_path: Path) -> None:
+        path = tmp_path / "last.pt"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("archive/data.pkl", bytes(1 << 24))
+        assert path.stat().st_size < 1 << 16
+        with (
+            mock.patch.object(zipfile.ZipFile, "testzip", side_effect=AssertionError),
+            pytest.raises(CheckpointError, match="compressed or claim more than there is"),
+        ):
+            checkpoint.load(path)
+
+    @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+    @pytest.mark.parametrize("name", ["archive/data/0", "archive/DATA/0"])
+    def test_two_parts_of_one_name(self, tmp_path: Path, name: str) -> None:
+        path = saved_epochs(tmp_path, 1)
+        with zipfile.ZipFile(path, "a") as archive:
+            part = zipfile.ZipInfo(name)
+            archive.writestr(part, bytes(400))
+            part.external_attr = 0
+        with pytest.raises(CheckpointError, match="two of its parts have one name"):
+            checkpoint.load(path)
+
+    @pytest.mark.parametrize("kind", [bytearray, torch.Tensor, torch.FloatTensor])
+    def test_an_object_of_a_claimed_size_is_not_made(self, tmp_path: Path, kind: type) -> None:
+        class Claim:
+            def __reduce__(self) -> tuple[type, tuple[int]]:
+                return kind, (10,)
+
+        path = tmp_path / "last.pt"
+        torch.save({"format": checkpoint.FORMAT, "version": 1, "model": Claim()}, path)
+        torch.load(path, weights_only=True)  # torch makes it, of any size
+        with pytest.raises(CheckpointError, match=f"makes a {kind.__name__} of any size"):
+            checkpoint.load(path)
+
     def test_an_archive_of_another_program(self, tmp_path: Path) -> None:
         path = tmp_path / "last.pt"
         with zipfile.ZipFile(path, "w") as archive:

@@ -179,6 +179,12 @@ def test_split_takes_no_other_kind(amount: object) -> None:
         split_validation(make_set(200), amount, seed=1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("amount", [float("nan"), float("inf")])
+def test_split_takes_no_share_without_a_size(amount: float) -> None:
+    with pytest.raises(ValueError, match=f"fraction_or_count must be finite, got {amount}"):
+        split_validation(make_set(200), amount, seed=1)
+
+
 def test_to_float_maps_bytes_to_the_unit_interval() -> None:
     values = to_float(torch.arange(256, dtype=torch.uint8))
     assert values.dtype == torch.float32

@@ -88,6 +88,11 @@ CASES = {
         TypeError,
         "dynamic_routing: prior is torch.float16 but u_hat is torch.float32",
     ),
+    "sparse": (
+        call(ops.capsule_routing, U.to_sparse(), WEIGHT),
+        TypeError,
+        "capsule_routing: u must be dense (torch.strided), got torch.sparse_coo",
+    ),
     "devices": (
         call(ops.capsule_routing, U, WEIGHT.to("meta")),
         ValueError,
@@ -108,6 +113,22 @@ CASES = {
         call(ops.dynamic_routing, U_HAT, True),
         TypeError,
         "dynamic_routing: iterations must be an int, got bool",
+    ),
+    # The loop would run for years, and the sums fit into no memory.
+    "iterations-huge": (
+        call(ops.capsule_routing, U, WEIGHT, 2**31),
+        ValueError,
+        "capsule_routing: iterations must be <= 2147483647, got 2147483648",
+    ),
+    "gradient-tensor": (
+        call(ops.capsule_routing, U, WEIGHT, gradient=torch.ones(2)),
+        ValueError,
+        'capsule_routing: gradient must be "full" or "last", got a Tensor',
+    ),
+    "return-coupling": (
+        call(ops.dynamic_routing, U_HAT, return_coupling=1),
+        TypeError,
+        "dynamic_routing: return_coupling must be a bool, got int",
     ),
     "gradient": (
         call(ops.capsule_routing, U, WEIGHT, gradient="none"),
@@ -196,6 +217,47 @@ CASES = {
         ValueError,
         "margin_loss: target is on meta, expected cpu",
     ),
+    "loss-multi-hot-dtype": (
+        call(ops.margin_loss, LENGTHS, torch.zeros(2, 10, dtype=torch.complex64)),
+        TypeError,
+        "margin_loss: multi-hot target must be a dense tensor of bool, an integer or a "
+        "floating-point type, got torch.complex64, torch.strided",
+    ),
+    "loss-multi-hot-sparse": (
+        call(ops.margin_loss, LENGTHS, torch.zeros(2, 10).to_sparse()),
+        TypeError,
+        "got torch.float32, torch.sparse_coo",
+    ),
+    "loss-target-sparse": (
+        call(ops.margin_loss, LENGTHS, TARGET.to_sparse()),
+        TypeError,
+        "margin_loss: target must be dense (torch.strided), got torch.sparse_coo",
+    ),
+    "loss-m_pos": (
+        call(ops.margin_loss, LENGTHS, TARGET, m_pos="0.9"),
+        TypeError,
+        "margin_loss: m_pos must be a number, got str",
+    ),
+    "loss-m_neg": (
+        call(ops.margin_loss, LENGTHS, TARGET, m_neg=None),
+        TypeError,
+        "margin_loss: m_neg must be a number, got NoneType",
+    ),
+    "loss-down_weight": (
+        call(ops.margin_loss, LENGTHS, TARGET, down_weight=-(2**63)),
+        ValueError,
+        "margin_loss: down_weight must be within ±2**63, got -9223372036854775808",
+    ),
+    "loss-number-module": (
+        call(MarginLoss, down_weight=True),
+        TypeError,
+        "MarginLoss: down_weight must be a number, got bool",
+    ),
+    "loss-reconstruction-weight": (
+        call(CapsuleLoss, [0.5]),
+        TypeError,
+        "CapsuleLoss: reconstruction_weight must be a number, got list",
+    ),
     "loss-reduction": (
         call(ops.margin_loss, LENGTHS, TARGET, reduction="max"),
         ValueError,
@@ -241,6 +303,21 @@ CASES = {
         call(RoutedCapsules, 6, 8, 10, 16, input_length=0.0),
         ValueError,
         "RoutedCapsules: input_length must be > 0, got 0.0",
+    ),
+    "routed-input-length-kind": (
+        call(RoutedCapsules, 6, 8, 10, 16, input_length="1"),
+        TypeError,
+        "RoutedCapsules: input_length must be a number, got str",
+    ),
+    "routed-learned-prior": (
+        call(RoutedCapsules, 6, 8, 10, 16, learned_prior=None),
+        TypeError,
+        "RoutedCapsules: learned_prior must be a bool, got NoneType",
+    ),
+    "decoder-image-kind": (
+        call(ReconstructionDecoder, 10, 16, 28),
+        TypeError,
+        "ReconstructionDecoder: image_shape must be (channels, height, width), got 28",
     ),
     "decoder-image": (
         call(ReconstructionDecoder, 10, 16, (28, 28)),
@@ -307,6 +384,31 @@ CASES = {
         call(CapsNet(channels=2, capsule_types=1), torch.ones(2, 3, 28, 28)),
         ValueError,
         "CapsNet: images must be (B, 1, 28, 28), got (2, 3, 28, 28)",
+    ),
+    "capsnet-size": (
+        call(CapsNet, in_channels=0),
+        ValueError,
+        "CapsNet: in_channels must be >= 1, got 0",
+    ),
+    "deep-size": (
+        call(DeepCapsNet, secondary_iterations=2.0),
+        TypeError,
+        "DeepCapsNet: secondary_iterations must be an int, got float",
+    ),
+    "capsnet-gradient": (
+        call(CapsNet, gradient=None),
+        ValueError,
+        'CapsNet: gradient must be "full" or "last", got None',
+    ),
+    "deep-reconstruction": (
+        call(DeepCapsNet, reconstruction="no"),
+        TypeError,
+        "DeepCapsNet: reconstruction must be a bool, got str",
+    ),
+    "model-name-kind": (
+        call(create_model, []),
+        TypeError,
+        "create_model: name must be a str, got list",
     ),
     "model-name": (
         call(create_model, "deepcapsnet"),

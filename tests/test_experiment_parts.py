@@ -1,5 +1,6 @@
 """What the experiments are made of: distortions, attacks, tasks, the CNN, and the pictures."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from engine import baseline, distortions
-from engine.experiment import mean_and_spread, percent
+from engine.experiment import _limited, _open_directory, mean_and_spread, percent
+from engine.run_directory import RunDirectoryError
 from engine.tasks import Task, TwoClasses, TwoClassesLoss, per_class_rate
+from engine.trained import check_trained
 from tritoncaps.data import Originals, load_dataset, to_float
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.models import CapsNet
@@ -331,3 +334,37 @@ def test_the_decoder_of_a_pair_may_be_of_any_size() -> None:
     model = CapsNet(image_size=36, channels=2, capsule_types=1)
     output = TwoClasses(decoder).run(model, torch.rand(1, 1, 36, 36))
     assert output.reconstruction is not None and output.reconstruction.shape == (1, 2, 1, 36, 36)
+
+
+class TestRefusals:
+    def test_more_images_than_there_are(self) -> None:
+        dataset = load_dataset("digits")
+        with pytest.raises(ValueError, match=r"--limit-test 361: .* has 360 such images"):
+            _limited(dataset, None, 361)
+        with pytest.raises(ValueError, match=r"--limit-train 1438: .* has 1,437 such images"):
+            _limited(dataset, 1438, None)
+        kept = _limited(dataset, 1437, 360)
+        assert (len(kept.train), len(kept.test)) == (1437, 360)
+
+    def test_an_output_directory_that_cannot_be_used(self, tmp_path: Path) -> None:
+        content = {"experiment": "less_data", "recipe": {"epochs": 2}}
+        file = tmp_path / "file"
+        file.touch()
+        with pytest.raises(RunDirectoryError, match=r"--output-dir .*file: File exists"):
+            _open_directory(file, content)
+        directory = tmp_path / "experiment"
+        _open_directory(directory, content)
+        assert json.loads((directory / "experiment.json").read_text()) == content
+        (directory / "run").touch()
+        (directory / "experiment.json").write_text("{")
+        with pytest.raises(RunDirectoryError, match=r"experiment\.json is damaged"):
+            _open_directory(directory, content)
+
+    def test_a_run_that_has_no_trained_network(self, tmp_path: Path) -> None:
+        with pytest.raises(RunDirectoryError, match=r"holds no model_best\.pt: give a directory"):
+            check_trained(tmp_path)
+        (tmp_path / "last.pt").touch()
+        with pytest.raises(RunDirectoryError, match="has not finished an epoch: go on with it"):
+            check_trained(tmp_path)
+        (tmp_path / "model_best.previous.pt").touch()
+        assert check_trained(str(tmp_path)) == tmp_path

@@ -6,6 +6,10 @@ kernels run, and that no bit depends on layout or batch.
 """
 
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +34,7 @@ from kernel_cases import (
     run_routing,
 )
 
-from tritoncaps import kernels
+from tritoncaps import kernels, reference
 from tritoncaps.kernels import _launch
 from tritoncaps.kernels._primitives import _round_to_tf32, dot
 
@@ -86,6 +90,22 @@ def test_shapes_of_several_blocks(device, name, shape):
     inputs = routing_inputs(name, shape, device)
     actual = run_routing(name, inputs, iterations=2)
     assert_exact(actual, exact_routing(name, inputs, iterations=2))
+
+
+@pytest.mark.parametrize("name", ["squash", "prediction_vectors"])
+def test_several_blocks_of_squash_and_prediction_vectors(device, name):
+    """More rows, columns and components than a program holds, both ways."""
+    shapes = {"squash": [(300, 5)], "prediction_vectors": [(33, 2, 34), (2, 34, 7, 5)]}[name]
+    leaves = [random(*shape).to(device).requires_grad_() for shape in shapes]
+    expected = getattr(reference, name)(*leaves)
+    grad = random(*expected.shape, seed=1).to(device)
+    exact = torch.autograd.grad(expected, leaves, grad)
+    forward, backward = (getattr(kernels, f"{name}_{way}") for way in ("fwd", "bwd"))
+    inputs = [leaf.detach() for leaf in leaves]
+    grads = backward(grad, *inputs)
+    results = [forward(*inputs), *(grads if isinstance(grads, tuple) else [grads])]
+    for result, exactly in zip(results, [expected.detach(), *exact], strict=True):
+        torch.testing.assert_close(result, exactly, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -426,6 +446,83 @@ def test_configurations_cover_the_capsules_and_fit(I, P, J, D, dtype, shared_mem
         covered = config.groups * config.block_i * tiles
         assert splits <= config.max_splits
         assert (splits - 1) * covered < I <= splits * covered
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "architecture"), [("cuda", 90, "sm90"), ("hip", "gfx942", "gfx942")]
+)
+def test_target_is_that_of_the_tensors_device(monkeypatch, backend, arch, architecture):
+    """Not of the current one: the architecture and the shared memory are asked for by index."""
+    current = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    class Driver:
+        class utils:  # noqa: N801
+            @staticmethod
+            def get_device_properties(index):
+                return {"max_shared_mem": 1000 + index}
+
+        @staticmethod
+        def get_current_target():
+            assert current == [3]
+            return SimpleNamespace(backend=backend, arch=arch)
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Driver))
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    tensor = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=3))
+    _launch._cuda_target.cache_clear()
+    try:
+        assert _launch.target_of(tensor) == _launch.Target(architecture, 1003)
+    finally:
+        _launch._cuda_target.cache_clear()
+
+
+@pytest.mark.parametrize(("num_warps", "registers"), [(4, 255), (8, 255), (16, 128), (32, 64)])
+def test_all_registers_may_be_used_on_nvidia(num_warps, registers):
+    config = _launch.Config(num_warps=num_warps, num_stages=2)
+    options = {"num_warps": num_warps, "num_stages": 2}
+    assert config.options(_launch.Target("gfx942", 65536)) == options
+    expected = options | {"maxnreg": registers}
+    assert config.options(_launch.Target("sm90", 232448)) == expected
+
+
+def test_a_table_named_in_the_environment_is_loaded_with_the_kernels(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"weight_gradient sm90 float32 I5 P4 J3 D2": {"block_i": 8}}))
+    code = "from tritoncaps.kernels import _launch; print(*_launch._table.values())"
+    environment = {**os.environ, "TRITONCAPS_LAUNCH_TABLE": str(path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'block_i': 8}"
+
+
+@pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 64), (torch.float64, 32)])
+def test_the_widest_votes_that_a_grid_covers(dtype, block):
+    widest = 65535 * block
+    assert _launch.prediction_vectors_config(8, widest, 1, dtype).block_n == block
+    with pytest.raises(_launch.UnsupportedShape, match=f"J·D = {widest + 1} columns"):
+        _launch.prediction_vectors_config(8, widest + 1, 1, dtype)
+
+
+def test_the_forward_alone_fetches_ahead_where_the_buffers_fit():
+    def stages(shared_memory, backward):
+        target = _launch.Target("sm90", shared_memory)
+        return _launch.capsule_routing_config(
+            1152, 8, 10, 16, torch.float32, target, backward=backward
+        ).num_stages
+
+    buffer = 8 * 512 * 4  # eight warps with 512 float32 each
+    assert [stages(232448, backward) for backward in (False, True)] == [3, 1]
+    assert [stages(size, False) for size in (4 * buffer, 4 * buffer - 1)] == [3, 1]
 
 
 def test_precision_follows_torch():

@@ -8,6 +8,7 @@ import inspect
 import re
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,3 +152,9 @@ def test_footprint_is_read_off_the_compiled_kernel(target_name, tmp_path, monkey
     assert 0 < cost.registers <= 512
     assert cost.shared_memory <= target.shared_memory
     assert cost.instructions is not None and 50 < cost.instructions < 5000
+
+
+def test_a_footprint_that_cannot_be_read_is_an_error():
+    assembly = SimpleNamespace(asm={"amdgcn": ".vgpr_count: 12"})
+    with pytest.raises(ValueError, match=r"no count of registers in '\.vgpr_count: 12'"):
+        compile_report.footprint(assembly)

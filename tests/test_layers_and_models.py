@@ -110,6 +110,22 @@ def test_model_without_decoder(name):
     torch.testing.assert_close(loss, ops.margin_loss(output.lengths, target))
 
 
+def test_defaults_are_those_of_the_paper():
+    """Sabour 2017: section 4 and figure 1, procedure 1, equation 4, section 4.1 and figure 2."""
+    primary, routed = PrimaryCapsules(256), RoutedCapsules(2, 2, 2, 2)
+    assert (primary.capsule_types, primary.dim, primary.kernel_size, primary.stride) == (
+        32,
+        8,
+        9,
+        2,
+    )
+    assert (routed.iterations, routed.gradient, routed.prior) == (3, "full", None)
+    loss = MarginLoss()
+    assert (loss.m_pos, loss.m_neg, loss.down_weight, loss.reduction) == (0.9, 0.1, 0.5, "mean")
+    assert CapsuleLoss().reconstruction_weight == 0.0005
+    assert ReconstructionDecoder(10, 16, (1, 28, 28)).hidden == (512, 1024)
+
+
 def test_primary_capsules_count_their_capsules():
     layer = PrimaryCapsules(2, capsule_types=3, dim=4, kernel_size=5, stride=2)
     for height, width in ((5, 5), (6, 9), (28, 17)):

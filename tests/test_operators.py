@@ -300,6 +300,18 @@ def test_flop_counter_counts_what_the_reference_does(device):
     assert counter.get_total_flops() == counts[1]
 
 
+@pytest.mark.parametrize("with_prior", [False, True], ids=["", "prior"])
+def test_flop_counter_of_the_last_iteration_alone(device, with_prior):
+    """The forward's 2r − 1 products; then one that the coupling weighs, or, with all, 4 a pass."""
+    u_hat = random(B, I, J, D, device=device)
+    prior = random(I, J, device=device) if with_prior else None
+    product = 2 * B * I * J * D
+    for gradient, backward in (("last", 1), ("full", 10 if with_prior else 9)):
+        with FlopCounterMode(display=False) as counter:
+            ops.dynamic_routing(u_hat, 3, prior=prior, gradient=gradient).sum().backward()
+        assert counter.get_total_flops() == (5 + backward) * product
+
+
 def test_inputs_are_not_changed(device):
     tensors = [random(B, I, P, device=device), random(I, P, J, D, device=device)]
     copies = [t.detach().clone() for t in tensors]
@@ -308,6 +320,21 @@ def test_inputs_are_not_changed(device):
     assert [t._version for t in tensors] == versions
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
+
+
+def test_without_triton_there_are_no_kernels_and_any_other_gap_is_an_error(monkeypatch):
+    def missing(name):
+        def import_module(module):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return import_module
+
+    find = _operators._kernels.__wrapped__
+    monkeypatch.setattr(_operators, "import_module", missing("triton"))
+    assert find() is None
+    monkeypatch.setattr(_operators, "import_module", missing("tritoncaps.kernels.squash"))
+    with pytest.raises(ModuleNotFoundError, match=r"tritoncaps\.kernels\.squash"):
+        find()
 
 
 def test_fallback_to_the_torch_path_is_said_once(monkeypatch):

@@ -12,11 +12,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a multi-hot target may be: 0 and 1, or a share between them.
+_MULTI_HOT = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING,
+)  # fmt: skip
+# Sizes beyond are mistakes, and torch's own errors for them name no argument.
+_LARGEST = 2**31 - 1
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     """The shape as a plain tuple, which prints without `torch.Size`."""
     return tuple(tensor.shape)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: of a tensor, which may fill a page, the kind alone."""
+    return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_floating(function: str, name: str, value: Tensor) -> None:
@@ -27,6 +38,8 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
         raise TypeError(
             f"{function}: {name} must be float16, bfloat16, float32 or float64, got {value.dtype}"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be dense (torch.strided), got {value.layout}")
 
 
 def check_no_tangent(function: str, name: str, value: Tensor) -> None:
@@ -108,13 +121,37 @@ def check_iterations(function: str, iterations: object, name: str = "iterations"
         raise TypeError(f"{function}: {name} must be an int, got {type(iterations).__name__}")
     if iterations < 1:
         raise ValueError(f"{function}: {name} must be >= 1, got {iterations}")
+    if iterations > _LARGEST:
+        raise ValueError(f"{function}: {name} must be <= {_LARGEST}, got {iterations}")
+
+
+def check_number(function: str, name: str, value: object) -> None:
+    """An int or a float; an int that torch's 64 bits hold."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{function}: {name} must be within ±2**63, got {value}")
+
+
+def check_margins(function: str, m_pos: object, m_neg: object, down_weight: object) -> None:
+    """The three numbers of the margin loss."""
+    check_number(function, "m_pos", m_pos)
+    check_number(function, "m_neg", m_neg)
+    check_number(function, "down_weight", down_weight)
+
+
+def check_flag(function: str, name: str, value: object) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
 
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
     """One of a few words."""
-    if value not in choices:
+    # Compared with a tensor, a word would give an error of its own, or no answer at all.
+    if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{function}: {name} must be {expected}, got {value!r}")
+        raise ValueError(f"{function}: {name} must be {expected}, got {shown(value)}")
 
 
 def check_size(function: str, name: str, value: object) -> None:
@@ -125,7 +162,7 @@ def check_size(function: str, name: str, value: object) -> None:
 def check_pair(function: str, name: str, value: object, expected: str) -> None:
     """Two ints, each at least 1."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{function}: {name} must be {expected}, got {value!r}")
+        raise TypeError(f"{function}: {name} must be {expected}, got {shown(value)}")
     for size in value:
         check_size(function, name, size)
 
@@ -154,6 +191,11 @@ def check_target(function: str, target: Tensor, lengths: Tensor) -> None:
         check_class_indices(function, target, B, K, lengths.device)
         return
     _check_device(function, target, lengths.device)
+    if target.dtype not in _MULTI_HOT or target.layout != torch.strided:
+        raise TypeError(
+            f"{function}: multi-hot target must be a dense tensor of bool, an integer or a "
+            f"floating-point type, got {target.dtype}, {target.layout}"
+        )
     if target.shape != lengths.shape:
         raise ValueError(
             f"{function}: multi-hot target is {shape_of(target)} but lengths is {shape_of(lengths)}"
@@ -179,6 +221,8 @@ def check_class_indices(
         raise TypeError(
             f"{function}: target with class indices must be torch.int64, got {target.dtype}"
         )
+    if target.layout != torch.strided:
+        raise TypeError(f"{function}: target must be dense (torch.strided), got {target.layout}")
     _check_range(function, "class indices", target, K - 1)
 
 

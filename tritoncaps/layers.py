@@ -39,7 +39,8 @@ class PrimaryCapsules(nn.Module):
     then type.
 
     Raises:
-        ValueError: the feature maps are smaller than the kernel.
+        TypeError, ValueError: a size that is not an int of at least 1, feature maps of another
+            kind or shape, or smaller than the kernel.
     """
 
     def __init__(
@@ -120,8 +121,9 @@ class RoutedCapsules(nn.Module):
     Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None.
 
     Raises:
-        TypeError, ValueError: a size that is not an int of at least 1, an unknown `gradient`,
-            and in `forward` whatever `ops.capsule_routing` raises.
+        TypeError, ValueError: a size that is not an int of at least 1, an unknown `gradient`, an
+            `input_length` that is not a number over 0, and in `forward` whatever
+            `ops.capsule_routing` raises.
     """
 
     def __init__(
@@ -146,6 +148,8 @@ class RoutedCapsules(nn.Module):
         ):
             _checks.check_size("RoutedCapsules", name, value)
         _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
+        _checks.check_flag("RoutedCapsules", "learned_prior", learned_prior)
+        _checks.check_number("RoutedCapsules", "input_length", input_length)
         if not input_length > 0:
             raise ValueError(f"RoutedCapsules: input_length must be > 0, got {input_length}")
         self.in_capsules = in_capsules
@@ -205,7 +209,8 @@ class ReconstructionDecoder(nn.Module):
     Shapes: poses (B, K, D) [, target (B,) int64] → (B, channels, height, width), in (0, 1).
 
     Raises:
-        TypeError, ValueError: poses or target of another kind, shape or range.
+        TypeError, ValueError: a size that is not an int of at least 1; in `forward` poses or
+            target of another kind, shape or range.
     """
 
     def __init__(
@@ -216,10 +221,11 @@ class ReconstructionDecoder(nn.Module):
         hidden: tuple[int, int] = (512, 1024),
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3:
-            raise ValueError(
+        if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+            kind = ValueError if isinstance(image_shape, Sequence) else TypeError
+            raise kind(
                 f"ReconstructionDecoder: image_shape must be (channels, height, width), "
-                f"got {tuple(image_shape)}"
+                f"got {_checks.shown(image_shape)}"
             )
         channels, height, width = image_shape
         for name, value in (

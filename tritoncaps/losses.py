@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import ops
-from tritoncaps._checks import check_choice, shape_of
+from tritoncaps._checks import check_choice, check_margins, check_number, shape_of
 
 __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
 
@@ -34,6 +34,7 @@ class MarginLoss(nn.Module):
         reduction: ops.Reduction = "mean",
     ) -> None:
         super().__init__()
+        check_margins("MarginLoss", m_pos, m_neg, down_weight)
         self.m_pos = m_pos
         self.m_neg = m_neg
         self.down_weight = down_weight
@@ -63,6 +64,7 @@ class CapsuleLoss(nn.Module):
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
         super().__init__()
+        check_number("CapsuleLoss", "reconstruction_weight", reconstruction_weight)
         self.reconstruction_weight = reconstruction_weight
 
     def forward(

@@ -141,7 +141,7 @@ def dynamic_routing(
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), procedure 1.
     """
     tensors = [("u_hat", u_hat, "B I J D")]
-    _check_routing("dynamic_routing", tensors, prior, iterations, gradient)
+    _check_routing("dynamic_routing", tensors, prior, iterations, gradient, return_coupling)
     v, coupling, _ = _operators.dynamic_routing(
         u_hat, prior, iterations, gradient == "full", return_coupling
     )
@@ -212,7 +212,7 @@ def capsule_routing(
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 2 and procedure 1.
     """
     tensors = [("u", u, "B I P"), ("weight", weight, "I P J D")]
-    _check_routing("capsule_routing", tensors, prior, iterations, gradient)
+    _check_routing("capsule_routing", tensors, prior, iterations, gradient, return_coupling)
     v, coupling, _ = _operators.capsule_routing(
         u, weight, prior, iterations, gradient == "full", return_coupling
     )
@@ -259,6 +259,7 @@ def margin_loss(
     _checks.check_tensor("margin_loss", "lengths", lengths, "B K")
     _checks.check_not_empty("margin_loss", "lengths", lengths, "B K")
     _checks.check_target("margin_loss", target, lengths)
+    _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
     lengths = lengths.to(_checks.routed_dtype(lengths))
     present = F.one_hot(target, lengths.shape[1]) if target.ndim == 1 else target
@@ -277,6 +278,7 @@ def _check_routing(
     prior: Tensor | None = None,
     iterations: int = 1,
     gradient: str = "full",
+    return_coupling: bool = False,
 ) -> None:
     """Everything that `prediction_vectors` and the two routings ask of their arguments."""
     if prior is not None:
@@ -289,3 +291,4 @@ def _check_routing(
     _checks.check_same_kind(function, [(name, tensor) for name, tensor, _ in tensors])
     _checks.check_iterations(function, iterations)
     _checks.check_choice(function, "gradient", gradient, ("full", "last"))
+    _checks.check_flag(function, "return_coupling", return_coupling)

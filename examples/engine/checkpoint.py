@@ -21,6 +21,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 import random
 import secrets
 import shutil
@@ -316,10 +317,22 @@ def _check_intact(path: Path, file: BinaryIO) -> None:
         raise CheckpointError(f"{path} is not a checkpoint: it is not an archive of torch.save")
     try:
         with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            # Before anything is unpacked: torch.save does not compress, so no part can be larger
+            # than the file, and nothing has to be unpacked to find out.
+            size = os.fstat(file.fileno()).st_size
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
+                raise zipfile.BadZipFile("its parts are compressed or claim more than there is")
+            # Of two parts of one name, torch may read the other one. It also ignores the case.
+            if len({member.filename.lower() for member in members}) < len(members):
+                raise zipfile.BadZipFile("two of its parts have one name")
             damaged = archive.testzip()
             # The checksums do not cover the attributes, which torch leaves at 0. Of a member marked
             # as a directory it reads nothing, and returns uninitialised memory as the tensor.
-            attributes = any(member.external_attr for member in archive.infolist())
+            attributes = any(member.external_attr for member in members)
+            for member in members:
+                if member.filename.endswith("/data.pkl") and damaged is None:
+                    _check_claims(archive.read(member))
     # BadZipFile, zlib.error, NotImplementedError, ...: it depends on where the damage is.
     except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
@@ -327,6 +340,17 @@ def _check_intact(path: Path, file: BinaryIO) -> None:
         raise CheckpointError(f"{path} is damaged: wrong checksum (CRC-32) of its part {damaged}")
     if attributes:
         raise CheckpointError(f"{path} is damaged or foreign: torch.save sets no file attributes")
+
+
+def _check_claims(pickled: bytes) -> None:
+    """Refuse what makes an object of a size that is only claimed: no file of ours asks for it.
+
+    The restricted unpickler would call ``bytearray(10**10)`` or ``torch.Tensor(10**10)``.
+    """
+    for operation, argument, _ in pickletools.genops(pickled):
+        name = str(argument).rpartition(" ")[2] if operation.name == "GLOBAL" else ""
+        if name.endswith(("bytearray", "Tensor")):
+            raise pickle.UnpicklingError(f"it makes a {name} of any size")
 
 
 def _load_restricted(path: Path, file: BinaryIO, map_location: str | torch.device) -> Any:

@@ -513,6 +513,12 @@ def test_the_widest_votes_that_a_grid_covers(dtype, block):
         _launch.prediction_vectors_config(8, widest + 1, 1, dtype)
 
 
+@pytest.mark.parametrize(("J", "block_j"), [(1, 1), (8, 8), (9, 2), (10, 4), (13, 16), (16, 16)])
+def test_a_block_of_output_capsules_is_at_most_a_quarter_empty(J, block_j):
+    target = _launch.Target("sm90", 232448)
+    assert _launch.dynamic_routing_config(4, J, 16, torch.float32, target).block_j == block_j
+
+
 def test_the_forward_alone_fetches_ahead_where_the_buffers_fit():
     def stages(shared_memory, backward):
         target = _launch.Target("sm90", shared_memory)

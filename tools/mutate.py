@@ -51,7 +51,7 @@ FILES = {
     "kernels/capsule_routing.py": ("kernels", "-k", "capsule_routing or layout or fused"),
     "kernels/dynamic_routing.py": ("kernels", "-k", "dynamic_routing or layout"),
     "kernels/prediction_vectors.py": ("kernels", "-k", "prediction_vectors"),
-    "kernels/squash.py": ("kernels", "-k", "squash or every_mode"),
+    "kernels/squash.py": ("kernels", "-k", "squash or several_blocks or every_mode"),
 }
 
 

@@ -9,6 +9,7 @@ what one process would train with the same `--batch-size`, whatever the number o
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class World:
         if self.size == 1:
             return model
         return DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            model, device_ids=[device] if device.type == "cuda" else None
         )
 
     @contextmanager
@@ -165,3 +166,6 @@ def join() -> Iterator[World]:
             yield world
     # Not after an error: the other processes may wait for this one, and torchrun ends them.
     dist.destroy_process_group()
+    # A wrapped model is never quite given up by torch, so the threads of gloo are still there. One
+    # that lets go of its last tensor while the interpreter shuts down aborts the process.
+    time.sleep(0.2)

@@ -89,7 +89,8 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
                 break
             process.kill()
             process.join(120)
-            assert process.exitcode == -signal.SIGKILL
+            if process.exitcode != -signal.SIGKILL:  # it had just come to its end
+                break
             kills += 1
             in_training += (directory / "last.pt").exists()
         assert process.exitcode == 0

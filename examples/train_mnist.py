@@ -16,6 +16,7 @@ import argparse
 import shlex
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status of the program."""
     parser, args = parse_arguments(argv)
     try:
-        with join() as world:
+        with join() as world, ExitStack() as stack:
             if args.dry_run:
-                with tempfile.TemporaryDirectory() as directory:
-                    args.output_dir = str(Path(directory) / "run")
-                    return run(parser, args, argv, world)
-            return run(parser, args, argv, world)
+                directory = stack.enter_context(tempfile.TemporaryDirectory())
+                args.output_dir = str(Path(directory) / "run")
+            return run(parser, args, argv, world, stack)
     except (
         DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
         OSError, ModuleNotFoundError,
@@ -148,13 +148,17 @@ def run(
     args: argparse.Namespace,
     argv: list[str] | None,
     world: World,
+    stack: ExitStack,
 ) -> int:
-    """Tell the story of one run: setup, data, model, training, test, pictures."""
+    """Tell the story of one run: setup, data, model, training, test, pictures.
+
+    `stack` holds the run directory until the end.
+    """
     # -- setup: where to run, and what to continue from
     require("matplotlib", "safetensors", *(["tensorboard"] if args.tensorboard else []))
     state, resumed_from = None, None
     if args.resume or args.eval_only:
-        state, resumed_from = world.from_main(lambda: find_state(args))
+        state, resumed_from = world.from_main(lambda: find_state(args, stack))
     if state is not None:
         args = merge_arguments(parser, args, state["args"], argv)
     if args.deterministic:
@@ -169,6 +173,11 @@ def run(
     # -- data: whole on the device, as uint8
     with world.first_on_each_machine():
         dataset = load_dataset(args.dataset, args.data_dir, download=args.download)
+    if len(set(found := world.gather(dataset.name))) > 1:
+        raise DatasetError(
+            f"--dataset {args.dataset}: the {world.size} processes found {', '.join(found)}; name "
+            "one, and put it where all of them find it"
+        )
     train, validation = split_validation(dataset.train, args.validation_fraction, args.seed)
     test = dataset.test
     epochs = args.epochs or EPOCHS[dataset.name]
@@ -190,11 +199,7 @@ def run(
     if resumed_from is not None:
         directory = resumed_from if resumed_from.is_dir() else resumed_from.parent
     else:
-        directory = world.from_main(
-            lambda: run_directory.new_directory(
-                args.output_dir, args.model, dataset.name, resuming=args.resume is not None
-            )
-        )
+        directory = world.from_main(lambda: begin_run(args, dataset.name, stack))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"device      {runtime.describe()}")
     print(f"data        {dataset.note}")
@@ -265,8 +270,22 @@ def run(
     return 0
 
 
-def find_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
-    """Load the checkpoint that --resume means; (None, None) where "auto" finds none."""
+def begin_run(args: argparse.Namespace, dataset: str, stack: ExitStack) -> Path:
+    """Create the directory of a new run, and hold it."""
+    directory = run_directory.new_directory(
+        args.output_dir, args.model, dataset, resuming=args.resume is not None
+    )
+    stack.enter_context(run_directory.locked(directory))
+    return directory
+
+
+def find_state(
+    args: argparse.Namespace, stack: ExitStack
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """Load the checkpoint that --resume means, from a run that is held before it is read.
+
+    (None, None) where "auto" finds none.
+    """
     if not args.resume:
         raise ValueError("--eval-only needs a model to test: add --resume PATH or --resume auto")
     if args.dry_run:
@@ -279,10 +298,17 @@ def find_state(args: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | 
         return None, None
     if args.output_dir and Path(args.output_dir).resolve() != directory.resolve():
         raise ValueError(f"--resume continues in {directory}: leave out --output-dir")
+    if not args.eval_only:
+        stack.enter_context(run_directory.locked(directory))
     if args.resume.endswith(".pt"):
         state = checkpoint.load(args.resume)
     else:
         state = load_latest(directory, "model_best.pt" if args.eval_only else "last.pt")
+    if missing := [name for name in ("args", "progress") if not isinstance(state.get(name), dict)]:
+        raise checkpoint.CheckpointError(
+            f"--resume {args.resume}: the checkpoint is not one of this program, it has no "
+            f"{' and no '.join(missing)}"
+        )
     if state["progress"]["best_epoch"] and not args.eval_only:
         # It is needed at the end: better that it is missed now.
         load_latest(directory, "model_best.pt")

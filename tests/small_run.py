@@ -1,11 +1,16 @@
-"""One small training run, in as many processes as torchrun starts. test_distributed.py runs it.
+"""Small training runs, in as many processes as torchrun starts. test_distributed.py runs them.
 
-torchrun --nproc-per-node 2 tests/small_run.py DIRECTORY [--kill-at STEP]
+    PYTHONPATH=examples torchrun --nproc-per-node 2 tests/small_run.py DIRECTORY
+
+One is left alone, one is stopped by a signal to the last process and resumed, and one has a NaN in
+the share of the last process; with --kill-at the last process is killed in the first of them.
 """
 
 import argparse
+import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from torch import Tensor, nn
 from engine import checkpoint
 from engine.distributed import World, join
 from engine.runtime import Runtime
-from engine.training import Schedule, Trainer
+from engine.training import Schedule, Trainer, TrainingError
 from tritoncaps.data import Batches, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.models import CapsNet
@@ -23,6 +28,8 @@ from tritoncaps.models import CapsNet
 EPOCHS, BATCH_SIZE = 2, 16
 # Six batches an epoch; the last one is a single image, so that another process has none of it.
 IMAGES = 5 * BATCH_SIZE + 1
+# And so are those to evaluate.
+HELD_OUT = 2 * BATCH_SIZE + 1
 
 
 def small_model() -> CapsNet:
@@ -32,27 +39,49 @@ def small_model() -> CapsNet:
     return model
 
 
-class KilledAt(nn.Module):
-    """A loss that kills its process when it is computed for a step of that number."""
+class SpoiltAt(nn.Module):
+    """A loss with a fault at the step of that number."""
 
-    def __init__(self, loss: nn.Module, step: int) -> None:
+    def __init__(self, loss: nn.Module, step: int, fault: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.loss, self.steps_left = loss, step
+        self.loss, self.steps_left, self.fault = loss, step, fault
 
     def forward(self, *args: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # not in an evaluation
-            self.steps_left -= 1
-            if self.steps_left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
         loss: Tensor = self.loss(*args)
-        return loss
+        if not torch.is_grad_enabled():  # in an evaluation
+            return loss
+        self.steps_left -= 1
+        return self.fault(loss) if self.steps_left == 0 else loss
 
 
-def train(directory: Path, world: World, kill_at: int | None = None) -> dict[str, Any]:
-    """Train, from the last checkpoint if there is one; returns what there is to compare."""
+def kill(loss: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return loss
+
+
+def ask_to_stop(loss: Tensor) -> Tensor:
+    signal.raise_signal(signal.SIGTERM)
+    return loss
+
+
+def spoil(loss: Tensor) -> Tensor:
+    return loss * math.nan
+
+
+def train(
+    directory: Path,
+    world: World,
+    fault: Callable[[Tensor], Tensor] | None = None,
+    at_step: int = 0,
+) -> dict[str, Any]:
+    """Train, from the last checkpoint if there is one; returns what there is to compare.
+
+    A fault befalls the last process.
+    """
+    directory.mkdir(exist_ok=True)
     digits = load_dataset("digits").train
     batches = Batches(digits.subset(range(IMAGES)), BATCH_SIZE, seed=1, max_shift=2)
-    held_out = digits.subset(range(200, 245))
+    held_out = digits.subset(range(200, 200 + HELD_OUT))
     runtime = Runtime(torch.device("cpu"), "fp32", world)
     model = runtime.place(small_model())
     trainer = Trainer(
@@ -64,12 +93,13 @@ def train(directory: Path, world: World, kill_at: int | None = None) -> dict[str
         {"model": "capsnet", "model_kwargs": {}},
         test_batch_size=16,
         log_interval=1,
+        checkpoint_interval=4,
     )
     world.seed_apart(1)
     if (directory / "last.pt").exists():
         trainer.load_state(world.from_main(lambda: checkpoint.load_latest(directory)[0]))
-    if kill_at is not None and not world.is_main:
-        trainer.loss = KilledAt(trainer.loss, kill_at)
+    if fault is not None and world.rank == world.size - 1:
+        trainer.loss = SpoiltAt(trainer.loss, at_step, fault)
     losses: list[float] = []
     gradients: list[dict[str, Tensor]] = []
 
@@ -79,14 +109,17 @@ def train(directory: Path, world: World, kill_at: int | None = None) -> dict[str
             gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
     trainer.on_metrics = record
-    assert trainer.fit(batches, held_out, None, EPOCHS)
+    finished = trainer.fit(batches, held_out, None, EPOCHS)
     random = world.gather(torch.rand(()).item())
     evaluation = trainer.evaluate(held_out)
     return {
         "losses": losses,
         "gradients": gradients,
         "rows": trainer.rows,
+        "finished": finished,
         "loss": evaluation.loss,
+        "accuracy": evaluation.accuracy,
+        "labels": held_out.labels,
         "predictions": evaluation.predictions,
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
         "random": random,
@@ -98,9 +131,19 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--alone", action="store_true", help="the run that is left alone only")
     args = parser.parse_args()
     with join() as world:
-        result = train(args.directory, world, args.kill_at)
+        if args.kill_at is not None:
+            train(args.directory, world, kill, args.kill_at)
+        result: dict[str, Any] = {"whole": train(args.directory, world)}
+        if not args.alone:
+            result["stopped"] = train(args.directory / "stopped", world, ask_to_stop, 7)
+            result["resumed"] = train(args.directory / "stopped", world)
+            try:
+                train(args.directory / "spoilt", world, spoil, 5)
+            except TrainingError as error:
+                result["spoilt"] = world.gather(str(error))
         if world.is_main:
             torch.save(result, args.directory / "result.pt")
 

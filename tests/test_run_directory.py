@@ -1,6 +1,7 @@
 """Run directories: nothing is overwritten, the right run is found, and logs survive a crash."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import filelock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import run_directory
-from engine.run_directory import MetricsLog, RunDirectoryError, find_run, new_directory
+from engine.run_directory import MetricsLog, RunDirectoryError, find_run, locked, new_directory
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,42 @@ def make_run(path: str | Path, age: float = 0, name: str = "last.pt") -> Path:
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+class TestLocked:
+    def test_a_second_holder_is_refused_by_name(self) -> None:
+        Path("run").mkdir()
+        with locked(Path("run")):
+            second = locked(Path("run"))
+            with pytest.raises(RunDirectoryError, match="run is in use: another process"):
+                second.__enter__()
+        with locked(Path("run")):  # let go of
+            pass
+
+    def test_a_file_system_without_locks_is_said_to_be_one(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("run").mkdir()
+        refused = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+        monkeypatch.setattr(filelock.FileLock, "acquire", refused)
+        with locked(Path("run")):
+            assert capsys.readouterr().err == "warning: run cannot be locked on its file system\n"
+        monkeypatch.setattr(
+            filelock.FileLock, "acquire", mock.Mock(side_effect=OSError(errno.EROFS, "Read-only"))
+        )
+        with pytest.raises(OSError, match="Read-only"), locked(Path("run")):
+            pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_log_on_a_full_disk_names_its_file() -> None:
+    log = MetricsLog(Path("metrics.jsonl"), 0)
+    log.close()
+    log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (closed below)
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics\.jsonl'"):
+        log.write({"step": 0})
+    with pytest.raises(OSError, match=r"No space left on device: 'metrics\.jsonl'"):
+        log.close()
 
 
 class TestNewDirectory:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import train_mnist
-from engine import checkpoint, training
+from engine import checkpoint, run_directory, training
+from engine.distributed import World
 from tritoncaps import models
 from tritoncaps.data import Dataset, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
@@ -551,6 +552,34 @@ class TestResume:
         assert run(f"--resume={a_run}") == 2
         assert "its flags lack gamma" in capsys.readouterr().err
 
+    def test_a_checkpoint_that_is_no_run_is_refused(
+        self, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        checkpoint.save(tmp_path / "last.pt", {"epoch": 3, "args": [1]})
+        assert run(f"--resume={tmp_path}") == 2
+        expected = f"--resume {tmp_path}: the checkpoint is not one of this program, it has no args"
+        assert f"{expected} and no progress" in capsys.readouterr().err
+
+    def test_a_run_in_use_is_neither_read_nor_changed(
+        self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = snapshot(a_run)
+        with run_directory.locked(a_run):
+            assert run(f"--resume={a_run}", "--epochs=9") == 2
+        assert f"error: {a_run} is in use: another process" in capsys.readouterr().err
+        assert snapshot(a_run) == before
+
+    def test_processes_with_different_data_refuse_to_go_on(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Other(World):
+            def gather(self, value: Any) -> list[Any]:
+                return [value, "mnist"]
+
+        monkeypatch.setattr(train_mnist, "join", lambda: contextlib.nullcontext(Other()))
+        assert run(*NEW) == 2
+        assert "--dataset auto: the 1 processes found digits, mnist" in capsys.readouterr().err
+
     def test_another_output_directory_is_refused(
         self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -596,7 +625,7 @@ class TestResume:
         shutil.copy(a_run / "last.pt", alone)
         assert run(f"--resume={alone / 'last.pt'}", "--epochs=100") == 2
         assert "model_best.pt does not exist" in capsys.readouterr().err
-        assert {path.name for path in alone.iterdir()} == {"last.pt"}
+        assert {path.name for path in alone.iterdir()} == {"last.pt", ".lock"}
 
     def test_a_damaged_best_model_is_reported_by_the_epoch_it_is_of(
         self, run: Run, a_run: Path, capsys: pytest.CaptureFixture[str]

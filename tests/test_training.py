@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from engine import checkpoint, training
-from engine.run_directory import RunDirectoryError
 from engine.runtime import Runtime, choose_runtime, describe_environment, make_deterministic
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
 from tritoncaps._environment import commit_of
@@ -483,7 +482,9 @@ class TestForeignState:
         (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "parameter group"),
         (lambda s: s["progress"].update(kind="other"), "unexpected keyword argument 'kind'"),
         (lambda s: s.pop("rows"), "'rows'"),
-    ], ids=["missing", "shape", "optimizer", "progress", "rows"])  # fmt: skip
+        (lambda s: s.pop("rng"), "'rng'"),
+        (lambda s: s.update(rng={"torch": 1}), "'int' object"),
+    ], ids=["missing", "shape", "optimizer", "progress", "rows", "no-rng", "rng"])  # fmt: skip
     def test_it_is_refused(
         self,
         tmp_path: Path,
@@ -548,28 +549,6 @@ class TestCheckpointInterval:
         assert resumed.progress.step == 8
         assert resumed.fit(train, validation, test, 3)
         assert_same_run(tmp_path, uninterrupted)
-
-
-class TestLock:
-    def test_a_second_process_is_refused_by_name(
-        self, tmp_path: Path, train: Batches, validation: ImageSet
-    ) -> None:
-        """Also a second trainer of the same process, as here; the first one goes on."""
-        first, second = new_trainer(tmp_path), new_trainer(tmp_path)
-        inner = first._step
-
-        def interfere(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            if first.progress.step == 2:
-                before = (tmp_path / "metrics.jsonl").read_bytes()
-                with pytest.raises(RunDirectoryError, match=f"{tmp_path} is in use: another"):
-                    second.fit(train, validation, None, 1)
-                assert (tmp_path / "metrics.jsonl").read_bytes() == before
-            return inner(images, labels)
-
-        first._step = interfere  # type: ignore[method-assign]
-        assert first.fit(train, validation, None, 1)
-        # It is let go of at the end.
-        assert resumed_trainer(tmp_path).fit(train, validation, None, 2)
 
 
 class TestSeed:

@@ -89,7 +89,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             os.replace(outgoing, previous)
             _sync_directory(path.parent)
     finally:
-        outgoing.unlink(missing_ok=True)
+        with suppress(OSError):
+            outgoing.unlink(missing_ok=True)
 
 
 def load(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -232,19 +233,27 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        with naming(path):
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_directory(path.parent)
+    finally:
+        with suppress(OSError):  # on a disk that has just become read-only it stays
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Add the name of a file to an `OSError` that has none, as that of a write on a full disk."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        with suppress(OSError):  # on a disk that has just become read-only it stays
-            temporary.unlink(missing_ok=True)
 
 
 def _temporary_name(path: Path) -> Path:

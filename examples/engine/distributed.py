@@ -155,10 +155,8 @@ def join() -> Iterator[World]:
         )
     world = World(*(int(os.environ[name]) for name in (_RANK, _SIZE, _LOCAL_RANK)))
     # Gloo for what is on the CPU: flags and states, and all of it where there is no GPU.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group(backend)
+    has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
     if world.is_main:
         yield world
     else:

@@ -31,6 +31,7 @@ from engine.distributed import require_one_process
 from engine.run_directory import (
     RunDirectoryError,
     has_checkpoint,
+    locked,
     write_json,
     write_summary,
 )
@@ -220,8 +221,11 @@ class Experiment:
                 print(f"{title}: finished before, {_result_line(result)}", flush=True)
             else:
                 print(f"{title}: training to epoch {self.args.epochs}", flush=True)
+                directory = self.directory / cell.name
+                directory.mkdir(exist_ok=True)
                 try:
-                    result = self._train_cell(cell, make_job(cell))
+                    with locked(directory):
+                        result = self._train_cell(cell, make_job(cell))
                 except TrainingError as error:
                     raise TrainingError(f"{cell.name}: {error}") from error
                 if result is None:
@@ -258,7 +262,6 @@ class Experiment:
     def _train_cell(self, cell: Cell, job: Job) -> dict[str, Any] | None:
         """Train a cell, from where it was stopped; returns its result, or None if it is stopped."""
         args, directory = self.args, self.directory / cell.name
-        directory.mkdir(exist_ok=True)
         saved_args = {
             "hidden_capsules": 10,  # which train_mnist.py --eval-only asks for
             **vars(args),

@@ -10,6 +10,7 @@ model_best.safetensors  the weights of it alone, and config.json, to share
 """
 
 import csv
+import errno
 import io
 import json
 import sys
@@ -81,8 +82,10 @@ def locked(directory: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise RunDirectoryError(f"{directory} is in use: another process trains in it") from None
-    except NotImplementedError:
-        print(f"warning: {directory} cannot be locked on this file system", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {directory} cannot be locked on its file system", file=sys.stderr)
     try:
         yield
     finally:
@@ -168,12 +171,15 @@ class MetricsLog:
                     kept.append(line + "\n")
         with checkpoint.atomic_write(path) as file:
             file.write("".join(kept).encode())
+        self._path = path
         self._file = path.open("a", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
-        self._file.write(json.dumps(record) + "\n")
+        with checkpoint.naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with checkpoint.naming(self._path):
+            self._file.close()

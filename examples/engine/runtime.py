@@ -71,28 +71,42 @@ def choose_runtime(
     from compute capability 8.0, AMD from CDNA, and CPUs with AMX or AVX512-BF16.
 
     Raises:
-        ValueError: torch does not know the device, or cannot reach it; or several processes are to
-            share one GPU.
+        ValueError: torch does not know the device, or cannot reach it; or it is none that each of
+            several processes can have one of.
     """
     world = World() if world is None else world
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         chosen = accelerator or torch.device("cpu")
+        _take_device(device, chosen, world)
     else:
         try:
             chosen = torch.device(device)
+            _take_device(device, chosen, world)
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"--device {device}: not available here ({reason})") from error
-    if world.size > 1 and chosen.type != "cpu" and chosen.index is not None:
-        raise ValueError(
-            f"--device {device}: each of {world.size} processes takes a GPU of its own; leave out "
-            "the number"
-        )
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"
     return Runtime(chosen, precision, world)
+
+
+def _take_device(flag: str, device: torch.device, world: World) -> None:
+    """Have each of several processes take a GPU of its own; the CPU they share."""
+    if world.size == 1 or device.type == "cpu":
+        return
+    if device.type != "cuda" or device.index is not None:
+        raise ValueError(
+            f"--device {flag}: each of {world.size} processes takes a GPU of its own; give cuda "
+            f"or cpu, not {device}"
+        )
+    if world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {flag}: there is a process {world.local_rank} on this machine, but its GPUs "
+            f"are {torch.cuda.device_count()}, counted from 0"
+        )
+    torch.cuda.set_device(world.local_rank)
 
 
 def _computes_in_bf16(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,11 +25,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.run_directory import MetricsLog, locked, write_json, write_summary
+from engine.run_directory import MetricsLog, write_json, write_summary
 from engine.runtime import Runtime
 from engine.tasks import Source, Task
 from tritoncaps.data import Batches, ImageSet
 from tritoncaps.losses import CapsuleLoss
+
+# Several processes agree every so many batches whether they are asked to stop.
+_AGREE_EVERY = 10
 
 # How much of a run passes before its duration is estimated.
 _ESTIMATE_AFTER_SECONDS = 5.0
@@ -178,15 +181,15 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.progress = Progress(**state["progress"])
             self.rows = state["rows"]
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            # A process that was not there before keeps the state that it was seeded with.
+            generators = [state["rng"], *state.get("rng_of_others", [])]
+            if self.world.rank < len(generators):
+                checkpoint.set_rng_state(generators[self.world.rank])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(
                 f"the checkpoint in {self.directory} does not fit {type(self.model).__name__} and "
                 f"this program: {str(error).splitlines()[-1].strip()}"
             ) from error
-        # A process that was not there before keeps the state that it was seeded with.
-        generators = [state["rng"], *state.get("rng_of_others", [])]
-        if self.world.rank < len(generators):
-            checkpoint.set_rng_state(generators[self.world.rank])
 
     # training
 
@@ -203,7 +206,7 @@ class Trainer:
         `test`, where given, is evaluated after every epoch for the curve, and nothing is chosen by
         it.
         """
-        with self._files() as log, self._stop_on_signals():
+        with self._open_log() as log, self._stop_on_signals():
             if self.progress.step == 0:
                 # A run that is killed in its first epoch can be resumed like any other.
                 self._save_last()
@@ -215,16 +218,10 @@ class Trainer:
                 self._finish_epoch(train, validation, test, epochs)
         return True
 
-    @contextmanager
-    def _files(self) -> Iterator[MetricsLog | None]:
-        """Hold the run directory and its log, which the main process alone writes."""
+    def _open_log(self) -> AbstractContextManager[MetricsLog | None]:
         if not self.world.is_main:
-            yield None
-            return
-        with locked(self.directory):
-            log = MetricsLog(self.directory / "metrics.jsonl", self.progress.step)
-            with closing(log):
-                yield log
+            return nullcontext()
+        return closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
 
     def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
         """Train what is left of an epoch; returns False if it was stopped, and saved, before."""
@@ -246,12 +243,10 @@ class Trainer:
                     and progress.step % self.checkpoint_interval == 0
                     and not is_last
                 )
-                # Read once, since a signal may arrive between any two lines. Several processes
-                # hear of it at different steps, and agree where they add up their sums.
-                is_stopping = self._stop_requested and not is_last
-                if not (is_logged or is_saved or (is_stopping and self.world.size == 1)):
+                is_stopping = not is_last and self._is_stopping()
+                if not (is_logged or is_saved or is_stopping):
                     continue
-                is_stopping = self._read(sums, is_stopping, len(train))
+                self._read(sums, len(train))
                 elapsed = time.perf_counter() - begun
                 progress.seconds = seconds + elapsed
                 if is_logged:
@@ -265,21 +260,26 @@ class Trainer:
         self._check_parameters()
         return True
 
-    def _read(self, sums: "_Sums", is_stopping: bool, batches: int) -> bool:
-        """Read the sums of the epoch so far; returns whether any process is asked to stop.
+    def _is_stopping(self) -> bool:
+        """Whether to stop after this step; several processes are asked at different moments."""
+        if self.world.size == 1:
+            return self._stop_requested
+        return self.progress.step % _AGREE_EVERY == 0 and self.world.any(self._stop_requested)
+
+    def _read(self, sums: "_Sums", batches: int) -> None:
+        """Read the sums of the epoch so far.
 
         Raises:
             TrainingError: the loss of a batch was not finite.
         """
         progress = self.progress
-        totals = self.world.sum(torch.stack([sums.loss, sums.correct, sums.number(is_stopping)]))
-        progress.loss_sum, correct, stopping = totals.tolist()
+        totals = self.world.sum(torch.stack([sums.loss, sums.correct]))
+        progress.loss_sum, correct = totals.tolist()
         if not math.isfinite(progress.loss_sum):
             # Once the weights are spoilt, every process counts no further.
             first = min(self.world.gather(int(sums.finite.item()))) + 1
             raise self._not_finite(f"the loss of batch {first} of {batches} is {progress.loss_sum}")
         progress.correct = int(correct)
-        return stopping > 0
 
     def _step(self, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
         """Take one step; returns this process's share: the loss's sum, and how many were right."""
@@ -503,7 +503,6 @@ class _Sums:
         def number(value: float) -> Tensor:
             return torch.tensor(value, dtype=runtime.sum_dtype, device=runtime.device)
 
-        self.number = number
         self.loss = number(progress.loss_sum if runtime.world.is_main else 0.0)
         self.correct = number(progress.correct if runtime.world.is_main else 0.0)
         self.finite = number(progress.batch)

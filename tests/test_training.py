@@ -341,8 +341,8 @@ class TestResume:
             if number % 3 == 0:
                 assert resumed_trainer(run, log_interval=100).fit(train, validation, None, 2)
                 assert_same_run(run, reference)
-        # It is read once a batch and once an epoch; after the last batch there is nothing to stop.
-        assert number == 2 * BATCHES + 2
+        # It is read once an epoch and once a batch, but after the last one: there is nothing to stop.
+        assert number == 2 * BATCHES + 1
 
     def test_after_many_stops(
         self,

@@ -222,10 +222,11 @@ class Experiment:
             else:
                 print(f"{title}: training to epoch {self.args.epochs}", flush=True)
                 directory = self.directory / cell.name
+                job = make_job(cell)
                 directory.mkdir(exist_ok=True)
                 try:
                     with locked(directory):
-                        result = self._train_cell(cell, make_job(cell))
+                        result = self._train_cell(cell, job)
                 except TrainingError as error:
                     raise TrainingError(f"{cell.name}: {error}") from error
                 if result is None:

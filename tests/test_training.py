@@ -341,7 +341,7 @@ class TestResume:
             if number % 3 == 0:
                 assert resumed_trainer(run, log_interval=100).fit(train, validation, None, 2)
                 assert_same_run(run, reference)
-        # It is read once an epoch and once a batch, but after the last one: there is nothing to stop.
+        # It is read once an epoch and once a batch, but for the last: there is nothing to stop.
         assert number == 2 * BATCHES + 1
 
     def test_after_many_stops(

@@ -1,6 +1,7 @@
 """Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("fuzzing")
         for name, count in counts.items():
             terminalreporter.line(f"{name}: {count:,} cases")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Have torch compute in one thread, so that bits do not depend on the machine.
+
+    For a whole module, so that it holds for the module's other fixtures too.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from torch.testing import assert_close
 from engine import checkpoint, distributed
 from engine.distributed import World
 from engine.runtime import choose_runtime
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = Path(small_run.__file__)
@@ -46,15 +47,6 @@ def torchrun(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.Compl
         text=True,
         timeout=TIMEOUT,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in each of the processes: their sums are added up in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

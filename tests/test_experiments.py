@@ -60,14 +60,11 @@ def small_network(name: str, **kwargs: Any) -> nn.Module:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_and_single() -> Iterator[None]:
+def small_and_single(one_thread: None) -> Iterator[None]:
     """Small networks in one thread, for all tests of this file."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(baseline, "create_network", small_network)
         yield
-    torch.set_num_threads(threads)
 
 
 def run(program: ModuleType, *flags: str) -> tuple[int, str]:

@@ -32,6 +32,8 @@ from tritoncaps import models
 from tritoncaps.data import Dataset, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Run = Callable[..., int]
 
 # Three epochs of three batches, the last of them smaller.
@@ -77,14 +79,6 @@ def patch_program(
         set_attribute(train_mnist, "draw_figures", lambda *args: None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     return few_digits()
@@ -107,12 +101,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, dataset: Dataset) -> tupl
     """A run from beginning to end, with pictures: its directory, and what it printed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     printed = io.StringIO()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
         patch_program(monkeypatch.setattr, dataset, pictures=True)
         assert train_mnist.main([*NEW, "--output-dir", str(directory)]) == 0
-    torch.set_num_threads(threads)
     return directory, printed.getvalue()
 
 

@@ -29,19 +29,12 @@ from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.losses import CapsuleLoss
 from tritoncaps.models import CapsNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = Runtime(torch.device("cpu"), "fp32")
 SCHEDULE = Schedule(0.003, 0.8, 4)
 # The batches of an epoch below; the last one is not full.
 BATCHES = 6
-
-
-# Of the module, so that it holds for the module's other fixtures too.
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -342,7 +342,7 @@ def _check_intact(path: Path, file: BinaryIO) -> None:
             for member in members:
                 if member.filename.endswith("/data.pkl") and damaged is None:
                     _check_claims(archive.read(member))
-    # BadZipFile, zlib.error, NotImplementedError, ...: it depends on where the damage is.
+    # BadZipFile, RuntimeError, NotImplementedError, ...: it depends on where the damage is.
     except Exception as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}") from error
     if damaged is not None:

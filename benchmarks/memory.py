@@ -21,7 +21,9 @@ from benchmarks.oracle import gradients
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import op_rival, ours, rival_names
 from benchmarks.session import Session, axes, reason
-from tritoncaps import _torch_path
+from tritoncaps._torch_path import accumulation_dtype
+from tritoncaps._torch_path._slices import chunk_bytes
+from tritoncaps._torch_path.capsule_routing import group_size
 
 _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS = Path("/proc/self/status")
@@ -87,7 +89,7 @@ def _bytes_of(case: Case) -> dict[str, int]:
     """Sizes of the tensors of a routing, in the type that its sums are added up in."""
     (I, P, J, D), B = case.shape, case.B
     values = {"u": B * I * P, "weight": I * P * J * D, "u_hat": B * I * J * D, "v": B * J * D}
-    width = _torch_path.accumulation_dtype(case.dtype).itemsize
+    width = accumulation_dtype(case.dtype).itemsize
     return {name: count * width for name, count in values.items()}
 
 
@@ -95,10 +97,10 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
     """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
 
     The saved sums are r times as large as v, and the backward keeps V and ds of each iteration
-    too. To it and to the gradients of u and the weight the torch path adds u and its gradient with
-    the batch last and a few buffers of one chunk; for a batch of up to P instead û or its gradient,
-    which is no larger than the weight. The kernels add at most 16 slots of each kind, and 2·(r − 1)
-    values of each pair of image and input capsule.
+    too. To it and to the gradients of u and the weight the torch path adds the prediction vectors
+    of n images with two couplings, in the backward 2r + 1, and a chunk; or u and its gradient with
+    the batch last and a few buffers of one chunk. The kernels add at most 16 slots of each kind,
+    and 2·(r − 1) values of each pair of image and input capsule.
     """
     size, r = _bytes_of(case), case.iterations
     forward = phase == "forward"
@@ -108,9 +110,13 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
         slots = (3 if forward else 4) * 16 * size["v"]
         pairs = 0 if forward else 2 * (r - 1) * size["u"] // case.shape.P
         return saved + gradients_ + slots + pairs
-    if case.B <= case.shape.P:
-        return saved + gradients_ + size["u_hat"] + (0 if forward else size["u"])
-    chunk = min(_torch_path._chunk_bytes(device), size["u"] * case.shape.J)
+    u = torch.empty(case.B, 0, dtype=case.dtype, device=device)
+    chunk = chunk_bytes(device)
+    if n := group_size(u, case.shape, backward=not forward):
+        votes = n * size["u_hat"] // case.B
+        couplings = (2 if forward else 2 * r + 1) * votes // case.shape.D
+        return saved + gradients_ + votes + couplings + (0 if forward else min(chunk, 2 * votes))
+    chunk = min(chunk, size["u"] * case.shape.J)
     buffers = (2 if forward else 4) * chunk
     return saved + gradients_ + (1 if forward else 2) * size["u"] + buffers
 

@@ -18,6 +18,7 @@ from benchmarks.cases import Case, Shape
 from benchmarks.memory import formula_bytes
 from tritoncaps import _operators, _torch_path, ops, reference
 from tritoncaps._operators import INTERPRETED
+from tritoncaps._torch_path import _slices
 
 CPU = torch.device("cpu")
 
@@ -71,8 +72,10 @@ def some(*shape):
     return ((torch.arange(count) * 37 % 64 - 32) / 32).half().view(shape)
 
 more = {"prior": some(3, 3), "grad": some(3, 3, 3), "grad_coupling": some(3, 3, 3)}
-for P in (3,) if is_interpreted else (2, 3):  # the torch path takes another way for B > P
-    linear = {"u": some(3, 3, P), "weight": some(3, P, 3, 3)}
+linear = {"u": some(3, 3, 3), "weight": some(3, 3, 3, 3)}
+check("capsule_routing", **linear, **more)
+if not is_interpreted:  # the torch path's other way, for large batches
+    backend.capsule_routing.group_size = lambda *args, **kwargs: 0
     check("capsule_routing", **linear, **more)
 check("prediction_vectors", **linear, grad=some(3, 3, 3, 3))
 check("dynamic_routing", u_hat=some(3, 3, 3, 3), **more)
@@ -165,8 +168,9 @@ CHUNK = 1 << 18
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of a known size, beside which everything that grows is large."""
-    monkeypatch.setattr(_torch_path, "_chunk_bytes", lambda device: CHUNK)
+    """Slices of a known size, beside which everything that grows is large."""
+    sizes = {2: CHUNK // torch.get_num_threads(), 3: 4 * CHUNK}
+    monkeypatch.setattr(_slices, "cache_bytes", sizes.__getitem__)
 
 
 def peaks_of_torch_path(case: Case) -> dict[str, int]:

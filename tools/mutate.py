@@ -38,10 +38,18 @@ MEMORY_BYTES = 12 << 30
 # The tests of each file: quick ones, since a mutant that survives takes as long as all of them.
 # Kernels run interpreted; what the compiler says of a changed kernel is not asked.
 OPERATOR_TESTS = ("errors", "ops", "known_faults", "layers_and_models", "operators")
+TORCH_PATH_TESTS = ("torch_path", *OPERATOR_TESTS)
 FILES = {
     "tritoncaps/_checks.py": OPERATOR_TESTS,
     "tritoncaps/_operators.py": OPERATOR_TESTS,
-    "tritoncaps/_torch_path.py": OPERATOR_TESTS,
+    "tritoncaps/_torch_path/_chunks.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/_images.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/_loop.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/_slices.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/capsule_routing.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/dynamic_routing.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/prediction_vectors.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/squash.py": TORCH_PATH_TESTS,
     "tritoncaps/_transforms.py": OPERATOR_TESTS,
     "tritoncaps/layers.py": OPERATOR_TESTS,
     "tritoncaps/losses.py": OPERATOR_TESTS,

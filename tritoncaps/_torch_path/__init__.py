@@ -1,0 +1,26 @@
+"""The operators in plain torch: what a CPU runs, and any device without Triton kernels.
+
+Every function here has a twin of the same name and signature in `tritoncaps.kernels`. The routing
+never holds more than a slice of the prediction vectors, one that stays in the cache: those of a few
+images, through all iterations, or where one image has too many, those of a few input capsules. The
+derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits
+are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
+"""
+
+from tritoncaps._torch_path._slices import accumulation_dtype
+from tritoncaps._torch_path.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
+from tritoncaps._torch_path.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps._torch_path.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
+from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
+
+__all__ = [
+    "accumulation_dtype",
+    "capsule_routing_bwd",
+    "capsule_routing_fwd",
+    "dynamic_routing_bwd",
+    "dynamic_routing_fwd",
+    "prediction_vectors_bwd",
+    "prediction_vectors_fwd",
+    "squash_bwd",
+    "squash_fwd",
+]

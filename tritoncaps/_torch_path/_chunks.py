@@ -1,0 +1,158 @@
+"""Routing of a chunk of input capsules at a time, for images of too many prediction vectors.
+
+Each iteration, forward or backward, is one pass over (u, W) that reduces over i. The batch comes
+last in the temporaries, so that every element-wise step runs over contiguous rows of B, and a chunk
+of the weight, (C·P, J, D), needs no repacking. For each output capsule j it takes two products:
+T_j = W_j V_j, (C·P, D) × (D, B), whose contraction with u over p is the logit, and
+s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
+"""
+
+import torch
+from torch import Tensor
+
+from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._slices import (
+    accumulation_dtype,
+    buffers,
+    fitting_slices,
+    longest,
+    view,
+)
+
+
+def route_chunks(
+    u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, one chunk at a time."""
+    (B, I, P), (_, _, J, D) = u.shape, weight.shape
+    dtype = accumulation_dtype(u.dtype)
+    poses = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = fitting_slices(I, J * P * B, poses)
+    (scratch,) = buffers(1, longest(chunks) * J * P * B, poses)
+    coupling = poses.new_empty((B, I, J) if return_coupling else (0,))
+
+    def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
+        keep_coupling = return_coupling and t == iterations - 1
+        if v_sum is None and prior is None:
+            if keep_coupling:
+                coupling.fill_(1 / J)
+            flat = u.to(dtype).flatten(1) @ weight.to(dtype).flatten(0, 1).flatten(1)
+            return flat.view(B, J, D) / J
+        s = poses.new_zeros(J, D, B)
+        V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()  # (J, D, B)
+        for chunk in chunks:
+            w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
+            x = poses[chunk]  # (C, P, B)
+            T = view(scratch, (J, *x.shape))
+            b = None if V is None else _contract(_product(w, V, T), x, out=T)
+            c = _coupling(b, prior, chunk, x, J)  # (J, C, B)
+            torch.mul(c.unsqueeze(2), x, out=T)  # c∘u, (J, C, P, B)
+            s.baddbmm_(w.transpose(1, 2), T.flatten(1, 2))
+            if keep_coupling:
+                coupling[:, chunk] = c.permute(2, 1, 0)
+        return s.permute(2, 0, 1).contiguous()
+
+    v, sums = route(iterations, weighted_sum)
+    return v, coupling, sums
+
+
+def _batch_last(u: Tensor) -> Tensor:
+    """(B, I, P) → (I, P, B), as a transposition of two axes, which torch does in blocks."""
+    return u.flatten(1).t().contiguous().view(*u.shape[1:], u.shape[0])
+
+
+def _weight_rows(weight: Tensor) -> Tensor:
+    """(C, P, J, D) → (J, C·P, D) without a copy: one matrix of rows (i, p) per output capsule."""
+    return weight.flatten(0, 1).transpose(0, 1)
+
+
+def _product(w: Tensor, X: Tensor, out: Tensor) -> Tensor:
+    """W_j X_j for all j, (J, C·P, D) × (J, D, B), written to `out`, (J, C, P, B)."""
+    torch.bmm(w, X, out=out.flatten(1, 2))
+    return out
+
+
+def _contract(T: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Σ_p T∘u, (J, C, P, B) and (C, P, B) → (J, C, B); `out` takes the product T∘u."""
+    return torch.mul(T, x, out=out).sum(dim=2)
+
+
+def _coupling(b: Tensor | None, prior: Tensor | None, chunk: slice, x: Tensor, J: int) -> Tensor:
+    """c = softmax_j(prior + b) of a chunk, (J, C, B); without agreements b yet, of the prior."""
+    if b is None:
+        b = x.new_zeros(J, len(x), x.shape[-1])
+    if prior is not None:
+        b = b + prior[chunk].to(x.dtype).T.unsqueeze(-1)
+    return b.softmax(dim=0)
+
+
+def chunk_gradients(
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    full: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients, one chunk at a time.
+
+    dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is contracted at once, in the pass of iteration t, so it
+    never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
+    Σ_j k∘(W_j x_j) to du_i and (k∘u) x_jᵀ to dW_j.
+    """
+    (B, I, P), (_, _, J, D) = u.shape, weight.shape
+    dtype = sums.dtype
+    poses = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = fitting_slices(I, J * P * B, poses)
+    scratch = buffers(3, longest(chunks) * J * P * B, poses)
+    (rows_scratch,) = buffers(1, longest(chunks) * J * P * D, poses)
+    grad_poses = torch.zeros_like(poses)
+    grad_weight = poses.new_zeros(weight.shape)
+    grad_prior = None if prior is None else torch.zeros_like(prior, dtype=dtype)
+
+    def uniform_step(grad_s: Tensor) -> None:
+        """Iteration 1 without a prior: c = 1/J, two plain products."""
+        flat = grad_s.flatten(1) / J  # (B, J·D)
+        rows = weight.to(dtype).flatten(0, 1).flatten(1)  # (I·P, J·D)
+        grad_poses.flatten(0, 1).addmm_(rows, flat.T)
+        grad_weight.flatten(0, 1).flatten(1).addmm_(poses.flatten(0, 1), flat)
+
+    def step(t: int, v_sum: Tensor | None, grad_s: Tensor) -> Tensor | None:
+        if v_sum is None and prior is None:
+            uniform_step(grad_s)
+            return None
+        ds = grad_s.permute(1, 2, 0).contiguous()  # (J, D, B)
+        V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()
+        grad_v_sum = torch.zeros_like(ds)
+        for chunk in chunks:
+            w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
+            x = poses[chunk]  # (C, P, B)
+            W_V, W_ds, scaled = (view(buffer, (J, *x.shape)) for buffer in scratch)
+            grad_w = view(rows_scratch, (J, w.shape[1], D))
+            b = None if V is None else _contract(_product(w, V, W_V), x, out=scaled)
+            c = _coupling(b, prior, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
+            _product(w, ds, W_ds)
+            if full:
+                grad_c = _contract(W_ds, x, out=scaled).unsqueeze(2)
+                if grad_coupling is not None and t == len(sums) - 1:
+                    grad_c += grad_coupling[:, chunk].permute(2, 1, 0).unsqueeze(2)
+                grad_b = coupling_gradient(c, grad_c, dim=0)  # (J, C, 1, B)
+                if grad_prior is not None:
+                    grad_prior[chunk] += grad_b.sum(dim=(2, 3)).T
+            if full and V is not None:
+                grad_poses[chunk] += W_V.mul_(grad_b).addcmul_(W_ds, c).sum(dim=0)
+                torch.mul(grad_b, x, out=scaled)  # db∘u
+                torch.bmm(scaled.flatten(1, 2), V.transpose(1, 2), out=grad_w)
+                grad_v_sum.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
+            else:
+                grad_poses[chunk] += W_ds.mul_(c).sum(dim=0)
+                grad_w.zero_()
+            torch.mul(c, x, out=scaled)  # c∘u
+            grad_w.baddbmm_(scaled.flatten(1, 2), ds.transpose(1, 2))
+            # Added at the end, since torch batches products into contiguous results alone.
+            _weight_rows(grad_weight[chunk]).add_(grad_w)
+        return grad_v_sum.permute(2, 0, 1).contiguous()
+
+    route_backward(grad_v, sums, full, step)
+    return grad_poses.flatten(0, 1).t().reshape(u.shape), grad_weight, grad_prior

@@ -1,0 +1,167 @@
+"""Routing of a few images at a time, whose prediction vectors stay in the cache."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._slices import buffers, fitting_slices, length, longest, slices, view
+
+
+class Group:
+    """Prediction vectors of a few images, (I, n, J, D), which all iterations find in the cache.
+
+    Seen as one matrix (I, D) for each image and output capsule, agreements and weighted sums are
+    batched products. Logits and couplings are (n, J, I), since torch's softmax over J is ten times
+    as fast where I lies innermost as where J does.
+    """
+
+    def __init__(self, votes: Tensor, prior: Tensor | None, logits: Tensor) -> None:
+        """Take the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
+        self.votes, self.prior, self.logits = votes, prior, logits
+        self.matrices = votes.flatten(1, 2).transpose(0, 1)  # (n·J, I, D), a view
+
+    def agreements(self, x: Tensor, out: Tensor) -> Tensor:
+        """Σ_d û_ijd x_jd of x (n, J, D), written to `out`, (n, J, I)."""
+        rows = x.flatten(0, 1).unsqueeze(1)
+        torch.bmm(rows, self.matrices.transpose(1, 2), out=out.flatten(0, 1).unsqueeze(1))
+        return out
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_i c_ij û_ij of c (n, J, I), as (n, J, D)."""
+        return torch.bmm(c.flatten(0, 1).unsqueeze(1), self.matrices).view(self.votes.shape[1:])
+
+    def coupling(self, v_sum: Tensor | None, out: Tensor) -> Tensor:
+        """c = softmax_j(prior + û·V), written to `out`, (n, J, I)."""
+        if v_sum is None and self.prior is None:
+            return out.fill_(1 / out.shape[1])
+        if v_sum is None:
+            self.logits.zero_()
+        else:
+            self.agreements(v_sum, out=self.logits)
+        if self.prior is not None:
+            self.logits += self.prior
+        return torch.softmax(self.logits, dim=1, out=out)
+
+    def route(self, iterations: int, c: Tensor) -> tuple[Tensor, Tensor]:
+        """v, (n, J, D), and all s⁽ᵗ⁾, (r, n, J, D); the last coupling is left in `c`, (n, J, I)."""
+
+        def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
+            if v_sum is None and self.prior is None and iterations > 1:
+                return self.votes.sum(dim=0) / self.votes.shape[2]
+            return self.weighted_sum(self.coupling(v_sum, out=c))
+
+        return route(iterations, weighted_sum)
+
+    def gradient_terms(
+        self,
+        grad_v: Tensor,
+        grad_coupling: Tensor | None,
+        sums: Tensor,
+        full: bool,
+        grad_prior: Tensor | None,
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
+
+        They are the coefficients, (n·J, I, terms), collected in `rows`, (2r, n, J, I), and the
+        vectors, (n·J, terms, D). The gradient of the prior is added to `grad_prior`, (J, I).
+        """
+        vectors: list[Tensor] = []
+
+        def step(t: int, v_sum: Tensor | None, grad_s: Tensor) -> Tensor | None:
+            c = self.coupling(v_sum, out=rows[len(vectors)])
+            vectors.append(grad_s)
+            if not full or (v_sum is None and grad_prior is None):
+                return None
+            grad_c = self.agreements(grad_s, out=self.logits)
+            if grad_coupling is not None and t == len(sums) - 1:
+                grad_c += grad_coupling.transpose(1, 2)
+            grad_b = coupling_gradient(c, grad_c, dim=1, out=rows[len(vectors)])
+            if grad_prior is not None:
+                grad_prior.add_(grad_b.sum(dim=0))
+            if v_sum is None:
+                return None
+            vectors.append(v_sum)
+            return self.weighted_sum(grad_b)
+
+        route_backward(grad_v, sums, full, step)
+        coefficients = rows[: len(vectors)].flatten(1, 2).permute(1, 2, 0)
+        return coefficients, torch.stack(vectors, dim=2).flatten(0, 1)
+
+
+# Writes the prediction vectors of some images to a buffer, (I, n, J, D), or returns them as they
+# lie.
+_Votes = Callable[[slice, Tensor], Tensor]
+
+
+def route_images(
+    votes: _Votes,
+    shape: Sequence[int],
+    size: int,
+    prior: Tensor | None,
+    iterations: int,
+    return_coupling: bool,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, `size` images at a time."""
+    B, I, J, D = shape
+    v, sums = like.new_empty(B, J, D), like.new_empty(iterations, B, J, D)
+    coupling = like.new_empty((B, I, J) if return_coupling else (0,))
+    prior = None if prior is None else prior.to(like.dtype).T
+    (votes_buffer,) = buffers(1, size * I * J * D, like)
+    scratch = buffers(2, size * I * J, like)
+    for images in slices(B, size):
+        n = length(images)
+        logits, c = (view(buffer, (n, J, I)) for buffer in scratch)
+        group = Group(votes(images, view(votes_buffer, (I, n, J, D))), prior, logits)
+        v[images], sums[:, images] = group.route(iterations, c)
+        if return_coupling:
+            coupling[images] = c.transpose(1, 2)
+    return v, coupling, sums
+
+
+def image_gradients(
+    votes: _Votes,
+    shape: Sequence[int],
+    size: int,
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    prior: Tensor | None,
+    sums: Tensor,
+    full: bool,
+    grad_prior: Tensor | None,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield some images, some of their input capsules, and these' dû, (C, n, J, D), in a buffer.
+
+    The gradient of the prior is added to `grad_prior`, (I, J).
+    """
+    B, I, J, D = shape
+    prior = None if prior is None else prior.to(sums.dtype).T
+    chunks = fitting_slices(I, 2 * size * J * D, sums)  # dû and what it is laid out as
+    (votes_buffer,) = buffers(1, size * I * J * D, sums)
+    product_buffer, gradient_buffer = buffers(2, size * longest(chunks) * J * D, sums)
+    (logits_buffer,) = buffers(1, size * I * J, sums)
+    (rows_buffer,) = buffers(1, 2 * len(sums) * size * I * J, sums)
+    for images in slices(B, size):
+        n = length(images)
+        group = Group(
+            votes(images, view(votes_buffer, (I, n, J, D))),
+            prior,
+            view(logits_buffer, (n, J, I)),
+        )
+        coefficients, vectors = group.gradient_terms(
+            grad_v[images],
+            None if grad_coupling is None else grad_coupling[images],
+            sums[:, images],
+            full,
+            None if grad_prior is None else grad_prior.T,
+            view(rows_buffer, (2 * len(sums), n, J, I)),
+        )
+        for chunk in chunks:
+            C = length(chunk)
+            product = view(product_buffer, (n * J, C, D))
+            torch.bmm(coefficients[:, chunk], vectors, out=product)
+            grad_votes = view(gradient_buffer, (C, n * J, D)).copy_(product.transpose(0, 1))
+            yield images, chunk, grad_votes.view(C, n, J, D)

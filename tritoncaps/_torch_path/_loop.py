@@ -1,0 +1,56 @@
+"""The routing loop, forward and backward, whatever the prediction vectors are sliced by."""
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
+
+
+def squash_capsules(s: Tensor) -> Tensor:
+    return squash_fwd(s.flatten(0, -2)).view(s.shape)  # (B, J, D)
+
+
+def route(
+    iterations: int, weighted_sum: Callable[[int, Tensor | None], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Run the iterations; returns v⁽ʳ⁾, (B, J, D), and every s⁽ᵗ⁾, (r, B, J, D).
+
+    `weighted_sum(t, v_sum)` returns s⁽ᵗ⁾, given V⁽ᵗ⁻¹⁾; t counts from 0, and V⁽⁰⁾ is None.
+    """
+    sums: list[Tensor] = []
+    v_sum: Tensor | None = None
+    for t in range(iterations):
+        sums.append(weighted_sum(t, v_sum))
+        v = squash_capsules(sums[-1])
+        v_sum = v if v_sum is None else v_sum + v
+    return v, torch.stack(sums)
+
+
+def route_backward(
+    grad_v: Tensor,
+    sums: Tensor,
+    full: bool,
+    step: Callable[[int, Tensor | None, Tensor], Tensor | None],
+) -> None:
+    """Walk the iterations backwards; without `full` the last one alone.
+
+    `step(t, v_sum, grad_s)` adds the share of iteration t to the gradients of the inputs, given
+    V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾, and returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾; for the first, nothing.
+    """
+    v_sums = [None, *accumulate(squash_capsules(s) for s in sums[:-1])]
+    grad_out = grad_v.to(sums.dtype)
+    for t in reversed(range(len(sums))):
+        grad_s = squash_bwd(grad_out.flatten(0, -2), sums[t].flatten(0, -2)).view(sums[t].shape)
+        share = step(t, v_sums[t], grad_s)
+        if share is None or not full:
+            return
+        grad_out = share if t == len(sums) - 1 else grad_out + share
+
+
+def coupling_gradient(c: Tensor, grad_c: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    """db = c∘(dc − Σ_j c∘dc), the gradient of the softmax over the output capsules."""
+    weighted = torch.mul(c, grad_c, out=out)
+    return torch.sub(grad_c, weighted.sum(dim=dim, keepdim=True), out=out).mul_(c)

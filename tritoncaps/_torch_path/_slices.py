@@ -1,0 +1,77 @@
+"""Slices of images and capsules that stay in the cache, and buffers for their temporaries."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Caches where the system does not tell: a common desktop core's level 2, a small machine's level 3.
+_DEFAULT_CACHE_BYTES = {2: 1 << 20, 3: 8 << 20}
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
+# For an accelerator that runs this path: few launches matter there, not the cache.
+_ACCELERATOR_CHUNK_BYTES = 1 << 28
+
+
+@cache
+def cache_bytes(level: int) -> int:
+    """Size of the first processor's level-2 or level-3 cache."""
+    try:
+        for index in _CACHES.glob("index*"):
+            if (index / "level").read_text().strip() == str(level):
+                return int((index / "size").read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        pass
+    return _DEFAULT_CACHE_BYTES[level]
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """How large the temporary of one chunk may be: the level-2 caches of the threads in use."""
+    if device.type != "cpu":
+        return _ACCELERATOR_CHUNK_BYTES
+    return cache_bytes(2) * torch.get_num_threads()
+
+
+def group_bytes(device: torch.device) -> int:
+    """How large the prediction vectors of a group of images may be: a quarter of the level-3 cache.
+
+    The weight, its gradient and the gradient of the prediction vectors want a place there too.
+    """
+    if device.type != "cpu":
+        return _ACCELERATOR_CHUNK_BYTES
+    return cache_bytes(3) // 4
+
+
+def fitting_slices(count: int, elements_each: int, like: Tensor) -> list[slice]:
+    """Slices of `count` capsules or rows, of about one size, each of which fits a chunk."""
+    largest = chunk_bytes(like.device) // (max(1, elements_each) * like.element_size())
+    return slices(count, math.ceil(count / math.ceil(count / max(1, largest)))) if count else []
+
+
+def slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def longest(parts: list[slice]) -> int:
+    return max(map(length, parts), default=0)
+
+
+def buffers(count: int, elements: int, like: Tensor) -> tuple[Tensor, ...]:
+    """Flat buffers for the largest slice: a fresh one for each would be paid for in page faults."""
+    return like.new_empty(count, elements).unbind()
+
+
+def view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of a flat buffer in a shape."""
+    return buffer[: math.prod(shape)].view(shape)

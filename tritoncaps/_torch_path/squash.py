@@ -12,7 +12,7 @@ def _polar(s: Tensor) -> tuple[Tensor, Tensor]:
     largest = s.abs().amax(dim=-1, keepdim=True).clamp(min=smallest)
     scaled = s / largest
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return largest * length, scaled / length.clamp(min=smallest)
+    return largest * length, scaled.div_(length.clamp(min=smallest))
 
 
 def squash_fwd(s: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def squash_fwd(s: Tensor) -> Tensor:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
     length, direction = _polar(s.to(accumulation_dtype(s.dtype)))
     length = length.clamp(max=torch.finfo(length.dtype).max)  # of a sum that overflows
-    return (direction * (length / (length + 1 / length))).to(s.dtype)
+    return direction.mul_(length / (length + 1 / length)).to(s.dtype)
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
@@ -40,5 +40,6 @@ def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
     length, direction = _polar(s.to(dtype))
     grad_v = grad_v.to(dtype)
     f = 1 / (length + 1 / length)
-    along = (direction * grad_v).sum(dim=-1, keepdim=True) * direction
-    return (f * ((grad_v - along) + 2 / (1 + length.square()) * along)).to(s.dtype)
+    along = direction.mul_((direction * grad_v).sum(dim=-1, keepdim=True))
+    across = grad_v - along
+    return across.add_(along.mul_(2 / (1 + length.square()))).mul_(f).to(s.dtype)

@@ -96,15 +96,16 @@ def _bytes_of(case: Case) -> dict[str, int]:
 def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
     """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
 
-    The saved sums are r times as large as v, and the backward keeps V and ds of each iteration
-    too. To it and to the gradients of u and the weight the torch path adds the prediction vectors
-    of n images with two couplings, in the backward 2r + 1, and a chunk; or u and its gradient with
-    the batch last and a few buffers of one chunk. The kernels add at most 16 slots of each kind,
-    and 2·(r − 1) values of each pair of image and input capsule.
+    The saved sums are r times as large as v, and with them go a few tensors of v's size; the
+    backward keeps V and ds of each iteration too. To it and to the gradients of u and the weight
+    the torch path adds the prediction vectors of n images with two couplings, in the backward 2r,
+    and a chunk; or u and its gradient with the batch last and a few buffers of one chunk. The
+    kernels add at most 16 slots of each kind, and 2·(r − 1) values of each pair of image and input
+    capsule.
     """
     size, r = _bytes_of(case), case.iterations
     forward = phase == "forward"
-    saved = (r if forward else 3 * r) * size["v"]
+    saved = (r + 3 if forward else 3 * r) * size["v"]
     gradients_ = 0 if forward else size["u"] + size["weight"]
     if rival == "triton":
         slots = (3 if forward else 4) * 16 * size["v"]
@@ -112,9 +113,9 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
         return saved + gradients_ + slots + pairs
     u = torch.empty(case.B, 0, dtype=case.dtype, device=device)
     chunk = chunk_bytes(device)
-    if n := group_size(u, case.shape, backward=not forward):
-        votes = n * size["u_hat"] // case.B
-        couplings = (2 if forward else 2 * r + 1) * votes // case.shape.D
+    if n := group_size(u, case.shape, r, backward=not forward):
+        votes = n * size["u_hat"] // max(1, case.B)
+        couplings = (2 if forward else 2 * r) * votes // case.shape.D
         return saved + gradients_ + votes + couplings + (0 if forward else min(chunk, 2 * votes))
     chunk = min(chunk, size["u"] * case.shape.J)
     buffers = (2 if forward else 4) * chunk

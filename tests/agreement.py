@@ -83,6 +83,38 @@ def round_once(tensor: Tensor, seed: int) -> Tensor:
     return tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps)
 
 
+def compare(
+    function: Callable[..., Any],
+    oracle: Callable[..., Any],
+    inputs: list[Tensor],
+    case_seed: int,
+    grad_layout: str,
+    names: list[str],
+) -> list[Tensor]:
+    """Apply the 2x rule to outputs and gradients of `function`, which it returns.
+
+    `oracle` is the reference of the function.
+    """
+
+    def run(call: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+        outputs, grads = gradients(call, tensors, case_seed, grad_layout)
+        return outputs + grads
+
+    actuals = run(function, inputs)
+    results = zip(
+        names,
+        actuals,
+        run(oracle, inputs),
+        run(oracle, [tensor.double() for tensor in inputs]),
+        run(oracle, [round_once(tensor, case_seed) for tensor in inputs]),
+        strict=True,
+    )
+    for name, actual, plain, exact, rounded in results:
+        assert actual.dtype == inputs[0].dtype, name
+        assert_agrees(name, actual, plain, exact, rounded)
+    return actuals
+
+
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 
@@ -136,7 +168,29 @@ class RoutingCase:
         return [with_layout(u_hat, self.layout).to(device), *self._prior(device)]
 
     def _prior(self, device: torch.device) -> list[Tensor]:
-        return [self.random(self.I, self.J).to(device)] if self.has_prior else []
+        prior = with_layout(
+            self.random(self.I, self.J), self.layout if self.layout != "expanded" else "strided"
+        )
+        return [prior.to(device)] if self.has_prior else []
+
+
+def routed(
+    function: Callable[..., Any], case: RoutingCase, with_coupling: bool
+) -> Callable[..., Any]:
+    """`function` with the options of `case`, and the prior as its last positional input."""
+
+    def call(*inputs: Tensor) -> Any:
+        prior = inputs[-1] if case.has_prior else None
+        tensors = inputs[:-1] if case.has_prior else inputs
+        return function(
+            *tensors,
+            case.iterations,
+            prior=prior,
+            gradient=case.gradient,
+            return_coupling=with_coupling,
+        )
+
+    return call
 
 
 def sizes(largest: int) -> st.SearchStrategy[int]:

@@ -185,13 +185,23 @@ def peaks_of_torch_path(case: Case) -> dict[str, int]:
     return {"forward": forward.peak, "both": backward.peak + sums.numel() * sums.itemsize}
 
 
+# Some images at a time: the last; the first's forward; and of a batch of three all. Else a chunk.
+SHAPES = [
+    Shape(100, 8, 10, 16),
+    Shape(400, 8, 10, 16),
+    Shape(100, 8, 40, 16),
+    Shape(25, 16, 10, 16),
+]
+
+
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("iterations", [3, 10])
 @pytest.mark.parametrize("B", [32, 3], ids=["B32", "B3"])
 @pytest.mark.parametrize("phase", ["forward", "both"])
-def test_peak_is_what_the_formula_says(B, phase):
+def test_peak_is_what_the_formula_says(B, phase, iterations):
     """Of the tensors on the torch path; docs/memory.md has peaks of whole processes beside it."""
-    for I, J in ((100, 10), (400, 10), (100, 40)):
-        case = Case("capsule_routing", Shape(I, 8, J, 16), B)
+    for shape in SHAPES:
+        case = Case("capsule_routing", shape, B, iterations=iterations)
         peak = peaks_of_torch_path(case)[phase]
         formula = formula_bytes(case, "torch path", phase, CPU)
         assert 0.75 * formula <= peak <= 1.25 * formula, (str(case), peak, formula)
@@ -207,3 +217,37 @@ def test_temporaries_do_not_grow_with_the_prediction_vectors():
     assert after["forward"] - before["forward"] <= u + CHUNK
     assert after["both"] - before["both"] <= weight + 3 * u + CHUNK
     assert u_hat > 2 * (weight + 3 * u + CHUNK)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_temporaries_of_some_images_do_not_grow_with_the_batch():
+    """From B to 4 B, û grows by 3 MB; the peak by what is of the size of u or v."""
+    few, many = (Case("capsule_routing", Shape(25, 16, 10, 16), B) for B in (64, 256))
+    before, after = peaks_of_torch_path(few), peaks_of_torch_path(many)
+    u_hat, u, v = 4 * 192 * 25 * 10 * 16, 4 * 192 * 25 * 16, 4 * 192 * 10 * 16
+    assert after["forward"] - before["forward"] <= 5 * v
+    assert after["both"] - before["both"] <= u + 9 * v
+    assert u_hat > 2 * (u + 9 * v)
+
+
+def peak_of_dynamic_routing(B: int, iterations: int, full: bool, dtype: torch.dtype) -> int:
+    """Peak of the backward over what it returns."""
+    u_hat, grad_v = torch.randn(B, 100, 10, 16).to(dtype), torch.randn(B, 10, 16).to(dtype)
+    _, _, sums = _torch_path.dynamic_routing_fwd(u_hat, None, iterations, False)
+    with LiveBytes() as backward:
+        _torch_path.dynamic_routing_bwd(grad_v, None, u_hat, None, sums, full)
+    return backward.peak - u_hat.numel() * u_hat.itemsize
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporaries_of_dynamic_routing_fit_the_cache(dtype):
+    """Whatever the batch; with more iterations, fewer images at once."""
+    cache = 2 * CHUNK  # a quarter of level 3, and a chunk
+    of_an_image = 4 * 10 * 16 * (3 * 4 + 4)
+    for B in (8, 64):
+        for iterations in (1, 3, 10):
+            for full in (True, False):
+                peak = peak_of_dynamic_routing(B, iterations, full, dtype)
+                saved = 3 * iterations * 4 * B * 10 * 16
+                assert peak <= cache + saved + B * of_an_image, (B, iterations, full, peak)

@@ -13,8 +13,9 @@ from agreement import (
     LAYOUTS,
     RoutingCase,
     assert_agrees,
+    compare,
     gradients,
-    round_once,
+    routed,
     routing_cases,
     sizes,
     with_layout,
@@ -26,26 +27,6 @@ from tritoncaps import CapsuleLoss, ops, reference
 
 # The device fixture is the same for every example.
 same_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def compare(function, oracle, inputs, case_seed, grad_layout, names):
-    """Outputs and gradients of `function` by the 2x rule; `oracle` is its reference."""
-
-    def run(call, tensors):
-        outputs, grads = gradients(call, tensors, case_seed, grad_layout)
-        return outputs + grads
-
-    results = zip(
-        names,
-        run(function, inputs),
-        run(oracle, inputs),
-        run(oracle, [tensor.double() for tensor in inputs]),
-        run(oracle, [round_once(tensor, case_seed) for tensor in inputs]),
-        strict=True,
-    )
-    for name, actual, plain, exact, rounded in results:
-        assert actual.dtype == inputs[0].dtype, name
-        assert_agrees(name, actual, plain, exact, rounded)
 
 
 @same_fixture
@@ -87,23 +68,6 @@ def test_prediction_vectors_agree(device, case):
         case.grad_layout,
         ["u_hat", "grad_u", "grad_weight"],
     )
-
-
-def routed(function, case, with_coupling):
-    """`function` with the options of `case`, and the prior as its last positional input."""
-
-    def call(*inputs):
-        prior = inputs[-1] if case.has_prior else None
-        tensors = inputs[:-1] if case.has_prior else inputs
-        return function(
-            *tensors,
-            case.iterations,
-            prior=prior,
-            gradient=case.gradient,
-            return_coupling=with_coupling,
-        )
-
-    return call
 
 
 MNIST_LIKE = RoutingCase(

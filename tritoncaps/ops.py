@@ -181,9 +181,9 @@ def capsule_routing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route input capsules to output capsules: `prediction_vectors` and `dynamic_routing` in one.
 
-    The prediction vectors never exist in memory. They are recomputed tile by tile in every pass,
-    which takes less time than moving them: with one image of MNIST in a `CapsNet` they are 184,320
-    numbers, and all that is kept for the backward is r·J·D = 480.
+    The prediction vectors of a batch never exist in memory. They are computed tile by tile, where
+    they are used, which takes less time than moving them: with one image of MNIST in a `CapsNet`
+    they are 184,320 numbers, and all that is kept for the backward is r·J·D = 480.
 
     Args:
         u: input capsules, shape (B, I, P).

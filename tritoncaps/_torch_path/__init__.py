@@ -1,8 +1,8 @@
 """The operators in plain torch: what a CPU runs, and any device without Triton kernels.
 
 Every function here has a twin of the same name and signature in `tritoncaps.kernels`. The routing
-never holds more than a slice of the prediction vectors, one that stays in the cache: those of a few
-images, through all iterations, or where one image has too many, those of a few input capsules. The
+goes slice after slice, so that temporaries stay in the cache: a few images through all iterations,
+or where one image's prediction vectors are too many, a few input capsules through one. The
 derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits
 are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """

@@ -23,13 +23,13 @@ from tritoncaps._torch_path._slices import (
 def route_chunks(
     u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, one chunk at a time."""
+    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, a chunk at a time."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
     poses = _batch_last(u.to(dtype))  # (I, P, B)
     chunks = fitting_slices(I, J * P * B, poses)
     (scratch,) = buffers(1, longest(chunks) * J * P * B, poses)
-    coupling = poses.new_empty((B, I, J) if return_coupling else (0,))
+    coupling = u.new_empty((B, I, J) if return_coupling else (0,))
 
     def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
         keep_coupling = return_coupling and t == iterations - 1
@@ -52,8 +52,9 @@ def route_chunks(
                 coupling[:, chunk] = c.permute(2, 1, 0)
         return s.permute(2, 0, 1).contiguous()
 
-    v, sums = route(iterations, weighted_sum)
-    return v, coupling, sums
+    sums = poses.new_empty(iterations, B, J, D)
+    v = route(weighted_sum, sums)
+    return v.to(u.dtype), coupling, sums
 
 
 def _batch_last(u: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def chunk_gradients(
     sums: Tensor,
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients, one chunk at a time.
+    """Gradients of u, the weight and the prior, a chunk at a time.
 
     dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is contracted at once, in the pass of iteration t, so it
     never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
@@ -109,7 +110,7 @@ def chunk_gradients(
     (rows_scratch,) = buffers(1, longest(chunks) * J * P * D, poses)
     grad_poses = torch.zeros_like(poses)
     grad_weight = poses.new_zeros(weight.shape)
-    grad_prior = None if prior is None else torch.zeros_like(prior, dtype=dtype)
+    grad_prior = None if prior is None else poses.new_zeros(prior.shape)
 
     def uniform_step(grad_s: Tensor) -> None:
         """Iteration 1 without a prior: c = 1/J, two plain products."""
@@ -155,4 +156,4 @@ def chunk_gradients(
         return grad_v_sum.permute(2, 0, 1).contiguous()
 
     route_backward(grad_v, sums, full, step)
-    return grad_poses.flatten(0, 1).t().reshape(u.shape), grad_weight, grad_prior
+    return grad_poses.flatten(0, 1).t().contiguous().view(u.shape), grad_weight, grad_prior

@@ -1,4 +1,4 @@
-"""Routing of a few images at a time, whose prediction vectors stay in the cache."""
+"""Routing of a few images at a time, through all iterations before the next few."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,11 +6,19 @@ import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
-from tritoncaps._torch_path._slices import buffers, fitting_slices, length, longest, slices, view
+from tritoncaps._torch_path._slices import (
+    accumulation_dtype,
+    buffers,
+    fitting_slices,
+    length,
+    longest,
+    slices,
+    view,
+)
 
 
 class Group:
-    """Prediction vectors of a few images, (I, n, J, D), which all iterations find in the cache.
+    """The prediction vectors of a few images, (I, n, J, D), and the products of them.
 
     Seen as one matrix (I, D) for each image and output capsule, agreements and weighted sums are
     batched products. Logits and couplings are (n, J, I), since torch's softmax over J is ten times
@@ -44,15 +52,15 @@ class Group:
             self.logits += self.prior
         return torch.softmax(self.logits, dim=1, out=out)
 
-    def route(self, iterations: int, c: Tensor) -> tuple[Tensor, Tensor]:
-        """v, (n, J, D), and all s⁽ᵗ⁾, (r, n, J, D); the last coupling is left in `c`, (n, J, I)."""
+    def route(self, sums: Tensor, c: Tensor) -> Tensor:
+        """v, (n, J, D); `sums`, (r, n, J, D), and the last coupling, `c`, (n, J, I), are filled."""
 
         def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
-            if v_sum is None and self.prior is None and iterations > 1:
+            if v_sum is None and self.prior is None and len(sums) > 1:
                 return self.votes.sum(dim=0) / self.votes.shape[2]
             return self.weighted_sum(self.coupling(v_sum, out=c))
 
-        return route(iterations, weighted_sum)
+        return route(weighted_sum, sums)
 
     def gradient_terms(
         self,
@@ -65,7 +73,7 @@ class Group:
     ) -> tuple[Tensor, Tensor]:
         """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
 
-        They are the coefficients, (n·J, I, terms), collected in `rows`, (2r, n, J, I), and the
+        They are the coefficients, (n·J, I, terms), collected in `rows`, (terms, n, J, I), and the
         vectors, (n·J, terms, D). The gradient of the prior is added to `grad_prior`, (J, I).
         """
         vectors: list[Tensor] = []
@@ -91,13 +99,18 @@ class Group:
         return coefficients, torch.stack(vectors, dim=2).flatten(0, 1)
 
 
-# Writes the prediction vectors of some images to a buffer, (I, n, J, D), or returns them as they
-# lie.
-_Votes = Callable[[slice, Tensor], Tensor]
+def group_width(D: int, iterations: int, backward: bool) -> int:
+    """Values that a group has at most for each pair of capsules: û, logits and couplings."""
+    return D + 1 + (2 * iterations if backward else 1)
+
+
+# Returns the prediction vectors of some images, (I, n, J, D), until it is called again. They may be
+# the caller's own and are not written to.
+Votes = Callable[[slice], Tensor]
 
 
 def route_images(
-    votes: _Votes,
+    votes: Votes,
     shape: Sequence[int],
     size: int,
     prior: Tensor | None,
@@ -105,25 +118,29 @@ def route_images(
     return_coupling: bool,
     like: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, `size` images at a time."""
+    """Route `size` images at a time.
+
+    Returns v, (B, J, D), the last coupling, (B, I, J) or an empty tensor, both in the dtype of
+    `like`, and all s⁽ᵗ⁾, (r, B, J, D).
+    """
     B, I, J, D = shape
-    v, sums = like.new_empty(B, J, D), like.new_empty(iterations, B, J, D)
+    dtype = accumulation_dtype(like.dtype)
+    v, sums = like.new_empty(B, J, D), like.new_empty(iterations, B, J, D, dtype=dtype)
     coupling = like.new_empty((B, I, J) if return_coupling else (0,))
-    prior = None if prior is None else prior.to(like.dtype).T
-    (votes_buffer,) = buffers(1, size * I * J * D, like)
-    scratch = buffers(2, size * I * J, like)
-    for images in slices(B, size):
-        n = length(images)
-        logits, c = (view(buffer, (n, J, I)) for buffer in scratch)
-        group = Group(votes(images, view(votes_buffer, (I, n, J, D))), prior, logits)
-        v[images], sums[:, images] = group.route(iterations, c)
+    prior = None if prior is None else prior.to(dtype).T
+    groups = slices(B, size)
+    scratch = buffers(2, longest(groups) * I * J, sums)
+    for images in groups:
+        logits, c = (view(buffer, (length(images), J, I)) for buffer in scratch)
+        group = Group(votes(images), prior, logits)
+        v[images] = group.route(sums[:, images], c)
         if return_coupling:
             coupling[images] = c.transpose(1, 2)
     return v, coupling, sums
 
 
 def image_gradients(
-    votes: _Votes,
+    votes: Votes,
     shape: Sequence[int],
     size: int,
     grad_v: Tensor,
@@ -133,35 +150,34 @@ def image_gradients(
     full: bool,
     grad_prior: Tensor | None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some images, some of their input capsules, and these' dû, (C, n, J, D), in a buffer.
+    """Yield some images, some of their input capsules, and these' dû, (C, n, J, D).
 
-    The gradient of the prior is added to `grad_prior`, (I, J).
+    dû is in a buffer, to be used before the next is asked for. When all are through, the gradient
+    of the prior has been added to `grad_prior`, (I, J).
     """
     B, I, J, D = shape
     prior = None if prior is None else prior.to(sums.dtype).T
-    chunks = fitting_slices(I, 2 * size * J * D, sums)  # dû and what it is laid out as
-    (votes_buffer,) = buffers(1, size * I * J * D, sums)
-    product_buffer, gradient_buffer = buffers(2, size * longest(chunks) * J * D, sums)
-    (logits_buffer,) = buffers(1, size * I * J, sums)
-    (rows_buffer,) = buffers(1, 2 * len(sums) * size * I * J, sums)
-    for images in slices(B, size):
+    terms = 1 if not full else 2 * len(sums) - (prior is None)
+    groups = slices(B, size)
+    n = longest(groups)
+    chunks = fitting_slices(I, 2 * n * J * D, sums)  # dû as it is made, and as it is handed out
+    made, handed_out = buffers(2, n * longest(chunks) * J * D, sums)
+    (logits,) = buffers(1, n * I * J, sums)
+    (rows,) = buffers(1, terms * n * I * J, sums)
+    for images in groups:
         n = length(images)
-        group = Group(
-            votes(images, view(votes_buffer, (I, n, J, D))),
-            prior,
-            view(logits_buffer, (n, J, I)),
-        )
+        group = Group(votes(images), prior, view(logits, (n, J, I)))
         coefficients, vectors = group.gradient_terms(
             grad_v[images],
             None if grad_coupling is None else grad_coupling[images],
             sums[:, images],
             full,
             None if grad_prior is None else grad_prior.T,
-            view(rows_buffer, (2 * len(sums), n, J, I)),
+            view(rows, (terms, n, J, I)),
         )
         for chunk in chunks:
             C = length(chunk)
-            product = view(product_buffer, (n * J, C, D))
+            product = view(made, (n * J, C, D))
             torch.bmm(coefficients[:, chunk], vectors, out=product)
-            grad_votes = view(gradient_buffer, (C, n * J, D)).copy_(product.transpose(0, 1))
+            grad_votes = view(handed_out, (C, n * J, D)).copy_(product.transpose(0, 1))
             yield images, chunk, grad_votes.view(C, n, J, D)

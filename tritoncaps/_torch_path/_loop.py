@@ -13,20 +13,17 @@ def squash_capsules(s: Tensor) -> Tensor:
     return squash_fwd(s.flatten(0, -2)).view(s.shape)  # (B, J, D)
 
 
-def route(
-    iterations: int, weighted_sum: Callable[[int, Tensor | None], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Run the iterations; returns v⁽ʳ⁾, (B, J, D), and every s⁽ᵗ⁾, (r, B, J, D).
+def route(weighted_sum: Callable[[int, Tensor | None], Tensor], sums: Tensor) -> Tensor:
+    """Run the iterations; writes every s⁽ᵗ⁾ to `sums`, (r, B, J, D), and returns v⁽ʳ⁾, (B, J, D).
 
     `weighted_sum(t, v_sum)` returns s⁽ᵗ⁾, given V⁽ᵗ⁻¹⁾; t counts from 0, and V⁽⁰⁾ is None.
     """
-    sums: list[Tensor] = []
     v_sum: Tensor | None = None
-    for t in range(iterations):
-        sums.append(weighted_sum(t, v_sum))
-        v = squash_capsules(sums[-1])
+    for t in range(len(sums)):
+        sums[t] = weighted_sum(t, v_sum)
+        v = squash_capsules(sums[t])
         v_sum = v if v_sum is None else v_sum + v
-    return v, torch.stack(sums)
+    return v
 
 
 def route_backward(

@@ -17,7 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 _DEFAULT_CACHE_BYTES = {2: 1 << 20, 3: 8 << 20}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
 # For an accelerator that runs this path: few launches matter there, not the cache.
-_ACCELERATOR_CHUNK_BYTES = 1 << 28
+_ACCELERATOR_BYTES = 1 << 28
 
 
 @cache
@@ -26,7 +26,8 @@ def cache_bytes(level: int) -> int:
     try:
         for index in _CACHES.glob("index*"):
             if (index / "level").read_text().strip() == str(level):
-                return int((index / "size").read_text().strip().removesuffix("K")) << 10
+                size = int((index / "size").read_text().strip().removesuffix("K")) << 10
+                return size if size > 0 else _DEFAULT_CACHE_BYTES[level]
     except (OSError, ValueError):
         pass
     return _DEFAULT_CACHE_BYTES[level]
@@ -35,24 +36,29 @@ def cache_bytes(level: int) -> int:
 def chunk_bytes(device: torch.device) -> int:
     """How large the temporary of one chunk may be: the level-2 caches of the threads in use."""
     if device.type != "cpu":
-        return _ACCELERATOR_CHUNK_BYTES
+        return _ACCELERATOR_BYTES
     return cache_bytes(2) * torch.get_num_threads()
 
 
 def group_bytes(device: torch.device) -> int:
-    """How large the prediction vectors of a group of images may be: a quarter of the level-3 cache.
+    """How large the temporaries of a group of images may be: a quarter of the level-3 cache.
 
-    The weight, its gradient and the gradient of the prediction vectors want a place there too.
+    The weight and its gradient want a place there too.
     """
     if device.type != "cpu":
-        return _ACCELERATOR_CHUNK_BYTES
+        return _ACCELERATOR_BYTES
     return cache_bytes(3) // 4
 
 
 def fitting_slices(count: int, elements_each: int, like: Tensor) -> list[slice]:
-    """Slices of `count` capsules or rows, of about one size, each of which fits a chunk."""
-    largest = chunk_bytes(like.device) // (max(1, elements_each) * like.element_size())
-    return slices(count, math.ceil(count / math.ceil(count / max(1, largest)))) if count else []
+    """Slices of `count` capsules, of about one size, each of which fits a chunk, or is one."""
+    capsule_bytes = max(1, elements_each) * like.element_size()
+    return slices(count, even_size(count, chunk_bytes(like.device) // capsule_bytes))
+
+
+def even_size(count: int, largest: int) -> int:
+    """The size of as few slices as can be, none larger than `largest` but one of a single thing."""
+    return max(1, math.ceil(count / max(1, math.ceil(count / max(1, largest)))))
 
 
 def slices(count: int, size: int) -> list[slice]:

@@ -2,14 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._chunks import chunk_gradients, route_chunks
-from tritoncaps._torch_path._images import image_gradients, route_images
-from tritoncaps._torch_path._slices import accumulation_dtype, chunk_bytes, group_bytes
+from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
+from tritoncaps._torch_path._slices import (
+    accumulation_dtype,
+    chunk_bytes,
+    even_size,
+    group_bytes,
+    length,
+    view,
+)
 from tritoncaps._torch_path.prediction_vectors import predict
 
 
@@ -17,49 +23,13 @@ def capsule_routing_fwd(
     u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
-    dtype = accumulation_dtype(u.dtype)
-    size = group_size(u, weight.shape, backward=False)
+    size = group_size(u, weight.shape, iterations, backward=False)
     if size == 0:
-        v, coupling, sums = route_chunks(u, weight, prior, iterations, return_coupling)
-    else:
-        exact = u.to(dtype), weight.to(dtype)
-        v, coupling, sums = route_images(
-            partial(_votes_of, *exact),
-            (*u.shape[:2], *weight.shape[2:]),
-            size,
-            prior,
-            iterations,
-            return_coupling,
-            exact[0],
-        )
-    return v.to(u.dtype), coupling.to(u.dtype), sums
-
-
-def _votes_of(u: Tensor, weight: Tensor, images: slice, out: Tensor) -> Tensor:
-    return predict(u[images], weight, out)
-
-
-def group_size(u: Tensor, weight_shape: Sequence[int], backward: bool) -> int:
-    """How many images to route at once; 0 where it is better to walk over the input capsules.
-
-    The temporaries of a group of images are D wide; those of a chunk of capsules are P wide, but
-    made anew in each iteration. A group reads the weight, and for that wants about P images, whose
-    prediction vectors are as large as the weight; a chunk wants many images, its columns.
-    """
-    B, (I, P, J, D) = len(u), weight_shape
-    image_bytes = I * J * D * accumulation_dtype(u.dtype).itemsize
-    in_level_2, in_level_3 = (most(u.device) // image_bytes for most in (chunk_bytes, group_bytes))
-    many = max(P, 8)
-    enough = math.ceil(many / 2)
-    room = max(in_level_2, min(in_level_3, many))
-    is_narrow = D <= (P if backward else 2 * P)  # noqa: SIM300
-    if in_level_2 >= B or (room >= enough and (is_narrow or 2 * many >= B)):
-        size = room
-    elif many >= B:
-        size = enough
-    else:
-        return 0
-    return max(1, min(B, size))
+        return route_chunks(u, weight, prior, iterations, return_coupling)
+    (B, I, _), (_, _, J, D) = u.shape, weight.shape
+    dtype = accumulation_dtype(u.dtype)
+    votes = _predicted(u.to(dtype), weight.to(dtype).flatten(2), J, size)
+    return route_images(votes, (B, I, J, D), size, prior, iterations, return_coupling, u)
 
 
 def capsule_routing_bwd(
@@ -73,10 +43,9 @@ def capsule_routing_bwd(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J)."""
     inputs = (grad_v, grad_coupling, u, weight, prior, sums, full)
-    if size := group_size(u, weight.shape, backward=True):
-        grad_u, grad_weight, grad_prior = _gradients_by_images(*inputs, size)
-    else:
-        grad_u, grad_weight, grad_prior = chunk_gradients(*inputs)
+    size = group_size(u, weight.shape, len(sums), backward=True)
+    grads = chunk_gradients(*inputs) if size == 0 else _gradients_by_images(*inputs, size)
+    grad_u, grad_weight, grad_prior = grads
     return (
         grad_u.to(u.dtype),
         grad_weight.to(weight.dtype),
@@ -95,24 +64,55 @@ def _gradients_by_images(
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij, `size` images at a time."""
-    exact = u.to(sums.dtype), weight.to(sums.dtype)
-    grad_u = torch.empty_like(exact[0], memory_format=torch.contiguous_format)
-    grad_weight = exact[1].new_zeros(weight.shape)
-    grad_prior = None if prior is None else torch.zeros_like(prior, dtype=sums.dtype)
-    rows = exact[1].flatten(2)  # (I, P, J·D)
+    (B, I, P), (_, _, J, D) = u.shape, weight.shape
+    u, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
+    grad_u, grad_rows = u.new_empty(B, I, P), rows.new_zeros(I, P, J * D)
+    grad_prior = None if prior is None else sums.new_zeros(prior.shape)
+    votes = _predicted(u, rows, J, size)
     for images, capsules, grad_votes in image_gradients(
-        partial(_votes_of, *exact),
-        (*u.shape[:2], *weight.shape[2:]),
-        size,
-        grad_v,
-        grad_coupling,
-        prior,
-        sums,
-        full,
-        grad_prior,
+        votes, (B, I, J, D), size, grad_v, grad_coupling, prior, sums, full, grad_prior
     ):
         grad = grad_votes.flatten(2)  # (C, n, J·D)
         grad_u[images, capsules] = torch.bmm(grad, rows[capsules].transpose(1, 2)).transpose(0, 1)
-        poses = exact[0][images, capsules].permute(1, 2, 0)  # (C, P, n)
-        grad_weight[capsules].flatten(2).baddbmm_(poses, grad)
-    return grad_u, grad_weight, grad_prior
+        grad_rows[capsules].baddbmm_(u[images, capsules].permute(1, 2, 0), grad)
+    return grad_u, grad_rows.view(I, P, J, D), grad_prior
+
+
+def _predicted(u: Tensor, rows: Tensor, J: int, size: int) -> Votes:
+    """The prediction vectors of some images, made anew, from the weight (I, P, J·D)."""
+    I, _, JD = rows.shape
+    buffer = u.new_empty(I * size * JD)
+
+    def votes(images: slice) -> Tensor:
+        return predict(u[images], rows, view(buffer, (I, length(images), J, JD // J)))
+
+    return votes
+
+
+def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward: bool) -> int:
+    """How many images to route at once; 0 where it is better to walk over the input capsules.
+
+    The temporaries of a group of images are D wide; those of a chunk of capsules are P wide, but
+    made anew in each iteration. A group reads the weight, and for that wants about P images, whose
+    prediction vectors are as large as the weight; a chunk wants many images, its columns. So:
+
+    - all that fit, where the level-2 caches hold the batch, or enough images and these are narrow;
+    - up to P, where the level-3 cache holds enough images, and these are narrow, or few altogether;
+    - half of P, where there are at most P images, which are too few for a chunk;
+    - else none.
+    """
+    B, (I, P, J, D) = len(u), weight_shape
+    width = group_width(D, iterations, backward)
+    image_bytes = I * J * width * accumulation_dtype(u.dtype).itemsize
+    near, shared = (most(u.device) // image_bytes for most in (chunk_bytes, group_bytes))
+    many = max(P, 8)  # products of fewer than some 4 rows are slow, whatever the weight
+    enough = math.ceil(many / 2)
+    fitting = max(near, min(shared, many))
+    is_narrow = D <= (P if backward else 2 * P)  # noqa: SIM300
+    if near >= B or (fitting >= enough and (is_narrow or 2 * many >= B)):
+        size = fitting
+    elif P >= B:
+        size = math.ceil(P / 2)
+    else:
+        return 0
+    return even_size(B, size)

@@ -1,46 +1,19 @@
-"""Routing by agreement of prediction vectors in memory."""
-
-import math
-from collections.abc import Sequence
-from functools import partial
+"""Routing by agreement of prediction vectors in memory, a few images at a time."""
 
 import torch
 from torch import Tensor
 
-from tritoncaps._torch_path._images import image_gradients, route_images
-from tritoncaps._torch_path._slices import accumulation_dtype, group_bytes
+from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
+from tritoncaps._torch_path._slices import accumulation_dtype, even_size, group_bytes, length, view
 
 
 def dynamic_routing_fwd(
     u_hat: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
-    like = u_hat.new_empty(0, dtype=accumulation_dtype(u_hat.dtype))
-    v, coupling, sums = route_images(
-        partial(_laid_out, u_hat),
-        u_hat.shape,
-        images_at_once(u_hat.shape, like),
-        prior,
-        iterations,
-        return_coupling,
-        like,
-    )
-    return v.to(u_hat.dtype), coupling.to(u_hat.dtype), sums
-
-
-def _laid_out(u_hat: Tensor, images: slice, out: Tensor) -> Tensor:
-    """Prediction vectors as a group has them, (I, n, J, D): a copy, but of one image."""
-    votes = u_hat[images].transpose(0, 1)
-    if votes.dtype == out.dtype and votes.is_contiguous():
-        return votes
-    return out.copy_(votes)
-
-
-def images_at_once(shape: Sequence[int], like: Tensor) -> int:
-    """How many images' prediction vectors, (B, I, J, D), fit the cache together; at least one."""
-    B, *each = shape
-    image_bytes = max(1, math.prod(each)) * like.element_size()
-    return max(1, min(B, group_bytes(like.device) // image_bytes))
+    size = group_size(u_hat, iterations, backward=False)
+    votes = _laid_out(u_hat, size)
+    return route_images(votes, u_hat.shape, size, prior, iterations, return_coupling, u_hat)
 
 
 def dynamic_routing_bwd(
@@ -52,18 +25,34 @@ def dynamic_routing_bwd(
     full: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of u_hat, (B, I, J, D), and of the prior, (I, J)."""
+    size = group_size(u_hat, len(sums), backward=True)
+    votes = _laid_out(u_hat, size)
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
-    grad_prior = None if prior is None else torch.zeros_like(prior, dtype=sums.dtype)
+    grad_prior = None if prior is None else sums.new_zeros(prior.shape)
     for images, capsules, grad_votes in image_gradients(
-        partial(_laid_out, u_hat),
-        u_hat.shape,
-        images_at_once(u_hat.shape, sums),
-        grad_v,
-        grad_coupling,
-        prior,
-        sums,
-        full,
-        grad_prior,
+        votes, u_hat.shape, size, grad_v, grad_coupling, prior, sums, full, grad_prior
     ):
         grad_u_hat[images, capsules] = grad_votes.transpose(0, 1)
     return grad_u_hat, None if grad_prior is None else grad_prior.to(u_hat.dtype)
+
+
+def group_size(u_hat: Tensor, iterations: int, backward: bool) -> int:
+    """How many images to route at once: as many as fit the cache, and at least one."""
+    B, I, J, D = u_hat.shape
+    width = group_width(D, iterations, backward)
+    image_bytes = I * J * width * accumulation_dtype(u_hat.dtype).itemsize
+    return even_size(B, group_bytes(u_hat.device) // max(1, image_bytes))
+
+
+def _laid_out(u_hat: Tensor, size: int) -> Votes:
+    """Prediction vectors as a group has them, (I, n, J, D): a copy, but of a single image."""
+    _, I, J, D = u_hat.shape
+    dtype = accumulation_dtype(u_hat.dtype)
+    if size == 1 and dtype == u_hat.dtype and u_hat[:1].is_contiguous():
+        return lambda images: u_hat[images].transpose(0, 1)
+    buffer = u_hat.new_empty(I * size * J * D, dtype=dtype)
+
+    def votes(images: slice) -> Tensor:
+        return view(buffer, (I, length(images), J, D)).copy_(u_hat[images].transpose(0, 1))
+
+    return votes

@@ -7,20 +7,24 @@ from tritoncaps._torch_path._slices import buffers, fitting_slices, length, long
 
 
 def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
-    """û_{j|i} = W_ij u_i, chunk by chunk, since torch batches products by i, not by b."""
+    """û_{j|i} = W_ij u_i, chunk by chunk: the products lie by i and are laid out anew, by b."""
     (B, I, _), (_, _, J, D) = u.shape, weight.shape
     u_hat = u.new_empty(B, I, J, D)
+    rows = weight.flatten(2)
     chunks = fitting_slices(I, B * J * D, u)
     (buffer,) = buffers(1, longest(chunks) * B * J * D, u)
     for chunk in chunks:
         votes = view(buffer, (length(chunk), B, J, D))
-        u_hat[:, chunk] = predict(u[:, chunk], weight[chunk], out=votes).transpose(0, 1)
+        u_hat[:, chunk] = predict(u[:, chunk], rows[chunk], out=votes).transpose(0, 1)
     return u_hat
 
 
-def predict(u: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """û as one (B, P) × (P, J·D) product for each input capsule, written to `out`, (I, B, J, D)."""
-    torch.bmm(u.transpose(0, 1), weight.flatten(2), out=out.flatten(2))
+def predict(u: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """û as one (B, P) × (P, J·D) product for each input capsule, written to `out`, (I, B, J, D).
+
+    `rows` is the weight, (I, P, J·D), flattened by the caller, for whom that may be a copy.
+    """
+    torch.bmm(u.transpose(0, 1), rows, out=out.flatten(2))
     return out
 
 

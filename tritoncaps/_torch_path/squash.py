@@ -24,7 +24,7 @@ def squash_fwd(s: Tensor) -> Tensor:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
     length, direction = _polar(s.to(accumulation_dtype(s.dtype)))
     length = length.clamp(max=torch.finfo(length.dtype).max)  # of a sum that overflows
-    return direction.mul_(length / (length + 1 / length)).to(s.dtype)
+    return direction.mul_(length / (length + 1 / length)).to(s.dtype).contiguous()
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
@@ -42,4 +42,4 @@ def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
     f = 1 / (length + 1 / length)
     along = direction.mul_((direction * grad_v).sum(dim=-1, keepdim=True))
     across = grad_v - along
-    return across.add_(along.mul_(2 / (1 + length.square()))).mul_(f).to(s.dtype)
+    return across.add_(along.mul_(2 / (1 + length.square()))).mul_(f).to(s.dtype).contiguous()

@@ -91,7 +91,7 @@ def compare(
     grad_layout: str,
     names: list[str],
 ) -> list[Tensor]:
-    """Apply the 2x rule to outputs and gradients of `function`, which it returns.
+    """Apply the 2x rule to the outputs and gradients of `function`, and return them.
 
     `oracle` is the reference of the function.
     """

@@ -185,7 +185,8 @@ def peaks_of_torch_path(case: Case) -> dict[str, int]:
     return {"forward": forward.peak, "both": backward.peak + sums.numel() * sums.itemsize}
 
 
-# Some images at a time: the last; the first's forward; and of a batch of three all. Else a chunk.
+# Of 32 images the last shape takes some at a time, but in the backward of ten iterations; the
+# others take a chunk. Three images are taken at once.
 SHAPES = [
     Shape(100, 8, 10, 16),
     Shape(400, 8, 10, 16),

@@ -45,6 +45,7 @@ FILES = {
     "tritoncaps/_torch_path/_chunks.py": TORCH_PATH_TESTS,
     "tritoncaps/_torch_path/_images.py": TORCH_PATH_TESTS,
     "tritoncaps/_torch_path/_loop.py": TORCH_PATH_TESTS,
+    "tritoncaps/_torch_path/_precision.py": TORCH_PATH_TESTS,
     "tritoncaps/_torch_path/_slices.py": TORCH_PATH_TESTS,
     "tritoncaps/_torch_path/capsule_routing.py": TORCH_PATH_TESTS,
     "tritoncaps/_torch_path/dynamic_routing.py": TORCH_PATH_TESTS,

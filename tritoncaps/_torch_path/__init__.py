@@ -7,7 +7,7 @@ derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ 
 are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """
 
-from tritoncaps._torch_path._slices import accumulation_dtype
+from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
 from tritoncaps._torch_path.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
 from tritoncaps._torch_path.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd

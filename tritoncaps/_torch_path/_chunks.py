@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
-    accumulation_dtype,
     buffers,
     fitting_slices,
     longest,
@@ -96,7 +96,7 @@ def chunk_gradients(
     sums: Tensor,
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, the weight and the prior, a chunk at a time.
+    """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
 
     dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is contracted at once, in the pass of iteration t, so it
     never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
@@ -156,4 +156,8 @@ def chunk_gradients(
         return grad_v_sum.permute(2, 0, 1).contiguous()
 
     route_backward(grad_v, sums, full, step)
-    return grad_poses.flatten(0, 1).t().contiguous().view(u.shape), grad_weight, grad_prior
+    return (
+        grad_poses.flatten(0, 1).t().to(u.dtype).contiguous().view(u.shape),
+        grad_weight.to(u.dtype),
+        None if grad_prior is None else grad_prior.to(u.dtype),
+    )

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
-    accumulation_dtype,
     buffers,
     fitting_slices,
     length,

@@ -7,12 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # Caches where the system does not tell: a common desktop core's level 2, a small machine's level 3.
 _DEFAULT_CACHE_BYTES = {2: 1 << 20, 3: 8 << 20}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
@@ -57,7 +51,7 @@ def fitting_slices(count: int, elements_each: int, like: Tensor) -> list[slice]:
 
 
 def even_size(count: int, largest: int) -> int:
-    """The size of as few slices as can be, none larger than `largest` but one of a single thing."""
+    """The size of as few slices as can be, about equal; `largest` at most, and at least 1."""
     return max(1, math.ceil(count / max(1, math.ceil(count / max(1, largest)))))
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tritoncaps._torch_path._chunks import chunk_gradients, route_chunks
 from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
+from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
-    accumulation_dtype,
     chunk_bytes,
     even_size,
     group_bytes,
@@ -41,41 +41,29 @@ def capsule_routing_bwd(
     sums: Tensor,
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J)."""
-    inputs = (grad_v, grad_coupling, u, weight, prior, sums, full)
+    """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
+
+    By images: du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij.
+    """
     size = group_size(u, weight.shape, len(sums), backward=True)
-    grads = chunk_gradients(*inputs) if size == 0 else _gradients_by_images(*inputs, size)
-    grad_u, grad_weight, grad_prior = grads
-    return (
-        grad_u.to(u.dtype),
-        grad_weight.to(weight.dtype),
-        None if grad_prior is None else grad_prior.to(u.dtype),
-    )
-
-
-def _gradients_by_images(
-    grad_v: Tensor,
-    grad_coupling: Tensor | None,
-    u: Tensor,
-    weight: Tensor,
-    prior: Tensor | None,
-    sums: Tensor,
-    full: bool,
-    size: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij, `size` images at a time."""
+    if size == 0:
+        return chunk_gradients(grad_v, grad_coupling, u, weight, prior, sums, full)
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
-    u, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
+    poses, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
     grad_u, grad_rows = u.new_empty(B, I, P), rows.new_zeros(I, P, J * D)
     grad_prior = None if prior is None else sums.new_zeros(prior.shape)
-    votes = _predicted(u, rows, J, size)
+    votes = _predicted(poses, rows, J, size)
     for images, capsules, grad_votes in image_gradients(
         votes, (B, I, J, D), size, grad_v, grad_coupling, prior, sums, full, grad_prior
     ):
         grad = grad_votes.flatten(2)  # (C, n, J·D)
         grad_u[images, capsules] = torch.bmm(grad, rows[capsules].transpose(1, 2)).transpose(0, 1)
-        grad_rows[capsules].baddbmm_(u[images, capsules].permute(1, 2, 0), grad)
-    return grad_u, grad_rows.view(I, P, J, D), grad_prior
+        grad_rows[capsules].baddbmm_(poses[images, capsules].permute(1, 2, 0), grad)
+    return (
+        grad_u,
+        grad_rows.view(weight.shape).to(u.dtype),
+        None if grad_prior is None else grad_prior.to(u.dtype),
+    )
 
 
 def _predicted(u: Tensor, rows: Tensor, J: int, size: int) -> Votes:

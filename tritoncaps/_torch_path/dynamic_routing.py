@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
-from tritoncaps._torch_path._slices import accumulation_dtype, even_size, group_bytes, length, view
+from tritoncaps._torch_path._precision import accumulation_dtype
+from tritoncaps._torch_path._slices import even_size, group_bytes, length, view
 
 
 def dynamic_routing_fwd(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tritoncaps._torch_path._slices import accumulation_dtype
+from tritoncaps._torch_path._precision import accumulation_dtype
 
 
 def _polar(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import launch, memory, operators, scaling, step, tables
+from benchmarks import compilation, launch, memory, operators, scaling, step, tables
 from benchmarks.report import RESULTS, Report, directory_of
 from benchmarks.session import Session
 
 BENCHMARKS = {
+    "compile": compilation.run_compile,
     "check": operators.run_check,
     "ops": operators.run_ops,
     "memory": memory.run_memory,
@@ -34,14 +35,16 @@ BENCHMARKS = {
 }
 # Seconds of each part of `gpu`, after which it begins nothing new; 30 more and it is stopped.
 GPU_SECONDS = {
-    "check": 80,
-    "ops": 120,
+    "compile": 80,
+    "check": 60,
+    "ops": 110,
     "memory": 20,
     "memory-grid": 15,
     "step": 50,
-    "scaling": 45,
-    "launch": 80,
+    "scaling": 40,
+    "launch": 70,
 }
+ONLY_ON_GPU = ("compile", "launch")
 GPU_TOTAL = 470
 ROOT = Path(__file__).parent.parent
 
@@ -128,7 +131,7 @@ def default_output(device: torch.device, quick: bool) -> Path:
 def run_all(device: torch.device, output: Path, quick: bool, threads: int | None) -> int:
     """Run each benchmark in a process of its own, so that a fault in one does not stop the rest."""
     on_gpu = device.type == "cuda"
-    names = [name for name in BENCHMARKS if on_gpu or name != "launch"]
+    names = [name for name in BENCHMARKS if on_gpu or name not in ONLY_ON_GPU]
     start = time.monotonic()
     failed = []
     for name in names:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.cases import SHAPES, Case, batch_size
 from benchmarks.operators import input_sets, phase_task
-from benchmarks.oracle import Oracle, gradients
+from benchmarks.oracle import FallbackError, Oracle, gradients
 from benchmarks.report import NO_TIME
 from benchmarks.rivals import op_rival, ours
 from benchmarks.session import Session, reason, timed
@@ -159,7 +159,10 @@ def search(
                 "candidate": _task(session, case, table, name, phase, candidate),
             }
             timings = session.time(tasks, seconds=2.0)
-        except Exception as error:  # a tile that the device has no room for is a result as well
+        except FallbackError as error:  # the device has no room for it: a result as well
+            session.report.add([row | {"refused": reason(error)}], "phase", "config")
+            continue
+        except Exception as error:  # whatever it is, the other candidates go on
             session.report.add([row | {"left_out": reason(error)}], "phase", "config")
             continue
         speedup = timings["best"].median / timings["candidate"].median

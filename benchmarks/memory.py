@@ -31,16 +31,13 @@ _STATUS = Path("/proc/self/status")
 
 def run_memory(session: Session) -> None:
     """Measure by how much forward + backward of the routing raises the peak of memory."""
-    names = ("mnist",) if session.quick else ("mnist", "cifar", "classes100", "large")
-    for name in names:
-        B = 64 if name == "large" else batch_size(name, session.device, session.quick)
-        case = Case("capsule_routing", SHAPES[name], B, name=name)
+    for case in memory_cases(session.device, session.quick):
         print(case, flush=True)
-        u_hat_bytes = B * case.shape.I * case.shape.J * case.shape.D * case.dtype.itemsize
+        u_hat_bytes = case.B * case.shape.I * case.shape.J * case.shape.D * case.dtype.itemsize
         for rival in rival_names(case.op, session.device):
             if session.quick and rival == "compile":
                 continue
-            row: Row = {"case": str(case), "shape": name, **axes(case), "rival": rival}
+            row: Row = {"case": str(case), "shape": case.name, **axes(case), "rival": rival}
             if session.is_over():
                 session.report.add([row | NO_TIME], "rival")
                 continue
@@ -52,11 +49,18 @@ def run_memory(session: Session) -> None:
             session.report.add([row], "rival")
 
 
+def memory_cases(device: torch.device, quick: bool) -> list[Case]:
+    """List what `run_memory` measures."""
+    names = ("mnist",) if quick else ("mnist", "cifar", "classes100", "large")
+    batches = {name: 64 if name == "large" else batch_size(name, device, quick) for name in names}
+    return [Case("capsule_routing", SHAPES[name], batches[name], name=name) for name in names]
+
+
 def run_memory_grid(session: Session) -> None:
     """Measure how the peaks of the routing grow with I and J, forward alone and with backward."""
     cases = grid(session.quick)
     for rival in ("eager", ours(session.device)):
-        for phase in ("forward", "both"):
+        for phase in ("both", "forward"):  # the more important first
             rows: list[Row] = [
                 {"case": str(case), **axes(case), "phase": phase, "rival": rival} for case in cases
             ]

@@ -28,6 +28,10 @@ class WrongResultError(Exception):
     """A result that is further from the truth than rounding explains."""
 
 
+class FallbackError(RuntimeError):
+    """An operator went to the torch path, because its kernel refused."""
+
+
 def gradients(function: Rival, arguments: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """Call a rival; returns "out" and the gradient of each floating-point argument."""
     leaves = {
@@ -125,7 +129,7 @@ def _no_other_path() -> Iterator[None]:
     """Make it an error when an operator falls back from its kernel to the torch path."""
 
     def refuse(message: str) -> None:
-        raise RuntimeError(message)
+        raise FallbackError(message)
 
     with mock.patch.object(_operators, "_say_once", refuse):
         yield

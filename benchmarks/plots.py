@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import Row, load_results, machine, quantity, seconds
+from benchmarks.report import Row, load_results, machine, quantity, seconds, training_step
 
 DPI = 120
 # Colours that colour-blind readers can tell apart (Okabe and Ito), and a mark for grey paper.
@@ -174,7 +174,7 @@ def draw_step(data: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     bars = [
         _Bar(
-            f"{row['model']}, {row['rival']}, {row['precision']}",
+            training_step(row),
             _MARKS["torch path" if row["rival"] == "tritoncaps" else "eager"][0],
             1e3 * row["median_s"],
             f"{seconds(row['median_s'])}, {row['images_per_second']:.0f} images/s",

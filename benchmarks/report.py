@@ -133,6 +133,12 @@ def machine(environment: dict[str, Any]) -> str:
     return f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}"
 
 
+def training_step(row: Row) -> str:
+    """Name the network, the rival and the precision of a row of `step`."""
+    name = f"{row['model']}, {row['rival']}, {row['precision']}"
+    return f"{name}, CUDA graph" if row.get("method") == "graph" else name
+
+
 def quantity(value: float, unit: str) -> str:
     """Format with a decimal prefix and three digits: 604 MB, 1.32 GFLOP/s."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -150,8 +156,9 @@ def _three_digits(value: float) -> str:
 def describe(row: Row, columns: Sequence[str]) -> str:
     """Write a row of any benchmark as one line."""
     words = [f"{row.get(column, '')!s:<13}" for column in columns]
-    if "left_out" in row:
-        return " ".join([*words, f"left out: {row['left_out']}"])
+    for key in ("left_out", "refused"):
+        if key in row:
+            return " ".join([*words, f"{key.replace('_', ' ')}: {row[key]}"])
     if "median_s" in row:
         spread = f"({seconds(row['p20_s'])} to {seconds(row['p80_s'])})"
         words.append(f"{seconds(row['median_s']):>8} {spread:<24}")
@@ -163,6 +170,7 @@ def describe(row: Row, columns: Sequence[str]) -> str:
 
 # How the figures are written; a row has some of them.
 _FIGURES: dict[str, Callable[[float], str]] = {
+    "first_call_s": lambda value: f"first call {seconds(value):>8}",
     "speedup": lambda value: f"{value:7.2f} x",
     "bytes_per_second": lambda value: f"{quantity(value, 'B/s'):>9}",
     "flops_per_second": lambda value: f"{quantity(value, 'FLOP/s'):>13}",
@@ -175,4 +183,5 @@ _FIGURES: dict[str, Callable[[float], str]] = {
 
 def load_results(directory: Path) -> dict[str, Any]:
     """Read the results of one device, by benchmark."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    paths = [path for path in sorted(directory.glob("*.json")) if path.stem != "launch_table"]
+    return {path.stem: json.loads(path.read_text()) for path in paths}

@@ -25,7 +25,9 @@ def run_scaling(session: Session) -> None:
             if session.is_over():
                 rows = [NO_TIME]
             else:
-                rows = _time_point(session, swept_case(axis, value, session), rivals)
+                rows = _time_point(
+                    session, swept_case(axis, value, session.device, session.quick), rivals
+                )
             session.report.add([point | row for row in rows], *_COLUMNS)
     timed_rows = [row for row in session.report.rows if "median_s" in row]
     _add_peaks(session, timed_rows)
@@ -65,10 +67,10 @@ def sweeps(device: torch.device, quick: bool) -> dict[str, list[int]]:
     }
 
 
-def swept_case(axis: str, value: int, session: Session) -> Case:
+def swept_case(axis: str, value: int, device: torch.device, quick: bool) -> Case:
     """Vary one axis of MNIST's routing."""
-    B = 2 if session.quick else 128 if session.device.type == "cuda" else 32
-    sizes = {**(Shape(32, 8, 4, 16) if session.quick else SHAPES["mnist"])._asdict(), "B": B}
+    B = 2 if quick else 128 if device.type == "cuda" else 32
+    sizes = {**(Shape(32, 8, 4, 16) if quick else SHAPES["mnist"])._asdict(), "B": B}
     sizes |= {"r": 3, axis: value}
     shape = Shape(*(sizes[name] for name in Shape._fields))
     return Case("capsule_routing", shape, sizes["B"], iterations=sizes["r"])
@@ -78,7 +80,9 @@ def _add_peaks(session: Session, rows: list[Row]) -> None:
     """Measure the memory of the points that were timed; without it they still have their time."""
     for rival in dict.fromkeys(row["rival"] for row in rows):
         own = [row for row in rows if row["rival"] == rival]
-        cases = [swept_case(row["axis"], row["value"], session) for row in own]
+        cases = [
+            swept_case(row["axis"], row["value"], session.device, session.quick) for row in own
+        ]
         try:
             peaks = memory.peaks(cases, rival, session.device)
         except Exception as error:

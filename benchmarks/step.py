@@ -1,4 +1,8 @@
-"""Whole training steps: forward, loss, backward, Adam."""
+"""Whole training steps: forward, loss, backward, Adam.
+
+On CUDA each is timed as Python launches it, and as the replay of a CUDA graph, which is the
+device's own time.
+"""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +16,7 @@ from benchmarks.oracle import WrongResultError, check_networks
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import EinsumCapsNet, einsum_loss, tritoncaps_loss
 from benchmarks.session import Session, reason, timed
-from benchmarks.timing import Task
+from benchmarks.timing import Task, replayed
 from tritoncaps.models import CapsNet, DeepCapsNet
 
 
@@ -35,7 +39,10 @@ class Trainer:
         self.images = batch[0].contiguous(memory_format=torch.channels_last)
         self.target = batch[1]
         self.loss_of = loss_of
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        on_gpu = self.device.type == "cuda"  # where a step may be captured
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=1e-3, fused=True, capturable=on_gpu
+        )
         exact = copy.deepcopy(model).to("cpu", torch.float64)
         self._exact = loss_of(exact, batch[0].cpu().double(), batch[1].cpu()).item()
         if compiled:
@@ -67,35 +74,39 @@ class Trainer:
 
 def run_step(session: Session) -> None:
     """Time whole training steps: forward, loss, backward, Adam."""
-    B = 4 if session.quick else 64
+    on_gpu = session.device.type == "cuda"
+    B = 4 if session.quick else 128 if on_gpu else 64
     check_networks()
     tasks: dict[str, Task] = {}
     facts: dict[str, Row] = {}
     for model, rival, precision in _STEPS:
         if session.quick and rival == "compiled port":
             continue
-        name = f"{model} {rival} {precision}"
-        facts[name] = {"model": model, "rival": rival, "precision": precision, "B": B}
+        common: Row = {"model": model, "rival": rival, "precision": precision, "B": B}
         if session.is_over():
-            session.report.add([facts[name] | NO_TIME], *_COLUMNS)
+            session.report.add([common | NO_TIME], *_COLUMNS)
             continue
-        try:
-            trainer = make_trainer(model, rival, precision, train_images(B, session.device))
-            trainer.check()
-            trainer.step()
-            tasks[name] = Task(trainer.step)
-        except Exception as error:  # a wrong or failing trainer does not stop the others
-            session.report.add([facts[name] | {"left_out": reason(error)}], *_COLUMNS)
+        for method in ("calls", "graph") if on_gpu else ("calls",):
+            name = " ".join((model, rival, precision, method))
+            facts[name] = common | {"method": method}
+            try:
+                trainer = make_trainer(model, rival, precision, train_images(B, session.device))
+                trainer.check()
+                trainer.step()
+                task = Task(trainer.step)
+                tasks[name] = replayed(task) if method == "graph" else task
+            except Exception as error:  # a wrong or failing trainer does not stop the others
+                session.report.add([facts[name] | {"left_out": reason(error)}], *_COLUMNS)
     timings = session.time(tasks, seconds=100.0)
-    port = timings.get("CapsNet einsum port fp32")
     for name, timing in timings.items():
         figures: Row = {"images_per_second": B / timing.median}
+        port = timings.get(f"CapsNet einsum port fp32 {facts[name]['method']}")
         if port is not None:
             figures["speedup"] = port.median / timing.median
         session.report.add([facts[name] | timed(timing) | figures], *_COLUMNS)
 
 
-_COLUMNS = ("model", "rival", "precision")
+_COLUMNS = ("model", "rival", "precision", "method")
 _STEPS = (
     ("CapsNet", "einsum port", "fp32"),
     ("CapsNet", "tritoncaps", "fp32"),

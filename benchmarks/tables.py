@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Row, load_results, machine, quantity, seconds
+from benchmarks.report import Row, load_results, machine, quantity, seconds, training_step
 
 README = Path(__file__).parent.parent / "README.md"
 MEMORY_PAGE = README.parent / "docs" / "memory.md"
@@ -101,7 +101,7 @@ def _ops_table(rows: list[Row]) -> str:
 def _step_table(rows: list[Row]) -> str:
     lines = [
         [
-            f"{row['model']}, {row['rival']}, {row['precision']}",
+            training_step(row),
             seconds(row["median_s"]),
             f"{row['images_per_second']:.0f}",
             f"{row['speedup']:.2f}",

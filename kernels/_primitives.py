@@ -37,11 +37,12 @@ def _round_to_tf32(x):
 
 @triton.jit
 def _tf32_operand(x):
-    """Round an operand of one TF32 product, but for NaN.
+    """Round an operand of one TF32 product; every NaN becomes one that the multiplier sees.
 
-    An NVIDIA GPU makes NaN of all ones, which the rounding would carry over the sign, to -0.
+    An NVIDIA GPU makes NaN of all ones, which the rounding would carry over the sign, to -0; and
+    one whose ones are all in the 13 bits that a multiplier does not read is infinity to it.
     """
-    return tl.where(x == x, _round_to_tf32(x), x)
+    return tl.where(x == x, _round_to_tf32(x), float("nan"))
 
 
 @triton.jit

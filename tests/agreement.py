@@ -119,7 +119,10 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout (for "expanded" those of the first batch row)."""
+    """The same values in another memory layout (for "expanded" those of the first batch row).
+
+    To be called on the device of the test: what moves to another loses its layout.
+    """
     if layout == "transposed":
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "strided":
@@ -157,21 +160,28 @@ class RoutingCase:
 
     def capsules(self, device: torch.device) -> list[Tensor]:
         """u and weight [, prior]; the weight so that votes have about the length of `scale`."""
-        u = with_layout(self.random(self.B, self.I, self.P), self.layout)
+        u = self.random(self.B, self.I, self.P)
         weight = self.random(self.I, self.P, self.J, self.D) * (self.scale / self.P**0.5)
-        inputs = [u, with_layout(weight, self.layout if self.layout != "expanded" else "strided")]
-        return [tensor.to(device) for tensor in inputs] + self._prior(device)
+        return [
+            with_layout(u.to(device), self.layout),
+            with_layout(weight.to(device), self._layout_of_shared),
+            *self._prior(device),
+        ]
 
     def votes(self, device: torch.device) -> list[Tensor]:
         """u_hat [, prior]."""
         u_hat = self.random(self.B, self.I, self.J, self.D) * self.scale
-        return [with_layout(u_hat, self.layout).to(device), *self._prior(device)]
+        return [with_layout(u_hat.to(device), self.layout), *self._prior(device)]
 
     def _prior(self, device: torch.device) -> list[Tensor]:
-        prior = with_layout(
-            self.random(self.I, self.J), self.layout if self.layout != "expanded" else "strided"
-        )
-        return [prior.to(device)] if self.has_prior else []
+        if not self.has_prior:
+            return []
+        return [with_layout(self.random(self.I, self.J).to(device), self._layout_of_shared)]
+
+    @property
+    def _layout_of_shared(self) -> str:
+        """That of what has no batch to expand."""
+        return "strided" if self.layout == "expanded" else self.layout
 
 
 def routed(

@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, Phase, settings
 from tritoncaps._operators import INTERPRETED
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
-# time; HYPOTHESIS_PROFILE=nightly draws many new ones. The interpreter takes about a millisecond a
-# program of a kernel's grid, so it gets fewer.
-EXAMPLES = 8 if INTERPRETED else 25
+# time; HYPOTHESIS_PROFILE=nightly draws many new ones. There are fewer where an example is slow:
+# the interpreter takes about a millisecond a program of a kernel's grid, and for a GPU every new
+# size is compiled.
+IS_SLOW = INTERPRETED or torch.cuda.is_available()
+EXAMPLES = 8 if IS_SLOW else 25
 settings.register_profile("dev", max_examples=EXAMPLES, deadline=None)
 settings.register_profile(
     "ci",
@@ -26,8 +28,8 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-# Interpreted, a shrink takes many minutes; the first failing example is printed as it is.
-phases = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrink, Phase.explain))]
+# There a shrink takes many minutes; the first failing example is printed as it is.
+phases = [phase for phase in Phase if not (IS_SLOW and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
     settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)
 # The mutation check, tools/mutate.py, asks only whether anything fails.
@@ -73,6 +75,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """The device under test: CUDA where there is one, which runs the kernels compiled."""
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The device under test: CUDA where there is one, which runs the kernels compiled.
+
+    Convolutions compute in full float32 there, as they do on a CPU.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

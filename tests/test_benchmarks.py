@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import __main__ as command_line
-from benchmarks import memory, operators, oracle, report, rivals, scaling, step, tables
+from benchmarks import (
+    compilation,
+    launch,
+    memory,
+    operators,
+    oracle,
+    report,
+    rivals,
+    scaling,
+    step,
+    tables,
+)
 from benchmarks.cases import OPS, SHAPES, Case, Shape
 from benchmarks.oracle import Oracle, WrongResultError
 from benchmarks.roofline import Ceilings, floor, measure_ceilings
@@ -287,7 +298,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "train_images", lambda B, device: toy_images(2))
 
 
-def toy_point(axis: str, value: int, session: Any) -> Case:
+def toy_point(axis: str, value: int, device: torch.device, quick: bool) -> Case:
     sizes = {"I": 4, "J": 2, "B": 2, "r": 2, axis: value}
     shape = Shape(sizes["I"], 3, sizes["J"], 4)
     return Case("capsule_routing", shape, sizes["B"], iterations=sizes["r"])
@@ -432,8 +443,34 @@ def test_a_wrong_rival_is_left_out_and_the_others_are_timed(
     assert {row["rival"] for row in routing if "median_s" in row} == {"eager", rivals.ours(CPU)}
 
 
+def test_compile_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of its own; a call that fails does not stop the others."""
+    calls = [(rivals.ours(CPU), SMALL), ("broadcast", Case("squash", SMALL.shape, B=2))]
+    monkeypatch.setattr(compilation, "compiled_calls", lambda device, quick: calls)
+    status, data = run("compile", tmp_path)
+    assert status == 1
+    rows = {row["case"]: row for row in data["rows"]}
+    assert rows.keys() == {str(case) for _, case in calls}
+    assert rows[str(SMALL)]["first_call_s"] > 0
+    assert rows[str(calls[1][1])]["left_out"].startswith("KeyError")
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_all_is_compiled_that_is_called(quick: bool) -> None:
+    device = torch.device("cuda")
+    calls = compilation.compiled_calls(device, quick)
+    assert len(set(calls)) == len(calls)
+    own = {case for rival, case in calls if rival == "triton"}
+    timed = {*operators.ops_cases(device, quick), *memory.memory_cases(device, quick)}
+    assert own >= timed | {*operators.check_cases(device, quick), *memory.grid(quick)}
+    assert own >= {*launch.launch_cases(device, quick), scaling.swept_case("r", 10, device, quick)}
+    assert {case for rival, case in calls if rival == "compile"} == (set() if quick else timed)
+
+
 @pytest.mark.usefixtures("toy")
-@pytest.mark.parametrize("command", ["check", "ops", "memory", "memory-grid", "step", "scaling"])
+@pytest.mark.parametrize(
+    "command", ["compile", "check", "ops", "memory", "memory-grid", "step", "scaling"]
+)
 def test_without_time_nothing_is_begun(command: str, tmp_path: Path) -> None:
     status, data = run(command, tmp_path, "--seconds", "0")
     assert status == 0
@@ -498,7 +535,7 @@ def test_all_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(subprocess, "run", fake_run)
     assert command_line.run_all(CPU, tmp_path, quick=True, threads=None) == 1
-    names = [name for name in command_line.BENCHMARKS if name != "launch"]
+    names = [name for name in command_line.BENCHMARKS if name not in ("compile", "launch")]
     assert [call[3] for call in calls] == names
     assert limits == [None] * len(names)
     calls.clear(), limits.clear()
@@ -543,6 +580,7 @@ def test_sizes_have_three_digits(value: float, text: str) -> None:
 
 def made_up_results(directory: Path) -> dict[str, dict[str, Any]]:
     """Results of a device, whose figures are as easily recognised as they are wrong."""
+    directory.mkdir()
     environment = report.describe_environment(CPU) | {"device": "Slide Rule", "commit": "abc"}
     routing = {**operators.axes(Case("capsule_routing", SHAPES["mnist"], B=64)), "shape": "mnist"}
     case = "capsule_routing mnist 1152x8->10x16 B=64 r=3 fp32"
@@ -551,6 +589,7 @@ def made_up_results(directory: Path) -> dict[str, dict[str, Any]]:
     def timing(median: float) -> dict[str, Any]:
         return {"median_s": median, "p20_s": 0.9 * median, "p80_s": 1.2 * median, "samples": 9}
 
+    (directory / "launch_table.json").write_text('{"capsule_routing_fwd": {"block_b": 8}}')
     ops_rows = [
         {**routing, "case": case, "phase": phase, "rival": rival, "floor_s": 0.01, **timing(median)}
         for phase in operators.PHASES
@@ -587,7 +626,6 @@ def made_up_results(directory: Path) -> dict[str, dict[str, Any]]:
     grid_rows[0] = {**grid_rows[0], "peak_bytes": 4096}
     rows = {"ops": ops_rows, "memory": memory_rows, "step": step_rows, "scaling": scaling_rows}
     rows["memory-grid"] = grid_rows
-    directory.mkdir()
     results = {}
     for benchmark, own in rows.items():
         results[benchmark] = {"format": 1, "environment": environment, "rows": own, "fits": fits}

@@ -36,7 +36,7 @@ from kernel_cases import (
 
 from tritoncaps import kernels, reference
 from tritoncaps.kernels import _launch
-from tritoncaps.kernels._primitives import _round_to_tf32, dot
+from tritoncaps.kernels._primitives import _round_to_tf32, _tf32_operand, dot
 
 SHAPE = (3, 19, 3, 4, 5)  # B, I, P, J, D
 
@@ -237,7 +237,7 @@ def test_layout_changes_no_bit(device, name, layouts, iterations, full):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_changes_no_bit_of_prediction_vectors_and_squash(device, layout):
     u, weight, grad = random(5, 7, 3), random(7, 3, 4, 5), random(5, 7, 4, 5)
-    views = [with_layout(tensor, layout).to(device) for tensor in (u, weight, grad)]
+    views = [with_layout(tensor.to(device), layout) for tensor in (u, weight, grad)]
     copies = [view.contiguous().clone() for view in views]
     results = []
     for u, weight, grad in (views, copies):
@@ -417,6 +417,20 @@ def test_no_rounding_makes_a_number_of_nan(device, precision, bits):
         _product_kernel[(1,)](a, b, product, precision, N=16)
         assert product[lost].isnan().all()
         operand[3, 3] = kept
+
+
+@triton.jit
+def _operand_kernel(x_ptr, operand_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(operand_ptr + offsets, _tf32_operand(tl.load(x_ptr + offsets)))
+
+
+def test_what_a_tf32_multiplier_reads_of_nan_is_nan(device):
+    """It does not read the 13 lowest bits, in which a NaN may have all its ones."""
+    x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32, device=device)
+    operand = torch.empty_like(x)
+    _operand_kernel[(1,)](x.view(torch.float32), operand.view(torch.float32), N=4)
+    assert (operand & -0x2000).view(torch.float32).isnan().all()
 
 
 @given(

@@ -1,7 +1,7 @@
 """Sizes at which an index, a sum or a temporary could grow too large.
 
-Memory stays small: tensors whose elements lie far apart are views of a sparse file, of which only
-the touched pages exist.
+Memory stays small: on a CPU, tensors whose elements lie far apart are views of a sparse file, of
+which only the touched pages exist.
 """
 
 import os
@@ -31,10 +31,14 @@ CPU = torch.device("cpu")
 FAR_APART = """
 import importlib, sys, torch
 from torch.testing import assert_close
-backend = importlib.import_module(sys.argv[2])
 near_stride, far_stride = 2**30 + 4096, 2**31 + 4096
-storage = torch.from_file(sys.argv[1], shared=True, size=3 * far_stride, dtype=torch.float16)
-is_interpreted = "kernels" in sys.argv[2]
+path, module, device = sys.argv[1:]
+backend = importlib.import_module(module)
+if device == "cpu":
+    storage = torch.from_file(path, shared=True, size=3 * far_stride, dtype=torch.float16)
+else:
+    storage = torch.empty(3 * far_stride, dtype=torch.float16, device=device)
+is_interpreted = module == "tritoncaps.kernels" and device == "cpu"
 
 def far(tensor, axis, stride, offset):
     moved = tensor.movedim(axis, 0).contiguous()
@@ -69,12 +73,12 @@ def check(name, **inputs):
 
 def some(*shape):
     count = torch.Size(shape).numel()
-    return ((torch.arange(count) * 37 % 64 - 32) / 32).half().view(shape)
+    return ((torch.arange(count) * 37 % 64 - 32) / 32).half().view(shape).to(device)
 
 more = {"prior": some(3, 3), "grad": some(3, 3, 3), "grad_coupling": some(3, 3, 3)}
 linear = {"u": some(3, 3, 3), "weight": some(3, 3, 3, 3)}
 check("capsule_routing", **linear, **more)
-if not is_interpreted:  # the torch path's other way, for large batches
+if module == "tritoncaps._torch_path":  # its other way, for large batches
     backend.capsule_routing.group_size = lambda *args, **kwargs: 0
     check("capsule_routing", **linear, **more)
 check("prediction_vectors", **linear, grad=some(3, 3, 3, 3))
@@ -85,17 +89,23 @@ print("the same")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file there is not sparse by itself")
-@pytest.mark.parametrize("backend", ["_torch_path", "kernels"])
-def test_offsets_past_two_to_the_31_elements(backend, tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "on"), [("_torch_path", "cpu"), ("kernels", "cpu"), ("kernels", "cuda")]
+)
+def test_offsets_past_two_to_the_31_elements(backend, on, tmp_path):
     """In a process of its own: an offset that wraps around ends it with a segmentation fault."""
     if backend == "kernels":
         pytest.importorskip("triton", reason="the kernels are written in Triton")
+    if on == "cuda" and (not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 16e9):
+        pytest.skip("needs a CUDA device with 16 GB free")
     path = tmp_path / "sparse"
-    with path.open("wb") as file:
-        file.truncate(2 * 3 * (2**31 + 4096))
+    if on == "cpu":
+        with path.open("wb") as file:
+            file.truncate(2 * 3 * (2**31 + 4096))
+    is_interpreted = backend == "kernels" and on == "cpu"
     result = subprocess.run(
-        [sys.executable, "-c", FAR_APART, str(path), f"tritoncaps.{backend}"],
-        env={**os.environ, "TRITON_INTERPRET": str(int(backend == "kernels"))},
+        [sys.executable, "-c", FAR_APART, str(path), f"tritoncaps.{backend}", on],
+        env={**os.environ, "TRITON_INTERPRET": str(int(is_interpreted))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -44,7 +44,8 @@ def test_squash_agrees(device, shape, dim, dtype, scale, layout, grad_layout, se
     generator = torch.Generator().manual_seed(seed)
     # Multiples of 1/64 up to 2, which all dtypes hold exactly.
     drawn = torch.randint(-128, 129, shape, generator=generator) / 64
-    s = with_layout((drawn * min(scale, torch.finfo(dtype).max / 8)).to(dtype), layout).to(device)
+    values = (drawn * min(scale, torch.finfo(dtype).max / 8)).to(device, dtype)
+    s = with_layout(values, layout)
     # The plain form fails where the square under- or overflows, so it is evaluated in float64 and
     # rounded: the operator has no more than roundings to itself.
     exact_form = partial(reference.squash, dim=dim)

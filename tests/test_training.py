@@ -1141,8 +1141,11 @@ class TestEnvironment:
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("TRITONCAPS_COMMIT", raising=False)
         source = tmp_path / "source.py"
         assert commit_of(tmp_path) is None
+        monkeypatch.setenv("TRITONCAPS_COMMIT", "abc")
+        assert commit_of(tmp_path) == "abc"
 
         def git(*arguments: str) -> str:
             identity = ("-c", "user.name=A", "-c", "user.email=a@example.org")
@@ -1166,4 +1169,5 @@ class TestEnvironment:
             raise FileNotFoundError("git")
 
         monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.delenv("TRITONCAPS_COMMIT", raising=False)
         assert commit_of(Path(__file__).parent) is None

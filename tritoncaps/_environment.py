@@ -1,5 +1,6 @@
 """Where a result comes from: the processor, and the commit of a checkout."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,7 +17,10 @@ def processor_name() -> str:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a checkout, with a + where files differ from it; None outside of git."""
+    """The commit of a checkout, with a + where files differ from it.
+
+    Outside of git it is what TRITONCAPS_COMMIT says, or None.
+    """
     try:
         describe = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
@@ -27,5 +31,5 @@ def commit_of(folder: Path) -> str | None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("TRITONCAPS_COMMIT")
     return describe.stdout.strip()

@@ -12,6 +12,7 @@ signatures: `<op>_fwd` and `<op>_bwd`.
 import math
 import os
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -81,7 +82,9 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
 def _set_autocast(operator: Any) -> None:
     for device_type in ("cpu", "cuda", "mps", "xpu"):
         if torch.amp.is_autocast_available(device_type):
-            operator.register_autocast(device_type, torch.float32)
+            # Before torch 2.13 there were rules for "cpu" and "cuda" alone.
+            with suppress(ValueError):
+                operator.register_autocast(device_type, torch.float32)
 
 
 # squash -------------------------------------------------------------------------------------------

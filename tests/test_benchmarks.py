@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import runs_the_interpreter
 from torch import Tensor
 
 from benchmarks import __main__ as command_line
@@ -504,6 +505,7 @@ sys.exit(status)
 """
 
 
+@runs_the_interpreter
 def test_launch_search_writes_a_table_that_the_kernels_ask_for(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the search is about Triton kernels")
     # Triton decides at import whether its kernels are interpreted, so in a process of its own.

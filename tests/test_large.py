@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from agreement import assert_agrees, gradients, round_once
+from interpreter import runs_the_interpreter
 from live_bytes import LiveBytes
 from torch import Tensor
 
@@ -90,7 +91,12 @@ print("the same")
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a file there is not sparse by itself")
 @pytest.mark.parametrize(
-    ("backend", "on"), [("_torch_path", "cpu"), ("kernels", "cpu"), ("kernels", "cuda")]
+    ("backend", "on"),
+    [
+        ("_torch_path", "cpu"),
+        pytest.param("kernels", "cpu", marks=runs_the_interpreter),
+        ("kernels", "cuda"),
+    ],
 )
 def test_offsets_past_two_to_the_31_elements(backend, on, tmp_path):
     """In a process of its own: an offset that wraps around ends it with a segmentation fault."""

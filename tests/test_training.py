@@ -831,7 +831,12 @@ class TestSignals:
     ) -> None:
         trainer = new_trainer(tmp_path)
         self.raise_at(trainer, 7, number)
-        assert not trainer.fit(train, validation, None, 3)
+        # Under nohup SIGHUP is ignored, by the tests' own process too.
+        handled = signal.signal(number, signal.default_int_handler)
+        try:
+            assert not trainer.fit(train, validation, None, 3)
+        finally:
+            signal.signal(number, handled)
         assert checkpoint.load(tmp_path / "last.pt")["progress"]["step"] == 8
         assert capfd.readouterr().err == f"\n{number.name}: finishing the batch, then saving\n"
 

@@ -13,7 +13,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from engine.baseline import TITLES
 from engine.figures import (
     _ACCURACY_TICKS,
     _GAP,
@@ -71,7 +72,9 @@ def plot_model_curves(
 
         axes = figure.subplots()
         axes.set_yscale("function", functions=(_stretch, _unstretch))
-        for (name, seeds), (colour, mark) in zip(curves.items(), _styles(), strict=False):
+        styles = _styles(curves)
+        for name, seeds in curves.items():
+            colour, mark = styles[name]
             length = min(map(len, seeds))
             average = [100 * mean(run[epoch] for run in seeds) for epoch in range(length)]
             if len(seeds) > 1:
@@ -214,7 +217,9 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for panel, axes in zip(panels, grid.flat, strict=False):
-            for (name, (x, y)), (colour, mark) in zip(panel.lines.items(), _styles(), strict=False):
+            styles = _styles(panel.lines)
+            for name, (x, y) in panel.lines.items():
+                colour, mark = styles[name]
                 shares = [100 * share for share in y]
                 style = {"color": colour, "marker": mark, "markersize": 4}
                 axes.plot(x, shares, label=name, clip_on=False, zorder=3, **style)
@@ -256,7 +261,9 @@ def plot_by_size(
         axes = figure.subplots()
         axes.set_yscale("function", functions=(_stretch, _unstretch))
         axes.set_xscale("log")
-        for (name, sizes), (colour, mark) in zip(curves.items(), _styles(), strict=False):
+        styles = _styles(curves)
+        for name, sizes in curves.items():
+            colour, mark = styles[name]
             known = sorted(sizes)
             average = [100 * mean(sizes[size]) for size in known]
             style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5, "lw": 2}
@@ -409,8 +416,13 @@ def plot_failures(
             _shrink_to(tile, text)
 
 
-def _styles() -> cycle[tuple[str, str]]:
-    return cycle(zip(_PALETTE, _MARKS, strict=True))
+def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Choose a colour and a mark for each; those of a network are the same in every figure."""
+    all_styles = list(zip(_PALETTE, _MARKS, strict=True))
+    own = dict(zip(TITLES.values(), all_styles, strict=False))
+    styles = {name: own[name] for name in names if name in own}
+    free = [style for style in all_styles if style not in styles.values()]
+    return styles | dict(zip([n for n in names if n not in own], cycle(free), strict=False))
 
 
 def _spread(shares: Sequence[float]) -> str:

@@ -1,7 +1,6 @@
-"""Print the oldest requirements that the package allows, for pip: each `>=` as `==`."""
+"""Print the oldest requirements that the installed package allows, for pip: each `>=` as `==`."""
 
-import tomllib
-from pathlib import Path
+from importlib.metadata import requires
 
-project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-print("\n".join(requirement.replace(">=", "==") for requirement in project["dependencies"]))
+own = [line for line in requires("tritoncaps") or [] if "extra ==" not in line]
+print("\n".join(line.replace(">=", "==") for line in own))

@@ -167,13 +167,14 @@ def test_one_image_does_not_touch_another(case, way):
 
 # B, I, P, J, D, then how many images at once, forward and backward, with caches of 2 and 32 MB.
 RULE = {
-    "MNIST": ((64, 1152, 8, 10, 16), 8, 0),
+    "MNIST": ((64, 1152, 8, 10, 16), 10, 0),
+    "MNIST, half as many capsules": ((64, 576, 8, 10, 16), 11, 0),
     "MNIST, a few images": ((12, 1152, 8, 10, 16), 6, 6),
     "MNIST, one image": ((1, 1152, 8, 10, 16), 1, 1),
     "MNIST, no image": ((0, 1152, 8, 10, 16), 1, 1),
     "the second routing": ((64, 10, 16, 10, 16), 64, 64),
     "poses of 16": ((64, 1152, 16, 10, 16), 10, 0),
-    "poses of 16, fewer capsules": ((64, 288, 16, 10, 16), 16, 16),
+    "poses of 16, fewer capsules": ((64, 288, 16, 10, 16), 22, 22),
     "poses of 2": ((64, 1152, 2, 10, 16), 0, 0),
     "100 classes": ((64, 1152, 8, 100, 16), 0, 0),
     "1000 classes, two images": ((2, 1152, 8, 1000, 16), 2, 2),

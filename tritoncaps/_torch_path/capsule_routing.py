@@ -85,7 +85,7 @@ def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward
     prediction vectors are as large as the weight; a chunk wants many images, its columns. So:
 
     - all that fit, where the level-2 caches hold the batch, or enough images and these are narrow;
-    - up to P, where the level-3 cache holds enough images, and these are narrow, or few altogether;
+    - up to 3P/2, where the level-3 cache holds enough, and these are narrow, or few altogether;
     - half of P, where there are at most P images, which are too few for a chunk;
     - else none.
     """
@@ -93,11 +93,11 @@ def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward
     width = group_width(D, iterations, backward)
     image_bytes = I * J * width * accumulation_dtype(u.dtype).itemsize
     near, shared = (most(u.device) // image_bytes for most in (chunk_bytes, group_bytes))
-    many = max(P, 8)  # products of fewer than some 4 rows are slow, whatever the weight
-    enough = math.ceil(many / 2)
-    fitting = max(near, min(shared, many))
+    wanted = max(P, 8)  # products of fewer than some 4 rows are slow, whatever the weight
+    enough = math.ceil(wanted / 2)
+    fitting = max(near, min(shared, 3 * wanted // 2))
     is_narrow = D <= (P if backward else 2 * P)  # noqa: SIM300
-    if near >= B or (fitting >= enough and (is_narrow or 2 * many >= B)):
+    if near >= B or (fitting >= enough and (is_narrow or 2 * wanted >= B)):
         size = fitting
     elif P >= B:
         size = math.ceil(P / 2)

@@ -1,8 +1,8 @@
-"""Compilation of all that the other benchmarks call, on all cores, before their clocks run.
+"""Compilation of the operators that the other benchmarks call, before their clocks run.
 
 Kernels and compiled rivals are compiled when they are first called, one after the other, which
-would take most of a short run. Here processes side by side call them, and what they compile lies in
-the caches of Triton and inductor on disk when its turn comes.
+would take most of a short run. Here processes on all cores call them side by side, and what they
+compile lies in the caches of Triton and inductor on disk when its turn comes.
 """
 
 import multiprocessing
@@ -29,7 +29,7 @@ _MOST_SECONDS = 600.0
 
 
 def run_compile(session: Session) -> None:
-    """Compile all that the others call, on all cores, so that they find it done."""
+    """Compile the operators that the others call, on all cores, so that they find it done."""
     calls = compiled_calls(session.device, session.quick)
     missing = list(calls)
     end = min(session.end, time.monotonic() + _MOST_SECONDS)
@@ -43,7 +43,8 @@ def run_compile(session: Session) -> None:
                 break
             missing.remove(call)
             session.report.add([_facts(call) | outcome], "case", "rival")
-    session.report.add([_facts(call) | NO_TIME for call in missing], "case", "rival")
+    why = NO_TIME if session.is_over() else {"left_out": "its process died or hangs"}
+    session.report.add([_facts(call) | why for call in missing], "case", "rival")
 
 
 Call = tuple[str, Case]  # a rival and what it is called with
@@ -74,11 +75,10 @@ def first_call(device: torch.device, call: Call) -> tuple[Call, Row]:
         gradients(function, arguments, case.output_gradient(device))
         with torch.no_grad():
             function(**arguments)
-    except Exception as error:  # the others go on; what needs this call will say the same
-        return call, {"left_out": reason(error)}
-    finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    except Exception as error:  # the others go on; what needs this call will say the same
+        return call, {"left_out": reason(error)}
     return call, {"first_call_s": time.monotonic() - start}
 
 

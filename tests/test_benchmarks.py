@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -97,6 +100,27 @@ def test_rounds_end_with_the_time_but_not_before_the_least(seconds: float, expec
     task = Task(lambda _: now.sleep(10))
     timings = time_alternately({"a": task}, CpuClock(now), rounds=(3, 9), seconds=seconds, now=now)
     assert timings["a"].samples == expected
+
+
+def test_a_replay_keeps_the_tensors_of_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph holds addresses alone."""
+    for name in ("Stream", "stream", "current_stream", "synchronize", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    class Owner:
+        def run(self, _: Any) -> None: ...
+
+    owner = Owner()
+    alive = weakref.ref(owner)
+    replay = replayed(Task(owner.run))
+    del owner
+    gc.collect()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_garbage_collector_rests_only_while_timing() -> None:
@@ -528,14 +552,14 @@ def test_all_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     calls: list[list[str]] = []
     limits: list[float | None] = []
 
-    def fake_run(command: list[str], timeout: float | None, **_: Any) -> Any:
+    def fake_run(command: list[str], limit: float | None) -> int:
         calls.append(command)
-        limits.append(timeout)
+        limits.append(limit)
         if command[3] == "ops":
             raise subprocess.TimeoutExpired(command, 1)
-        return subprocess.CompletedProcess(command, returncode=int(command[3] == "step"))
+        return int(command[3] == "step")
 
-    monkeypatch.setattr(subprocess, "run", fake_run)
+    monkeypatch.setattr(command_line, "run_limited", fake_run)
     assert command_line.run_all(CPU, tmp_path, quick=True, threads=None) == 1
     names = [name for name in command_line.BENCHMARKS if name not in ("compile", "launch")]
     assert [call[3] for call in calls] == names
@@ -545,6 +569,38 @@ def test_all_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [call[3] for call in calls] == [*command_line.BENCHMARKS]
     assert all(limit is not None and limit <= command_line.GPU_TOTAL < 480 for limit in limits)
     assert sum(command_line.GPU_SECONDS.values()) < command_line.GPU_TOTAL
+
+
+def test_gpu_begins_no_part_that_has_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "GPU_TOTAL", 10)
+    monkeypatch.setattr(command_line, "run_limited", None)
+    assert command_line.run_all(torch.device("cuda"), tmp_path, quick=False, threads=None) == 1
+    assert capsys.readouterr().out.count("not begun") == len(command_line.BENCHMARKS)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="a system without process groups")
+@pytest.mark.parametrize("limit", [None, 5.0])
+def test_nothing_that_a_part_has_started_outlives_it(limit: float | None, tmp_path: Path) -> None:
+    code = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(float(sys.argv[2]))
+"""
+    pid = tmp_path / "pid"
+    command = [sys.executable, "-c", code, str(pid), "100" if limit else "0"]
+    if limit:
+        with pytest.raises(subprocess.TimeoutExpired):
+            command_line.run_limited(command, limit)
+    else:
+        assert command_line.run_limited(command, limit) == 0
+    status = Path(f"/proc/{pid.read_text()}/status")
+    end = time.monotonic() + 10
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < end, "its child still runs"
+        time.sleep(0.01)
 
 
 def test_gpu_says_that_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -416,7 +416,7 @@ def plot_failures(
             _shrink_to(tile, text)
 
 
-def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+def _styles(names: Collection[str]) -> dict[str, tuple[str, str]]:
     """Choose a colour and a mark for each; those of a network are the same in every figure."""
     all_styles = list(zip(_PALETTE, _MARKS, strict=True))
     own = dict(zip(TITLES.values(), all_styles, strict=False))

@@ -85,8 +85,8 @@ def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward
     prediction vectors are as large as the weight; a chunk wants many images, its columns. So:
 
     - all that fit, where the level-2 caches hold the batch, or enough images and these are narrow;
-    - up to 3P/2, where the level-3 cache holds enough, and these are narrow, or few altogether;
-    - half of P, where there are at most P images, which are too few for a chunk;
+    - up to 3P/2, or 12, where the level-3 cache holds enough, these narrow or the batch small;
+    - half of P, where it holds fewer and there are at most P images, which are few for a chunk;
     - else none.
     """
     B, (I, P, J, D) = len(u), weight_shape

@@ -180,7 +180,7 @@ def run_limited(command: list[str], limit: float | None) -> int:
     finally:
         process.kill()
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):  # none is left, or only dead ones
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 

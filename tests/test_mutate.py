@@ -66,6 +66,6 @@ def test_a_mutant_is_the_source_with_one_piece_replaced():
 def test_mutants_of_the_files_can_be_parsed(file):
     source = (ROOT / file).read_bytes()
     mutants = mutants_of(file, source)
-    assert mutants
+    assert len(mutants) > (1 if file.endswith("/_precision.py") else 10)  # which is one function
     for mutant in mutants[::20] + mutants[-1:]:
         ast.parse(mutant.apply(source))

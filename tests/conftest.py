@@ -10,11 +10,9 @@ from hypothesis import HealthCheck, Phase, settings
 from tritoncaps._operators import INTERPRETED
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
-# time; HYPOTHESIS_PROFILE=nightly draws many new ones. There are fewer where an example is slow:
-# the interpreter takes about a millisecond a program of a kernel's grid, and for a GPU every new
-# size is compiled.
-IS_SLOW = INTERPRETED or torch.cuda.is_available()
-EXAMPLES = 8 if IS_SLOW else 25
+# time; HYPOTHESIS_PROFILE=nightly draws many new ones. The interpreter takes about a millisecond a
+# program of a kernel's grid, so it gets fewer.
+EXAMPLES = 8 if INTERPRETED else 25
 settings.register_profile("dev", max_examples=EXAMPLES, deadline=None)
 settings.register_profile(
     "ci",
@@ -28,7 +26,9 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-# There a shrink takes many minutes; the first failing example is printed as it is.
+# A shrink takes many minutes interpreted, and on a GPU, for which every new size is compiled: there
+# the first failing example is printed as it is.
+IS_SLOW = INTERPRETED or torch.cuda.is_available()
 phases = [phase for phase in Phase if not (IS_SLOW and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
     settings.register_profile(_profile, settings.get_profile(_profile), phases=phases)

@@ -5,26 +5,32 @@ from torch import Tensor
 
 from tritoncaps._torch_path._precision import accumulation_dtype
 
+# Rows are scaled by this, exactly, lest the length of finite values overflow. Only float32 below
+# 10⁻³⁵ is rounded by it: there v is 0, and ds nearly.
+_SCALE = 2.0**-8
 
-def _polar(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Length n, (N, 1), and direction s/n, (N, D), 0 where s is 0; no square overflows."""
-    smallest = torch.finfo(s.dtype).tiny  # of the normal numbers, so that 0/0 is not met
-    largest = s.abs().amax(dim=-1, keepdim=True).clamp(min=smallest)
-    scaled = s / largest
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return largest * length, scaled.div_(length.clamp(min=smallest))
+
+def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of s, scaled, (N, D), and their length, (N, 1); no square overflows or vanishes."""
+    x = s.to(accumulation_dtype(s.dtype)) * _SCALE
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        wide = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+        length = wide.to(x.dtype)
+        return x, length + (length - length)  # NaN if infinite: no component of such a row is known
+    largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return x, largest * torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
 
 
 def squash_fwd(s: Tensor) -> Tensor:
     """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D).
 
-    As n / (n + 1/n) the first factor squares nothing; at 0 it is 0/∞.
+    As s / (n + 1/n) it squares nothing; at 0 it is 0/∞.
     """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
-    length, direction = _polar(s.to(accumulation_dtype(s.dtype)))
-    length = length.clamp(max=torch.finfo(length.dtype).max)  # of a sum that overflows
-    return direction.mul_(length / (length + 1 / length)).to(s.dtype).contiguous()
+    x, length = _scaled(s)
+    divisor = torch.add(length, length.reciprocal(), alpha=_SCALE**2)  # n + 1/n, scaled as well
+    return x.div_(divisor).to(s.dtype).contiguous()
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
@@ -36,10 +42,11 @@ def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
     """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
-    dtype = accumulation_dtype(s.dtype)
-    length, direction = _polar(s.to(dtype))
-    grad_v = grad_v.to(dtype)
-    f = 1 / (length + 1 / length)
+    x, length = _scaled(s)
+    grad_v = grad_v.to(x.dtype)
+    direction = x.div_(length.clamp(min=torch.finfo(x.dtype).tiny))
+    n = length / _SCALE
+    f = 1 / (n + 1 / n)
     along = direction.mul_((direction * grad_v).sum(dim=-1, keepdim=True))
     across = grad_v - along
-    return across.add_(along.mul_(2 / (1 + length.square()))).mul_(f).to(s.dtype).contiguous()
+    return across.add_(along.mul_(2 / (1 + n.square()))).mul_(f).to(s.dtype).contiguous()

@@ -15,6 +15,7 @@ from benchmarks.rivals import Rival, op_rival, ours, rival_names
 from benchmarks.roofline import Floor, floor, measure_ceilings
 from benchmarks.session import Session, axes, reason, timed
 from benchmarks.timing import Task, clock_for, replayed
+from tritoncaps._torch_path._slices import cache_bytes
 
 PHASES = ("forward", "backward", "both")
 # Calls shorter than this are replayed from a CUDA graph: launching them may take longer.
@@ -161,16 +162,21 @@ def phase_task(rival: Rival, phase: str, input_sets: list[dict[str, Tensor]], gr
 
 
 def input_sets(case: Case, device: torch.device) -> list[dict[str, Tensor]]:
-    """Draw inputs: on a GPU so many sets that its level-2 cache holds none when its turn comes.
+    """Draw so many sets of inputs that the last cache holds none when its turn comes.
 
     At most 16; what is smaller than a sixteenth of the cache stays there in a network as well.
     """
     first = case.arguments(device)
-    if device.type != "cuda":
-        return [first]
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    cache = last_cache_bytes(device)
     number = math.ceil(2 * cache / sum(tensor.nbytes for tensor in first.values()))
     return [first, *(case.arguments(device, seed) for seed in range(1, min(number, 16)))]
+
+
+def last_cache_bytes(device: torch.device) -> int:
+    """Size of the cache before the memory: a GPU's level 2, a CPU's level 3."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return cache_bytes(3)
 
 
 def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: str) -> list[Row]:

@@ -144,6 +144,19 @@ def test_a_replayed_phase_is_timed_on_the_device(phase: str) -> None:
     assert 0 < timings["a"].median < 1
 
 
+@pytest.mark.parametrize("name", ["tiny", "mnist"])
+def test_inputs_outgrow_the_last_cache(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Twice its size, so that a set is forgotten when its turn comes; 16 sets at most."""
+    monkeypatch.setattr(operators, "cache_bytes", lambda level: {3: 10 << 20}[level])
+    sets = operators.input_sets(Case("prediction_vectors", SHAPES[name], B=2, name=name), CPU)
+    sizes = [sum(tensor.nbytes for tensor in inputs.values()) for inputs in sets]
+    if name == "tiny":
+        assert len(sets) == 16
+    else:
+        assert sum(sizes) >= 20 << 20 > sum(sizes[1:])
+    assert not torch.equal(sets[0]["weight"], sets[1]["weight"])
+
+
 # Oracle -------------------------------------------------------------------------------------------
 
 

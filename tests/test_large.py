@@ -185,7 +185,7 @@ CHUNK = 1 << 18
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Slices of a known size, beside which everything that grows is large."""
-    sizes = {2: CHUNK // torch.get_num_threads(), 3: 4 * CHUNK}
+    sizes = {2: CHUNK // torch.get_num_threads(), 3: 8 * CHUNK // 3}
     monkeypatch.setattr(_slices, "cache_bytes", sizes.__getitem__)
 
 
@@ -260,7 +260,7 @@ def peak_of_dynamic_routing(B: int, iterations: int, full: bool, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporaries_of_dynamic_routing_fit_the_cache(dtype):
     """Whatever the batch; with more iterations, fewer images at once."""
-    cache = 2 * CHUNK  # a quarter of level 3, and a chunk
+    cache = 2 * CHUNK  # a group's share of level 3, and a chunk
     of_an_image = 4 * 10 * 16 * (3 * 4 + 4)
     for B in (8, 64):
         for iterations in (1, 3, 10):

@@ -21,27 +21,28 @@ class Group:
     """The prediction vectors of a few images, (I, n, J, D), and the products of them.
 
     Seen as one matrix (I, D) for each image and output capsule, agreements and weighted sums are
-    batched products. Logits and couplings are (n, J, I), since torch's softmax over J is ten times
-    as fast where I lies innermost as where J does.
+    batched products, and what has one vector for each of these is (n·J, 1, D). Logits and couplings
+    are (n, J, I), since torch's softmax over J is ten times as fast where I lies innermost as where
+    J does.
     """
 
     def __init__(self, votes: Tensor, prior: Tensor | None, logits: Tensor) -> None:
         """Take the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
         self.votes, self.prior, self.logits = votes, prior, logits
-        self.matrices = votes.flatten(1, 2).transpose(0, 1)  # (n·J, I, D), a view
+        self.columns = votes.flatten(1, 2).permute(1, 2, 0)  # (n·J, D, I), a view
+        self.matrices = self.columns.mT  # (n·J, I, D)
 
     def agreements(self, x: Tensor, out: Tensor) -> Tensor:
-        """Σ_d û_ijd x_jd of x (n, J, D), written to `out`, (n, J, I)."""
-        rows = x.flatten(0, 1).unsqueeze(1)
-        torch.bmm(rows, self.matrices.transpose(1, 2), out=out.flatten(0, 1).unsqueeze(1))
+        """Σ_d û_ijd x_jd of x (n·J, 1, D), written to `out`, (n, J, I)."""
+        torch.bmm(x, self.columns, out=_rows(out))
         return out
 
     def weighted_sum(self, c: Tensor) -> Tensor:
-        """Σ_i c_ij û_ij of c (n, J, I), as (n, J, D)."""
-        return torch.bmm(c.flatten(0, 1).unsqueeze(1), self.matrices).view(self.votes.shape[1:])
+        """Σ_i c_ij û_ij of c (n, J, I), as (n·J, 1, D)."""
+        return torch.bmm(_rows(c), self.matrices)
 
     def coupling(self, v_sum: Tensor | None, out: Tensor) -> Tensor:
-        """c = softmax_j(prior + û·V), written to `out`, (n, J, I)."""
+        """c = softmax_j(prior + û·V) of V (n·J, 1, D), written to `out`, (n, J, I)."""
         if v_sum is None and self.prior is None:
             return out.fill_(1 / out.shape[1])
         if v_sum is None:
@@ -53,11 +54,14 @@ class Group:
         return torch.softmax(self.logits, dim=1, out=out)
 
     def route(self, sums: Tensor, c: Tensor) -> Tensor:
-        """v, (n, J, D); `sums`, (r, n, J, D), and the last coupling, `c`, (n, J, I), are filled."""
+        """v, (n·J, 1, D), of the last iteration.
+
+        `sums`, (r, n·J, 1, D), and the last coupling, `c`, (n, J, I), are filled.
+        """
 
         def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
             if v_sum is None and self.prior is None and len(sums) > 1:
-                return self.votes.sum(dim=0) / self.votes.shape[2]
+                return self.votes.sum(dim=0).div_(self.votes.shape[2]).view(sums[t].shape)
             return self.weighted_sum(self.coupling(v_sum, out=c))
 
         return route(weighted_sum, sums)
@@ -74,7 +78,8 @@ class Group:
         """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
 
         They are the coefficients, (n·J, I, terms), collected in `rows`, (terms, n, J, I), and the
-        vectors, (n·J, terms, D). The gradient of the prior is added to `grad_prior`, (J, I).
+        vectors, (n·J, terms, D), given dv, (n·J, 1, D), and s, (r, n·J, 1, D). The gradient of the
+        prior is added to `grad_prior`, (J, I).
         """
         vectors: list[Tensor] = []
 
@@ -96,7 +101,12 @@ class Group:
 
         route_backward(grad_v, sums, full, step)
         coefficients = rows[: len(vectors)].flatten(1, 2).permute(1, 2, 0)
-        return coefficients, torch.stack(vectors, dim=2).flatten(0, 1)
+        return coefficients, torch.cat(vectors, dim=1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n, J, K) → (..., n·J, 1, K): one row for each image and output capsule, a view."""
+    return x.flatten(-3, -2).unsqueeze(-2)
 
 
 def group_width(D: int, iterations: int, backward: bool) -> int:
@@ -133,7 +143,7 @@ def route_images(
     for images in groups:
         logits, c = (view(buffer, (length(images), J, I)) for buffer in scratch)
         group = Group(votes(images), prior, logits)
-        v[images] = group.route(sums[:, images], c)
+        v[images] = group.route(_rows(sums[:, images]), c).view(v[images].shape)
         if return_coupling:
             coupling[images] = c.transpose(1, 2)
     return v, coupling, sums
@@ -168,9 +178,9 @@ def image_gradients(
         n = length(images)
         group = Group(votes(images), prior, view(logits, (n, J, I)))
         coefficients, vectors = group.gradient_terms(
-            grad_v[images],
+            _rows(grad_v[images]),
             None if grad_coupling is None else grad_coupling[images],
-            sums[:, images],
+            _rows(sums[:, images]),
             full,
             None if grad_prior is None else grad_prior.T,
             view(rows, (terms, n, J, I)),

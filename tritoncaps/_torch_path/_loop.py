@@ -9,19 +9,15 @@ from torch import Tensor
 from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 
-def squash_capsules(s: Tensor) -> Tensor:
-    return squash_fwd(s.flatten(0, -2)).view(s.shape)  # (B, J, D)
-
-
 def route(weighted_sum: Callable[[int, Tensor | None], Tensor], sums: Tensor) -> Tensor:
-    """Run the iterations; writes every s⁽ᵗ⁾ to `sums`, (r, B, J, D), and returns v⁽ʳ⁾, (B, J, D).
+    """Run the iterations; writes every s⁽ᵗ⁾ to `sums`, (r, ..., D), and returns v⁽ʳ⁾, (..., D).
 
     `weighted_sum(t, v_sum)` returns s⁽ᵗ⁾, given V⁽ᵗ⁻¹⁾; t counts from 0, and V⁽⁰⁾ is None.
     """
     v_sum: Tensor | None = None
     for t in range(len(sums)):
         sums[t] = weighted_sum(t, v_sum)
-        v = squash_capsules(sums[t])
+        v = squash_fwd(sums[t])
         v_sum = v if v_sum is None else v_sum + v
     return v
 
@@ -37,10 +33,10 @@ def route_backward(
     `step(t, v_sum, grad_s)` adds the share of iteration t to the gradients of the inputs, given
     V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾, and returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾; for the first, nothing.
     """
-    v_sums = [None, *accumulate(squash_capsules(s) for s in sums[:-1])]
+    v_sums = [None, *accumulate(squash_fwd(s) for s in sums[:-1])]
     grad_out = grad_v.to(sums.dtype)
     for t in reversed(range(len(sums))):
-        grad_s = squash_bwd(grad_out.flatten(0, -2), sums[t].flatten(0, -2)).view(sums[t].shape)
+        grad_s = squash_bwd(grad_out, sums[t])
         share = step(t, v_sums[t], grad_s)
         if share is None or not full:
             return

@@ -45,7 +45,7 @@ def capsule_routing_bwd(
 
     By images: du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij.
     """
-    size = group_size(u, weight.shape, len(sums), backward=True)
+    size = group_size(u, weight.shape, len(sums) if full else 1, backward=True)
     if size == 0:
         return chunk_gradients(grad_v, grad_coupling, u, weight, prior, sums, full)
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
@@ -80,25 +80,31 @@ def _predicted(u: Tensor, rows: Tensor, J: int, size: int) -> Votes:
 def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward: bool) -> int:
     """How many images to route at once; 0 where it is better to walk over the input capsules.
 
-    The temporaries of a group of images are D wide; those of a chunk of capsules are P wide, but
-    made anew in each iteration. A group reads the weight, and for that wants about P images, whose
-    prediction vectors are as large as the weight; a chunk wants many images, its columns. So:
+    The temporaries of a group of images are D wide, and its prediction vectors made once; those of
+    a chunk of capsules are P wide, and made anew in each iteration. A group reads the weight, and
+    wants about P images for that; a chunk wants many images, its columns. One iteration alone, or
+    the gradient through the last, is for chunks. Else:
 
-    - all that fit, where the level-2 caches hold the batch, or enough images and these are narrow;
-    - up to 3P/2, or 12, where the level-3 cache holds enough, these narrow or the batch small;
-    - half of P, where it holds fewer and there are at most P images, which are few for a chunk;
-    - else none.
+    - all images that fit, where the level-2 caches hold the batch;
+    - up to 3P/2, or 12, where the level-3 cache holds enough for products of some height, which
+      matter less the more iterations follow, and D is small beside these and P, or the batch small;
+    - 16, where it does not, but P is as large as D, and large;
+    - half of P, where there are at most P images, which are few for a chunk;
+    - none.
     """
+    if iterations == 1:
+        return 0
     B, (I, P, J, D) = len(u), weight_shape
     width = group_width(D, iterations, backward)
     image_bytes = I * J * width * accumulation_dtype(u.dtype).itemsize
     near, shared = (most(u.device) // image_bytes for most in (chunk_bytes, group_bytes))
-    wanted = max(P, 8)  # products of fewer than some 4 rows are slow, whatever the weight
-    enough = math.ceil(wanted / 2)
+    wanted = max(P, 8)
     fitting = max(near, min(shared, 3 * wanted // 2))
-    is_narrow = D <= (P if backward else 2 * P)  # noqa: SIM300
-    if near >= B or (fitting >= enough and (is_narrow or 2 * wanted >= B)):
+    is_narrow = (iterations - 1) * P > D if backward else iterations * P >= D
+    if near >= B or (fitting * iterations >= 18 and (is_narrow or 2 * wanted >= B)):
         size = fitting
+    elif max(D, 16) <= P and iterations >= 3:
+        size = 16
     elif P >= B:
         size = math.ceil(P / 2)
     else:

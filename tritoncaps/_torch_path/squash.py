@@ -11,18 +11,20 @@ _SCALE = 2.0**-8
 
 
 def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of s, scaled, (N, D), and their length, (N, 1); no square overflows or vanishes."""
+    """The rows of s, scaled, (..., D), and their length, (..., 1); no square overflows or vanishes.
+
+    The length is NaN if a component is infinite, lest the others pass for known.
+    """
     x = s.to(accumulation_dtype(s.dtype)) * _SCALE
     if x.dtype == torch.float32 and x.device.type == "cpu":
-        wide = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-        length = wide.to(x.dtype)
-        return x, length + (length - length)  # NaN if infinite: no component of such a row is known
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+        return x, (length - length).add_(length).to(x.dtype)  # ∞ − ∞ is NaN
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return x, largest * torch.linalg.vector_norm(x / largest, dim=-1, keepdim=True)
 
 
 def squash_fwd(s: Tensor) -> Tensor:
-    """v = n² / (1 + n²) · s/n of each row of s, (N, D) → (N, D).
+    """v = n² / (1 + n²) · s/n of each row of s, (..., D) → (..., D).
 
     As s / (n + 1/n) it squares nothing; at 0 it is 0/∞.
     """
@@ -34,7 +36,7 @@ def squash_fwd(s: Tensor) -> Tensor:
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
-    """Gradient of squash, (N, D).
+    """Gradient of squash, (..., D).
 
     With f(n) = n/(1+n²) and ŝ = s/n, v = f·s. The part of dv across s is scaled by f, the part
     along it, ρ = ŝ·dv, by f + n·f' = 2f/(1+n²): ds = f·(dv − ρŝ) + 2f/(1+n²)·ρŝ. Kept apart, the

@@ -1160,14 +1160,20 @@ class TestEnvironment:
             ).stdout.strip()
 
         source.write_text("one")
+        results = tmp_path / "benchmarks" / "results"
+        results.mkdir(parents=True)
+        (results / "ops.json").write_text("one")
         git("init", "-q")
         git("add", ".")
         git("commit", "-q", "-m", "one")
         # A tag does not take its place.
         git("tag", "-a", "v1", "-m", "one")
-        assert commit_of(tmp_path) == git("rev-parse", "HEAD")[:12]
+        (results / "ops.json").write_text("two")  # nor do results
+        for folder in (tmp_path, results.parent):
+            assert commit_of(folder) == git("rev-parse", "HEAD")[:12]
         source.write_text("two")
-        assert commit_of(tmp_path) == git("rev-parse", "HEAD")[:12] + "+"
+        for folder in (tmp_path, results.parent):
+            assert commit_of(folder) == git("rev-parse", "HEAD")[:12] + "+"
 
     def test_without_git_there_is_no_commit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def run(*args: Any, **kwargs: Any) -> None:

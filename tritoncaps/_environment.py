@@ -19,17 +19,19 @@ def processor_name() -> str:
 def commit_of(folder: Path) -> str | None:
     """The commit of a checkout, with a + where files differ from it.
 
-    Outside of git it is what TRITONCAPS_COMMIT says, or None.
+    Results of benchmarks do not count: the first of several writes them while the others are to
+    come. Outside of git it is what TRITONCAPS_COMMIT says, or None.
     """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    counted = (":(top)", ":(top,exclude)benchmarks/results")
     try:
-        describe = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        commit = git("rev-parse", "--short=12", "HEAD")
+        differing = git("status", "--porcelain", "--untracked-files=no", "--", *counted)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("TRITONCAPS_COMMIT")
-    return describe.stdout.strip()
+    return f"{commit}+" if differing else commit

@@ -100,6 +100,8 @@ def _bytes_of(case: Case) -> dict[str, int]:
 def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
     """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
 
+    The gradient is the full one.
+
     The saved sums are r times as large as v, and with them go a few tensors of v's size; the
     backward keeps V and ds of each iteration too. To it and to the gradients of u and the weight
     the torch path adds the prediction vectors of n images with two couplings, in the backward 2r,

@@ -201,13 +201,14 @@ def peaks_of_torch_path(case: Case) -> dict[str, int]:
     return {"forward": forward.peak, "both": backward.peak + sums.numel() * sums.itemsize}
 
 
-# Of 32 images the last shape takes some at a time, but in the backward of ten iterations; the
-# others take a chunk. Three images are taken at once.
+# Of 32 images the last two shapes take some at a time, and of three all; the others take a chunk,
+# most of them.
 SHAPES = [
     Shape(100, 8, 10, 16),
     Shape(400, 8, 10, 16),
     Shape(100, 8, 40, 16),
     Shape(25, 16, 10, 16),
+    Shape(200, 16, 10, 16),  # 16 images, which the cache does not hold
 ]
 
 

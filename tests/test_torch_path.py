@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from tritoncaps import _operators, ops, reference
 from tritoncaps._operators import INTERPRETED
-from tritoncaps._torch_path import _slices, capsule_routing, dynamic_routing
+from tritoncaps._torch_path import _slices, capsule_routing, dynamic_routing, squash
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
 
@@ -163,6 +163,18 @@ def test_one_image_does_not_touch_another(case, way):
     assert_close(actual[1:], expected[1:])
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e25, 3e38, float("inf")])
+def test_squash_where_float32_is_summed_in_itself(monkeypatch, length):
+    """As on a device without float64."""
+    s = length * torch.tensor([[0.6, 0.0, -0.8], [-0.6, 0.8, 0.0]]).nan_to_num()
+    grad_v = torch.tensor([[1.0, -2.0, 3.0], [0.5, 1.0, 2.0]])
+    expected = [squash.squash_fwd(s), squash.squash_bwd(grad_v, s)]
+    monkeypatch.setattr(squash, "_SUM_IN_FLOAT64", set())
+    actual = [squash.squash_fwd(s), squash.squash_bwd(grad_v, s)]
+    assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-36)
+    assert all(result.isnan().all() == (length == float("inf")) for result in actual)
+
+
 # The rule -----------------------------------------------------------------------------------------
 
 # B, I, P, J, D, iterations, then images at once, forward and backward, with caches of 2 and 32 MB.
@@ -175,7 +187,8 @@ RULE = {
     "MNIST, a few images": ((12, 1152, 8, 10, 16, 3), 12, 6),
     "MNIST, one image": ((1, 1152, 8, 10, 16, 3), 1, 1),
     "MNIST, no image": ((0, 1152, 8, 10, 16, 3), 1, 1),
-    "MNIST, one image, one iteration": ((1, 1152, 8, 10, 16, 1), 0, 0),
+    "MNIST, one image, one iteration": ((1, 1152, 8, 10, 16, 1), 1, 1),
+    "the second routing, one iteration": ((64, 10, 16, 10, 16, 1), 0, 0),
     "the second routing": ((64, 10, 16, 10, 16, 3), 64, 64),
     "poses of 16": ((64, 1152, 16, 10, 16, 3), 13, 11),
     "poses of 16, two iterations": ((64, 1152, 16, 10, 16, 2), 13, 0),
@@ -204,11 +217,12 @@ def test_how_many_images_at_once(sizes, forward, backward):
             assert capsule_routing.group_size(u, weight_shape, iterations, is_backward) == expected
 
 
-@given(st.tuples(*[st.integers(1, most) for most in (300, 3000, 32, 300, 64)]), st.booleans())
+@given(st.tuples(*[st.integers(1, most) for most in (300, 3000, 32, 300, 64, 20)]), st.booleans())
 def test_a_group_is_no_larger_than_the_caches_or_the_weight(sizes, backward):
-    B, I, P, J, D = sizes
+    B, *weight_shape, iterations = sizes
+    I, P, J, D = weight_shape
     with caches(2 * MB, 32 * MB):
-        size = capsule_routing.group_size(torch.empty(B, 0), (I, P, J, D), 3, backward)
+        size = capsule_routing.group_size(torch.empty(B, 0), weight_shape, iterations, backward)
     assert 0 <= size <= B
     assert 4 * size * I * J * D <= max(12 * MB, 4 * I * P * J * D)
 

@@ -2,7 +2,7 @@
 
 Every function here has a twin of the same name and signature in `tritoncaps.kernels`. The routing
 goes slice after slice, so that temporaries stay in the cache: a few images through all iterations,
-or where one image's prediction vectors are too many, a few input capsules through one. The
+or a few input capsules through one, whichever is faster (`capsule_routing.group_size`). The
 derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits
 are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """

@@ -1,4 +1,4 @@
-"""Routing of a chunk of input capsules at a time, for images of too many prediction vectors.
+"""Routing of a chunk of input capsules at a time, where groups of images would be slower.
 
 Each iteration, forward or backward, is one pass over (u, W) that reduces over i. The batch comes
 last in the temporaries, so that every element-wise step runs over contiguous rows of B, and a chunk
@@ -105,7 +105,7 @@ def chunk_gradients(
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = sums.dtype
     poses = _batch_last(u.to(dtype))  # (I, P, B)
-    chunks = fitting_slices(I, J * P * B, poses)
+    chunks = fitting_slices(I, J * P * max(B, D), poses)
     scratch = buffers(3, longest(chunks) * J * P * B, poses)
     (rows_scratch,) = buffers(1, longest(chunks) * J * P * D, poses)
     grad_poses = torch.zeros_like(poses)

@@ -105,8 +105,8 @@ class Group:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., n, J, K) → (..., n·J, 1, K): one row for each image and output capsule, a view."""
-    return x.flatten(-3, -2).unsqueeze(-2)
+    """(..., n, J, K) → (..., n·J, 1, K): a row for each image and output capsule, always a view."""
+    return x.view(*x.shape[:-3], -1, 1, x.shape[-1])
 
 
 def group_width(D: int, iterations: int, backward: bool) -> int:
@@ -178,7 +178,7 @@ def image_gradients(
         n = length(images)
         group = Group(votes(images), prior, view(logits, (n, J, I)))
         coefficients, vectors = group.gradient_terms(
-            _rows(grad_v[images]),
+            _rows(grad_v[images].contiguous()),
             None if grad_coupling is None else grad_coupling[images],
             _rows(sums[:, images]),
             full,

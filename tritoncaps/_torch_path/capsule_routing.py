@@ -82,23 +82,24 @@ def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward
 
     The temporaries of a group of images are D wide, and its prediction vectors made once; those of
     a chunk of capsules are P wide, and made anew in each iteration. A group reads the weight, and
-    wants about P images for that; a chunk wants many images, its columns. One iteration alone, or
-    the gradient through the last, is for chunks. Else:
+    wants about P images for that; a chunk wants many images, its columns. So:
 
-    - all images that fit, where the level-2 caches hold the batch;
-    - up to 3P/2, or 12, where the level-3 cache holds enough for products of some height, which
-      matter less the more iterations follow, and D is small beside these and P, or the batch small;
-    - 16, where it does not, but P is as large as D, and large;
-    - half of P, where there are at most P images, which are few for a chunk;
-    - none.
+    - none for a single iteration, or the gradient of the last alone, of at least P and 8 images;
+    - all images, where the level-2 caches hold the batch;
+    - up to 3P/2, or 12, where the level-3 cache holds n of them with n·r of at least 18, since
+      products of few rows are slow, but made once; and where D is at most r·P, in the backward
+      below (r − 1)·P, or there are at most 2P images;
+    - else 16 for three iterations, where P is at least 16 and D;
+    - else half of P, where there are at most P images;
+    - else none.
     """
-    if iterations == 1:
-        return 0
     B, (I, P, J, D) = len(u), weight_shape
+    wanted = max(P, 8)
+    if iterations == 1 and wanted <= B:
+        return 0
     width = group_width(D, iterations, backward)
     image_bytes = I * J * width * accumulation_dtype(u.dtype).itemsize
     near, shared = (most(u.device) // image_bytes for most in (chunk_bytes, group_bytes))
-    wanted = max(P, 8)
     fitting = max(near, min(shared, 3 * wanted // 2))
     is_narrow = (iterations - 1) * P > D if backward else iterations * P >= D
     if near >= B or (fitting * iterations >= 18 and (is_narrow or 2 * wanted >= B)):

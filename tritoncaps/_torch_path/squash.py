@@ -5,9 +5,11 @@ from torch import Tensor
 
 from tritoncaps._torch_path._precision import accumulation_dtype
 
-# Rows are scaled by this, exactly, lest the length of finite values overflow. Only float32 below
-# 10⁻³⁵ is rounded by it: there v is 0, and ds nearly.
+# Rows are scaled by this, exactly, lest the length of finite values overflow. Only below 10⁻³⁵, or
+# 10⁻³⁰⁵ in float64, something is lost: there v is 0, and ds, at most n·|dv|, not exact.
 _SCALE = 2.0**-8
+
+_SUM_IN_FLOAT64 = {"cpu"}  # devices that have float64, and lose no time by it here
 
 
 def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,7 +18,7 @@ def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
     The length is NaN if a component is infinite, lest the others pass for known.
     """
     x = s.to(accumulation_dtype(s.dtype)) * _SCALE
-    if x.dtype == torch.float32 and x.device.type == "cpu":
+    if x.dtype == torch.float32 and x.device.type in _SUM_IN_FLOAT64:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
         return x, (length - length).add_(length).to(x.dtype)  # ∞ − ∞ is NaN
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)

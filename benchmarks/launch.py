@@ -179,7 +179,7 @@ def _task(
     session: Session, case: Case, table: _Table, name: str, phase: str, config: Config
 ) -> Task:
     """Run a phase with a configuration; on a GPU it is captured with it."""
-    inputs, grad = input_sets(case, session.device), case.output_gradient(session.device)
+    inputs, grad = input_sets(case, phase, session.device), case.output_gradient(session.device)
     task = phase_task(op_rival("triton", case, session.device), phase, inputs, grad)
 
     def run(state: Any) -> None:

@@ -148,7 +148,9 @@ def test_a_replayed_phase_is_timed_on_the_device(phase: str) -> None:
 def test_inputs_outgrow_the_last_cache(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Twice its size, so that a set is forgotten when its turn comes; 16 sets at most."""
     monkeypatch.setattr(operators, "cache_bytes", lambda level: {3: 10 << 20}[level])
-    sets = operators.input_sets(Case("prediction_vectors", SHAPES[name], B=2, name=name), CPU)
+    case = Case("prediction_vectors", SHAPES[name], B=2, name=name)
+    assert len(operators.input_sets(case, "backward", CPU)) == 1
+    sets = operators.input_sets(case, "forward", CPU)
     sizes = [sum(tensor.nbytes for tensor in inputs.values()) for inputs in sets]
     if name == "tiny":
         assert len(sets) == 16

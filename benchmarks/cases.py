@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tritoncaps import reference
 
-OPS = ("capsule_routing", "dynamic_routing", "prediction_vectors", "squash", "margin_loss")
+OPS = ("fused_dynamic_routing", "dynamic_routing", "prediction_vectors", "squash", "margin_loss")
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -100,9 +100,9 @@ class Case:
         if self.op == "squash":
             return {"s": normal(self.B, I, P).to(self.dtype)}
         if self.op == "margin_loss":
-            lengths = reference.squash(normal(self.B, J, D)).norm(dim=-1)
+            activations = reference.squash(normal(self.B, J, D)).norm(dim=-1)
             target = torch.randint(J, (self.B,), generator=generator, device=device)
-            return {"lengths": lengths.to(self.dtype), "target": target}
+            return {"activations": activations.to(self.dtype), "target": target}
         u = reference.squash(normal(self.B, I, P))
         weight = normal(I, P, J, D).mul_(J / (I * D) ** 0.5)
         if self.op == "dynamic_routing":

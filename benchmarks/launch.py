@@ -102,14 +102,14 @@ def run_launch(session: Session) -> None:
 def launch_cases(device: torch.device, quick: bool) -> list[Case]:
     """List what is tuned, the most important first."""
     if quick:
-        return [Case("capsule_routing", SHAPES["tiny"], 4, name="tiny")]
+        return [Case("fused_dynamic_routing", SHAPES["tiny"], 4, name="tiny")]
     chosen = (
-        ("capsule_routing", "mnist", "fp32"),
-        ("capsule_routing", "second", "fp32"),
-        ("capsule_routing", "mnist", "bf16"),
-        ("capsule_routing", "classes100", "fp32"),
+        ("fused_dynamic_routing", "mnist", "fp32"),
+        ("fused_dynamic_routing", "second", "fp32"),
+        ("fused_dynamic_routing", "mnist", "bf16"),
+        ("fused_dynamic_routing", "classes100", "fp32"),
         ("dynamic_routing", "mnist", "fp32"),
-        ("capsule_routing", "cifar", "fp32"),
+        ("fused_dynamic_routing", "cifar", "fp32"),
     )
     return [
         Case(op, SHAPES[name], batch_size(name, device), precision=precision, name=name)

@@ -23,7 +23,7 @@ from benchmarks.rivals import op_rival, ours, rival_names
 from benchmarks.session import Session, axes, reason
 from tritoncaps._torch_path import accumulation_dtype
 from tritoncaps._torch_path._slices import chunk_bytes
-from tritoncaps._torch_path.capsule_routing import group_size
+from tritoncaps._torch_path.fused_dynamic_routing import group_size
 
 _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS = Path("/proc/self/status")
@@ -53,7 +53,7 @@ def memory_cases(device: torch.device, quick: bool) -> list[Case]:
     """List what `run_memory` measures."""
     names = ("mnist",) if quick else ("mnist", "cifar", "classes100", "large")
     batches = {name: 64 if name == "large" else batch_size(name, device, quick) for name in names}
-    return [Case("capsule_routing", SHAPES[name], batches[name], name=name) for name in names]
+    return [Case("fused_dynamic_routing", SHAPES[name], batches[name], name=name) for name in names]
 
 
 def run_memory_grid(session: Session) -> None:
@@ -82,7 +82,7 @@ def grid(quick: bool) -> list[Case]:
     """List the routings of the grid: input and output capsules around MNIST's, two batches."""
     sizes, P, D = (((32, 64), (2, 4)), 4, 4) if quick else (((288, 1152, 4608), (10, 40)), 8, 16)
     return [
-        Case("capsule_routing", Shape(I, P, J, D), B)
+        Case("fused_dynamic_routing", Shape(I, P, J, D), B)
         for B in (64, 1)
         for I in sizes[0]
         for J in sizes[1]

@@ -55,7 +55,7 @@ def check_cases(device: torch.device, quick: bool) -> Iterable[Case]:
     yield from (case(op, name) for op in OPS for name in names)
     for precision in ("bf16", "fp16", "fp64"):
         yield from (case(op, names[0], precision=precision) for op in OPS)
-    for op in ("capsule_routing", "dynamic_routing"):
+    for op in ("fused_dynamic_routing", "dynamic_routing"):
         yield from (case(op, names[0], iterations=r) for r in (1, 2, 5))
         yield case(op, names[0], with_prior=True)
         yield case(op, names[0], gradient="last")

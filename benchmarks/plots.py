@@ -71,9 +71,11 @@ def _legend(figure: Figure, rivals: list[str], extra: list[Any] | None = None) -
 
 def draw_ops(data: dict[str, Any]) -> Figure:
     """Times of the routing by shape and rival, with the floor."""
-    rows = [row for row in data["rows"] if row["op"] == "capsule_routing" and "median_s" in row]
+    rows = [
+        row for row in data["rows"] if row["op"] == "fused_dynamic_routing" and "median_s" in row
+    ]
     labels = list(dict.fromkeys(_label(row) for row in rows))
-    figure = _figure(data, 10, 1.6 + 0.55 * len(labels), "capsule_routing: time of a call")
+    figure = _figure(data, 10, 1.6 + 0.55 * len(labels), "fused_dynamic_routing: time of a call")
     titles = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (phase, title) in zip(panels, titles.items(), strict=True):
@@ -144,7 +146,7 @@ def draw_memory(data: dict[str, Any]) -> Figure:
         for case in dict.fromkeys(row["case"] for row in rows)
     ]
     height = 1.1 + 0.5 * len(groups) + 0.25 * len(rows)
-    figure = _figure(data, 8, height, "Peak memory of capsule_routing, forward + backward")
+    figure = _figure(data, 8, height, "Peak memory of fused_dynamic_routing, forward + backward")
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[*map(len, groups)])[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         bars = [
@@ -192,7 +194,9 @@ def draw_scaling(data: dict[str, Any]) -> Figure:
     """Time and memory against each axis, with the fitted exponents."""
     rows = [row for row in data["rows"] if "median_s" in row]
     names = {"I": "input capsules I", "J": "output capsules J", "B": "batch B", "r": "iterations r"}
-    figure = _figure(data, 11, 5.4, "capsule_routing, forward + backward: growth with each axis")
+    figure = _figure(
+        data, 11, 5.4, "fused_dynamic_routing, forward + backward: growth with each axis"
+    )
     panels = figure.subplots(2, len(names), sharey="row")
     for column, (axis, name) in enumerate(names.items()):
         for line, (value, fit_name, factor) in enumerate(

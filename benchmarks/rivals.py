@@ -29,7 +29,7 @@ def rival_names(op: str, device: torch.device) -> list[str]:
     names = ["eager", "compile"]
     if op in _BROADCAST:
         names.append("broadcast")
-    if op == "capsule_routing" and ours(device) != "torch path":
+    if op == "fused_dynamic_routing" and ours(device) != "torch path":
         names.append("torch path")
     return [*names, ours(device)]
 
@@ -44,7 +44,7 @@ def op_rival(name: str, case: Case, device: torch.device) -> Rival:
         return partial(_BROADCAST[case.op], **_sizes(case))
     if name == ours(device):
         return partial(getattr(ops, case.op), **case.options)
-    return partial(_torch_path_capsule_routing, iterations=case.iterations)
+    return partial(_torch_path_fused_dynamic_routing, iterations=case.iterations)
 
 
 def _sizes(case: Case) -> dict[str, object]:
@@ -72,7 +72,7 @@ def _broadcast_prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(u[:, :, None, None, :], matrices).squeeze(3)  # (B, I, J, D)
 
 
-def _broadcast_capsule_routing(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
+def _broadcast_fused_dynamic_routing(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
     u_hat = _broadcast_prediction_vectors(u, weight)
     b = torch.zeros_like(u_hat[..., :1])  # (B, I, J, 1)
     for iteration in range(iterations):
@@ -90,7 +90,7 @@ def _squash(s: Tensor) -> Tensor:
 
 _BROADCAST: dict[str, Rival] = {
     "prediction_vectors": _broadcast_prediction_vectors,
-    "capsule_routing": _broadcast_capsule_routing,
+    "fused_dynamic_routing": _broadcast_fused_dynamic_routing,
 }
 
 
@@ -100,20 +100,20 @@ _BROADCAST: dict[str, Rival] = {
 class _TorchPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, iterations: int) -> Tensor:
-        v, _, sums = _torch_path.capsule_routing_fwd(u, weight, None, iterations, False)
+        v, _, sums = _torch_path.fused_dynamic_routing_fwd(u, weight, None, iterations, False)
         ctx.save_for_backward(u, weight, sums)
         return v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, sums = ctx.saved_tensors
-        grad_u, grad_weight, _ = _torch_path.capsule_routing_bwd(
+        grad_u, grad_weight, _ = _torch_path.fused_dynamic_routing_bwd(
             grads[0], None, u, weight, None, sums, True
         )
         return grad_u, grad_weight, None
 
 
-def _torch_path_capsule_routing(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
+def _torch_path_fused_dynamic_routing(u: Tensor, weight: Tensor, iterations: int) -> Tensor:
     return _TorchPath.apply(u, weight, iterations)
 
 
@@ -184,8 +184,8 @@ def einsum_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
 
 def tritoncaps_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """Compute the same loss with the operators of tritoncaps."""
-    lengths, _, reconstruction = model(images, target)
+    activations, _, reconstruction, _ = model(images, target)
     squared_error = F.mse_loss(reconstruction.to(images.dtype), images, reduction="sum") / len(
         images
     )
-    return ops.margin_loss(lengths, target) + 0.0005 * squared_error
+    return ops.margin_loss(activations, target) + 0.0005 * squared_error

@@ -51,7 +51,7 @@ def floor(case: Case, phase: str) -> Floor:
         "prediction_vectors": (u + weight + u_hat, project),
         "dynamic_routing": (u_hat + v, (2 * r - 1) * agree),
         # û is computed anew in each iteration, the sum of the first is part of that product.
-        "capsule_routing": (u + weight + v, r * project + 2 * (r - 1) * agree),
+        "fused_dynamic_routing": (u + weight + v, r * project + 2 * (r - 1) * agree),
     }
     backward = {
         "squash": (3 * u, 0),
@@ -60,7 +60,7 @@ def floor(case: Case, phase: str) -> Floor:
         # Each iteration but the first: û·V, û·ds, Σ db û; and dû has 2r − 1 terms.
         "dynamic_routing": (2 * u_hat + v, (3 * (r - 1) + 2 * r - 1) * agree),
         # û once for each of these iterations and once for dû, then du and dW.
-        "capsule_routing": (
+        "fused_dynamic_routing": (
             2 * (u + weight) + v,
             (r + 2) * project + (3 * (r - 1) + 2 * r - 1) * agree,
         ),

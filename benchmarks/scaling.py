@@ -73,7 +73,7 @@ def swept_case(axis: str, value: int, device: torch.device, quick: bool) -> Case
     sizes = {**(Shape(32, 8, 4, 16) if quick else SHAPES["mnist"])._asdict(), "B": B}
     sizes |= {"r": 3, axis: value}
     shape = Shape(*(sizes[name] for name in Shape._fields))
-    return Case("capsule_routing", shape, sizes["B"], iterations=sizes["r"])
+    return Case("fused_dynamic_routing", shape, sizes["B"], iterations=sizes["r"])
 
 
 def _add_peaks(session: Session, rows: list[Row]) -> None:

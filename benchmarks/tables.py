@@ -79,7 +79,7 @@ def _ops_table(rows: list[Row]) -> str:
     lines = []
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["op"] == "capsule_routing" and row["phase"] in ("forward", "both"):
+        if row["op"] == "fused_dynamic_routing" and row["phase"] in ("forward", "both"):
             groups.setdefault((row["case"], row["phase"]), []).append(row)
     for (case, phase), group in groups.items():
         medians = _by_rival(group, "median_s")
@@ -94,7 +94,7 @@ def _ops_table(rows: list[Row]) -> str:
         ]
         phase = {"forward": "forward", "both": "forward + backward"}[phase]
         lines.append([f"{name}, {phase}", *cells, *ratios])
-    header = ["`capsule_routing`", "einsum", "compiled einsum", "tritoncaps"]
+    header = ["`fused_dynamic_routing`", "einsum", "compiled einsum", "tritoncaps"]
     return _table([*header, "× einsum", "× compiled"], lines)
 
 

@@ -154,7 +154,7 @@ def decode(
         labels = None if target is None else target[part].to(images.device)
         with experiment.runtime.autocast():
             output = network.model(images[part], labels)
-        predictions.append(output.lengths.argmax(dim=1).cpu())
+        predictions.append(output.activations.argmax(dim=1).cpu())
         decoded.append(output.reconstruction.float().cpu())
     return torch.cat(predictions), torch.cat(decoded)
 

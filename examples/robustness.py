@@ -183,8 +183,8 @@ def batches(experiment: Experiment) -> Any:
 def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
     """Run the network as it predicts: without a label."""
     with experiment.runtime.autocast():
-        lengths: Tensor = network.model(images).lengths
-    return lengths.float()
+        activations: Tensor = network.model(images).activations
+    return activations.float()
 
 
 def attack(

@@ -418,7 +418,7 @@ def draw_figures(
         images.cpu(),
         output.reconstruction.float().cpu(),
         labels[chosen],
-        output.lengths.argmax(dim=1).cpu(),
+        output.activations.argmax(dim=1).cpu(),
         directory / "reconstructions.png",
         f"{title}: test images over their reconstructions",
         names,

@@ -147,14 +147,14 @@ def measure(experiment: Experiment, trained: Trained) -> tuple[dict[str, Any], O
         for images, originals in source.epoch(epoch):
             with experiment.runtime.autocast():
                 output = task.run(trained.model, images)
-            predicted = task.predictions(output.lengths)
+            predicted = task.predictions(output.activations)
             predictions.append(predicted.cpu())
             labels.append(originals.labels.cpu())
             assert output.reconstruction is not None
             batch = Overlapped(
                 images, originals.images, output.reconstruction, originals.labels, predicted
             )
-            right = task.correct(output.lengths, originals)
+            right = task.correct(output.activations, originals)
             for kind in (True, False):
                 chosen = (right == kind).nonzero().squeeze(1)[: needed[kind]]
                 needed[kind] -= len(chosen)

@@ -7,8 +7,11 @@ contiguous ones. It knows nothing of autograd or dispatch. Importing this packag
 from triton.runtime.errors import OutOfResources
 
 from tritoncaps.kernels._launch import UnsupportedShape
-from tritoncaps.kernels.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
 from tritoncaps.kernels.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps.kernels.fused_dynamic_routing import (
+    fused_dynamic_routing_bwd,
+    fused_dynamic_routing_fwd,
+)
 from tritoncaps.kernels.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
 from tritoncaps.kernels.squash import squash_bwd, squash_fwd
 
@@ -18,10 +21,10 @@ REFUSALS = (UnsupportedShape, OutOfResources)
 __all__ = [
     "REFUSALS",
     "UnsupportedShape",
-    "capsule_routing_bwd",
-    "capsule_routing_fwd",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
+    "fused_dynamic_routing_bwd",
+    "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",
     "prediction_vectors_fwd",
     "squash_bwd",

@@ -225,7 +225,7 @@ def _fused_blocks(P: int, D: int, values: int) -> tuple[int, int, int]:
     return max(values // block_d, 16, block_p) // block_p, block_p, block_d
 
 
-def capsule_routing_config(
+def fused_dynamic_routing_config(
     I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target, *, backward: bool
 ) -> Config:
     """The passes of the fused routing.
@@ -260,7 +260,7 @@ def capsule_routing_config(
         block_rows=max(groups * (64 if is_wide else 128) // block_d, 1),
         max_splits=16,
     )
-    rule = "capsule_routing_bwd" if backward else "capsule_routing_fwd"
+    rule = "fused_dynamic_routing_bwd" if backward else "fused_dynamic_routing_fwd"
     return _measured(rule, config, target, dtype, f"I{I} P{P} J{J} D{D}")
 
 

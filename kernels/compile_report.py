@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tritoncaps import kernels
-from tritoncaps.kernels import capsule_routing, dynamic_routing, prediction_vectors
+from tritoncaps.kernels import dynamic_routing, fused_dynamic_routing, prediction_vectors
 from tritoncaps.kernels._launch import Target
 
 BATCH = 128
@@ -146,14 +146,14 @@ def record_launches(
     grad_coupling = empty(batch, I, J) if with_coupling else None
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        for module in (capsule_routing, dynamic_routing, prediction_vectors):
+        for module in (fused_dynamic_routing, dynamic_routing, prediction_vectors):
             stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
         kernels.squash_bwd(kernels.squash_fwd(s), s)
         kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
         _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, iterations, with_coupling)
         kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, full)
-        _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, iterations, with_coupling)
-        kernels.capsule_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, full)
+        _, _, sums = kernels.fused_dynamic_routing_fwd(u, weight, prior, iterations, with_coupling)
+        kernels.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, full)
     yield from found
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from tritoncaps.models.capsnet import CapsNet, CapsuleOutput
+from tritoncaps.models._parts import CapsuleOutput
+from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 
 __all__ = ["CapsNet", "CapsuleOutput", "DeepCapsNet", "create_model", "list_models"]

@@ -17,7 +17,7 @@ from tritoncaps.layers import (
     RoutedCapsules,
     capsule_lengths,
 )
-from tritoncaps.models.capsnet import (
+from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
     check_capsules,
@@ -41,7 +41,7 @@ class DeepCapsNet(nn.Module):
         channels: feature maps of the two convolutions.
         capsule_types: primary capsules at each position, 8-dimensional.
         class_dim: components of a class capsule, D.
-        gradient: "full" or "last", see `ops.capsule_routing`.
+        gradient: "full" or "last", see `ops.fused_dynamic_routing`.
         reconstruction: build the decoder.
 
     Raises:
@@ -51,7 +51,7 @@ class DeepCapsNet(nn.Module):
     Example:
         >>> import torch
         >>> model = DeepCapsNet(hidden_capsules=12, hidden_dim=8, primary_iterations=2)
-        >>> model(torch.rand(2, 1, 28, 28)).lengths.shape
+        >>> model(torch.rand(2, 1, 28, 28)).activations.shape
         torch.Size([2, 10])
     """
 

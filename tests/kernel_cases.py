@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps import kernels, reference
 
-ROUTINGS = ("dynamic_routing", "capsule_routing")
+ROUTINGS = ("dynamic_routing", "fused_dynamic_routing")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -29,7 +29,7 @@ def routing_inputs(
 ) -> list[Tensor]:
     """u and weight, or u_hat; then a prior, grad_v and grad_coupling, for (B, I, P, J, D)."""
     B, I, P, J, D = shape
-    if name == "capsule_routing":
+    if name == "fused_dynamic_routing":
         inputs = [random(B, I, P, dtype=dtype), random(I, P, J, D, dtype=dtype) / max(P, 1) ** 0.5]
     else:
         inputs = [random(B, I, J, D, dtype=dtype)]

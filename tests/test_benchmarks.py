@@ -40,7 +40,7 @@ from tritoncaps import _operators, reference
 from tritoncaps.models import CapsNet
 
 CPU = torch.device("cpu")
-SMALL = Case("capsule_routing", Shape(7, 3, 4, 5), B=6)
+SMALL = Case("fused_dynamic_routing", Shape(7, 3, 4, 5), B=6)
 FIGURES = {"median_s", "p20_s", "p80_s", "samples"}
 
 
@@ -174,7 +174,7 @@ def test_oracle_accepts_every_eager_rival(op: str, precision: str) -> None:
 
 
 def test_oracle_accepts_the_torch_path_beside_the_kernels() -> None:
-    Oracle(SMALL, CPU).check(partial(rivals._torch_path_capsule_routing, iterations=3))
+    Oracle(SMALL, CPU).check(partial(rivals._torch_path_fused_dynamic_routing, iterations=3))
 
 
 def test_oracle_knows_priors_and_detached_couplings() -> None:
@@ -193,7 +193,7 @@ def test_oracle_evaluates_in_slices_of_the_batch(monkeypatch: pytest.MonkeyPatch
 
 
 def right(u: Tensor, weight: Tensor) -> Tensor:
-    v = reference.capsule_routing(u, weight, 3)
+    v = reference.fused_dynamic_routing(u, weight, 3)
     assert isinstance(v, Tensor)
     return v
 
@@ -232,7 +232,7 @@ def test_oracle_refuses_a_wrong_rival(message: str) -> None:
 
 def test_oracle_refuses_an_operator_that_left_its_kernel() -> None:
     def falls_back(u: Tensor, weight: Tensor) -> Tensor:
-        _operators._say_once("capsule_routing_fwd runs without its Triton kernel")
+        _operators._say_once("fused_dynamic_routing_fwd runs without its Triton kernel")
         return right(u, weight)
 
     with pytest.raises(RuntimeError, match="without its Triton kernel"):
@@ -262,7 +262,7 @@ def test_a_trainer_whose_loss_is_off_is_refused() -> None:
 
 
 def test_floor_of_the_mnist_shape() -> None:
-    case = Case("capsule_routing", SHAPES["mnist"], B=128)
+    case = Case("fused_dynamic_routing", SHAPES["mnist"], B=128)
     forward, both = floor(case, "forward"), floor(case, "both")
     assert round(forward.bytes / 1e6, 1) == 10.7
     assert round(forward.flops / 1e9, 2) == 1.32
@@ -301,14 +301,14 @@ def test_every_sweep_spans_a_decade(device: str, quick: bool) -> None:
 
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="the peak of a process is read from /proc")
 def test_peaks_show_who_stores_the_prediction_vectors() -> None:
-    case = Case("capsule_routing", Shape(1152, 8, 16, 16), B=64)
+    case = Case("fused_dynamic_routing", Shape(1152, 8, 16, 16), B=64)
     u_hat_bytes = 4 * 64 * 1152 * 16 * 16
     grad_bytes = 4 * (64 * 1152 * 8 + 1152 * 8 * 16 * 16)
     (eager,) = memory.peaks([case], "eager", CPU)
     assert eager > 2 * u_hat_bytes
     (forward,) = memory.peaks([case], rivals.ours(CPU), CPU, "forward")
     assert forward < u_hat_bytes / 3
-    small = Case("capsule_routing", Shape(10, 8, 16, 16), B=4)
+    small = Case("fused_dynamic_routing", Shape(10, 8, 16, 16), B=4)
     own, little = memory.peaks([case, small], rivals.ours(CPU), CPU)
     assert grad_bytes < own < u_hat_bytes
     assert little < 2_000_000  # each peak starts anew
@@ -341,7 +341,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 def toy_point(axis: str, value: int, device: torch.device, quick: bool) -> Case:
     sizes = {"I": 4, "J": 2, "B": 2, "r": 2, axis: value}
     shape = Shape(sizes["I"], 3, sizes["J"], 4)
-    return Case("capsule_routing", shape, sizes["B"], iterations=sizes["r"])
+    return Case("fused_dynamic_routing", shape, sizes["B"], iterations=sizes["r"])
 
 
 def toy_images(B: int) -> tuple[Tensor, Tensor]:
@@ -472,11 +472,13 @@ def test_a_wrong_rival_is_left_out_and_the_others_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        rivals._BROADCAST, "capsule_routing", lambda u, weight, iterations: right(u, weight) * 1.1
+        rivals._BROADCAST,
+        "fused_dynamic_routing",
+        lambda u, weight, iterations: right(u, weight) * 1.1,
     )
     status, data = run("ops", tmp_path)
     assert status == 1
-    routing = [row for row in data["rows"] if row["op"] == "capsule_routing"]
+    routing = [row for row in data["rows"] if row["op"] == "fused_dynamic_routing"]
     left_out = {row["rival"]: row["left_out"] for row in routing if "left_out" in row}
     assert left_out.keys() == {"broadcast"}
     assert "out is off" in left_out["broadcast"]
@@ -537,7 +539,7 @@ from tritoncaps.kernels import _launch
 used = []
 with launch.launch_table() as table:
     _launch.load_table(sys.argv[1] + "/launch_table.json")
-    ops.capsule_routing(torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4))
+    ops.fused_dynamic_routing(torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4))
     names = table.rules.keys() & table.keys()
 assert names, "the kernels ask for other entries than the search wrote"
 sys.exit(status)
@@ -559,7 +561,7 @@ def test_launch_search_writes_a_table_that_the_kernels_ask_for(tmp_path: Path) -
     assert result.returncode == 0, result.stdout + result.stderr
     table = json.loads((tmp_path / "launch_table.json").read_text())
     assert json.loads((tmp_path / "launch.json").read_text())["table"] == table
-    assert any(name.startswith("capsule_routing") for name in table)
+    assert any(name.startswith("fused_dynamic_routing") for name in table)
     assert all(type(value) is int for config in table.values() for value in config.values())
 
 
@@ -655,14 +657,17 @@ def made_up_results(directory: Path) -> dict[str, dict[str, Any]]:
     """Results of a device, whose figures are as easily recognised as they are wrong."""
     directory.mkdir()
     environment = report.describe_environment(CPU) | {"device": "Slide Rule", "commit": "abc"}
-    routing = {**operators.axes(Case("capsule_routing", SHAPES["mnist"], B=64)), "shape": "mnist"}
-    case = "capsule_routing mnist 1152x8->10x16 B=64 r=3 fp32"
+    routing = {
+        **operators.axes(Case("fused_dynamic_routing", SHAPES["mnist"], B=64)),
+        "shape": "mnist",
+    }
+    case = "fused_dynamic_routing mnist 1152x8->10x16 B=64 r=3 fp32"
     seconds = {"eager": 0.4, "compile": 0.2, "broadcast": 1.0, "torch path": 0.1}
 
     def timing(median: float) -> dict[str, Any]:
         return {"median_s": median, "p20_s": 0.9 * median, "p80_s": 1.2 * median, "samples": 9}
 
-    (directory / "launch_table.json").write_text('{"capsule_routing_fwd": {"block_b": 8}}')
+    (directory / "launch_table.json").write_text('{"fused_dynamic_routing_fwd": {"block_b": 8}}')
     ops_rows = [
         {**routing, "case": case, "phase": phase, "rival": rival, "floor_s": 0.01, **timing(median)}
         for phase in operators.PHASES

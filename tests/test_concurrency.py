@@ -48,9 +48,12 @@ def calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], list[Tens
         "squash": (ops.squash, [u]),
         "prediction_vectors": (ops.prediction_vectors, [u, weight]),
         "dynamic_routing": (with_prior(ops.dynamic_routing), [u_hat, prior]),
-        "capsule_routing": (with_prior(ops.capsule_routing), [u, weight, prior]),
-        "capsule_routing, few": (ops.capsule_routing, [u[:2], weight]),
-        "capsule_routing, bfloat16": (ops.capsule_routing, [u.bfloat16(), weight.bfloat16()]),
+        "fused_dynamic_routing": (with_prior(ops.fused_dynamic_routing), [u, weight, prior]),
+        "fused_dynamic_routing, few": (ops.fused_dynamic_routing, [u[:2], weight]),
+        "fused_dynamic_routing, bfloat16": (
+            ops.fused_dynamic_routing,
+            [u.bfloat16(), weight.bfloat16()],
+        ),
         "margin_loss": (lambda x: ops.margin_loss(x, target), [u_hat[:, 0].norm(dim=-1)]),
     }
 
@@ -98,16 +101,16 @@ def test_eight_threads_get_the_bits_of_one(device):
 @pytest.mark.usefixtures("eager_switching")
 def test_threads_set_autocast_each_for_itself(device):
     """Autocast is off inside an operator: of the thread that calls it, and back on after."""
-    u, weight = calls(device)["capsule_routing"][1][:2]
-    exact = ops.capsule_routing(u, weight)
-    low = ops.capsule_routing(u.bfloat16(), weight.bfloat16())
+    u, weight = calls(device)["fused_dynamic_routing"][1][:2]
+    exact = ops.fused_dynamic_routing(u, weight)
+    low = ops.fused_dynamic_routing(u.bfloat16(), weight.bfloat16())
 
     def route(is_autocast: bool) -> None:
         for _ in range(10):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_autocast):
-                assert torch.equal(ops.capsule_routing(u, weight), exact)
+                assert torch.equal(ops.fused_dynamic_routing(u, weight), exact)
                 assert torch.is_autocast_enabled(device.type) == is_autocast
-                half = ops.capsule_routing(u.bfloat16(), weight.bfloat16())
+                half = ops.fused_dynamic_routing(u.bfloat16(), weight.bfloat16())
                 assert half.dtype == (torch.float32 if is_autocast else torch.bfloat16)
                 assert is_autocast or torch.equal(half, low)
 
@@ -148,11 +151,11 @@ def work():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         u = torch.linspace(-1, 1, 9 * 33 * 4, device=device).view(9, 33, 4).requires_grad_()
         weight = torch.linspace(-1, 2, 33 * 4 * 30, device=device).view(33, 4, 5, 6)
-        v, c = ops.capsule_routing(u, weight, return_coupling=True)
+        v, c = ops.fused_dynamic_routing(u, weight, return_coupling=True)
         w = ops.dynamic_routing(ops.prediction_vectors(u, weight))
-        lengths = ops.squash(v + w).norm(dim=-1)
+        activations = ops.squash(v + w).norm(dim=-1)
         target = torch.arange(9, device=device) % 5
-        (grad,) = torch.autograd.grad(ops.margin_loss(lengths, target) + c.square().sum(), u)
+        (grad,) = torch.autograd.grad(ops.margin_loss(activations, target) + c.square().sum(), u)
         results.append((v.detach(), w.detach(), grad))
     except BaseException as error:
         errors.append(error)
@@ -179,10 +182,10 @@ images = torch.linspace(-1, 1, 8 * 9 * 33 * 4).view(8, 9, 33, 4)
 
 def route(u):
     u = u.clone().requires_grad_()
-    v, c = ops.capsule_routing(u, weight, return_coupling=True)
+    v, c = ops.fused_dynamic_routing(u, weight, return_coupling=True)
     w = ops.dynamic_routing(ops.prediction_vectors(u, weight))
-    lengths = ops.squash(v + w).norm(dim=-1)
-    loss = ops.margin_loss(lengths, torch.arange(9) % 5) + c.square().sum()
+    activations = ops.squash(v + w).norm(dim=-1)
+    loss = ops.margin_loss(activations, torch.arange(9) % 5) + c.square().sum()
     return v.detach(), w.detach(), torch.autograd.grad(loss, u)[0]
 
 class Routed(Dataset):
@@ -248,7 +251,7 @@ def test_forked_workers_use_the_operators_after_their_parent():
 def test_two_streams_at_once():
     """Kernels go to the caller's stream, and what they borrow from the allocator stays theirs."""
     device = torch.device("cuda")
-    function, inputs = calls(device)["capsule_routing"]
+    function, inputs = calls(device)["fused_dynamic_routing"]
     other_inputs = [2 * tensor for tensor in inputs]
     expected = [results(function, tensors) for tensors in (inputs, other_inputs)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]

@@ -28,9 +28,9 @@ def call(function, *args, **kwargs):
 CASES = {
     # wrong axes: both numbers, and all shapes
     "axes": (
-        call(ops.capsule_routing, U, torch.ones(8, 8, 10, 16)),
+        call(ops.fused_dynamic_routing, U, torch.ones(8, 8, 10, 16)),
         ValueError,
-        "capsule_routing: weight has I=8 but u has I=6 (u: (2, 6, 8), weight: (8, 8, 10, 16))",
+        "fused_dynamic_routing: weight has I=8 but u has I=6 (u: (2, 6, 8), weight: (8, 8, 10, 16))",
     ),
     "axes-P": (
         call(ops.prediction_vectors, U, torch.ones(6, 7, 10, 16)),
@@ -43,9 +43,9 @@ CASES = {
         "dynamic_routing: prior has J=9 but u_hat has J=10",
     ),
     "rank": (
-        call(ops.capsule_routing, torch.ones(2, 6, 4, 2), WEIGHT),
+        call(ops.fused_dynamic_routing, torch.ones(2, 6, 4, 2), WEIGHT),
         ValueError,
-        "capsule_routing: u must have 3 axes (B, I, P), got 4 (u: (2, 6, 4, 2))",
+        "fused_dynamic_routing: u must have 3 axes (B, I, P), got 4 (u: (2, 6, 4, 2))",
     ),
     "rank-weight": (
         call(ops.prediction_vectors, U, torch.ones(6, 8, 160)),
@@ -58,28 +58,28 @@ CASES = {
         "dynamic_routing: u_hat must have 4 axes (B, I, J, D), got 3",
     ),
     "empty-axis": (
-        call(ops.capsule_routing, U[:, :0], WEIGHT[:0]),
+        call(ops.fused_dynamic_routing, U[:, :0], WEIGHT[:0]),
         ValueError,
-        "capsule_routing: u has I=0 but needs I >= 1 (u: (2, 0, 8))",
+        "fused_dynamic_routing: u has I=0 but needs I >= 1 (u: (2, 0, 8))",
     ),
     # kinds, dtypes, devices
     "not-a-tensor": (
-        call(ops.capsule_routing, [1.0], WEIGHT),
+        call(ops.fused_dynamic_routing, [1.0], WEIGHT),
         TypeError,
-        "capsule_routing: u must be a torch.Tensor, got list",
+        "fused_dynamic_routing: u must be a torch.Tensor, got list",
     ),
     "integers": (
-        call(ops.capsule_routing, U.long(), WEIGHT),
+        call(ops.fused_dynamic_routing, U.long(), WEIGHT),
         TypeError,
-        "capsule_routing: u must be float16, bfloat16, float32 or float64, got torch.int64",
+        "fused_dynamic_routing: u must be float16, bfloat16, float32 or float64, got torch.int64",
     ),
     "dtypes": (
-        call(ops.capsule_routing, U.double(), WEIGHT),
+        call(ops.fused_dynamic_routing, U.double(), WEIGHT),
         TypeError,
-        "capsule_routing: weight is torch.float32 but u is torch.float64",
+        "fused_dynamic_routing: weight is torch.float32 but u is torch.float64",
     ),
     "dtypes-half": (
-        call(ops.capsule_routing, U.bfloat16(), WEIGHT),
+        call(ops.fused_dynamic_routing, U.bfloat16(), WEIGHT),
         TypeError,
         "or run under torch.autocast",
     ),
@@ -89,20 +89,20 @@ CASES = {
         "dynamic_routing: prior is torch.float16 but u_hat is torch.float32",
     ),
     "sparse": (
-        call(ops.capsule_routing, U.to_sparse(), WEIGHT),
+        call(ops.fused_dynamic_routing, U.to_sparse(), WEIGHT),
         TypeError,
-        "capsule_routing: u must be dense (torch.strided), got torch.sparse_coo",
+        "fused_dynamic_routing: u must be dense (torch.strided), got torch.sparse_coo",
     ),
     "devices": (
-        call(ops.capsule_routing, U, WEIGHT.to("meta")),
+        call(ops.fused_dynamic_routing, U, WEIGHT.to("meta")),
         ValueError,
-        "capsule_routing: weight is on meta but u is on cpu",
+        "fused_dynamic_routing: weight is on meta but u is on cpu",
     ),
     # options
     "iterations-0": (
-        call(ops.capsule_routing, U, WEIGHT, 0),
+        call(ops.fused_dynamic_routing, U, WEIGHT, 0),
         ValueError,
-        "capsule_routing: iterations must be >= 1, got 0",
+        "fused_dynamic_routing: iterations must be >= 1, got 0",
     ),
     "iterations-float": (
         call(ops.dynamic_routing, U_HAT, 3.0),
@@ -116,14 +116,14 @@ CASES = {
     ),
     # The loop would run for years, and the sums fit into no memory.
     "iterations-huge": (
-        call(ops.capsule_routing, U, WEIGHT, 2**31),
+        call(ops.fused_dynamic_routing, U, WEIGHT, 2**31),
         ValueError,
-        "capsule_routing: iterations must be <= 2147483647, got 2147483648",
+        "fused_dynamic_routing: iterations must be <= 2147483647, got 2147483648",
     ),
     "gradient-tensor": (
-        call(ops.capsule_routing, U, WEIGHT, gradient=torch.ones(2)),
+        call(ops.fused_dynamic_routing, U, WEIGHT, gradient=torch.ones(2)),
         ValueError,
-        'capsule_routing: gradient must be "full" or "last", got a Tensor',
+        'fused_dynamic_routing: gradient must be "full" or "last", got a Tensor',
     ),
     "return-coupling": (
         call(ops.dynamic_routing, U_HAT, return_coupling=1),
@@ -131,9 +131,9 @@ CASES = {
         "dynamic_routing: return_coupling must be a bool, got int",
     ),
     "gradient": (
-        call(ops.capsule_routing, U, WEIGHT, gradient="none"),
+        call(ops.fused_dynamic_routing, U, WEIGHT, gradient="none"),
         ValueError,
-        'capsule_routing: gradient must be "full" or "last", got \'none\'',
+        'fused_dynamic_routing: gradient must be "full" or "last", got \'none\'',
     ),
     # squash
     "squash-dim": (
@@ -155,7 +155,7 @@ CASES = {
     "loss-no-class": (
         call(ops.margin_loss, torch.ones(2, 0), TARGET),
         ValueError,
-        "margin_loss: lengths has K=0 but needs K >= 1",
+        "margin_loss: activations has K=0 but needs K >= 1",
     ),
     "loss-reduction-module": (
         call(MarginLoss, reduction="max"),
@@ -165,7 +165,7 @@ CASES = {
     "loss-rank": (
         call(ops.margin_loss, torch.ones(10), TARGET),
         ValueError,
-        "margin_loss: lengths must have 2 axes (B, K), got 1",
+        "margin_loss: activations must have 2 axes (B, K), got 1",
     ),
     "loss-target-kind": (
         call(ops.margin_loss, LENGTHS, [3, 9]),
@@ -205,7 +205,7 @@ CASES = {
     "loss-multi-hot-shape": (
         call(ops.margin_loss, LENGTHS, torch.zeros(2, 9)),
         ValueError,
-        "margin_loss: multi-hot target is (2, 9) but lengths is (2, 10)",
+        "margin_loss: multi-hot target is (2, 9) but activations is (2, 10)",
     ),
     "loss-multi-hot-range": (
         call(ops.margin_loss, LENGTHS, torch.full((2, 10), 2)),

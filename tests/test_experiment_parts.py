@@ -112,8 +112,8 @@ class TestAttack:
         model = CapsNet(channels=4, capsule_types=1)
         images = torch.rand(2, 1, 28, 28)
         distortions.sign_of_gradient(
-            lambda changed: model(changed).lengths,
-            lambda lengths: margin_loss(lengths, torch.tensor([1, 2]), reduction="none"),
+            lambda changed: model(changed).activations,
+            lambda activations: margin_loss(activations, torch.tensor([1, 2]), reduction="none"),
             images,
         )
         assert all(parameter.grad is None for parameter in model.parameters())
@@ -144,17 +144,17 @@ class TestAttack:
 
 class TestTasks:
     def test_one_class(self) -> None:
-        lengths = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
-        assert Task().correct(lengths, torch.tensor([1, 1])).tolist() == [True, False]
+        activations = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
+        assert Task().correct(activations, torch.tensor([1, 1])).tolist() == [True, False]
 
     def test_two_classes_are_right_in_any_order_and_only_together(self) -> None:
         task = TwoClasses(nn.Identity())
-        lengths = torch.tensor([[0.1, 0.9, 0.8], [0.7, 0.2, 0.9], [0.5, 0.4, 0.1]])
-        assert task.predictions(lengths).tolist() == [[1, 2], [0, 2], [0, 1]]
+        activations = torch.tensor([[0.1, 0.9, 0.8], [0.7, 0.2, 0.9], [0.5, 0.4, 0.1]])
+        assert task.predictions(activations).tolist() == [[1, 2], [0, 2], [0, 1]]
         labels = torch.tensor([[1, 2], [1, 2], [0, 1]])
         target = Originals(torch.zeros(3, 2, 1, 2, 2), labels)
-        assert task.correct(lengths, target).tolist() == [True, False, True]
-        assert per_class_rate(task.predictions(lengths), labels) == pytest.approx(5 / 6)
+        assert task.correct(activations, target).tolist() == [True, False, True]
+        assert per_class_rate(task.predictions(activations), labels) == pytest.approx(5 / 6)
 
     def test_each_class_is_decoded_on_its_own(self) -> None:
         """In training that of the label, whatever the network thinks."""
@@ -172,14 +172,14 @@ class TestTasks:
 
     def test_the_loss_is_that_of_both(self) -> None:
         torch.manual_seed(0)
-        lengths, labels = torch.rand(4, 10), torch.tensor([[0, 1], [2, 5], [3, 9], [4, 7]])
+        activations, labels = torch.rand(4, 10), torch.tensor([[0, 1], [2, 5], [3, 9], [4, 7]])
         originals, decoded = torch.rand(4, 2, 1, 3, 3), torch.rand(4, 2, 1, 3, 3)
         present = torch.zeros(4, 10)
         for row, pair in enumerate(labels.tolist()):
             present[row, pair] = 1
         squares = ((decoded - originals) ** 2).sum() / 4
-        expected = margin_loss(lengths, present) + 0.0005 * squares
-        loss = TwoClassesLoss()(lengths, Originals(originals, labels), decoded, torch.empty(0))
+        expected = margin_loss(activations, present) + 0.0005 * squares
+        loss = TwoClassesLoss()(activations, Originals(originals, labels), decoded, torch.empty(0))
         torch.testing.assert_close(loss, expected)
 
 
@@ -196,9 +196,9 @@ class TestConvNet:
         model = baseline.ConvNet(5, 3, (20, 24), channels=(2, 2, 2), hidden=(4, 4)).eval()
         images = torch.rand(2, 3, 20, 24)
         output = model(images)
-        assert output.lengths.shape == (2, 5) and output.reconstruction is None
-        assert torch.equal(output.lengths, model(images, torch.tensor([1, 2])).lengths)
-        loss = baseline.CrossEntropy()(output.lengths, torch.tensor([0, 4]), None, images)
+        assert output.activations.shape == (2, 5) and output.reconstruction is None
+        assert torch.equal(output.activations, model(images, torch.tensor([1, 2])).activations)
+        loss = baseline.CrossEntropy()(output.activations, torch.tensor([0, 4]), None, images)
         assert loss.shape == () and loss > 0
 
     def test_an_image_that_is_too_small_is_refused(self) -> None:

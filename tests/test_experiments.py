@@ -586,7 +586,7 @@ def test_the_test_set_of_overlaps_does_not_leak_its_labels() -> None:
     task = TwoClasses(model.decoder)  # type: ignore[arg-type]
     images = torch.rand(4, 1, 28, 28)
     output = task.run(model, images)
-    chosen = task.predictions(output.lengths)
+    chosen = task.predictions(output.activations)
     assert output.reconstruction is not None
     for place in range(2):
         expected = model.decoder(output.poses, chosen[:, place])  # type: ignore[operator]

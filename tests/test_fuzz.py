@@ -238,7 +238,7 @@ def operator_calls(draw: st.DrawFn) -> Call:
         dtype = draw(st.sampled_from((torch.bool, torch.uint8, torch.int64)))
         target = Array((B, J), dtype) if multi_hot else Array((B,), torch.int64, largest=J - 1)
         arguments = {
-            "lengths": draw(arrays((B, J), **kind)),
+            "activations": draw(arrays((B, J), **kind)),
             "target": replace(target, device=kind["device"]),
             "m_pos": draw(st.floats(0, 1)),
             "m_neg": draw(st.floats(0, 1)),
@@ -269,7 +269,7 @@ def documented_results(name: str, arguments: dict[str, Any]) -> list[tuple[int, 
     if name == "squash":
         return [tuple(arguments["s"].shape)]
     if name == "margin_loss":
-        return [(len(arguments["lengths"]),) if arguments["reduction"] == "none" else ()]
+        return [(len(arguments["activations"]),) if arguments["reduction"] == "none" else ()]
     if name == "dynamic_routing":
         B, I, J, D = arguments["u_hat"].shape
     else:

@@ -15,8 +15,8 @@ from tritoncaps import ops, reference
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import CapsNet, DeepCapsNet
 
-OPS = ("squash", "prediction_vectors", "dynamic_routing", "capsule_routing", "margin_loss")
-ROUTINGS = ("dynamic_routing", "capsule_routing")
+OPS = ("squash", "prediction_vectors", "dynamic_routing", "fused_dynamic_routing", "margin_loss")
+ROUTINGS = ("dynamic_routing", "fused_dynamic_routing")
 SHARED = ("grad of input 1", "grad of input 2")  # by all images: the weight, the prior
 # Up to B = P the torch path of the fused routing makes û, beyond it does not: two ways to compute.
 # Interpreted, a routing takes a tenth of a second even of the smallest sizes.
@@ -56,9 +56,9 @@ def call_of(module, name, **options):
     """An operator of a module as a function of `inputs_of`."""
     function = getattr(module, name)
     if name == "margin_loss":
-        return lambda lengths: function(
-            lengths,
-            torch.arange(len(lengths), device=lengths.device) % lengths.shape[1],
+        return lambda activations: function(
+            activations,
+            torch.arange(len(activations), device=activations.device) % activations.shape[1],
             reduction="none",
         )
     if name not in ROUTINGS:
@@ -110,7 +110,7 @@ def loses_digits(name, inputs):
     in kernels/README.md, and `test_the_weights_gradient_loses_what_the_logit_has`.
     """
     runs_kernels = INTERPRETED or inputs[0].is_cuda
-    if not runs_kernels or name != "capsule_routing" or inputs[0].dtype == torch.float64:
+    if not runs_kernels or name != "fused_dynamic_routing" or inputs[0].dtype == torch.float64:
         return False
     return longest_vote(inputs) > 10
 
@@ -188,10 +188,12 @@ def test_saturated_routing_is_right(device, name, B, length, dtype):
 @pytest.mark.parametrize("length", [3.0, 30.0, 300.0, 3000.0])
 def test_the_weights_gradient_loses_what_the_logit_has(device, length):
     """The fused kernels' own bound, relative to the largest gradient: |logit| roundings."""
-    inputs = [tensor.float().to(device) for tensor in inputs_of("capsule_routing", BATCHES[-1])]
+    inputs = [
+        tensor.float().to(device) for tensor in inputs_of("fused_dynamic_routing", BATCHES[-1])
+    ]
     inputs[0] = inputs[0] * length
     results = [
-        evaluate(call_of(module, "capsule_routing"), tensors)[3]
+        evaluate(call_of(module, "fused_dynamic_routing"), tensors)[3]
         for module, tensors in ((ops, inputs), (reference, [t.double() for t in inputs]))
     ]
     error = (results[0] - results[1]).abs().max() / results[1].abs().max()
@@ -306,11 +308,11 @@ def test_a_bad_image_stays_alone(device, name, B, with_prior, bad, whole, dtype)
 
 def test_a_bad_image_reaches_its_own_gradient_through_the_loss(device):
     """From the margin loss of a NaN pose, whose own gradient is 0, du is NaN nevertheless."""
-    u, weight = (tensor.float().to(device) for tensor in inputs_of("capsule_routing", 3))
+    u, weight = (tensor.float().to(device) for tensor in inputs_of("fused_dynamic_routing", 3))
     u[1, 0, 0] = float("nan")
     u.requires_grad_()
-    lengths = torch.linalg.vector_norm(ops.capsule_routing(u, weight), dim=-1)
-    loss = ops.margin_loss(lengths, torch.arange(3, device=device) % J, reduction="none")
+    activations = torch.linalg.vector_norm(ops.fused_dynamic_routing(u, weight), dim=-1)
+    loss = ops.margin_loss(activations, torch.arange(3, device=device) % J, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
     (grad,) = torch.autograd.grad(loss.sum(), u)
     assert grad[1].isnan().all()

@@ -90,7 +90,7 @@ import torch, tritoncaps, tritoncaps.data
 from tritoncaps.models import create_model
 model = create_model("deep_capsnet", channels=(2, 2), capsule_types=1)
 output = model(torch.rand(2, 1, 28, 28))
-tritoncaps.ops.margin_loss(output.lengths, torch.tensor([1, 2])).backward()
+tritoncaps.ops.margin_loss(output.activations, torch.tensor([1, 2])).backward()
 print(tritoncaps.__version__)
 """
     assert run_python(code).strip()

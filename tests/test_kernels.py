@@ -82,8 +82,8 @@ def test_axes_of_no_and_of_one_element(device, name, with_prior, extent, axis):
     [
         ("dynamic_routing", (1, 2, 1, 300, 17)),
         ("dynamic_routing", (2, 150, 1, 3, 33)),
-        ("capsule_routing", (1, 2, 33, 20, 17)),
-        ("capsule_routing", (18, 150, 3, 3, 2)),
+        ("fused_dynamic_routing", (1, 2, 33, 20, 17)),
+        ("fused_dynamic_routing", (18, 150, 3, 3, 2)),
     ],
 )
 def test_shapes_of_several_blocks(device, name, shape):
@@ -114,8 +114,9 @@ def test_any_tiling_of_a_table_is_exact(device, name, tmp_path, monkeypatch):
     architecture = _launch.target_of(torch.empty(0, device=device)).architecture
     tiling = {"block_i": 4, "groups": 1, "num_warps": 1, "max_splits": 3, "block_rows": 2}
     table = {
-        f"capsule_routing_fwd {architecture} float64 I53 P4 J3 D2": tiling,
-        f"capsule_routing_bwd {architecture} float64 I53 P4 J3 D2": tiling | {"max_splits": 2},
+        f"fused_dynamic_routing_fwd {architecture} float64 I53 P4 J3 D2": tiling,
+        f"fused_dynamic_routing_bwd {architecture} float64 I53 P4 J3 D2": tiling
+        | {"max_splits": 2},
         f"weight_gradient {architecture} float64 I53 P4 J3 D2": {"block_i": 8, "block_b": 16},
         f"dynamic_routing {architecture} float64 I53 J3 D2": {
             "block_i": 2,
@@ -254,7 +255,7 @@ def test_layout_changes_no_bit_of_prediction_vectors_and_squash(device, layout):
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "with_prior"),
-    [("dynamic_routing", False), ("dynamic_routing", True), ("capsule_routing", True)],
+    [("dynamic_routing", False), ("dynamic_routing", True), ("fused_dynamic_routing", True)],
 )
 def test_batch_rows_do_not_depend_on_the_batch(device, name, with_prior):
     """A slice of the batch gives the bits of the batch, and a row of NaN stays alone.
@@ -307,14 +308,14 @@ def test_nothing_beside_prediction_vectors_or_squash_is_written(device):
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4])
 def test_fused_routing_launches_few_kernels_and_stores_no_votes(device, iterations, with_prior):
     I, D = 11, 7
-    inputs = routing_inputs("capsule_routing", (2, I, 3, 5, D), device)
+    inputs = routing_inputs("fused_dynamic_routing", (2, I, 3, 5, D), device)
     u, weight, prior, grad_v, _ = inputs
     prior = prior if with_prior else None
     with Allocations() as allocations:
         with counted_launches() as forward:
-            _, _, sums = kernels.capsule_routing_fwd(u, weight, prior, iterations, False)
+            _, _, sums = kernels.fused_dynamic_routing_fwd(u, weight, prior, iterations, False)
         with counted_launches() as backward:
-            kernels.capsule_routing_bwd(grad_v, None, u, weight, prior, sums, True)
+            kernels.fused_dynamic_routing_bwd(grad_v, None, u, weight, prior, sums, True)
     # Without a prior the first pass is one product of the vendor's library.
     assert allocations.products == (0 if with_prior else 1)
     assert len(forward) == iterations + with_prior
@@ -332,7 +333,7 @@ def test_fused_routing_launches_few_kernels_and_stores_no_votes(device, iteratio
         ("squash_fwd", [(2, 20000)]),
         ("prediction_vectors_fwd", [(1, 1, 1), (1, 1, 1, 2**23)]),
         ("dynamic_routing_fwd", [(1, 1, 1, 5000)]),
-        ("capsule_routing_fwd", [(1, 1, 200), (1, 200, 1, 40)]),
+        ("fused_dynamic_routing_fwd", [(1, 1, 200), (1, 200, 1, 40)]),
     ],
 )
 def test_shape_that_fits_no_configuration_is_refused(device, function, shapes):
@@ -445,7 +446,7 @@ def test_configurations_cover_the_capsules_and_fit(I, P, J, D, dtype, shared_mem
     target = _launch.Target("sm90", shared_memory)
     width = 8 if dtype == torch.float64 else 4
     configs = [
-        _launch.capsule_routing_config(I, P, J, D, dtype, target, backward=backward)
+        _launch.fused_dynamic_routing_config(I, P, J, D, dtype, target, backward=backward)
         for backward in (False, True)
     ]
     for config in configs:
@@ -536,7 +537,7 @@ def test_a_block_of_output_capsules_is_at_most_a_quarter_empty(J, block_j):
 def test_the_forward_alone_fetches_ahead_where_the_buffers_fit():
     def stages(shared_memory, backward):
         target = _launch.Target("sm90", shared_memory)
-        return _launch.capsule_routing_config(
+        return _launch.fused_dynamic_routing_config(
             1152, 8, 10, 16, torch.float32, target, backward=backward
         ).num_stages
 

@@ -23,15 +23,15 @@ from triton.runtime.jit import JITFunction
 
 from tritoncaps.kernels import (
     _primitives,
-    capsule_routing,
     compile_report,
     dynamic_routing,
+    fused_dynamic_routing,
     prediction_vectors,
     squash,
 )
 from tritoncaps.kernels.compile_report import SHAPES, TARGETS
 
-MODULES = (_primitives, capsule_routing, dynamic_routing, prediction_vectors, squash)
+MODULES = (_primitives, fused_dynamic_routing, dynamic_routing, prediction_vectors, squash)
 FP32 = torch.float32
 # The tilings of these are the largest; the other named shapes need no more than they do.
 LARGE = ("MNIST", "1000 classes")

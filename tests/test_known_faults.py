@@ -68,11 +68,11 @@ def test_decoder_never_sees_a_label_at_inference(device, model):
     network = model(channels=channels, capsule_types=2).to(device).eval()
     images = torch.rand(6, 1, 28, 28).to(device)
     output = network(images)
-    longest = output.lengths.argmax(dim=1)
+    longest = output.activations.argmax(dim=1)
     torch.testing.assert_close(output.reconstruction, network(images, longest).reconstruction)
     other = network(images, (longest + 1) % 10)
     assert not torch.allclose(output.reconstruction, other.reconstruction)
-    torch.testing.assert_close(output.lengths, other.lengths, rtol=0, atol=0)
+    torch.testing.assert_close(output.activations, other.activations, rtol=0, atol=0)
 
 
 def test_squash_has_a_gradient_at_zero(device):
@@ -94,18 +94,18 @@ def test_network_of_zeros_has_finite_gradients(device):
         for parameter in network.parameters():
             parameter.zero_()
     output = network(torch.rand(2, 1, 28, 28, device=device))
-    ops.margin_loss(output.lengths, torch.tensor([0, 1], device=device)).backward()
+    ops.margin_loss(output.activations, torch.tensor([0, 1], device=device)).backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
 
 
 def test_margin_loss_is_squared_and_summed_over_classes(device):
     """Not a plain hinge, and not a mean over the classes."""
-    lengths = torch.tensor([[0.7, 0.3, 0.05, 0.6]], device=device)
+    activations = torch.tensor([[0.7, 0.3, 0.05, 0.6]], device=device)
     target = torch.tensor([0], device=device)
     expected = 0.2**2 + 0.5 * (0.2**2 + 0.5**2)
-    assert ops.margin_loss(lengths, target).item() == pytest.approx(expected)
-    doubled = ops.margin_loss(lengths.repeat(2, 1), target.repeat(2))
+    assert ops.margin_loss(activations, target).item() == pytest.approx(expected)
+    doubled = ops.margin_loss(activations.repeat(2, 1), target.repeat(2))
     assert doubled.item() == pytest.approx(expected), "a mean over the batch"
 
 

@@ -78,10 +78,10 @@ def some(*shape):
 
 more = {"prior": some(3, 3), "grad": some(3, 3, 3), "grad_coupling": some(3, 3, 3)}
 linear = {"u": some(3, 3, 3), "weight": some(3, 3, 3, 3)}
-check("capsule_routing", **linear, **more)
+check("fused_dynamic_routing", **linear, **more)
 if module == "tritoncaps._torch_path":  # its other way, for large batches
-    backend.capsule_routing.group_size = lambda *args, **kwargs: 0
-    check("capsule_routing", **linear, **more)
+    backend.fused_dynamic_routing.group_size = lambda *args, **kwargs: 0
+    check("fused_dynamic_routing", **linear, **more)
 check("prediction_vectors", **linear, grad=some(3, 3, 3, 3))
 check("dynamic_routing", u_hat=some(3, 3, 3, 3), **more)
 check("squash", s=some(3, 3), grad=some(3, 3) + 1)
@@ -139,7 +139,7 @@ def capsules(B: int, I: int, P: int, J: int, D: int, seed: int = 0) -> list[Tens
 
 def route(module, options=None):
     def call(u: Tensor, weight: Tensor, prior: Tensor) -> Tensor:
-        return module.capsule_routing(u, weight, prior=prior, **(options or {}))
+        return module.fused_dynamic_routing(u, weight, prior=prior, **(options or {}))
 
     return call
 
@@ -171,7 +171,7 @@ def test_weighted_sums_add_up_over_the_input_capsules(device, B):
     u, weight, prior = (t.to(device).double() for t in capsules(B, I, 2, 3, 2))
     half = I // 2 + 7
     sums = [
-        _operators.capsule_routing(u[:, part], weight[part], prior[part], 1, True, False)[2]
+        _operators.fused_dynamic_routing(u[:, part], weight[part], prior[part], 1, True, False)[2]
         for part in (slice(0, half), slice(half, I), slice(0, I))
     ]
     torch.testing.assert_close(sums[0] + sums[1], sums[2], rtol=1e-10, atol=1e-12)
@@ -194,10 +194,10 @@ def peaks_of_torch_path(case: Case) -> dict[str, int]:
     tensors = case.arguments(CPU)
     u, weight = tensors["u"], tensors["weight"]
     with LiveBytes() as forward:
-        _, _, sums = _torch_path.capsule_routing_fwd(u, weight, None, case.iterations, False)
+        _, _, sums = _torch_path.fused_dynamic_routing_fwd(u, weight, None, case.iterations, False)
     with LiveBytes() as backward:
         grad_v = case.output_gradient(CPU)
-        _torch_path.capsule_routing_bwd(grad_v, None, u, weight, None, sums, True)
+        _torch_path.fused_dynamic_routing_bwd(grad_v, None, u, weight, None, sums, True)
     return {"forward": forward.peak, "both": backward.peak + sums.numel() * sums.itemsize}
 
 
@@ -219,7 +219,7 @@ SHAPES = [
 def test_peak_is_what_the_formula_says(B, phase, iterations):
     """Of the tensors on the torch path; docs/memory.md has peaks of whole processes beside it."""
     for shape in SHAPES:
-        case = Case("capsule_routing", shape, B, iterations=iterations)
+        case = Case("fused_dynamic_routing", shape, B, iterations=iterations)
         peak = peaks_of_torch_path(case)[phase]
         formula = formula_bytes(case, "torch path", phase, CPU)
         assert 0.75 * formula <= peak <= 1.25 * formula, (str(case), peak, formula)
@@ -228,7 +228,7 @@ def test_peak_is_what_the_formula_says(B, phase, iterations):
 @pytest.mark.usefixtures("small_chunks")
 def test_temporaries_do_not_grow_with_the_prediction_vectors():
     """From I to 4 I, û grows by 12 MB; the peak by u forward, and by gradients in the backward."""
-    few, many = (Case("capsule_routing", Shape(I, 8, 40, 16), 32) for I in (50, 200))
+    few, many = (Case("fused_dynamic_routing", Shape(I, 8, 40, 16), 32) for I in (50, 200))
     before, after = peaks_of_torch_path(few), peaks_of_torch_path(many)
     u_hat = 4 * 32 * 150 * 40 * 16
     u, weight = 4 * 32 * 150 * 8, 4 * 150 * 8 * 40 * 16
@@ -240,7 +240,7 @@ def test_temporaries_do_not_grow_with_the_prediction_vectors():
 @pytest.mark.usefixtures("small_chunks")
 def test_temporaries_of_some_images_do_not_grow_with_the_batch():
     """From B to 4 B, û grows by 3 MB; the peak by what is of the size of u or v."""
-    few, many = (Case("capsule_routing", Shape(25, 16, 10, 16), B) for B in (64, 256))
+    few, many = (Case("fused_dynamic_routing", Shape(25, 16, 10, 16), B) for B in (64, 256))
     before, after = peaks_of_torch_path(few), peaks_of_torch_path(many)
     u_hat, u, v = 4 * 192 * 25 * 10 * 16, 4 * 192 * 25 * 16, 4 * 192 * 10 * 16
     assert after["forward"] - before["forward"] <= 5 * v

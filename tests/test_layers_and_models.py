@@ -85,18 +85,18 @@ def test_models_take_any_images(device, name, in_channels, image_size, num_class
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     images = torch.rand(3, in_channels, height, width, device=device)
     target = torch.zeros(3, dtype=torch.int64, device=device)
-    lengths, poses, reconstruction = output = model(images, target)
-    assert lengths.shape == (3, num_classes)
+    activations, poses, reconstruction, _ = output = model(images, target)
+    assert activations.shape == (3, num_classes)
     assert poses.shape == (3, num_classes, 12)
     assert reconstruction.shape == images.shape
-    torch.testing.assert_close(output.lengths, output.poses.norm(dim=-1))
-    assert ((lengths >= 0) & (lengths < 1)).all()
-    CapsuleLoss()(lengths, target, reconstruction, images).backward()
+    torch.testing.assert_close(output.activations, output.poses.norm(dim=-1))
+    assert ((activations >= 0) & (activations < 1)).all()
+    CapsuleLoss()(activations, target, reconstruction, images).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
     alone = model(images[:0])
-    assert alone.lengths.shape == (0, num_classes)
+    assert alone.activations.shape == (0, num_classes)
 
 
 @pytest.mark.parametrize("name", ["capsnet", "deep_capsnet"])
@@ -106,8 +106,10 @@ def test_model_without_decoder(name):
     output = model(torch.rand(2, 1, 28, 28))
     assert output.reconstruction is None
     target = torch.tensor([1, 2])
-    loss = CapsuleLoss()(output.lengths, target, output.reconstruction, torch.rand(2, 1, 28, 28))
-    torch.testing.assert_close(loss, ops.margin_loss(output.lengths, target))
+    loss = CapsuleLoss()(
+        output.activations, target, output.reconstruction, torch.rand(2, 1, 28, 28)
+    )
+    torch.testing.assert_close(loss, ops.margin_loss(output.activations, target))
 
 
 def test_defaults_are_those_of_the_paper():
@@ -150,7 +152,7 @@ def test_routed_capsules_are_the_operator(device):
     assert torch.equal(layer.prior, torch.zeros(6, 5, device=device))
     torch.nn.init.normal_(layer.prior)
     u = torch.randn(2, 6, 4, device=device)
-    expected = reference.capsule_routing(u, layer.weight, 2, prior=layer.prior)
+    expected = reference.fused_dynamic_routing(u, layer.weight, 2, prior=layer.prior)
     torch.testing.assert_close(layer(u), expected)
     layer(u).sum().backward()
     assert layer.prior.grad.abs().sum() > 0
@@ -177,12 +179,12 @@ def test_reconstruction_error_is_summed_over_an_image():
 
 
 def test_loss_modules_are_the_functions():
-    lengths, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
+    activations, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
     images, drawn = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
-    expected = ops.margin_loss(lengths, target, 0.8, 0.2, 0.25, "sum")
-    torch.testing.assert_close(MarginLoss(0.8, 0.2, 0.25, "sum")(lengths, target), expected)
-    loss = CapsuleLoss(0.1)(lengths, target, drawn, images)
-    expected = ops.margin_loss(lengths, target) + 0.1 * (drawn - images).square().sum() / 3
+    expected = ops.margin_loss(activations, target, 0.8, 0.2, 0.25, "sum")
+    torch.testing.assert_close(MarginLoss(0.8, 0.2, 0.25, "sum")(activations, target), expected)
+    loss = CapsuleLoss(0.1)(activations, target, drawn, images)
+    expected = ops.margin_loss(activations, target) + 0.1 * (drawn - images).square().sum() / 3
     torch.testing.assert_close(loss, expected)
 
 
@@ -195,8 +197,8 @@ def test_models_run_under_autocast_and_route_in_float32(device, name):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         output = model(images)
     assert output.poses.dtype == torch.float32
-    torch.testing.assert_close(output.lengths, model(images).lengths, rtol=0.1, atol=0.05)
-    output.lengths.sum().backward()
+    torch.testing.assert_close(output.activations, model(images).activations, rtol=0.1, atol=0.05)
+    output.activations.sum().backward()
 
 
 def test_state_dict_round_trip(device):
@@ -204,6 +206,6 @@ def test_state_dict_round_trip(device):
     build = {"channels": (4, 6), "capsule_types": 2}
     first, second = (create_model("deep_capsnet", **build).to(device).eval() for _ in range(2))
     images = torch.rand(2, 1, 28, 28, device=device)
-    assert not torch.equal(first(images).lengths, second(images).lengths)
+    assert not torch.equal(first(images).activations, second(images).activations)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first(images).lengths, second(images).lengths)
+    assert torch.equal(first(images).activations, second(images).activations)

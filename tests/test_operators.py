@@ -32,9 +32,9 @@ def samples(device, dtype=torch.float32):
         (_operators.dynamic_routing, (u_hat, None, 3, True, False)),
         (_operators.dynamic_routing, (u_hat, prior, 2, True, True)),
         (_operators.dynamic_routing, (u_hat, prior, 2, False, True)),
-        (_operators.capsule_routing, (u, weight, None, 3, True, False)),
-        (_operators.capsule_routing, (u, weight, prior, 2, True, True)),
-        (_operators.capsule_routing, (u, weight, prior, 1, False, False)),
+        (_operators.fused_dynamic_routing, (u, weight, None, 3, True, False)),
+        (_operators.fused_dynamic_routing, (u, weight, prior, 2, True, True)),
+        (_operators.fused_dynamic_routing, (u, weight, prior, 1, False, False)),
     ]
 
 
@@ -63,7 +63,7 @@ def test_opcheck_of_the_backward_operators(device):
     for full in (True, False):
         for p, c in ((None, None), (prior, coupling)):
             opcheck(_operators.dynamic_routing_backward, (v, c, votes, p, sums, full))
-            opcheck(_operators.capsule_routing_backward, (v, c, u, weight, p, sums, full))
+            opcheck(_operators.fused_dynamic_routing_backward, (v, c, u, weight, p, sums, full))
 
 
 def is_exact(case):
@@ -85,7 +85,7 @@ def test_gradcheck_in_float64(device, case):
     assert gradcheck(lambda *t: outputs(*t).transpose(0, 1), arguments, fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
 def test_gradcheck_of_the_coupling(device, name):
     tensor = {"dtype": torch.float64, "device": device}
     shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
@@ -99,8 +99,8 @@ def test_gradcheck_of_the_coupling(device, name):
 
 def test_second_derivative_is_refused_by_name(device):
     u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
-    (grad,) = torch.autograd.grad(ops.capsule_routing(u, weight).sum(), u, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"tritoncaps\.capsule_routing_backward"):
+    (grad,) = torch.autograd.grad(ops.fused_dynamic_routing(u, weight).sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"tritoncaps\.fused_dynamic_routing_backward"):
         grad.sum().backward()
 
 
@@ -111,7 +111,7 @@ def test_forward_mode_is_refused_by_name(device):
     calls = {
         "squash": (ops.squash, u),
         "prediction_vectors": (lambda u: ops.prediction_vectors(u, weight), u),
-        "capsule_routing": (lambda u: ops.capsule_routing(u, weight), u),
+        "fused_dynamic_routing": (lambda u: ops.fused_dynamic_routing(u, weight), u),
         "dynamic_routing": (ops.dynamic_routing, random(B, I, J, D, device=device)),
     }
     for name, (function, x) in calls.items():
@@ -123,14 +123,14 @@ def test_vmap_over_no_slice_is_an_error(device):
     weight = random(0, I, P, J, D, device=device, grad=False)
     u = random(B, I, P, device=device, grad=False)
     with pytest.raises(ValueError, match="has 0 slices"):
-        torch.func.vmap(ops.capsule_routing, in_dims=(None, 0))(u, weight)
+        torch.func.vmap(ops.fused_dynamic_routing, in_dims=(None, 0))(u, weight)
 
 
 def test_margin_loss_under_vmap_and_of_fake_tensors(device):
-    lengths = torch.rand(3, 10, device=device)
+    activations = torch.rand(3, 10, device=device)
     target = torch.tensor([1, 0, 9], device=device)
-    each = torch.func.vmap(lambda x, y: ops.margin_loss(x[None], y[None]))(lengths, target)
-    torch.testing.assert_close(each, ops.margin_loss(lengths, target, reduction="none"))
+    each = torch.func.vmap(lambda x, y: ops.margin_loss(x[None], y[None]))(activations, target)
+    torch.testing.assert_close(each, ops.margin_loss(activations, target, reduction="none"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.margin_loss(torch.rand(3, 10), torch.zeros(3, dtype=torch.int64))
     assert fake.shape == ()
@@ -138,12 +138,12 @@ def test_margin_loss_under_vmap_and_of_fake_tensors(device):
 
 def whole(u, weight, prior):
     """Every operator, forward, in one function."""
-    v, c = ops.capsule_routing(u, weight, prior=prior, return_coupling=True)
+    v, c = ops.fused_dynamic_routing(u, weight, prior=prior, return_coupling=True)
     u_hat = ops.prediction_vectors(u, weight)
     w = ops.dynamic_routing(u_hat, iterations=2, gradient="last")
-    lengths = torch.linalg.vector_norm(ops.squash(v + w), dim=-1)
+    activations = torch.linalg.vector_norm(ops.squash(v + w), dim=-1)
     target = torch.zeros(len(u), dtype=torch.int64, device=u.device)
-    return ops.margin_loss(lengths, target) + c.square().mean()
+    return ops.margin_loss(activations, target) + c.square().mean()
 
 
 def test_compiles_whole_with_a_dynamic_batch(device):
@@ -167,13 +167,13 @@ def test_compiles_whole_with_a_dynamic_batch(device):
 def test_compiles_with_inductor(device):
     torch._dynamo.reset()
     u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
-    compiled = torch.compile(ops.capsule_routing, fullgraph=True)
+    compiled = torch.compile(ops.fused_dynamic_routing, fullgraph=True)
     with warnings.catch_warnings():
         # Inductor's own use of what its dependencies deprecate.
         warnings.simplefilter("ignore")
         results = [
             torch.autograd.grad(function(u, weight).square().sum(), (u, weight))
-            for function in (compiled, ops.capsule_routing)
+            for function in (compiled, ops.fused_dynamic_routing)
         ]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -182,7 +182,7 @@ def test_compiles_with_inductor(device):
 def test_exports_with_a_dynamic_batch(device):
     class Routing(torch.nn.Module):
         def forward(self, u, weight):
-            return ops.capsule_routing(u, weight)
+            return ops.fused_dynamic_routing(u, weight)
 
     u, weight = (random(*s, device=device, grad=False) for s in ((B, I, P), (I, P, J, D)))
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -190,9 +190,11 @@ def test_exports_with_a_dynamic_batch(device):
         Routing(), (u, weight), dynamic_shapes={"u": {0: batch}, "weight": None}
     )
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert "tritoncaps.capsule_routing.default" in targets
+    assert "tritoncaps.fused_dynamic_routing.default" in targets
     more = random(B + 2, I, P, seed=1, device=device, grad=False)
-    torch.testing.assert_close(program.module()(more, weight), ops.capsule_routing(more, weight))
+    torch.testing.assert_close(
+        program.module()(more, weight), ops.fused_dynamic_routing(more, weight)
+    )
 
 
 @pytest.mark.parametrize("in_dims", [(0, None), (1, None), (None, 0), (0, 2)])
@@ -212,7 +214,7 @@ def test_vmap_agrees_with_a_loop(device, in_dims):
         ]
 
     def both(u, weight):
-        v, c = ops.capsule_routing(u, weight, return_coupling=True)
+        v, c = ops.fused_dynamic_routing(u, weight, return_coupling=True)
         votes = ops.prediction_vectors(u, weight)
         return v, c, ops.dynamic_routing(votes), ops.squash(u)
 
@@ -225,10 +227,10 @@ def test_vmap_agrees_with_a_loop(device, in_dims):
 def test_vmap_without_coupling_and_of_the_gradients(device):
     weight = random(I, P, J, D, device=device)
     batches = torch.stack([random(B, I, P, seed=n, device=device, grad=False) for n in (1, 2)])
-    v = torch.func.vmap(ops.capsule_routing, in_dims=(0, None))(batches, weight)
+    v = torch.func.vmap(ops.fused_dynamic_routing, in_dims=(0, None))(batches, weight)
     v.square().sum().backward()
     expected = sum(
-        torch.autograd.grad(ops.capsule_routing(u, weight).square().sum(), weight)[0]
+        torch.autograd.grad(ops.fused_dynamic_routing(u, weight).square().sum(), weight)[0]
         for u in batches
     )
     torch.testing.assert_close(weight.grad, expected)
@@ -237,22 +239,22 @@ def test_vmap_without_coupling_and_of_the_gradients(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_routes_in_float32(device, dtype):
     u, weight = random(B, I, P, device=device), random(I, P, J, D, device=device)
-    exact = ops.capsule_routing(u.to(dtype).float(), weight)
+    exact = ops.fused_dynamic_routing(u.to(dtype).float(), weight)
     with torch.autocast(device.type, dtype=dtype):
-        v, c = ops.capsule_routing(u.to(dtype), weight, return_coupling=True)
+        v, c = ops.fused_dynamic_routing(u.to(dtype), weight, return_coupling=True)
         assert v.dtype == c.dtype == torch.float32
         assert ops.squash(u.to(dtype)).dtype == torch.float32
         assert ops.prediction_vectors(u.to(dtype), weight).dtype == torch.float32
         target = torch.zeros(B, dtype=torch.int64, device=device)
-        lengths = torch.rand(B, J, device=device, dtype=dtype)
-        assert ops.margin_loss(lengths, target).dtype == torch.float32
+        activations = torch.rand(B, J, device=device, dtype=dtype)
+        assert ops.margin_loss(activations, target).dtype == torch.float32
     # The products inside are not autocast either.
     torch.testing.assert_close(v, exact, rtol=0, atol=0)
     v.sum().backward()
     assert weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["capsule_routing", "dynamic_routing", "prediction_vectors"])
+@pytest.mark.parametrize("name", ["fused_dynamic_routing", "dynamic_routing", "prediction_vectors"])
 def test_backward_inside_autocast_is_that_outside(device, name):
     shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
     inputs = [random(*shape, device=device) for shape in shapes]
@@ -264,7 +266,7 @@ def test_backward_inside_autocast_is_that_outside(device, name):
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["capsule_routing", "dynamic_routing"])
+@pytest.mark.parametrize("name", ["fused_dynamic_routing", "dynamic_routing"])
 def test_loss_of_the_coupling_alone(device, name):
     shapes = [(B, I, J, D)] if name == "dynamic_routing" else [(B, I, P), (I, P, J, D)]
     inputs = [random(*shape, device=device) for shape in shapes]
@@ -278,13 +280,13 @@ def test_loss_of_the_coupling_alone(device, name):
 
 def test_meta_tensors_give_shapes(device):
     u, weight = torch.empty(B, I, P, device="meta"), torch.empty(I, P, J, D, device="meta")
-    v, c = ops.capsule_routing(u, weight, return_coupling=True)
+    v, c = ops.fused_dynamic_routing(u, weight, return_coupling=True)
     assert (v.shape, c.shape) == ((B, J, D), (B, I, J))
     assert v.device.type == "meta"
     assert ops.prediction_vectors(u, weight).shape == (B, I, J, D)
     assert ops.squash(u).shape == u.shape
     assert ops.dynamic_routing(torch.empty(B, I, J, D, device="meta")).shape == (B, J, D)
-    assert ops.capsule_routing(u.half(), weight.half()).dtype == torch.float16
+    assert ops.fused_dynamic_routing(u.half(), weight.half()).dtype == torch.float16
 
 
 def test_flop_counter_counts_what_the_reference_does(device):
@@ -292,7 +294,7 @@ def test_flop_counter_counts_what_the_reference_does(device):
     counts = []
     for module in (ops, reference):
         with FlopCounterMode(display=False) as counter:
-            module.capsule_routing(u, weight, 3).sum().backward()
+            module.fused_dynamic_routing(u, weight, 3).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
     with FlopCounterMode(display=False) as counter:
@@ -316,7 +318,7 @@ def test_inputs_are_not_changed(device):
     tensors = [random(B, I, P, device=device), random(I, P, J, D, device=device)]
     copies = [t.detach().clone() for t in tensors]
     versions = [t._version for t in tensors]
-    ops.capsule_routing(*tensors).sum().backward()
+    ops.fused_dynamic_routing(*tensors).sum().backward()
     assert [t._version for t in tensors] == versions
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)

@@ -88,13 +88,13 @@ def test_dynamic_routing_agrees(device, case):
 @same_fixture
 @example(case=MNIST_LIKE)
 @given(case=routing_cases())
-def test_capsule_routing_agrees(device, case):
+def test_fused_dynamic_routing_agrees(device, case):
     names = ["v", "grad_u", "grad_weight", "grad_prior"][: 3 + case.has_prior]
-    function, oracle = (routed(m.capsule_routing, case, False) for m in (ops, reference))
+    function, oracle = (routed(m.fused_dynamic_routing, case, False) for m in (ops, reference))
     compare(function, oracle, case.capsules(device), case.seed, case.grad_layout, names)
 
 
-@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
 @same_fixture
 @given(case=routing_cases((torch.float64,)))
 def test_returned_coupling_agrees_and_is_differentiable(device, name, case):
@@ -108,7 +108,7 @@ def test_returned_coupling_agrees_and_is_differentiable(device, name, case):
         torch.testing.assert_close(actual, exact, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
 def test_coupling_is_a_constant_with_gradient_last(device, name):
     case = MNIST_LIKE
     inputs = case.votes(device) if name == "dynamic_routing" else case.capsules(device)
@@ -119,7 +119,7 @@ def test_coupling_is_a_constant_with_gradient_last(device, name):
 
 
 @pytest.mark.parametrize("gradient", ["full", "last"])
-@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
 def test_routing_is_repeated_bit_for_bit(device, name, gradient):
     case = RoutingCase(
         5, 67, 8, 10, 16, 3, gradient, True, torch.float32, 1.0, "contiguous", "contiguous", 3
@@ -136,7 +136,7 @@ def test_routing_is_repeated_bit_for_bit(device, name, gradient):
 def test_order_of_input_capsules_does_not_matter(device, case):
     u, weight, *prior = case.capsules(device)
     order = torch.randperm(case.I, generator=torch.Generator().manual_seed(case.seed))
-    function = routed(ops.capsule_routing, case, False)
+    function = routed(ops.fused_dynamic_routing, case, False)
     permuted = function(u[:, order], weight[order], *(p[order] for p in prior))
     torch.testing.assert_close(permuted, function(u, weight, *prior), rtol=1e-9, atol=1e-12)
 
@@ -146,7 +146,7 @@ def test_order_of_input_capsules_does_not_matter(device, case):
 def test_order_of_output_capsules_is_carried_over(device, case):
     u, weight, *prior = case.capsules(device)
     order = torch.randperm(case.J, generator=torch.Generator().manual_seed(case.seed))
-    function = routed(ops.capsule_routing, case, False)
+    function = routed(ops.fused_dynamic_routing, case, False)
     permuted = function(u, weight[:, :, order], *(p[:, order] for p in prior))
     expected = function(u, weight, *prior)[:, order]
     torch.testing.assert_close(permuted, expected, rtol=1e-9, atol=1e-12)
@@ -167,7 +167,7 @@ def test_one_iteration_is_the_squashed_mean(device, case):
 def test_images_of_a_batch_do_not_mix(device, case):
     """Another image in the batch, even one of NaN, changes nothing."""
     u, weight, *prior = case.capsules(device)
-    function = routed(ops.capsule_routing, case, False)
+    function = routed(ops.fused_dynamic_routing, case, False)
     expected = function(u, weight, *prior)
     spoilt = torch.cat([u, torch.full_like(u[:1], float("nan"))])
     result = function(spoilt, weight, *prior)
@@ -181,7 +181,9 @@ def test_empty_batch_gives_zero_weight_gradients(device, gradient, dtype):
     u = torch.empty(0, 7, 4, dtype=dtype, device=device, requires_grad=True)
     weight = torch.randn(7, 4, 5, 6, dtype=dtype, device=device, requires_grad=True)
     prior = torch.randn(7, 5, dtype=dtype, device=device, requires_grad=True)
-    v, c = ops.capsule_routing(u, weight, prior=prior, gradient=gradient, return_coupling=True)
+    v, c = ops.fused_dynamic_routing(
+        u, weight, prior=prior, gradient=gradient, return_coupling=True
+    )
     assert v.shape == (0, 5, 6)
     assert c.shape == (0, 7, 5)
     v.sum().backward()
@@ -257,7 +259,7 @@ def test_squash_keeps_direction_and_length_below_one(device, dtype):
 @given(B=sizes(9), K=sizes(12), multi_hot=st.booleans(), seed=st.integers(0, 2**16))
 def test_margin_loss_agrees(device, reduction, B, K, multi_hot, seed):
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.rand(B, K, generator=generator).to(device)
+    activations = torch.rand(B, K, generator=generator).to(device)
     if multi_hot:
         target = torch.randint(2, (B, K), generator=generator).to(device)
     else:
@@ -266,7 +268,7 @@ def test_margin_loss_agrees(device, reduction, B, K, multi_hot, seed):
     compare(
         lambda x: ops.margin_loss(x, target, **options),
         lambda x: reference.margin_loss(x, target, **options),
-        [lengths],
+        [activations],
         seed,
         "contiguous",
         ["loss", "grad_lengths"],
@@ -274,8 +276,8 @@ def test_margin_loss_agrees(device, reduction, B, K, multi_hot, seed):
 
 
 def test_margin_loss_of_an_empty_batch_is_zero(device):
-    lengths = torch.empty(0, 10, device=device, requires_grad=True)
-    loss = ops.margin_loss(lengths, torch.empty(0, dtype=torch.int64, device=device))
+    activations = torch.empty(0, 10, device=device, requires_grad=True)
+    loss = ops.margin_loss(activations, torch.empty(0, dtype=torch.int64, device=device))
     loss.backward()
     assert loss.item() == 0
 
@@ -290,7 +292,7 @@ def test_capsule_loss_of_an_empty_batch_is_zero(device):
 
 def test_capsule_loss_keeps_float64(device):
     images = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device)
-    lengths = torch.tensor([[0.9, 0.1]], dtype=torch.float64, device=device)
+    activations = torch.tensor([[0.9, 0.1]], dtype=torch.float64, device=device)
     target = torch.tensor([0], device=device)
-    loss = CapsuleLoss(reconstruction_weight=1.0)(lengths, target, images + 1 / 3, images)
+    loss = CapsuleLoss(reconstruction_weight=1.0)(activations, target, images + 1 / 3, images)
     assert loss.item() == pytest.approx(1 / 9, rel=1e-15)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from tritoncaps import _operators, ops, reference
 from tritoncaps._operators import INTERPRETED
-from tritoncaps._torch_path import _slices, capsule_routing, dynamic_routing, squash
+from tritoncaps._torch_path import _slices, dynamic_routing, fused_dynamic_routing, squash
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
 
@@ -45,7 +45,7 @@ def sliced(way: str, chunk: int = 2000) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(caches(chunk, 4 * chunk))
-        stack.enter_context(mock.patch.object(capsule_routing, "group_size", size_of))
+        stack.enter_context(mock.patch.object(fused_dynamic_routing, "group_size", size_of))
         if way != "chunks":
             stack.enter_context(mock.patch.object(dynamic_routing, "group_size", size_of))
         yield
@@ -56,9 +56,9 @@ chunks = st.sampled_from([1, 2000, 50_000])
 
 
 @given(routing_cases(), ways, chunks)
-def test_capsule_routing_whatever_is_sliced(case, way, chunk):
+def test_fused_dynamic_routing_whatever_is_sliced(case, way, chunk):
     names = ["v", "grad_u", "grad_weight", "grad_prior"][: 3 + case.has_prior]
-    function, oracle = (routed(m.capsule_routing, case, False) for m in (ops, reference))
+    function, oracle = (routed(m.fused_dynamic_routing, case, False) for m in (ops, reference))
     with sliced(way, chunk):
         inputs = case.capsules(CPU)
         results = compare(function, oracle, inputs, case.seed, case.grad_layout, names)
@@ -75,7 +75,7 @@ def test_dynamic_routing_whatever_is_sliced(case, way, chunk):
     assert all(result.is_contiguous() for result in results)
 
 
-@pytest.mark.parametrize("name", ["dynamic_routing", "capsule_routing"])
+@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
 @given(case=routing_cases((torch.float64,)), way=ways, chunk=chunks)
 def test_coupling_whatever_is_sliced(name, case, way, chunk):
     """It is returned, and differentiable with "full"."""
@@ -114,7 +114,7 @@ def test_opcheck_whatever_is_sliced(way, make):
     v, coupling, sums = make(B, J, D), make(B, I, J), torch.randn(3, B, J, D)
     with sliced(way):
         for full in (True, False):
-            opcheck(_operators.capsule_routing, (u, weight, prior, 3, full, True))
+            opcheck(_operators.fused_dynamic_routing, (u, weight, prior, 3, full, True))
             opcheck(_operators.dynamic_routing, (u_hat, prior, 3, full, True))
             for p, c in ((None, None), (prior, coupling)):
                 for name, tensors in (("capsule", (u, weight)), ("dynamic", (u_hat,))):
@@ -139,7 +139,7 @@ def test_compiles_with_inductor_whatever_is_sliced(way):
     weight = torch.randn(9, 4, 3, 6, requires_grad=True)
 
     def whole(x, weight):
-        return ops.capsule_routing(x.sin(), weight.cos()).square().sum()
+        return ops.fused_dynamic_routing(x.sin(), weight.cos()).square().sum()
 
     with warnings.catch_warnings(), sliced(way):
         # Inductor's own use of what its dependencies deprecate.
@@ -154,7 +154,7 @@ def test_compiles_with_inductor_whatever_is_sliced(way):
 def test_one_image_does_not_touch_another(case, way):
     """NaN stays in its image."""
     inputs = [tensor.contiguous().float() for tensor in case.capsules(CPU)]
-    function = routed(ops.capsule_routing, case, False)
+    function = routed(ops.fused_dynamic_routing, case, False)
     with sliced(way):
         expected = function(*inputs)
         inputs[0][0] = float("nan")
@@ -214,7 +214,10 @@ def test_how_many_images_at_once(sizes, forward, backward):
     with caches(2 * MB, 32 * MB):
         for is_backward, expected in ((False, forward), (True, backward)):
             u = torch.empty(B, 0)
-            assert capsule_routing.group_size(u, weight_shape, iterations, is_backward) == expected
+            assert (
+                fused_dynamic_routing.group_size(u, weight_shape, iterations, is_backward)
+                == expected
+            )
 
 
 @given(st.tuples(*[st.integers(1, most) for most in (300, 3000, 32, 300, 64, 20)]), st.booleans())
@@ -222,7 +225,9 @@ def test_a_group_is_no_larger_than_the_caches_or_the_weight(sizes, backward):
     B, *weight_shape, iterations = sizes
     I, P, J, D = weight_shape
     with caches(2 * MB, 32 * MB):
-        size = capsule_routing.group_size(torch.empty(B, 0), weight_shape, iterations, backward)
+        size = fused_dynamic_routing.group_size(
+            torch.empty(B, 0), weight_shape, iterations, backward
+        )
     assert 0 <= size <= B
     assert 4 * size * I * J * D <= max(12 * MB, 4 * I * P * J * D)
 
@@ -231,7 +236,9 @@ def test_many_iterations_make_a_group_smaller():
     """The backward keeps their couplings."""
     with caches(2 * MB, 32 * MB):
         u, u_hat = torch.empty(16, 0), torch.empty(16, 1152, 10, 16)
-        few, many = (capsule_routing.group_size(u, (1152, 8, 10, 16), r, True) for r in (3, 20))
+        few, many = (
+            fused_dynamic_routing.group_size(u, (1152, 8, 10, 16), r, True) for r in (3, 20)
+        )
         assert (few, many) == (8, 4)
         few, many = (dynamic_routing.group_size(u_hat, r, True) for r in (3, 20))
         assert (few, many) == (8, 4)
@@ -240,7 +247,7 @@ def test_many_iterations_make_a_group_smaller():
 def test_a_small_level_3_cache_leaves_large_images_to_the_chunks():
     with caches(MB, 4 * MB):
         u = torch.empty(64, 0)
-        assert capsule_routing.group_size(u, (1152, 8, 10, 16), 3, backward=False) == 0
+        assert fused_dynamic_routing.group_size(u, (1152, 8, 10, 16), 3, backward=False) == 0
 
 
 def test_dynamic_routing_takes_what_fits_and_at_least_one_image():

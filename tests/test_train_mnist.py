@@ -269,7 +269,7 @@ class TestRun:
         rebuilt.load_state_dict(weights)
         images = tiny.test.images / 255
         with torch.no_grad():
-            assert torch.equal(rebuilt(images).lengths, original(images).lengths)
+            assert torch.equal(rebuilt(images).activations, original(images).activations)
         if model == "capsnet":
             assert rebuilt.routing.iterations == 2
         else:
@@ -769,7 +769,7 @@ class TestEvalOnly:
 
         def predict(self: training.Trainer, images: Tensor) -> Any:
             output = inner(self, images)
-            drawn.append((output.lengths, output.reconstruction))
+            drawn.append((output.activations, output.reconstruction))
             return output
 
         monkeypatch.setattr(training.Trainer, "predict", predict)

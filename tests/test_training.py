@@ -737,9 +737,9 @@ class TestEvaluation:
         evaluation = trainer.evaluate(test)  # batches of 16, 16 and 8
         with torch.no_grad():
             images = test.images / 255
-            lengths, _, reconstruction = trainer.model(images)
-            loss = CapsuleLoss()(lengths, test.labels, reconstruction, images)
-        predicted = lengths.argmax(dim=1)
+            activations, _, reconstruction, _ = trainer.model(images)
+            loss = CapsuleLoss()(activations, test.labels, reconstruction, images)
+        predicted = activations.argmax(dim=1)
         assert torch.equal(evaluation.predictions, predicted)
         assert evaluation.accuracy == int((predicted == test.labels).sum()) / 40
         assert evaluation.loss == pytest.approx(loss.item(), rel=1e-5)
@@ -752,7 +752,7 @@ class TestEvaluation:
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
             arguments.append(len(args) + len(kwargs))
-            outputs.append((output.lengths.clone(), output.reconstruction.clone()))
+            outputs.append((output.activations.clone(), output.reconstruction.clone()))
 
         trainer.model.register_forward_hook(record, with_kwargs=True)
         shuffled = ImageSet(test.images, test.labels.roll(1))
@@ -770,7 +770,7 @@ class TestEvaluation:
         images = test.images / 255
         output = trainer.predict(images)
         with torch.no_grad():
-            drawn = trainer.model.decoder(output.poses, output.lengths.argmax(dim=1))
+            drawn = trainer.model.decoder(output.poses, output.activations.argmax(dim=1))
         assert torch.equal(output.reconstruction, drawn)
 
     def test_it_does_not_change_the_training(

@@ -175,30 +175,30 @@ def check_dim(function: str, dim: object, ndim: int) -> None:
         raise ValueError(f"{function}: dim={dim} is out of range for a tensor with {ndim} axes")
 
 
-def check_target(function: str, target: Tensor, lengths: Tensor) -> None:
+def check_target(function: str, target: Tensor, activations: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
     Values are read on a CPU alone: on an accelerator the read would make every step wait, and
     there an index out of range fails inside `one_hot`.
     """
-    B, K = lengths.shape
+    B, K = activations.shape
     if isinstance(target, Tensor) and target.ndim not in (1, 2):
         raise ValueError(
             f"{function}: target must have 1 axis (B) or 2 (B, K), got {target.ndim} "
             f"(target: {shape_of(target)})"
         )
     if not isinstance(target, Tensor) or target.ndim == 1:
-        check_class_indices(function, target, B, K, lengths.device)
+        check_class_indices(function, target, B, K, activations.device)
         return
-    _check_device(function, target, lengths.device)
+    _check_device(function, target, activations.device)
     if target.dtype not in _MULTI_HOT or target.layout != torch.strided:
         raise TypeError(
             f"{function}: multi-hot target must be a dense tensor of bool, an integer or a "
             f"floating-point type, got {target.dtype}, {target.layout}"
         )
-    if target.shape != lengths.shape:
+    if target.shape != activations.shape:
         raise ValueError(
-            f"{function}: multi-hot target is {shape_of(target)} but lengths is {shape_of(lengths)}"
+            f"{function}: multi-hot target is {shape_of(target)} but activations is {shape_of(activations)}"
         )
     _check_range(function, "multi-hot values", target, 1)
 

@@ -243,8 +243,8 @@ _set_autocast(dynamic_routing)
 # capsule routing ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("tritoncaps::capsule_routing", mutates_args=())
-def capsule_routing(
+@torch.library.custom_op("tritoncaps::fused_dynamic_routing", mutates_args=())
+def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
@@ -253,11 +253,11 @@ def capsule_routing(
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, every s⁽ᵗ⁾ (r, B, J, D)."""
-    return _run("capsule_routing_fwd", u, u, weight, prior, iterations, return_coupling)
+    return _run("fused_dynamic_routing_fwd", u, u, weight, prior, iterations, return_coupling)
 
 
-@torch.library.custom_op("tritoncaps::capsule_routing_backward", mutates_args=())
-def capsule_routing_backward(
+@torch.library.custom_op("tritoncaps::fused_dynamic_routing_backward", mutates_args=())
+def fused_dynamic_routing_backward(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
     u: Tensor,
@@ -268,12 +268,12 @@ def capsule_routing_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of u, of the weight and of the prior (empty where there is none)."""
     grad_u, grad_weight, grad_prior = _run(
-        "capsule_routing_bwd", u, grad_v, grad_coupling, u, weight, prior, sums, full
+        "fused_dynamic_routing_bwd", u, grad_v, grad_coupling, u, weight, prior, sums, full
     )
     return grad_u, grad_weight, u.new_empty(0) if grad_prior is None else grad_prior
 
 
-@capsule_routing.register_fake
+@fused_dynamic_routing.register_fake
 def _(
     u: Tensor,
     weight: Tensor,
@@ -286,7 +286,7 @@ def _(
     return _fake_routing(u, I, J, D, iterations, return_coupling)
 
 
-@capsule_routing_backward.register_fake
+@fused_dynamic_routing_backward.register_fake
 def _(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
@@ -300,19 +300,21 @@ def _(
     return _contiguous_like(u), _contiguous_like(weight), grad_prior
 
 
-def _save_capsule_routing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_fused_dynamic_routing(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
     u, weight, prior, _, full, return_coupling = inputs
     ctx.full, ctx.differentiate_coupling = full, full and return_coupling
     ctx.save_for_backward(u, weight, prior, output[2])
     ctx.set_materialize_grads(False)
 
 
-def _capsule_routing_gradient(
+def _fused_dynamic_routing_gradient(
     ctx: Any, grad_v: Tensor | None, grad_coupling: Tensor | None, grad_sums: None
 ) -> tuple[Tensor | None, ...]:
     u, weight, prior, sums = ctx.saved_tensors
     grad_v = _grad_v_or_zeros(grad_v, u, sums)
-    grad_u, grad_weight, grad_prior = capsule_routing_backward(
+    grad_u, grad_weight, grad_prior = fused_dynamic_routing_backward(
         grad_v,
         grad_coupling if ctx.differentiate_coupling else None,
         u,
@@ -324,5 +326,7 @@ def _capsule_routing_gradient(
     return grad_u, grad_weight, None if prior is None else grad_prior, None, None, None
 
 
-capsule_routing.register_autograd(_capsule_routing_gradient, setup_context=_save_capsule_routing)
-_set_autocast(capsule_routing)
+fused_dynamic_routing.register_autograd(
+    _fused_dynamic_routing_gradient, setup_context=_save_fused_dynamic_routing
+)
+_set_autocast(fused_dynamic_routing)

@@ -80,13 +80,13 @@ _register_elementwise(_operators.squash_backward)
 for _operator in (
     _operators.prediction_vectors,
     _operators.dynamic_routing,
-    _operators.capsule_routing,
+    _operators.fused_dynamic_routing,
 ):
     _register_batched(_operator)
 for _operator in (
     _operators.prediction_vectors_backward,
     _operators.dynamic_routing_backward,
-    _operators.capsule_routing_backward,
+    _operators.fused_dynamic_routing_backward,
 ):
     _register_looped(_operator)
 
@@ -151,7 +151,7 @@ def _(
     return _loop_backward_flops(u_hat_shape, prior_shape, sums_shape[0], full)
 
 
-@register_flop_formula(torch.ops.tritoncaps.capsule_routing)
+@register_flop_formula(torch.ops.tritoncaps.fused_dynamic_routing)
 def _(
     u_shape: Any, weight_shape: Any, prior_shape: Any, iterations: int, *args: Any, **kwargs: Any
 ) -> int:
@@ -159,7 +159,7 @@ def _(
     return _votes_flops(u_shape, weight_shape) + _loop_flops(votes, iterations)
 
 
-@register_flop_formula(torch.ops.tritoncaps.capsule_routing_backward)
+@register_flop_formula(torch.ops.tritoncaps.fused_dynamic_routing_backward)
 def _(
     grad_v_shape: Any,
     grad_coupling_shape: Any,

@@ -41,10 +41,10 @@ class MarginLoss(nn.Module):
         check_choice("MarginLoss", "reduction", reduction, ("mean", "sum", "none"))
         self.reduction: ops.Reduction = reduction
 
-    def forward(self, lengths: Tensor, target: Tensor) -> Tensor:
+    def forward(self, activations: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of lengths (B, K) for class indices (B,) or multi-hot (B, K)."""
         return ops.margin_loss(
-            lengths, target, self.m_pos, self.m_neg, self.down_weight, self.reduction
+            activations, target, self.m_pos, self.m_neg, self.down_weight, self.reduction
         )
 
     def extra_repr(self) -> str:
@@ -68,10 +68,10 @@ class CapsuleLoss(nn.Module):
         self.reconstruction_weight = reconstruction_weight
 
     def forward(
-        self, lengths: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
+        self, activations: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
     ) -> Tensor:
         """Compute the loss, a scalar; without a reconstruction the margin loss alone."""
-        loss = ops.margin_loss(lengths, target)
+        loss = ops.margin_loss(activations, target)
         if reconstruction is None:
             return loss
         error = reconstruction_error(reconstruction.to(images.dtype), images)

@@ -19,7 +19,13 @@ from torch.nn import functional as F
 
 from tritoncaps import _checks, _operators, _transforms  # noqa: F401  (registers the rules)
 
-__all__ = ["capsule_routing", "dynamic_routing", "margin_loss", "prediction_vectors", "squash"]
+__all__ = [
+    "dynamic_routing",
+    "fused_dynamic_routing",
+    "margin_loss",
+    "prediction_vectors",
+    "squash",
+]
 
 Gradient = Literal["full", "last"]
 Reduction = Literal["mean", "sum", "none"]
@@ -151,7 +157,7 @@ def dynamic_routing(
 
 
 @overload
-def capsule_routing(
+def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     iterations: int = ...,
@@ -161,7 +167,7 @@ def capsule_routing(
     return_coupling: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
-def capsule_routing(
+def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     iterations: int = ...,
@@ -170,7 +176,7 @@ def capsule_routing(
     gradient: Gradient = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
-def capsule_routing(
+def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     iterations: int = 3,
@@ -206,14 +212,14 @@ def capsule_routing(
     Example:
         >>> import torch
         >>> u, weight = torch.randn(2, 1152, 8), torch.randn(1152, 8, 10, 16)
-        >>> capsule_routing(u, weight, iterations=3).shape
+        >>> fused_dynamic_routing(u, weight, iterations=3).shape
         torch.Size([2, 10, 16])
 
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 2 and procedure 1.
     """
     tensors = [("u", u, "B I P"), ("weight", weight, "I P J D")]
-    _check_routing("capsule_routing", tensors, prior, iterations, gradient, return_coupling)
-    v, coupling, _ = _operators.capsule_routing(
+    _check_routing("fused_dynamic_routing", tensors, prior, iterations, gradient, return_coupling)
+    v, coupling, _ = _operators.fused_dynamic_routing(
         u, weight, prior, iterations, gradient == "full", return_coupling
     )
     if not return_coupling:
@@ -222,7 +228,7 @@ def capsule_routing(
 
 
 def margin_loss(
-    lengths: Tensor,
+    activations: Tensor,
     target: Tensor,
     m_pos: float = 0.9,
     m_neg: float = 0.1,
@@ -242,7 +248,7 @@ def margin_loss(
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
 
     Returns:
-        A scalar, or shape (B,) with "none"; dtype of `lengths`, under autocast float32.
+        A scalar, or shape (B,) with "none"; dtype of `activations`, under autocast float32.
 
     Raises:
         TypeError: an argument of the wrong kind, class indices that are not int64.
@@ -256,16 +262,16 @@ def margin_loss(
 
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 4.
     """
-    _checks.check_tensor("margin_loss", "lengths", lengths, "B K")
-    _checks.check_not_empty("margin_loss", "lengths", lengths, "B K")
-    _checks.check_target("margin_loss", target, lengths)
+    _checks.check_tensor("margin_loss", "activations", activations, "B K")
+    _checks.check_not_empty("margin_loss", "activations", activations, "B K")
+    _checks.check_target("margin_loss", target, activations)
     _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
-    lengths = lengths.to(_checks.routed_dtype(lengths))
-    present = F.one_hot(target, lengths.shape[1]) if target.ndim == 1 else target
-    present = present.to(lengths.dtype)
-    too_short = (m_pos - lengths).clamp(min=0).square()
-    too_long = (lengths - m_neg).clamp(min=0).square()
+    activations = activations.to(_checks.routed_dtype(activations))
+    present = F.one_hot(target, activations.shape[1]) if target.ndim == 1 else target
+    present = present.to(activations.dtype)
+    too_short = (m_pos - activations).clamp(min=0).square()
+    too_long = (activations - m_neg).clamp(min=0).square()
     loss = (present * too_short + down_weight * (1 - present) * too_long).sum(dim=1)
     if reduction == "none":
         return loss

@@ -1,7 +1,7 @@
 """The mathematics of capsule routing in einsum, for a reader; every test compares with it.
 
 Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluate it in
-float64 to get a measuring stick: `reference.capsule_routing(u.double(), weight.double())`.
+float64 to get a measuring stick: `reference.fused_dynamic_routing(u.double(), weight.double())`.
 
 Numbers after "Sabour 2017" are those of its equations.
 
@@ -51,7 +51,7 @@ def dynamic_routing(
     return (v, c) if return_coupling else v
 
 
-def capsule_routing(
+def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     iterations: int = 3,
@@ -71,7 +71,7 @@ def capsule_routing(
 
 
 def margin_loss(
-    lengths: Tensor,
+    activations: Tensor,
     target: Tensor,
     m_pos: float = 0.9,
     m_neg: float = 0.1,
@@ -80,13 +80,13 @@ def margin_loss(
 ) -> Tensor:
     """Sum T_k·max(0, m⁺−|v_k|)² + λ(1−T_k)·max(0, |v_k|−m⁻)² over classes k (Sabour 2017, 4).
 
-    `lengths` is (B, K); `target` is (B,) class indices or (B, K) multi-hot.
+    `activations` is (B, K); `target` is (B,) class indices or (B, K) multi-hot.
     """
     is_index = target.ndim == 1
-    present = F.one_hot(target, lengths.shape[1]) if is_index else target
-    present = present.to(lengths.dtype)
-    too_short = (m_pos - lengths).clamp(min=0) ** 2
-    too_long = (lengths - m_neg).clamp(min=0) ** 2
+    present = F.one_hot(target, activations.shape[1]) if is_index else target
+    present = present.to(activations.dtype)
+    too_short = (m_pos - activations).clamp(min=0) ** 2
+    too_long = (activations - m_neg).clamp(min=0) ** 2
     loss = reduce(present * too_short + down_weight * (1 - present) * too_long, "B K -> B", "sum")
     if reduction == "none":
         return loss

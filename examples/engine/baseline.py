@@ -31,7 +31,7 @@ class ConvNet(nn.Module):
         >>> model = ConvNet()
         >>> sum(p.numel() for p in model.parameters())
         8202102
-        >>> model(torch.rand(2, 1, 28, 28)).lengths.shape
+        >>> model(torch.rand(2, 1, 28, 28)).activations.shape
         torch.Size([2, 10])
     """
 
@@ -69,7 +69,7 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> CapsuleOutput:
-        """Score the classes, (B, C, H, W) → `lengths` (B, K): the larger, the likelier.
+        """Score the classes, (B, C, H, W) → `activations` (B, K): the larger, the likelier.
 
         There is no pose but the score, and no reconstruction; the target has no part in it.
         """
@@ -81,10 +81,10 @@ class CrossEntropy(nn.Module):
     """The loss of `ConvNet`, called like the capsule loss."""
 
     def forward(
-        self, lengths: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
+        self, activations: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
     ) -> Tensor:
         """Compute the mean cross entropy of scores (B, K) for class indices (B,)."""
-        return torch.nn.functional.cross_entropy(lengths, target)
+        return torch.nn.functional.cross_entropy(activations, target)
 
 
 def list_networks() -> list[str]:

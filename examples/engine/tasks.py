@@ -38,13 +38,13 @@ class Task:
         """Run the model, in training with the target, (B,), and in a test without one."""
         return model(images) if target is None else model(images, target)
 
-    def predictions(self, lengths: Tensor) -> Tensor:
+    def predictions(self, activations: Tensor) -> Tensor:
         """Read the answer off the lengths: (B, K) → (B,)."""
-        return lengths.argmax(dim=1)
+        return activations.argmax(dim=1)
 
-    def correct(self, lengths: Tensor, target: Any) -> Tensor:
+    def correct(self, activations: Tensor, target: Any) -> Tensor:
         """Say which images are answered right, (B,), bool."""
-        return self.predictions(lengths) == target
+        return self.predictions(activations) == target
 
 
 class TwoClasses(Task):
@@ -65,17 +65,17 @@ class TwoClasses(Task):
         `reconstruction` is (B, 2, C, H, W), in the order of the classes.
         """
         output = model(images)
-        chosen = self.predictions(output.lengths) if target is None else target.labels
+        chosen = self.predictions(output.activations) if target is None else target.labels
         both = [self.decoder(output.poses, labels) for labels in chosen.unbind(1)]
-        return CapsuleOutput(output.lengths, output.poses, torch.stack(both, dim=1))
+        return CapsuleOutput(output.activations, output.poses, torch.stack(both, dim=1))
 
-    def predictions(self, lengths: Tensor) -> Tensor:
+    def predictions(self, activations: Tensor) -> Tensor:
         """Return the classes of the two longest capsules, ascending: (B, K) → (B, 2)."""
-        return lengths.topk(2, dim=1).indices.sort(dim=1).values
+        return activations.topk(2, dim=1).indices.sort(dim=1).values
 
-    def correct(self, lengths: Tensor, target: Originals) -> Tensor:
+    def correct(self, activations: Tensor, target: Originals) -> Tensor:
         """Say of which images both classes are found, (B,), bool."""
-        return (self.predictions(lengths) == target.labels).all(dim=1)
+        return (self.predictions(activations) == target.labels).all(dim=1)
 
 
 class TwoClassesLoss(nn.Module):
@@ -89,12 +89,12 @@ class TwoClassesLoss(nn.Module):
         self.reconstruction_weight = reconstruction_weight
 
     def forward(
-        self, lengths: Tensor, target: Originals, reconstruction: Tensor, images: Tensor
+        self, activations: Tensor, target: Originals, reconstruction: Tensor, images: Tensor
     ) -> Tensor:
-        """Compute the loss, a scalar; lengths (B, K), reconstruction (B, 2, C, H, W)."""
-        present = F.one_hot(target.labels, lengths.shape[1]).sum(dim=1)
+        """Compute the loss, a scalar; activations (B, K), reconstruction (B, 2, C, H, W)."""
+        present = F.one_hot(target.labels, activations.shape[1]).sum(dim=1)
         error = reconstruction_error(reconstruction.float(), target.images)
-        loss = ops.margin_loss(lengths, present)
+        loss = ops.margin_loss(activations, present)
         # Of an empty batch the mean is 0.
         mean = error.sum() / max(1, error.numel())
         return torch.add(loss, mean, alpha=self.reconstruction_weight)

@@ -102,13 +102,13 @@ class Trainer:
     """Trains one model in one run directory.
 
     Args:
-        model: called as model(images, target), returns `.lengths` and `.reconstruction`.
+        model: called as model(images, target), returns `.activations` and `.reconstruction`.
         optimizer: any torch optimiser over the model's parameters.
         schedule: the learning rate of each step.
         runtime: device and precision.
         directory: where the run's files go.
         args: the flags of the run, plain values; written to every checkpoint.
-        loss: called as loss(lengths, target, reconstruction, images); by default `CapsuleLoss`.
+        loss: called as loss(activations, target, reconstruction, images); by default `CapsuleLoss`.
         task: what is asked about an image; by default its class.
         test_batch_size: images a batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
@@ -291,13 +291,13 @@ class Trainer:
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
             output = self.task.run(self.call, images, labels)
-        loss: Tensor = self.loss(output.lengths, labels, output.reconstruction, images)
+        loss: Tensor = self.loss(output.activations, labels, output.reconstruction, images)
         self.optimizer.zero_grad(set_to_none=True)
         # The mean over the whole batch is the mean of the shares' means, weighted by their sizes.
         share = len(images) * self.world.size / count
         (loss if share == 1 else loss * share).backward()
         self.optimizer.step()
-        correct = self.task.correct(output.lengths.detach(), labels).sum()
+        correct = self.task.correct(output.activations.detach(), labels).sum()
         return loss.detach().to(self.runtime.sum_dtype) * len(images), correct
 
     def _finish_epoch(
@@ -384,10 +384,10 @@ class Trainer:
             count = len(batch)
             batch, labels = self.world.share(batch), self.world.share(labels)
             output = self.predict(batch)
-            loss = self.loss(output.lengths, labels, output.reconstruction, batch)
-            correct = self.task.correct(output.lengths, labels).sum()
+            loss = self.loss(output.activations, labels, output.reconstruction, batch)
+            correct = self.task.correct(output.activations, labels).sum()
             sums.add(loss.to(self.runtime.sum_dtype) * len(batch), correct)
-            share = self.task.predictions(output.lengths)
+            share = self.task.predictions(output.activations)
             predictions.append(self.world.reassemble(share, count))
         predicted = torch.cat(predictions).cpu()
         count = len(predicted)

@@ -2,23 +2,26 @@
 
 Every function here has a twin of the same name and signature in `tritoncaps.kernels`. The routing
 goes slice after slice, so that temporaries stay in the cache: a few images through all iterations,
-or a few input capsules through one, whichever is faster (`capsule_routing.group_size`). The
+or a few input capsules through one, whichever is faster (`fused_dynamic_routing.group_size`). The
 derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits
 are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """
 
 from tritoncaps._torch_path._precision import accumulation_dtype
-from tritoncaps._torch_path.capsule_routing import capsule_routing_bwd, capsule_routing_fwd
 from tritoncaps._torch_path.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps._torch_path.fused_dynamic_routing import (
+    fused_dynamic_routing_bwd,
+    fused_dynamic_routing_fwd,
+)
 from tritoncaps._torch_path.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
 from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 __all__ = [
     "accumulation_dtype",
-    "capsule_routing_bwd",
-    "capsule_routing_fwd",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
+    "fused_dynamic_routing_bwd",
+    "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",
     "prediction_vectors_fwd",
     "squash_bwd",

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tritoncaps.kernels._launch import (
     accumulation_dtype,
-    capsule_routing_config,
     cdiv,
     device_of,
     dot_precision,
+    fused_dynamic_routing_config,
     target_of,
     weight_gradient_config,
 )
@@ -451,7 +451,7 @@ def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
     return product.view(1, B, J, D)
 
 
-def capsule_routing_fwd(
+def fused_dynamic_routing_fwd(
     u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route the prediction vectors W u without storing them.
@@ -465,7 +465,7 @@ def capsule_routing_fwd(
 
     Returns:
         v (B, J, D); the coupling (B, I, J), or an empty tensor; every weighted sum (iterations, B,
-        J, D) in the accumulation type. `capsule_routing_bwd` needs the last.
+        J, D) in the accumulation type. `fused_dynamic_routing_bwd` needs the last.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
@@ -477,7 +477,7 @@ def capsule_routing_fwd(
         return v.zero_(), coupling, sums.zero_()
 
     target = target_of(u)
-    config = capsule_routing_config(I, P, J, D, u.dtype, target, backward=False)
+    config = fused_dynamic_routing_config(I, P, J, D, u.dtype, target, backward=False)
     splits, tiles = config.divide(I)
     # Read and written alternately: a pass reads every slot of the iteration before it.
     slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
@@ -516,7 +516,7 @@ def capsule_routing_fwd(
     return v, coupling, sums
 
 
-def capsule_routing_bwd(
+def fused_dynamic_routing_bwd(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
     u: Tensor,
@@ -532,8 +532,8 @@ def capsule_routing_bwd(
         grad_coupling: shape (B, I, J), any strides (read as it is where it is contiguous, else
             copied: its own strides would cost the registers that are left), or None. Ignored
             unless `full`.
-        u, weight, prior: as given to `capsule_routing_fwd`.
-        sums: as returned by `capsule_routing_fwd`.
+        u, weight, prior: as given to `fused_dynamic_routing_fwd`.
+        sums: as returned by `fused_dynamic_routing_fwd`.
         full: differentiate through every iteration; otherwise the last coupling is a constant.
     """
     B, I, P = u.shape
@@ -548,7 +548,7 @@ def capsule_routing_bwd(
         return grad_u.zero_(), grad_weight.zero_(), grad_prior
 
     target = target_of(u)
-    config = capsule_routing_config(I, P, J, D, u.dtype, target, backward=True)
+    config = fused_dynamic_routing_config(I, P, J, D, u.dtype, target, backward=True)
     splits, tiles = config.divide(I)
     slots = sums.new_empty(2, splits, B, J, D)
     poses = sums.new_empty(splits, B, J, D)

@@ -19,7 +19,7 @@ from tritoncaps._torch_path._slices import (
 from tritoncaps._torch_path.prediction_vectors import predict
 
 
-def capsule_routing_fwd(
+def fused_dynamic_routing_fwd(
     u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
@@ -32,7 +32,7 @@ def capsule_routing_fwd(
     return route_images(votes, (B, I, J, D), size, prior, iterations, return_coupling, u)
 
 
-def capsule_routing_bwd(
+def fused_dynamic_routing_bwd(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
     u: Tensor,

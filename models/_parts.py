@@ -1,0 +1,78 @@
+"""What the networks share: their output, their first convolution, the checks of their arguments."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tritoncaps._checks import (
+    check_choice,
+    check_flag,
+    check_floating,
+    check_pair,
+    check_size,
+    shape_of,
+)
+
+
+class CapsuleOutput(NamedTuple):
+    """What a capsule network returns.
+
+    `activations` (B, K): how present each class is, in [0, 1]; of vector capsules their lengths.
+    `poses` (B, K, D): the class capsules.
+    `reconstruction` (B, C, H, W), or None for a model without a decoder.
+    `logits` (B, K), where a model trains on them, or None.
+    """
+
+    activations: Tensor
+    poses: Tensor
+    reconstruction: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """Build a convolution for a ReLU to follow, with He's initialisation, which keeps its scale.
+
+    With torch's default every convolution shrinks the features about threefold in power, and the
+    primary capsules, squashed, start with lengths of a few hundredths.
+    """
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def check_arguments(
+    model: str, sizes: dict[str, object], gradient: object, reconstruction: object
+) -> None:
+    """Raise for an argument of the wrong kind or range, by the name that the model gives it."""
+    for name, size in sizes.items():
+        check_size(model, name, size)
+    check_choice(model, "gradient", gradient, ("full", "last"))
+    check_flag(model, "reconstruction", reconstruction)
+
+
+def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Read a side or a (height, width)."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    check_pair(model, "image_size", sides, "an int or (height, width)")
+    return sides
+
+
+def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smallest: int) -> None:
+    """Raise ValueError where the convolutions leave no primary capsule."""
+    if in_capsules == 0:
+        raise ValueError(
+            f"{model}: image_size={image} leaves no primary capsule, "
+            f"both sides must be at least {smallest}"
+        )
+
+
+def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
+    """Raise where the images are not of the kind or the shape that the model was built for."""
+    check_floating(model, "images", images)
+    if images.shape[1:] != image_shape:
+        raise ValueError(
+            f"{model}: images must be (B, {', '.join(map(str, image_shape))}), "
+            f"got {shape_of(images)}"
+        )

@@ -1,0 +1,93 @@
+"""The decoder that draws an image of a class capsule."""
+
+from collections.abc import Sequence
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tritoncaps import _checks
+from tritoncaps.layers.capsules import capsule_lengths
+
+
+class ReconstructionDecoder(nn.Module):
+    """Draw the image of one class capsule with three fully connected layers (Sabour 2017, 4.1).
+
+    All capsules but the chosen one are masked with zeros: the target's where a target is given,
+    the longest otherwise.
+
+    Args:
+        num_classes: class capsules, K.
+        dim: their components, D.
+        image_shape: (channels, height, width) of the image.
+        hidden: widths of the two hidden layers.
+
+    Shapes: poses (B, K, D) [, target (B,) int64] → (B, channels, height, width), in (0, 1).
+
+    Raises:
+        TypeError, ValueError: a size that is not an int of at least 1; in `forward` poses or
+            target of another kind, shape or range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        image_shape: Sequence[int],
+        hidden: tuple[int, int] = (512, 1024),
+    ) -> None:
+        super().__init__()
+        if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
+            kind = ValueError if isinstance(image_shape, Sequence) else TypeError
+            raise kind(
+                f"ReconstructionDecoder: image_shape must be (channels, height, width), "
+                f"got {_checks.shown(image_shape)}"
+            )
+        channels, height, width = image_shape
+        for name, value in (
+            ("num_classes", num_classes),
+            ("dim", dim),
+            ("channels", channels),
+            ("height", height),
+            ("width", width),
+        ):
+            _checks.check_size("ReconstructionDecoder", name, value)
+        _checks.check_pair("ReconstructionDecoder", "hidden", hidden, "two ints")
+        self.num_classes = num_classes
+        self.dim = dim
+        self.image_shape = (channels, height, width)
+        self.hidden = hidden
+        self.layers = nn.Sequential(
+            nn.Linear(num_classes * dim, hidden[0]),
+            nn.ReLU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+            nn.Linear(hidden[1], channels * height * width),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, poses: Tensor, target: Tensor | None = None) -> Tensor:
+        """Mask all but one capsule and decode it."""
+        _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
+        if poses.shape[1:] != (self.num_classes, self.dim):
+            raise ValueError(
+                f"ReconstructionDecoder: poses must be (B, {self.num_classes}, {self.dim}), "
+                f"got {_checks.shape_of(poses)}"
+            )
+        if target is None:
+            target = capsule_lengths(poses).argmax(dim=1)
+        else:
+            _checks.check_class_indices(
+                "ReconstructionDecoder", target, poses.shape[0], self.num_classes, poses.device
+            )
+        mask = F.one_hot(target, self.num_classes).to(poses.dtype)
+        flat = self.layers(rearrange(poses * mask.unsqueeze(-1), "B K D -> B (K D)"))
+        channels, height, width = self.image_shape
+        return rearrange(flat, "B (C H W) -> B C H W", C=channels, H=height, W=width)
+
+    def extra_repr(self) -> str:
+        """The arguments that build this layer."""
+        return (
+            f"num_classes={self.num_classes}, dim={self.dim}, image_shape={self.image_shape}, "
+            f"hidden={self.hidden}"
+        )

@@ -1,0 +1,98 @@
+"""Capsules routed by agreement."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tritoncaps import _checks, ops
+
+
+class RoutedCapsules(nn.Module):
+    """Route input capsules to output capsules by agreement (Sabour 2017, procedure 1).
+
+    Args:
+        in_capsules: input capsules, I.
+        in_dim: their components, P.
+        out_capsules: output capsules, J.
+        out_dim: their components, D.
+        iterations: weighted sums, at least 1.
+        gradient: "full" differentiates through all iterations, "last" takes the last coupling as
+            a constant.
+        learned_prior: learn the initial logits, (I, J), which start at 0.
+        input_length: ρ, the expected length of an input capsule; see `reset_parameters`.
+
+    Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None.
+
+    Raises:
+        TypeError, ValueError: a size that is not an int of at least 1, an unknown `gradient`, an
+            `input_length` that is not a number over 0, and in `forward` whatever
+            `ops.fused_dynamic_routing` raises.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        iterations: int = 3,
+        *,
+        gradient: ops.Gradient = "full",
+        learned_prior: bool = False,
+        input_length: float = 1.0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_capsules", in_capsules),
+            ("in_dim", in_dim),
+            ("out_capsules", out_capsules),
+            ("out_dim", out_dim),
+            ("iterations", iterations),
+        ):
+            _checks.check_size("RoutedCapsules", name, value)
+        _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
+        _checks.check_flag("RoutedCapsules", "learned_prior", learned_prior)
+        _checks.check_number("RoutedCapsules", "input_length", input_length)
+        if not input_length > 0:
+            raise ValueError(f"RoutedCapsules: input_length must be > 0, got {input_length}")
+        self.in_capsules = in_capsules
+        self.in_dim = in_dim
+        self.out_capsules = out_capsules
+        self.out_dim = out_dim
+        self.iterations = iterations
+        self.gradient: ops.Gradient = gradient
+        self.learned_prior = learned_prior
+        self.input_length = input_length
+        self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim))
+        self.prior = nn.Parameter(torch.empty(in_capsules, out_capsules)) if learned_prior else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from a normal distribution with σ = J / (ρ·√(I·D)).
+
+        At uniform coupling and with inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J, so the sums start
+        near length 1 whatever the sizes. A smaller σ kills the signal of routings in series: each
+        squash squares what is short. A larger one saturates them: the iterations move the coupling
+        to the votes that agree, which lengthens the sums beyond the uniform estimate. So the
+        default is ρ = 1, the most that a squashed capsule has.
+        """
+        fan = math.sqrt(self.in_capsules * self.out_dim)
+        nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))
+        if self.prior is not None:
+            nn.init.zeros_(self.prior)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Route; (B, I, P) → (B, J, D)."""
+        return ops.fused_dynamic_routing(
+            u, self.weight, self.iterations, prior=self.prior, gradient=self.gradient
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that build this layer."""
+        return (
+            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
+            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
+            f"iterations={self.iterations}, gradient={self.gradient!r}, "
+            f"learned_prior={self.learned_prior}, input_length={self.input_length}"
+        )

@@ -5,7 +5,7 @@ and its dtype, ValueError for shape, device and range. Nothing here reads the el
 on an accelerator, so a check never waits for a device, and all of it may be traced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def check_no_tangent(function: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
+def check_tensor(function: str, name: str, value: object, axes: str) -> None:
     """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
     check_floating(function, name, value)
     rank = len(axes.split())
@@ -62,6 +62,34 @@ def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
             f"{function}: {name} must have {rank} axes ({axes.replace(' ', ', ')}), "
             f"got {value.ndim} ({name}: {shape_of(value)})"
         )
+
+
+def check_inputs(function: str, axes: Mapping[str, str], **given: Tensor | None) -> None:
+    """Everything that an operator asks of its tensors.
+
+    `axes` declares them, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?" may be None.
+    """
+    tensors = []
+    for declared, named in axes.items():
+        name = declared.removesuffix("?")
+        tensor = given[name]
+        if tensor is None and declared != name:
+            continue
+        check_tensor(function, name, tensor, named)
+        check_not_empty(function, name, tensor, named)
+        check_no_tangent(function, name, tensor)
+        tensors.append((name, tensor, named))
+    check_axes(function, tensors)
+    check_same_kind(function, [(name, tensor) for name, tensor, _ in tensors])
+
+
+def check_routing_options(
+    function: str, iterations: object, gradient: object, return_coupling: object
+) -> None:
+    """The options of the routings by agreement."""
+    check_iterations(function, iterations)
+    check_choice(function, "gradient", gradient, ("full", "last"))
+    check_flag(function, "return_coupling", return_coupling)
 
 
 def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> None:
@@ -198,7 +226,8 @@ def check_target(function: str, target: Tensor, activations: Tensor) -> None:
         )
     if target.shape != activations.shape:
         raise ValueError(
-            f"{function}: multi-hot target is {shape_of(target)} but activations is {shape_of(activations)}"
+            f"{function}: multi-hot target is {shape_of(target)} "
+            f"but activations is {shape_of(activations)}"
         )
     _check_range(function, "multi-hot values", target, 1)
 

@@ -4,7 +4,7 @@ Cases are drawn by hypothesis from consecutive seeds until the time of --fuzz-se
 that the same cases come first on every run, and their number is printed at the end. A case that
 ends the process is left in the file `case` of the test's temporary directory.
 
-    pytest tests/test_fuzz.py --fuzz-seconds 120 --fuzz-seed 1000
+    pytest tests/reliability/test_fuzz.py --fuzz-seconds 120 --fuzz-seed 1000
 """
 
 import functools
@@ -14,10 +14,9 @@ import io
 import itertools
 import os
 import pickletools
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +24,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FUZZED
-from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 from test_data_files import idx_bytes, make_set
@@ -41,280 +38,87 @@ from tritoncaps import (
     ReconstructionDecoder,
     RoutedCapsules,
     ops,
+    reference,
 )
 from tritoncaps.data import DatasetError
 from tritoncaps.data.idx import IdxFile, read_image_set
 from tritoncaps.models import CapsNet, DeepCapsNet, create_model
+from tritoncaps.testing import LAYOUTS, OPERATORS, Call, Operator, check_call, fuzzed_calls
+from tritoncaps.testing._fuzz import Array, spoilt
 
-CASES_A_SEED = 50
-Fuzz = Callable[[st.SearchStrategy[Any], Callable[[Any], None]], None]
-
-
-@pytest.fixture
-def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Fuzz:
-    """Draw cases and check them until the time is over."""
-    config = request.config
-    options = settings(
-        max_examples=CASES_A_SEED,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-    def run(strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
-        end = time.monotonic() + config.getoption("--fuzz-seconds")
-        count = 0
-        with (tmp_path / "case").open("w") as journal:
-
-            def one(case: Any) -> None:
-                nonlocal count
-                journal.seek(0)
-                journal.truncate()
-                journal.write(repr(case))
-                journal.flush()
-                check(case)
-                count += 1
-
-            for number in itertools.count(config.getoption("--fuzz-seed")):
-                seed(number)(options(given(strategy)(one)))()
-                if time.monotonic() >= end:
-                    break
-        config.stash[FUZZED][request.node.name] = count
-
-    return run
-
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCALES = (1.0, 0.0, 1e-20, 1e30, float("inf"), float("nan"))
 
 # arguments ----------------------------------------------------------------------------------------
 
 
-def creatable_dtypes() -> list[torch.dtype]:
-    """Every dtype of torch of which there can be a tensor."""
-    found = []
-    for value in vars(torch).values():
-        if isinstance(value, torch.dtype) and value not in found:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    torch.empty(2, dtype=value)
-                except (RuntimeError, TypeError):
-                    continue
-            found.append(value)
-    return found
-
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-COMPLEX = (torch.complex64, torch.complex128)
-ANY_DTYPE = creatable_dtypes()
-LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
-SCALES = (1.0, 0.0, 1e-20, 1e30, float("inf"), float("nan"))
-
-
-@dataclass(frozen=True)
-class Array:
-    """A tensor as data."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    layout: str = "contiguous"
-    requires_grad: bool = False
-    scale: float = 1.0
-    largest: int = 1  # of integers
-
-    def build(self) -> Tensor:
-        """Make the tensor: a view of a buffer in which it lies as its layout says."""
-        shape = self.shape
-        if self.dtype not in (*FLOATING, *INTEGERS, *COMPLEX):
-            # Of quantised types torch can make no view.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return torch.empty(shape, dtype=self.dtype, device=self.device)
-        if self.layout == "transposed":
-            tensor = self._buffer(shape[::-1]).permute(tuple(range(len(shape))[::-1]))
-        elif self.layout == "strided":
-            tensor = self._buffer((*shape, 2))[..., 0]
-        elif self.layout == "offset":
-            size = functools.reduce(lambda a, b: a * b, shape, 1)
-            tensor = self._buffer((size + 3,))[3:].view(shape)
-        elif self.layout == "expanded" and shape and shape[0] > 0:
-            tensor = self._buffer((1, *shape[1:])).expand(shape)
-        else:
-            tensor = self._buffer(shape)
-            if self.layout == "sparse" and self.dtype in FLOATING and self.device == "cpu":
-                tensor = tensor.to_sparse()
-        if self.requires_grad and (tensor.is_floating_point() or tensor.is_complex()):
-            tensor = tensor.detach().requires_grad_()
-        return tensor
-
-    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
-        if self.device == "meta":
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-        generator = torch.Generator().manual_seed(sum(shape))
-        if self.dtype in INTEGERS:
-            drawn = torch.randint(self.largest + 1, shape, generator=generator)
-        else:
-            drawn = torch.randn(shape, generator=generator) * self.scale
-        return drawn.to(self.dtype)
-
-
-def built(value: Any) -> Any:
-    """The argument that a drawn value stands for."""
-    return value.build() if isinstance(value, Array) else value
-
-
-JUNK = (
-    *(None, True, False, 0, 1, -1, 2, 1.5, float("nan"), float("inf"), 1j, "3", "full", b"x"),
-    *(2**31, 2**63, 2**70, -(2**70), 10**400, [], [3], (2, 3), (2, 3, 4), "abc", {}, object),
-    *(Array(()), Array((2,)), Array((2, 2), torch.int64)),
-)
-junk = st.sampled_from(JUNK)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call by name; `meant` is false once an argument was replaced by something else."""
-
-    name: str
-    arguments: dict[str, Any]
-    meant: bool = True
+@st.composite
+def squash_calls(draw):
+    """Squash along any axis of any shape; the table has three axes and the last one alone."""
+    shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple))
+    arguments = {
+        "s": draw(arrays(shape)),
+        "dim": draw(st.integers(-len(shape), len(shape) - 1)),
+        "form": draw(st.sampled_from(("quadratic", "exponential"))),
+    }
+    return draw(spoilt(Call("squash", arguments)))
 
 
 @st.composite
-def arrays(draw: st.DrawFn, shape: tuple[int, ...], **fields: Any) -> Array:
-    """Right tensors of a shape."""
+def margin_loss_calls(draw):
+    """Margin loss with every argument; in the table the target is a fixed one."""
+    B, K = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    activations = draw(arrays((B, K)))
+    multi_hot = draw(st.booleans())
+    dtype = draw(st.sampled_from((torch.bool, torch.uint8, torch.int64)))
+    target = Array((B, K), dtype) if multi_hot else Array((B,), torch.int64, largest=K - 1)
+    arguments = {
+        "activations": activations,
+        "target": replace(target, device=activations.device),
+        "m_pos": draw(st.floats(0, 1)),
+        "m_neg": draw(st.floats(0, 1)),
+        "down_weight": draw(st.sampled_from((0, 0.5, 1))),
+        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
+    }
+    return draw(spoilt(Call("margin_loss", arguments)))
+
+
+@st.composite
+def arrays(draw, shape):
     return Array(
         shape,
+        dtype=draw(st.sampled_from(FLOATING)),
+        device=draw(st.sampled_from(("cpu", "cpu", "cpu", "meta"))),
         layout=draw(st.sampled_from(LAYOUTS)),
         requires_grad=draw(st.booleans()),
         scale=draw(st.sampled_from(SCALES)),
-        **fields,
     )
 
 
-@st.composite
-def spoilt(draw: st.DrawFn, call: Call) -> Call:
-    """The call with up to two arguments replaced, or as it is."""
-    for _ in range(draw(st.sampled_from((0, 0, 1, 1, 1, 2)))):
-        name = draw(st.sampled_from(sorted(call.arguments)))
-        value: Any = call.arguments[name]
-        how = draw(st.sampled_from(("junk", "dtype", "device", "axis", "rank", "sparse")))
-        if not isinstance(value, Array) or how == "junk":
-            value = draw(junk)
-        elif how == "dtype":
-            value = replace(value, dtype=draw(st.sampled_from(ANY_DTYPE)))
-        elif how == "device":
-            value = replace(value, device="meta" if value.device == "cpu" else "cpu")
-        elif how == "axis" and value.shape:
-            axis = draw(st.integers(0, len(value.shape) - 1))
-            size = draw(st.integers(0, 5))
-            value = replace(value, shape=(*value.shape[:axis], size, *value.shape[axis + 1 :]))
-        elif how == "sparse":
-            value = replace(value, layout="sparse")
-        else:
-            value = replace(value, shape=draw(st.sampled_from(((), (3,), (2, 2, 2, 2, 2)))))
-        call = Call(call.name, {**call.arguments, name: value}, False)
-    return call
+def loss_shapes(arguments):
+    return [(len(arguments["activations"]),) if arguments["reduction"] == "none" else ()]
 
 
-@st.composite
-def operator_calls(draw: st.DrawFn) -> Call:
-    """Calls of the functions of `tritoncaps.ops`."""
-    B, (I, P, J, D) = draw(st.integers(0, 3)), draw(st.tuples(*[st.integers(1, 4)] * 4))
-    kind = {
-        "dtype": draw(st.sampled_from(FLOATING)),
-        "device": draw(st.sampled_from(("cpu", "cpu", "cpu", "meta"))),
-    }
-    name = draw(st.sampled_from(ops.__all__))
-    arguments: dict[str, Any] = {}
-    if name == "squash":
-        shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple))
-        arguments = {
-            "s": draw(arrays(shape, **kind)),
-            "dim": draw(st.integers(-len(shape), len(shape) - 1)),
-        }
-    elif name == "margin_loss":
-        multi_hot = draw(st.booleans())
-        dtype = draw(st.sampled_from((torch.bool, torch.uint8, torch.int64)))
-        target = Array((B, J), dtype) if multi_hot else Array((B,), torch.int64, largest=J - 1)
-        arguments = {
-            "activations": draw(arrays((B, J), **kind)),
-            "target": replace(target, device=kind["device"]),
-            "m_pos": draw(st.floats(0, 1)),
-            "m_neg": draw(st.floats(0, 1)),
-            "down_weight": draw(st.sampled_from((0, 0.5, 1))),
-            "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
-        }
+WHOLE_LOSS = Operator(
+    ops.margin_loss, reference.margin_loss, {"activations": "B K", "target": "B"}, {"loss": "B"}
+)
+
+
+def check_operator(call):
+    """Check a call of an operator with any of its arguments."""
+    if call.name == "margin_loss" and "target" in call.arguments:
+        check_call(WHOLE_LOSS, call, loss_shapes)
     else:
-        if name == "dynamic_routing":
-            arguments = {"u_hat": draw(arrays((B, I, J, D), **kind))}
-        else:
-            arguments = {
-                "u": draw(arrays((B, I, P), **kind)),
-                "weight": draw(arrays((I, P, J, D), **kind)),
-            }
-        if name != "prediction_vectors":
-            prior = st.none() | arrays((I, J), **kind)
-            arguments |= {
-                "iterations": draw(st.integers(1, 3)),
-                "prior": draw(prior),
-                "gradient": draw(st.sampled_from(("full", "last"))),
-                "return_coupling": draw(st.booleans()),
-            }
-    return draw(spoilt(Call(name, arguments)))
+        check_call(OPERATORS[call.name], call)
 
 
-def documented_results(name: str, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The shapes that a call of an operator returns."""
-    if name == "squash":
-        return [tuple(arguments["s"].shape)]
-    if name == "margin_loss":
-        return [(len(arguments["activations"]),) if arguments["reduction"] == "none" else ()]
-    if name == "dynamic_routing":
-        B, I, J, D = arguments["u_hat"].shape
-    else:
-        B, I, J, D = (*arguments["u"].shape[:2], *arguments["weight"].shape[2:])
-    if name == "prediction_vectors":
-        return [(B, I, J, D)]
-    return [(B, J, D), (B, I, J)][: 1 + arguments["return_coupling"]]
+def test_operators(fuzz):
+    rows = [fuzzed_calls(operator) for operator in OPERATORS.values()]
+    fuzz(st.one_of(*rows, squash_calls(), margin_loss_calls()), check_operator)
 
 
-def outcome(function: Callable[..., Any], call: Call, arguments: dict[str, Any]) -> Any:
-    """What the call returns, or None after a documented error; anything else is passed on."""
-    try:
-        return function(**arguments)
-    except (TypeError, ValueError) as error:
-        if call.meant or not str(error).startswith(f"{call.name}: "):
-            raise
-        return None
-
-
-def check_operator(call: Call) -> None:
-    """The result has the documented shapes, dtype and device, and so have the gradients."""
-    arguments = {name: built(value) for name, value in call.arguments.items()}
-    results = outcome(getattr(ops, call.name), call, arguments)
-    if results is None:
-        return
-    first = next(iter(arguments.values()))
-    results = results if isinstance(results, tuple) else (results,)
-    assert [tuple(r.shape) for r in results] == documented_results(call.name, arguments)
-    assert all(r.dtype == first.dtype and r.device == first.device for r in results)
-    leaves = [a for a in arguments.values() if isinstance(a, Tensor) and a.requires_grad]
-    with_gradient = [result.sum() for result in results if result.requires_grad]
-    assert bool(leaves) == bool(with_gradient)
-    if leaves:
-        for leaf, grad in zip(
-            leaves, torch.autograd.grad(with_gradient, leaves, allow_unused=True), strict=True
-        ):
-            assert grad is None or (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
-
-
-def test_operators(fuzz: Fuzz) -> None:
-    fuzz(operator_calls(), check_operator)
-
-
-MODULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    # name: constructor, right arguments
+# The constructor, and right arguments.
+MODULES = {
     "PrimaryCapsules": (
         PrimaryCapsules,
         {"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
@@ -356,16 +160,26 @@ MODULES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
+def outcome(function, call, arguments):
+    """What the call returns, or None after a documented error; anything else is passed on."""
+    try:
+        return function(**arguments)
+    except (TypeError, ValueError) as error:
+        if call.meant or not str(error).startswith(f"{call.name}: "):
+            raise
+        return None
+
+
 @st.composite
-def module_calls(draw: st.DrawFn) -> Call:
+def module_calls(draw):
     """Calls of the constructors."""
     name = draw(st.sampled_from(sorted(MODULES)))
     return draw(spoilt(Call(name, MODULES[name][1])))
 
 
-def check_module(call: Call) -> None:
+def check_module(call):
     """What is built keeps its arguments, and runs on what it was built for."""
-    arguments = {name: built(value) for name, value in call.arguments.items()}
+    arguments = call.build()
     if call.name == "create_model":  # the default networks are large
         with torch.device("meta"):
             assert outcome(create_model, call, arguments) is None or call.meant
@@ -399,7 +213,7 @@ def check_module(call: Call) -> None:
         assert module(torch.ones(2, 3), torch.tensor([0, 2]), images, images).shape == ()
 
 
-def test_modules(fuzz: Fuzz) -> None:
+def test_modules(fuzz):
     fuzz(module_calls(), check_module)
 
 
@@ -651,7 +465,7 @@ rewritten = st.builds(
 damaged = st.lists(edits, min_size=1, max_size=3)
 
 
-def test_checkpoints(fuzz: Fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints(fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A damaged one is refused or loads as it was saved; a foreign one never runs or claims."""
     monkeypatch.chdir(tmp_path)  # where the payloads would leave their trace
     trace, last = tmp_path / "trace", tmp_path / "last.pt"
@@ -686,7 +500,7 @@ def test_checkpoints(fuzz: Fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fuzz(damaged | rewritten, check)
 
 
-def test_weights(fuzz: Fuzz, tmp_path: Path) -> None:
+def test_weights(fuzz, tmp_path: Path) -> None:
     """The format has no checksum, so the contents may change, but never beyond the file's."""
     tensors = {"a": torch.arange(24.0).view(2, 3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
     content = safetensors_bytes(tensors, {"format": "pt"})
@@ -722,7 +536,7 @@ class IdxCase:
     verify: bool
 
 
-def test_idx_files(fuzz: Fuzz, tmp_path: Path) -> None:
+def test_idx_files(fuzz, tmp_path: Path) -> None:
     """Verified, the published content or an error; else what the files say, of any shape."""
     expected = make_set(6, height=4, width=3)
     contents = [

@@ -7,55 +7,97 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
-# From the bottom up: a file may import from its own layer and from those before it.
-LAYERS = ["kernels", "tritoncaps", "models", "examples", "benchmarks"]
-# How the examples are imported: as they are when they are run as scripts.
+# From the bottom up: a file may import from its own floor and from those below.
+FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
+# They are imported as they are when they are run as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
+# Rooms within tritoncaps, each with those of our modules that it may import. Whatever imports
+# `_checks` or `_version` learns nothing of the operators from it.
+ALWAYS = {"_checks", "_version"}
+ROOMS = {
+    "reference": set(),
+    "_checks": set(),
+    "_torch_path": {"_torch_path"},
+    "_operators": {"_operators", "_torch_path", "kernels"},
+    "ops": {"ops", "_operators"},
+    "layers": {"layers", "ops"},
+    "losses": {"ops"},
+    "testing": {"testing", "ops", "reference", "_operators"},
+}
 
-def layer_of(module: str) -> str | None:
-    """The layer of an imported module, or None for a third party's."""
-    if module in ("tritoncaps.kernels", "tritoncaps.models"):
-        return module.split(".")[1]
-    if module.startswith(("tritoncaps.kernels.", "tritoncaps.models.")):
-        return module.split(".")[1]
-    if module.split(".")[0] in EXAMPLES:
-        return "examples"
-    return module.split(".")[0] if module.split(".")[0] in LAYERS else None
 
-
-def imports_of(path: Path) -> list[str]:
-    """Every module that a file imports, wherever in the file."""
-    modules = []
+def imports_of(path):
+    """Every module that a file imports, wherever in the file, as dotted names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path} uses a relative import"
-            modules += [f"{node.module}.{alias.name}" for alias in node.names]
-    return modules
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def floor_of(module):
+    """The floor of an imported module, or None for a third party's."""
+    first, _, rest = module.partition(".")
+    if first == "tritoncaps":
+        second = rest.partition(".")[0]
+        return second if second in ("kernels", "models") else first
+    if first in EXAMPLES:
+        return "examples"
+    return first if first in FLOORS else None
+
+
+def files_of(folder, name):
+    path = folder / f"{name}.py"
+    return [path] if path.exists() else sorted((folder / name).rglob("*.py"))
 
 
 def test_imports_run_one_way():
     seen = set()
-    for layer in LAYERS[:4]:
-        for path in (ROOT / layer).rglob("*.py"):
+    for floor in FLOORS:
+        for path in files_of(ROOT, floor):
             for module in imports_of(path):
-                imported = layer_of(module)
-                if imported is None:
-                    continue
-                seen.add((layer, imported))
-                assert LAYERS.index(imported) <= LAYERS.index(layer), f"{path} imports {module}"
-    assert {("models", "tritoncaps"), ("examples", "models")} <= seen
+                imported = floor_of(module)
+                if imported is not None:
+                    seen.add((floor, imported))
+                    assert FLOORS.index(imported) <= FLOORS.index(floor), f"{path} imports {module}"
+    expected = {("tritoncaps", "kernels"), ("models", "tritoncaps"), ("examples", "models")}
+    assert expected <= seen, "imports were not found"
 
 
-def test_reference_imports_nothing_of_ours():
-    assert [m for m in imports_of(ROOT / "tritoncaps" / "reference.py") if layer_of(m)] == []
+def rooms_imported(path):
+    """Rooms of tritoncaps that a file imports; "tritoncaps" alone stands for all of it."""
+    for module in imports_of(path):
+        if floor_of(module) is not None:
+            parts = module.split(".")
+            yield parts[1] if parts[0] == "tritoncaps" and len(parts) > 1 else parts[0]
 
 
-def run_python(code: str) -> str:
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_more_than_it_may(room):
+    files = files_of(ROOT / "tritoncaps", room)
+    assert files
+    for path in files:
+        foreign = set(rooms_imported(path)) - ROOMS[room] - (ALWAYS - {room})
+        assert not foreign, f"{path} imports {foreign}"
+
+
+def test_nothing_in_the_package_imports_testing():
+    for floor in ("kernels", "tritoncaps", "models"):
+        for path in files_of(ROOT, floor):
+            if "testing" not in path.relative_to(ROOT).parts:
+                assert "testing" not in set(rooms_imported(path)), path
+
+
+# In a process of its own --------------------------------------------------------------------------
+
+
+def run_python(code):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
@@ -75,7 +117,7 @@ print(time.process_time() - begun)
     assert min(float(run_python(code)) for _ in range(3)) < 1.0
 
 
-UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "safetensors"]
+UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesis"]
 
 
 @pytest.mark.parametrize("missing", ["torchvision", "triton", "all"])
@@ -96,6 +138,25 @@ print(tritoncaps.__version__)
     assert run_python(code).strip()
 
 
+def test_checks_alone_need_hypothesis():
+    """Drawing of inputs and the 2x rule are for benchmarks too."""
+    code = f"""
+import sys
+for name in {UNNEEDED!r}:
+    sys.modules[name] = None
+import torch
+from tritoncaps import testing
+for operator in testing.OPERATORS.values():
+    testing.compare(operator, testing.Case(testing.SIZES, operator.defaults))
+for name, check in testing.CHECKS.items():
+    try:
+        check(testing.OPERATORS["prediction_vectors"], torch.device("cpu"))
+    except ModuleNotFoundError as error:
+        print(name, error.name)
+"""
+    assert run_python(code).split() == ["agreement", "hypothesis", "fuzz", "hypothesis"]
+
+
 def test_import_loads_nothing_that_it_does_not_need():
     code = """
 import sys
@@ -104,8 +165,8 @@ before = set(sys.modules)
 import tritoncaps, tritoncaps.models, tritoncaps.data
 print(*set(sys.modules) - before)
 """
-    loaded = run_python(code).split()
+    loaded = set(run_python(code).split())
     assert "tritoncaps.ops" in loaded
     # Triton may be among them: torch's FLOP counter loads it where it is installed.
-    forbidden = {*UNNEEDED, "tritoncaps.kernels"} - {"triton"}
-    assert not forbidden & set(loaded)
+    forbidden = {*UNNEEDED, "safetensors", "tritoncaps.kernels", "tritoncaps.testing"} - {"triton"}
+    assert not forbidden & loaded

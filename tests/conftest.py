@@ -1,11 +1,13 @@
 """Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
 
+import itertools
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tritoncaps._operators import INTERPRETED
 
@@ -60,6 +62,40 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("fuzzing")
         for name, count in counts.items():
             terminalreporter.line(f"{name}: {count:,} cases")
+
+
+@pytest.fixture
+def fuzz(request, tmp_path):
+    """Draw cases from a strategy and check each of them until the time is over.
+
+    Cases come from consecutive seeds, so every run starts with the same ones. A case that kills
+    the process can be read in the file `case` of the test's temporary directory.
+    """
+    config = request.config
+    options = settings(
+        max_examples=50,  # for each seed
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+    def run(strategy, check):
+        end = time.monotonic() + config.getoption("--fuzz-seconds")
+        count = 0
+
+        def one(case):
+            nonlocal count
+            (tmp_path / "case").write_text(repr(case))
+            check(case)
+            count += 1
+
+        for number in itertools.count(config.getoption("--fuzz-seed")):
+            seed(number)(options(given(strategy)(one)))()
+            if time.monotonic() >= end:
+                break
+        config.stash[FUZZED][request.node.name] = count
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ on an accelerator, so a check never waits for a device, and all of it may be tra
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def check_no_tangent(function: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_tensor(function: str, name: str, value: object, axes: str) -> None:
+def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
     """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
     check_floating(function, name, value)
     rank = len(axes.split())
@@ -64,7 +65,7 @@ def check_tensor(function: str, name: str, value: object, axes: str) -> None:
         )
 
 
-def check_inputs(function: str, axes: Mapping[str, str], **given: Tensor | None) -> None:
+def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
     """Everything that an operator asks of its tensors.
 
     `axes` declares them, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?" may be None.

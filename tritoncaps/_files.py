@@ -309,9 +309,10 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    tag, content = next(iter(value.items()), ("", None))
+    tag = next(iter(value), "")
     if not tag.startswith("$"):
         return {key: _decode(entry, tensors) for key, entry in value.items()}
+    content = value[tag]
     if tag == "$tuple":
         return tuple(_decode(item, tensors) for item in content)
     if tag == "$float":

@@ -1,4 +1,4 @@
-"""`load_model`: what it takes from a directory or a file, and what it says where it takes nothing."""
+"""`load_model`: what it takes from a directory or a file, and what it says where it finds none."""
 
 import json
 from pathlib import Path

@@ -5,9 +5,9 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from fuzzing import Edit, assert_nothing_was_claimed, edited, edits, little_memory
 from hypothesis import strategies as st
 from image_sets import assert_same_set, idx_bytes, make_set
+from reliability.fuzzing import Edit, assert_nothing_was_claimed, edited, edits, little_memory
 
 from tritoncaps.data import DatasetError
 from tritoncaps.data.files import DataFile

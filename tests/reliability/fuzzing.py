@@ -1,4 +1,4 @@
-"""Damage for the fuzz tests of file formats, and what holds for every damaged file."""
+"""Damaged files: changes of their bytes, and a limit on the memory that reading them may take."""
 
 import os
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ CLAIMS = (0, 1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of some bytes; positions are taken modulo the length of what is changed."""
+    """A change of some bytes. Positions are taken modulo the length of what is changed."""
 
     kind: str
     first: int
@@ -21,7 +21,7 @@ class Edit:
     number: int
     content: bytes = b""
 
-    def apply(self, content):
+    def apply(self, content: bytes) -> bytes:
         """Return the changed bytes."""
         start = self.first % (len(content) + 1)
         end = min(start + 1 + self.second % 64, len(content))
@@ -32,7 +32,7 @@ class Edit:
             return content[:start]
         if self.kind == "delete":
             return content[:start] + content[end:]
-        if self.kind == "splice":  # repeat a range elsewhere
+        if self.kind == "splice":  # a range again, elsewhere
             at = self.second % (len(content) + 1)
             return content[:at] + content[start:end] + content[at:]
         if self.kind == "claim":
@@ -47,7 +47,7 @@ positions = st.integers(0, 2**16)
 edits = st.builds(
     Edit,
     kind=st.sampled_from(("flip", "truncate", "delete", "splice", "claim", "claim", "insert")),
-    # The headers of all formats are at an end of the file.
+    # The headers of all formats lie at one end of the file.
     first=st.integers(0, 64) | positions,
     second=positions,
     number=st.integers(0, 255),
@@ -55,8 +55,8 @@ edits = st.builds(
 )
 
 
-def edited(content, changes):
-    """Return the content after all changes."""
+def edited(content: bytes, changes: list[Edit]) -> bytes:
+    """The content after all changes."""
     for change in changes:
         content = change.apply(content)
     return content
@@ -64,11 +64,11 @@ def edited(content, changes):
 
 @contextmanager
 def little_memory():
-    """Limit new allocations to 1 GiB, so that believing a claimed size is an error."""
+    """Let no more than 1 GiB be allocated, so that a size that is only claimed is an error."""
     if not Path("/proc/self/statm").exists():
         yield
         return
-    import resource  # exists where /proc does
+    import resource  # exists wherever /proc does
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -79,8 +79,8 @@ def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def assert_nothing_was_claimed(error):
-    """No error in the chain is about memory: nothing tried to allocate what a header claims."""
+def assert_nothing_was_claimed(error: BaseException | None) -> None:
+    """No error in the chain is one of memory: nothing tried to allocate what a header claims."""
     while error is not None:
         assert not isinstance(error, MemoryError), error
         assert "allocate memory" not in str(error), error

@@ -1,6 +1,6 @@
 """Calls of the launchers, and what watches them: allocations, guard bands, launches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -10,83 +10,126 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritoncaps import kernels, reference
+from tritoncaps import kernels, reference, testing
 
-ROUTINGS = ("dynamic_routing", "fused_dynamic_routing")
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Normal values from a seed and the shape."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+ROUTINGS = ("routing_pass", "dynamic_routing", "fused_dynamic_routing")
+SIZES = {"B": 3, "I": 19, "P": 3, "J": 4, "D": 5}
+Call = dict[str, Tensor]
 
 
-def routing_inputs(
+def draw(
     name: str,
-    shape: tuple[int, int, int, int, int],
     device: torch.device,
+    sizes: Mapping[str, int] = SIZES,
+    *,
     dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    """u and weight, or u_hat; then a prior, grad_v and grad_coupling, for (B, I, P, J, D)."""
-    B, I, P, J, D = shape
-    if name == "fused_dynamic_routing":
-        inputs = [random(B, I, P, dtype=dtype), random(I, P, J, D, dtype=dtype) / max(P, 1) ** 0.5]
-    else:
-        inputs = [random(B, I, J, D, dtype=dtype)]
-    inputs += [
-        random(I, J, dtype=dtype),
-        random(B, J, D, dtype=dtype),
-        random(B, I, J, dtype=dtype),
-    ]
-    return [tensor.to(device) for tensor in inputs]
+    optional: tuple[str, ...] | None = None,
+) -> Call:
+    """The inputs of a call by name, with the gradients of its output and of its coupling."""
+    operator = testing.OPERATORS[name]
+    # The weight is divided by √P, so a P of 0 is cut from a P of 1.
+    drawn = {**sizes, "P": max(sizes["P"], 1)}
+    call = testing.draw_inputs(operator, drawn, dtype=dtype, device=device, optional=optional)
+    for key, tensor in call.items():
+        axes = operator.axes[key].split()
+        if "P" in axes:
+            call[key] = tensor.narrow(axes.index("P"), 0, sizes["P"]).contiguous()
+    for seed, (output, axes) in enumerate(operator.outputs.items(), start=1):
+        shape = [sizes[axis] for axis in axes.split()]
+        grad = testing.normal(*shape, seed=seed, dtype=dtype).to(device)
+        call["grad_coupling" if output == "coupling?" else "grad"] = grad
+    return call
 
 
-def run_routing(
+def run(
     name: str,
-    inputs: list[Tensor],
+    call: Call,
     *,
     iterations: int = 3,
-    full: bool = True,
-    with_prior: bool = True,
+    gradient: str = "full",
     with_coupling: bool = True,
-) -> list[Tensor]:
-    """Results of both launchers: v, coupling, sums, then the gradients of the inputs."""
-    *tensors, prior, grad_v, grad_coupling = inputs
+    form: str = "quadratic",
+) -> Call:
+    """Results of both launchers by name; those of the inputs' gradients begin with "d_"."""
+    operator = testing.OPERATORS[name]
     forward, backward = (getattr(kernels, f"{name}_{way}") for way in ("fwd", "bwd"))
-    prior = prior if with_prior else None
-    v, coupling, sums = forward(*tensors, prior, iterations, with_coupling)
-    grad_coupling = grad_coupling if with_coupling else None
-    grads = backward(grad_v, grad_coupling, *tensors, prior, sums, full)
-    return [v, coupling, sums, *(grad for grad in grads if grad is not None)]
+    inputs = {key: call.get(key) for key in operator.axes}
+    if name == "squash":
+        s, grad = (x.reshape(-1, x.shape[-1]) for x in (call["s"], call["grad"]))
+        return {"v": forward(s, form), "d_s": backward(grad, s, form)}
+    if name == "prediction_vectors":
+        results = {"u_hat": forward(*inputs.values())}
+        grads = backward(call["grad"], *inputs.values())
+    else:
+        grad_coupling = call["grad_coupling"] if with_coupling else None
+        if name == "routing_pass":
+            s, coupling = forward(*inputs.values(), with_coupling)
+            results = {"s": s, "coupling": coupling}
+            grads = backward(call["grad"], grad_coupling, *inputs.values())
+        else:
+            v, coupling, sums = forward(*inputs.values(), iterations, with_coupling)
+            results = {"v": v, "coupling": coupling, "sums": sums}
+            grads = backward(call["grad"], grad_coupling, *inputs.values(), sums, gradient)
+    for key, grad in zip(inputs, grads, strict=True):
+        assert (grad is None) == (inputs[key] is None)
+        if grad is not None:
+            results[f"d_{key}"] = grad
+    return results
 
 
-def exact_routing(
+def exact(
     name: str,
-    inputs: list[Tensor],
+    call: Call,
     *,
     iterations: int = 3,
-    full: bool = True,
-    with_prior: bool = True,
+    gradient: str = "full",
     with_coupling: bool = True,
+    form: str = "quadratic",
     dtype: torch.dtype = torch.float64,
-) -> list[Tensor]:
-    """The reference's v, coupling and gradients, by autograd of the einsum form in `dtype`."""
-    *tensors, prior, grad_v, grad_coupling = (tensor.to(dtype) for tensor in inputs)
-    leaves = [tensor.detach().requires_grad_() for tensor in [*tensors, prior]]
-    v, coupling = getattr(reference, name)(
-        *leaves[:-1],
-        iterations,
-        prior=leaves[-1] if with_prior else None,
-        gradient="full" if full else "last",
-        return_coupling=True,
-    )
-    loss = (v * grad_v).sum()
-    if with_coupling and full:
-        loss = loss + (coupling * grad_coupling).sum()
-    wanted = leaves if with_prior else leaves[:-1]
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
-    return [v.detach(), coupling.detach(), *filled]
+) -> Call:
+    """The reference's results and gradients, by autograd of the einsum form in `dtype`."""
+    operator = testing.OPERATORS[name]
+    leaves = {
+        key: call[key].to(dtype).detach().requires_grad_() for key in operator.axes if key in call
+    }
+    options: dict[str, Any] = {}
+    if name == "squash":
+        options = {"form": form}
+    elif name in ROUTINGS:
+        options = {"return_coupling": True}
+        if name != "routing_pass":
+            options |= {"iterations": iterations, "gradient": gradient}
+    outputs = operator.call(leaves, options, getattr(reference, name))
+    loss = (outputs[0] * call["grad"].to(dtype)).sum()
+    if name in ROUTINGS and with_coupling and gradient == "full":
+        loss = loss + (outputs[1] * call["grad_coupling"].to(dtype)).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    names = [key.removesuffix("?") for key in operator.outputs]
+    results = {key: output.detach() for key, output in zip(names, outputs, strict=True)}
+    if not with_coupling:
+        results.pop("coupling", None)
+    for (key, leaf), grad in zip(leaves.items(), grads, strict=True):
+        results[f"d_{key}"] = torch.zeros_like(leaf) if grad is None else grad
+    if name == "squash":
+        results = {key: result.reshape(-1, result.shape[-1]) for key, result in results.items()}
+    return results
+
+
+def assert_exact(actual: Call, expected: Call) -> None:
+    """float64 results of `run` against those of `exact`."""
+    assert expected.keys() <= actual.keys()
+    for key, exactly in expected.items():
+        assert actual[key].is_contiguous()
+        torch.testing.assert_close(
+            actual[key], exactly, rtol=1e-10, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def assert_same_bits(actual: Call, expected: Call) -> None:
+    """Every result, to the last bit."""
+    assert actual.keys() == expected.keys()
+    for key, bits in expected.items():
+        assert torch.equal(actual[key], bits), key
 
 
 class Allocations(TorchDispatchMode):
@@ -112,12 +155,14 @@ class Allocations(TorchDispatchMode):
         # What is not floating-point are the interpreter's own copies, made of bytes.
         if isinstance(result, Tensor) and not func.is_view and result.is_floating_point():
             self.shapes.append(result.shape)
-        if name not in ("empty", "empty_like", "new_empty") or not result.is_floating_point():
+        is_empty = name in ("empty", "empty_like", "new_empty")
+        if not (is_empty or name == "new_zeros") or not result.is_floating_point():
             return result
         size = result.numel()
         storage = result.new_full((size + 2 * self.BAND,), self.SENTINEL)
         self.storages.append(storage)
-        return storage[self.BAND : self.BAND + size].fill_(float("nan")).view(result.shape)
+        inside = storage[self.BAND : self.BAND + size]
+        return inside.fill_(float("nan") if is_empty else 0.0).view(result.shape)
 
     def assert_bands_untouched(self) -> None:
         """No kernel wrote beside a tensor."""

@@ -75,6 +75,17 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
     return "tf32"
 
 
+def holds_operands(target: Target) -> bool:
+    """Whether a matrix product keeps its operands in registers, which leaves fewer for the rest.
+
+    The matrix units of Hopper and of the larger Blackwells read shared memory; other NVIDIA ones do
+    not. AMD has twice the registers.
+    """
+    return target.architecture.startswith("sm") and not target.architecture.startswith(
+        ("sm90", "sm10")
+    )
+
+
 def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
     """The tensor's strides, or zeros where there is no tensor."""
     return (0,) * axes if tensor is None else tensor.stride()

@@ -29,6 +29,7 @@ from tritoncaps.kernels._launch import (
     device_of,
     divide,
     dot_precision,
+    holds_operands,
     measured,
     strides,
     target_of,
@@ -66,8 +67,9 @@ def pass_launch(
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
     BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). That is the most for
-    which the backward, which also holds du and two projections, keeps everything in registers. A
-    pair P × D with more values spills, the more the larger it is, until it is refused.
+    which the backward, which also holds du and two projections, keeps everything in registers; with
+    a bias too, and operands in registers, it is half of that. A pair P × D with more values spills,
+    the more the larger it is, until it is refused.
     GROUPS: 8 warps with a group each; few input capsules are spread over them.
     num_stages: the first sweep fetches the weight of the next j during this one, if the buffers fit
     into shared memory. The second sweep, which uses the weight in two products, does not; nor does
@@ -77,7 +79,8 @@ def pass_launch(
     device has shown yet whether more, smaller ones would be faster.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide else 512)
+    is_tight = backward and not prologue and holds_operands(target)
+    block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8))))
     groups = min(triton.next_power_of_2(triton.cdiv(I, block_i)), 8)
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
@@ -107,14 +110,14 @@ def weight_gradient_launch(
     """Launch keywords of dW: one tile and one j a program, 1024 values (512 of float64).
 
     I·P·J·D/1024 programs are work for every processor. BLOCK_B: 32 batch rows at a time are what
-    the two projections beside dW leave room for in 4 warps; 16 for a tile of fewer rows, whose
-    warps hold parts of the projections twice.
+    the two projections beside dW leave room for in 4 warps; 16 where operands take registers too,
+    and for a tile of fewer rows, whose warps hold parts of the projections twice.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _weight_tile(P, D, 512 if is_wide else 1024)
     block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(I)))
     launch = {
-        "BLOCK_B": 32 if block_i * block_p >= 64 else 16,
+        "BLOCK_B": 32 if block_i * block_p >= 64 and not holds_operands(target) else 16,
         "BLOCK_I": block_i,
         "BLOCK_P": block_p,
         "BLOCK_D": block_d,
@@ -466,6 +469,10 @@ def _add_pairs(
     """
     K: tl.constexpr = w.shape[0]
     ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
+    # The gradient before the logits, as in `pass_backward`: it takes fewer registers.
+    if (HAS_POSE or HAS_PRIOR) and FULL:
+        projected = dot(w, tl.trans(ds), PRECISION)
+        dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
     logits = prior
     if HAS_POSE:
         pose = tl.load(pose_ptrs, mask_bd, other=0.0).to(u.dtype)
@@ -481,8 +488,6 @@ def _add_pairs(
     cu = tl.reshape(c[None, :, :] * u, (K, u.shape[2]))
     dw += dot(cu, ds, PRECISION)
     if (HAS_POSE or HAS_PRIOR) and FULL:
-        projected = dot(w, tl.trans(ds), PRECISION)
-        dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
         db = softmax * (dc - tl.load(delta_ptrs, mask_ib, other=0.0))
         if HAS_BIAS:
             dbias += tl.where(mask_ib, dc, 0.0)

@@ -21,17 +21,27 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 from triton.runtime.jit import JITFunction
 
+from tools import compile_report
+from tools.compile_report import SHAPES, TARGETS
 from tritoncaps.kernels import (
-    _primitives,
-    compile_report,
+    _slots,
+    _tiles,
     dynamic_routing,
     fused_dynamic_routing,
     prediction_vectors,
+    routing_pass,
     squash,
 )
-from tritoncaps.kernels.compile_report import SHAPES, TARGETS
 
-MODULES = (_primitives, fused_dynamic_routing, dynamic_routing, prediction_vectors, squash)
+MODULES = (
+    _slots,
+    _tiles,
+    dynamic_routing,
+    fused_dynamic_routing,
+    prediction_vectors,
+    routing_pass,
+    squash,
+)
 FP32 = torch.float32
 # The tilings of these are the largest; the other named shapes need no more than they do.
 LARGE = ("MNIST", "1000 classes")
@@ -91,26 +101,48 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
     finally:
         torch.set_float32_matmul_precision(before)
     is_tf32 = [launch for launch in found if dict(launch.constants).get("PRECISION") == "tf32"]
-    assert {launch.name for launch in is_tf32} > {"_routing_fwd_kernel", "_routing_bwd_kernel"}
+    assert {launch.name for launch in is_tf32} > {
+        "_pass_fwd_kernel",
+        "_pass_bwd_kernel",
+        "_routing_fwd_kernel",
+        "_routing_bwd_kernel",
+    }
     assert_compiles("sm90", is_tf32, pool)
 
 
-def test_every_mode_compiles(pool):
+def every_mode(target_name):
+    """The launches of the MNIST shape in every mode."""
+    flags = [(False, True)] * 3
     found = {}
-    # With fewer iterations there are fewer steps to unroll, of the same modes.
-    few = [(iterations, flag, flag, True) for iterations in (1, 2) for flag in (False, True)]
-    for iterations, *flags in [*product((3,), *[(False, True)] * 3), *few]:
-        modes = dict(zip(("with_prior", "with_coupling", "full"), flags, strict=True))
-        of_mode = launches("sm90", [FP32], shapes=["MNIST"], iterations=iterations, **modes)
-        found |= dict.fromkeys(of_mode)
-    assert_compiles("sm90", list(found), pool)
+    for iterations, with_prior, with_coupling, with_bias in product((3, 1, 2), *flags):
+        for gradient in ("full", "last"):
+            # With fewer iterations there are fewer steps to unroll, of the same modes.
+            if iterations < 3 and not (with_prior == with_coupling == with_bias):
+                continue
+            of_mode = launches(
+                target_name,
+                [FP32],
+                shapes=["MNIST"],
+                iterations=iterations,
+                with_prior=with_prior,
+                with_coupling=with_coupling,
+                with_bias=with_bias,
+                gradient=gradient,
+            )
+            found |= dict.fromkeys(of_mode)
+    return list(found)
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_every_mode_compiles(pool, target_name):
+    assert_compiles(target_name, every_mode(target_name), pool)
 
 
 def test_extents_of_one_compile(pool):
     """Triton makes an argument of 1 a constant, which not every operation on a tensor takes."""
     _, target = TARGETS["sm90"]
     found = compile_report.record_launches(
-        (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_coupling=True
+        (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_bias=True, with_coupling=True
     )
     assert_compiles("sm90", found, pool)
 
@@ -118,7 +150,7 @@ def test_extents_of_one_compile(pool):
 def test_no_jit_function_is_forgotten():
     """Every kernel is launched by some launcher, and every helper is called by another."""
     sources = {module: Path(inspect.getfile(module)).read_text() for module in MODULES}
-    launched = {launch.name for launch in launches("sm90", [FP32], shapes=["MNIST"])}
+    launched = {launch.name for launch in every_mode("sm90")}
     functions = {
         (module, name)
         for module in MODULES

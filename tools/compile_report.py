@@ -1,10 +1,10 @@
 """What the kernels cost on each target: registers, shared memory, instructions. Needs no GPU.
 
-    python -m tritoncaps.kernels.compile_report [--target sm90] [--dtype float32]
+    python tools/compile_report.py [--target sm90] [--dtype float32]
 
-The launchers run on tensors without storage while every launch is recorded instead of made; each
+The launchers run on tensors without storage, and every launch is recorded instead of made. Each
 distinct launch is then compiled ahead of time, with the specialisation that Triton would give it,
-on all cores.
+on all cores. tests/kernels/test_kernels_compile.py checks the same launches.
 """
 
 import argparse
@@ -31,7 +31,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tritoncaps import kernels
-from tritoncaps.kernels import dynamic_routing, fused_dynamic_routing, prediction_vectors
+from tritoncaps.kernels import (
+    dynamic_routing,
+    fused_dynamic_routing,
+    prediction_vectors,
+    routing_pass,
+)
 from tritoncaps.kernels._launch import Target
 
 BATCH = 128
@@ -127,10 +132,11 @@ def record_launches(
     batch: int = BATCH,
     iterations: int = 3,
     with_prior: bool = False,
+    with_bias: bool = False,
     with_coupling: bool = False,
-    full: bool = True,
+    gradient: str = "full",
 ) -> Iterator[Launch]:
-    """Every distinct launch of every op, forward and backward."""
+    """Every distinct launch of every operator, forward and backward."""
     I, P, J, D = shape
     found: dict[Launch, None] = {}
 
@@ -143,17 +149,21 @@ def record_launches(
     u, weight, u_hat = empty(batch, I, P), empty(I, P, J, D), empty(batch, I, J, D)
     grad_v, s = empty(batch, J, D), empty(batch * J, D)
     prior = empty(I, J) if with_prior else None
+    bias = empty(I, J) if with_bias else None
     grad_coupling = empty(batch, I, J) if with_coupling else None
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        for module in (fused_dynamic_routing, dynamic_routing, prediction_vectors):
+        for module in (routing_pass, fused_dynamic_routing, dynamic_routing, prediction_vectors):
             stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
-        kernels.squash_bwd(kernels.squash_fwd(s), s)
+        for form in ("quadratic", "exponential"):
+            kernels.squash_bwd(kernels.squash_fwd(s, form), s, form)
         kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
+        kernels.routing_pass_fwd(u, weight, grad_v, prior, bias, with_coupling)
+        kernels.routing_pass_bwd(grad_v, grad_coupling, u, weight, grad_v, prior, bias)
         _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, iterations, with_coupling)
-        kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, full)
+        kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, gradient)
         _, _, sums = kernels.fused_dynamic_routing_fwd(u, weight, prior, iterations, with_coupling)
-        kernels.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, full)
+        kernels.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, gradient)
     yield from found
 
 

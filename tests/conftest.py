@@ -53,6 +53,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[FUZZED] = {}
+    config.addinivalue_line("markers", "fuzz: draws cases by the clock; see --fuzz-seconds")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "fuzz" in getattr(item, "fixturenames", ()):
+            item.add_marker("fuzz")
 
 
 def pytest_terminal_summary(terminalreporter):

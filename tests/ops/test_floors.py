@@ -91,7 +91,7 @@ def test_the_function_and_its_reference_are_called_alike(name):
         assert parameter.kind == theirs.parameters[argument].kind, argument
     row = OPERATORS[name]
     unnamed = set(ours.parameters) - set(row.axes) - set(row.options)
-    # Beyond the table: tests/ops/test_squash.py and tests/ops/test_margin_loss.py have these.
+    # test_squash_operator.py and test_margin_loss.py have what is beyond the table.
     special = {"squash": {"dim"}, "margin_loss": {"target", "m_pos", "m_neg", "down_weight"}}
     assert unnamed == special.get(name, set())
 

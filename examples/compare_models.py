@@ -67,14 +67,14 @@ def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Outpu
             f"{row['seconds_per_epoch']:.3g} s an epoch"
         )
 
-    runs = {
+    curves = {
         TITLES[model]: experiment.curves(runs)
         for (model,), runs in grouped(results, "model").items()
     }
     experiment_figures.plot_model_curves(
-        runs,
+        curves,
         experiment.directory / "curves.png",
-        f"{experiment.dataset.title}: one recipe, {counted(max(map(len, runs.values())), 'seed')}",
+        f"{experiment.dataset.title}: one recipe, {counted(comparison.seeds, 'seed')}",
         "test accuracy",
     )
     print(f"tables, curves.png and checkpoints are in {experiment.directory}")

@@ -73,10 +73,10 @@ def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> i
     sizes = choose_sizes(what.sizes, len(experiment.train_images), output.dry_run)
     epoch_size = what.epoch_size or max(sizes)
     experiment.open(epoch_size=epoch_size)
+    base = experiment.recipe
+    assert isinstance(base, PartRecipe)
     recipes = {
-        f"{model}-{size}-seed{seed}": replace(
-            experiment.recipe, model=model, seed=seed, train_size=size
-        )
+        f"{model}-{size}-seed{seed}": replace(base, model=model, seed=seed, train_size=size)
         for seed in range(1, what.seeds + 1)
         for size in sizes
         for model in what.models

@@ -104,7 +104,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
             print(f"resuming    after {trainer.progress}")
         each = f" ({recipe.batch_size / world.size:.4g} on each process)" if world.size > 1 else ""
         print(
-            f"training    {counted(recipe.epochs, 'epoch')} of {counted(len(job.train), 'batch')} "
+            f"training    {counted(recipe.epochs or 0, 'epoch')} of {counted(len(job.train), 'batch')} "
             f"of {recipe.batch_size}{each}, seed {recipe.seed}",
             flush=True,
         )

@@ -80,26 +80,31 @@ def find_start(
             f"{' and no '.join(missing)}"
         )
     if weights:
-        return Start(directory, _flags_of(header, directory), header["epoch"], weights)
+        args = {**_flags_beside(directory), **{name: header[name] for name in needed[:3]}}
+        return Start(directory, _own(args), header["epoch"], weights)
     epoch, best_epoch = header["progress"]["epoch"], header["progress"]["best_epoch"]
     if best_epoch and not eval_only:
         # It is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
-    return Start(directory, header["args"], epoch, header["model"], header)
+    return Start(directory, _own(header["args"]), epoch, header["model"], header)
 
 
-def _flags_of(header: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Return the flags of the run that weights are of, as far as they are known."""
+def _flags_beside(directory: Path) -> dict[str, Any]:
+    """Read the flags in args.json, where there is one: those of the machine still hold."""
     path = directory / "args.json"
     try:
-        flags = json.loads(path.read_text())["args"] if path.is_file() else {}
+        flags: dict[str, Any] = json.loads(path.read_text())["args"] if path.is_file() else {}
     except (ValueError, KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(
-            f"{path} is damaged ({error}): without it, the flags given now would count"
+            f"{path} is damaged ({error}): remove it, and give the flags of the run again"
         ) from error
-    model_kwargs = {k: v for k, v in header["model_kwargs"].items() if k not in FROM_DATA}
-    known = {"model": header["model"], "model_kwargs": model_kwargs, "dataset": header["dataset"]}
-    return {**flags, **known}
+    return flags
+
+
+def _own(args: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the arguments of the network that the images decide: no flag gave them."""
+    kwargs = args.get("model_kwargs", {})
+    return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
 
 def merge_flags(

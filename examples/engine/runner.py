@@ -80,33 +80,24 @@ class Job:
     curve: bool = True
 
 
-def run_program(
-    program: str,
-    tell: Callable[..., int],
-    what: Any,
-    recipe: Recipe,
-    machine: Machine,
-    output: Output,
-    interrupted: str,
-) -> int:
+def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted: str) -> int:
     """Tell the story of a program; returns the exit status: 0, 2 (error), 130 (interrupted).
 
     Args:
         program: the name of the script, without ".py".
-        tell: called as tell(what, recipe, machine, output).
-        what: the flags of this program alone.
-        recipe: those of the training.
-        machine: where it runs.
-        output: where the results go; in a dry run to a directory that is removed afterwards.
+        tell: called as tell(*flags), returns the exit status.
+        flags: what `parse` returned, `Output` last. In a dry run that gives a directory which is
+            removed afterwards.
         interrupted: what to say after a Ctrl-C.
     """
+    *others, output = flags
     try:
         if not output.dry_run:
-            return tell(what, recipe, machine, output)
+            return tell(*flags)
         check_directory(output.output_dir)
         with tempfile.TemporaryDirectory() as directory:
             output = replace(output, output_dir=str(Path(directory) / "run"))
-            status = tell(what, recipe, machine, output)
+            status = tell(*others, output)
         if status == 0:
             print("dry run: everything works; nothing was kept")
         return status
@@ -224,15 +215,17 @@ class Runner:
             images, validation = self.split(recipe)
         batches = Batches(images, recipe.batch_size, seed=recipe.seed, max_shift=recipe.max_shift)
         model, config = self.build(recipe, images.images.shape[1:])
-        task = (
-            CrossEntropy() if recipe.model == baseline.CNN else Task(recipe.reconstruction_weight)
-        )
+        task = Task(recipe.reconstruction_weight)
+        if recipe.model == baseline.CNN:
+            task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
     def trainer(
         self, recipe: Recipe, job: Job, directory: Path, args: Mapping[str, Any]
     ) -> Trainer:
-        """Build the trainer of a job."""
+        """Build the trainer of a job; `args` are its flags."""
+        # The arguments of the network in full, as `load_model` needs them.
+        args = {**args, "model_kwargs": job.config["model_kwargs"]}
         return Trainer(
             job.model,
             directory,
@@ -312,7 +305,7 @@ class Experiment(Runner):
     def run(
         self,
         recipes: Mapping[str, Recipe],
-        make_job: Callable[[Recipe], Job] | None = None,
+        make_job: Callable[[Any], Job] | None = None,
     ) -> list[dict[str, Any]] | None:
         """Train every recipe in the directory of its name; returns a result each.
 
@@ -325,8 +318,8 @@ class Experiment(Runner):
         """
         if self.output.dry_run:
             # One of each network, and the last one, which is often the largest.
-            kinds = {recipe.model: name for name, recipe in reversed(recipes.items())}
-            kept = {*kinds.values(), list(recipes)[-1]}
+            kinds = {recipe.model: name for name, recipe in reversed([*recipes.items()])}
+            kept = {*kinds.values(), [*recipes][-1]}
             recipes = {name: recipe for name, recipe in recipes.items() if name in kept}
         results = []
         for number, (name, recipe) in enumerate(recipes.items(), 1):
@@ -453,14 +446,12 @@ def _result_line(result: Mapping[str, Any]) -> str:
 def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> Recipe:
     """Change a recipe to that of a dry run: two batches to train, one to validate, two to test."""
     batch_size = min(recipe.batch_size, largest_batch or recipe.batch_size)
+    fraction = recipe.validation_fraction
     return replace(
         recipe,
         limit_train=min(3 * batch_size, len(dataset.train)),
         limit_test=min(2 * batch_size, len(dataset.test)),
-        # What is no share at all, or 0, stays as it is.
-        validation_fraction=1 / 3
-        if 0 < recipe.validation_fraction < 1
-        else recipe.validation_fraction,
+        validation_fraction=1 / 3 if 0 < fraction < 1 else fraction,
         batch_size=batch_size,
         epochs=1,
         warmup_steps=1,

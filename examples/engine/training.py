@@ -288,7 +288,7 @@ class Trainer:
         return closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
 
     def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
-        """Train the rest of an epoch; returns False if it was stopped, and saved, before its end."""
+        """Train the rest of an epoch; returns False if it was stopped, and saved, before."""
         progress = self.progress
         self.model.train()
         sums = _Sums(progress, self.runtime)

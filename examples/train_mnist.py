@@ -102,15 +102,14 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
             assert start.state is not None
             trainer.load_state(start.state)
             print(f"resuming    after {trainer.progress}")
-        each = f" ({recipe.batch_size / world.size:.4g} on each process)" if world.size > 1 else ""
-        print(
-            f"training    {counted(recipe.epochs or 0, 'epoch')} of {counted(len(job.train), 'batch')} "
-            f"of {recipe.batch_size}{each}, seed {recipe.seed}",
-            flush=True,
-        )
+        batches = f"{counted(len(job.train), 'batch', 'batches')} of {recipe.batch_size}"
+        if world.size > 1:
+            batches += f" ({recipe.batch_size / world.size:.4g} on each process)"
+        epochs = counted(runner.epochs, "epoch")
+        print(f"training    {epochs} of {batches}, seed {recipe.seed}", flush=True)
         if run.tensorboard and world.is_main:
             trainer.on_metrics = tensorboard_writer(directory, trainer.progress.step)
-        if not runner.train(recipe, job, trainer):
+        if not runner.train(job, trainer):
             command = f"python examples/train_mnist.py --resume {shlex.quote(str(directory))}"
             stopped = "stopped" if output.dry_run else "stopped and saved; go on with: "
             print(stopped if output.dry_run else stopped + command)

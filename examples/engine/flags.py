@@ -123,7 +123,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where it runs. None of this changes what is computed, up to rounding."""
+    """Where it runs. The results are the same everywhere, up to rounding."""
 
     data_dir: str = flag("data", "where data sets lie")
     download: bool = flag(True, "fetch a data set that is missing")

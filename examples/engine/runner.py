@@ -57,7 +57,7 @@ EPOCHS = {"mnist": 30, "fashion-mnist": 30, "digits": 15}
 AGAIN = "what was saved stays, the same command goes on"
 
 # A dry run of an experiment takes batches of this many images at most.
-DRY_RUN_BATCH = 32
+DRY_RUN_BATCH = 16
 
 # Arguments of a network that the images decide.
 FROM_DATA = ("num_classes", "in_channels", "image_size")
@@ -157,8 +157,9 @@ class Runner:
             )
         if output.dry_run:
             recipe = _shortened(recipe, dataset, largest_batch)
-        epochs = recipe.epochs or EPOCHS[dataset.name]
-        self.recipe = replace(recipe, dataset=dataset.name, epochs=epochs)
+        self.epochs = recipe.epochs or EPOCHS[dataset.name]
+        self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
+        self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
         self.train_images = self.dataset.train.to(self.runtime.device)
         self.test_images = self.dataset.test.to(self.runtime.device)
@@ -230,7 +231,7 @@ class Runner:
             job.model,
             directory,
             task=job.task,
-            schedule=Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps),
+            schedule=self.schedule,
             runtime=self.runtime,
             args=args,
             config=job.config,
@@ -240,14 +241,13 @@ class Runner:
             compile_model=self.machine.torchcompile,
         )
 
-    def train(self, recipe: Recipe, job: Job, trainer: Trainer) -> bool:
+    def train(self, job: Job, trainer: Trainer) -> bool:
         """Train a job to its last epoch; returns False if it was stopped before. Collective."""
         if self.runtime.world.is_main:
             content = {"args": trainer.args, "environment": describe_environment(self.runtime)}
             write_json(trainer.directory / "args.json", content)
-        assert recipe.epochs is not None
         curve = job.test if job.curve else None
-        return trainer.fit(job.train, job.validation, curve, epochs=recipe.epochs)
+        return trainer.fit(job.train, job.validation, curve, epochs=self.epochs)
 
 
 class Experiment(Runner):
@@ -328,7 +328,7 @@ class Experiment(Runner):
             if result is not None:
                 print(f"{title}: finished before, {_result_line(result)}", flush=True)
             else:
-                print(f"{title}: training to epoch {self.recipe.epochs}", flush=True)
+                print(f"{title}: training to epoch {self.epochs}", flush=True)
                 job = (make_job or self.classification)(recipe)
                 (self.directory / name).mkdir(exist_ok=True)
                 try:
@@ -366,15 +366,14 @@ class Experiment(Runner):
             return None
         result: dict[str, Any] = json.loads(path.read_text())
         self._check_epochs(name, result["epochs"])
-        return result if result["epochs"] == self.recipe.epochs else None
+        return result if result["epochs"] == self.epochs else None
 
     def _check_epochs(self, name: str, trained: int) -> None:
         """Refuse a run that is past the epochs that are asked for: it cannot go back."""
-        assert self.recipe.epochs is not None
-        if trained > self.recipe.epochs:
+        if trained > self.epochs:
             raise RunDirectoryError(
                 f"{name} in {self.directory} was trained for {trained} epochs, not "
-                f"{self.recipe.epochs}: give --epochs {trained} or another --output-dir"
+                f"{self.epochs}: give --epochs {trained} or another --output-dir"
             )
 
     def _train(self, name: str, recipe: Recipe, job: Job) -> dict[str, Any] | None:
@@ -386,7 +385,7 @@ class Experiment(Runner):
         if trainer.resume():
             self._check_epochs(name, trainer.progress.epoch)
             print(f"resuming    after {trainer.progress}")
-        if not self.train(recipe, job, trainer):
+        if not self.train(job, trainer):
             return None
         if not job.curve:
             trainer.rows[-1]["test_accuracy"] = trainer.evaluate(job.test).accuracy

@@ -75,7 +75,6 @@ def percent(value: float, spread: float | None = None) -> str:
     return f"{100 * value:.2f} ± {100 * spread:.2f} %"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """Count things: "1 epoch", "1,200 batches"."""
-    plural = noun if number == 1 else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {plural}"
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -4,6 +4,7 @@
 and a plain classifier.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -42,6 +43,10 @@ class Task:
     """
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
+        if not 0 <= reconstruction_weight < math.inf:
+            raise ValueError(
+                f"Task: reconstruction_weight must be >= 0 and finite, got {reconstruction_weight}"
+            )
         self.capsule_loss = CapsuleLoss(reconstruction_weight)
 
     def run(self, model: Callable[..., Any], images: Tensor, target: Any = None) -> CapsuleOutput:

@@ -105,7 +105,7 @@ class Progress:
     best_loss: float = math.inf
 
     def __str__(self) -> str:
-        return f"{counted(self.epoch, 'epoch')} and {counted(self.batch, 'batch')}"
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.batch, 'batch', 'batches')}"
 
 
 class Trainer:
@@ -207,12 +207,24 @@ class Trainer:
         with self._refusing():
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self._match_layouts()
             self.progress = Progress(**state["progress"])
             self.rows = state["rows"]
             # A process that was not there before keeps the seed it has.
             generators = [state["rng"], *state.get("rng_of_others", [])]
             if self.world.rank < len(generators):
                 checkpoint.set_rng_state(generators[self.world.rank])
+
+    def _match_layouts(self) -> None:
+        """Lay out the optimiser's tensors like their parameters: a file holds all contiguous.
+
+        A fused optimiser goes through memory in order, whatever the strides. Where a weight is
+        channels-last and its momentum is not, it would silently pair the wrong elements.
+        """
+        for parameter, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take weights to evaluate.

@@ -605,10 +605,7 @@ DRY_RUNS: list[tuple[ModuleType, list[str]]] = [
     ("program", "cells"), DRY_RUNS, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_dry_run_tries_everything_and_keeps_nothing(
-    program: ModuleType,
-    cells: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    program: ModuleType, cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     printed = finish(program, *MACHINE, "--dry-run")

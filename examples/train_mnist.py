@@ -46,7 +46,8 @@ class Run:
 def read_flags(argv: list[str] | None, **defaults: Any) -> tuple[Any, ...]:
     """Read the command line."""
     left_out = ("limit_train", "limit_test")
-    return parse(__doc__, argv, Run, Recipe, Machine, Output, leave_out=left_out, **defaults)
+    known = {name: value for name, value in defaults.items() if name not in left_out}
+    return parse(__doc__, argv, Run, Recipe, Machine, Output, leave_out=left_out, **known)
 
 
 def main(argv: list[str] | None = None) -> int:

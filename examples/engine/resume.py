@@ -136,6 +136,8 @@ def merge_flags(
     if given.data_dir != machine.data_dir:
         # A path that comes from a checkpoint is read, never written to.
         machine = replace(machine, download=False)
+    if start.state is None:  # a test alone may be by any other flags
+        saved = {name: saved[name] for name in ("model", "model_kwargs", "dataset")}
     if name := first_difference(recipe, saved):
         value, before = getattr(recipe, name), saved[name]
         raise ValueError(

@@ -89,6 +89,6 @@ def check_data(trained: Trained, dataset: Dataset) -> None:
 
 def _digest(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in weights.values():
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for name in sorted(weights):  # a file gives them in any order
+        digest.update(weights[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -164,7 +164,7 @@ class TestRun:
         ],
     )
     def test_what_is_shared_rebuilds_the_model(self, small, tmp_path, monkeypatch, model, kwargs):
-        """load_model gives the lengths of the last epoch's model; the networks are the real ones."""
+        """load_model gives the lengths of the last epoch's model; here the networks are real."""
         tiny = few_digits(train=12, test=4)
         monkeypatch.setattr(baseline, "create_network", models.create_model)
         monkeypatch.setattr(runner, "load_dataset", lambda *args, **options: tiny)

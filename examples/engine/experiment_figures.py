@@ -1,7 +1,7 @@
 """The pictures of the experiments, drawn as those in figures.py: plain data in, one PNG out.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line has a
-mark of its own as well, for grey paper. Shares in 0 .. 1 are shown in percent.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Every line has a mark
+of its own as well, for grey paper. Shares in 0 .. 1 are shown in percent.
 
 Example:
     >>> import tempfile
@@ -29,14 +29,14 @@ from engine.figures import (
     _ACCURACY_TICKS,
     _GAP,
     _WRONG,
+    _count_epochs,
     _enlarge,
     _figure,
     _mosaic_figure,
     _pad,
     _set_limits,
     _shrink_to,
-    _stretch,
-    _unstretch,
+    _stretch_axis,
 )
 
 _PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f"]
@@ -68,10 +68,8 @@ def plot_model_curves(
         raise ValueError("plot_model_curves: there is no epoch to plot")
     longest = max(map(len, runs))
     with _figure(path, 960, 560 + 22 * len(curves), title, arrange=True) as figure:
-        from matplotlib.ticker import MaxNLocator
-
         axes = figure.subplots()
-        axes.set_yscale("function", functions=(_stretch, _unstretch))
+        _stretch_axis(axes)
         styles = _styles(curves)
         for name, seeds in curves.items():
             colour, mark = styles[name]
@@ -87,10 +85,7 @@ def plot_model_curves(
             axes.plot(range(1, length + 1), average, label=label, clip_on=False, **style)
         _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
         axes.set_ylabel(f"{quantity} (%), stretched towards 100")
-        axes.set_xlabel("epoch")
-        axes.set_xlim(0.5, longest + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
+        _count_epochs(axes, 1, longest)
         figure.legend(loc="outside lower center", ncols=1)
 
 
@@ -259,7 +254,7 @@ def plot_by_size(
         raise ValueError("plot_by_size: there is no point to plot")
     with _figure(path, 960, 620, title, arrange=True) as figure:
         axes = figure.subplots()
-        axes.set_yscale("function", functions=(_stretch, _unstretch))
+        _stretch_axis(axes)
         axes.set_xscale("log")
         styles = _styles(curves)
         for name, sizes in curves.items():
@@ -316,36 +311,65 @@ def plot_overlapped(
         title: the line above the pictures.
         class_names: the name of each class.
     """
-    blocks = [block for block in blocks if len(block.overlays)]
-    if not blocks:
+    pairs = [pair for pair in blocks if len(pair.overlays)]
+    if not pairs:
         raise ValueError("plot_overlapped: there is no image to draw")
-    columns, text_height = max(len(block.overlays) for block in blocks), 54
-    titles = ["input", "first original", "second original", "both", "first decoded"]
-    titles += ["second decoded", "both"]
+    names = ["input", "first original", "second original", "both", "first decoded"]
+    names += ["second decoded", "both"]
+    drawn = []
+    for pair in pairs:
+        captions = []
+        for both in zip(pair.labels.tolist(), pair.predictions.tolist(), strict=True):
+            lines = (", ".join(class_names[index] for index in classes) for classes in both)
+            captions.append("\n".join(lines))
+        wrong = (pair.labels != pair.predictions).any(dim=1).tolist()
+        drawn.append(_Block(_coloured(pair), names, captions, wrong, "shown\nfound"))
+    _plot_blocks(drawn, path, title, left=148, text_height=54)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of images, (rows, N, C, H, W), with a name beside each row and a caption each column.
+
+    `heading` stands beside the captions; those of `wrong` columns are red.
+    """
+
+    images: Tensor
+    names: Sequence[str]
+    captions: Sequence[str]
+    wrong: Sequence[bool]
+    heading: str = ""
+
+
+def _plot_blocks(
+    blocks: Sequence[_Block], path: str | Path, title: str, left: int, text_height: int
+) -> None:
+    """Draw blocks of images under each other; `left` and `text_height` are room for text."""
+    columns = max(block.images.shape[1] for block in blocks)
     strips = []
     for block in blocks:
-        tiles = _enlarge(_coloured(block))  # (7, N, h, w, 3)
+        tiles = _enlarge(block.images)  # (rows, N, h, w, 3)
         blank = tiles.new_full((len(tiles), columns - tiles.shape[1], *tiles.shape[2:]), 255)
         tiles = _pad(torch.cat([tiles, blank], dim=1), _GAP, _GAP)
-        strip = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
-        strips.append(_pad(strip.unsqueeze(0), text_height, 0)[0])
-    mosaic = torch.cat(strips)
-    tile = tiles.shape[2]
-    with _mosaic_figure(path, mosaic, title, left=148, bottom=0) as axes:
+        strip = rearrange(tiles, "rows n h w rgb -> 1 (rows h) (n w) rgb")
+        strips.append(_pad(strip, text_height, 0)[0])
+    height, width = tiles.shape[2:4]
+    with _mosaic_figure(path, torch.cat(strips), title, left=left, bottom=0) as axes:
         top = 0
         for block, strip in zip(blocks, strips, strict=True):
-            for row, name in enumerate(titles):
-                place = (-_GAP, top + row * tile + (tile - _GAP) / 2)
-                axes.text(*place, name, ha="right", va="center")
-            below = top + len(titles) * tile
-            axes.text(-_GAP, below, "shown\nfound", ha="right", va="top")
-            for column in range(len(block.overlays)):
-                shown, found = block.labels[column].tolist(), block.predictions[column].tolist()
-                lines = [", ".join(class_names[index] for index in pair) for pair in (shown, found)]
-                x = column * tile + (tile - _GAP) / 2
-                colour = "black" if shown == found else _WRONG
-                text = axes.text(x, below, "\n".join(lines), color=colour, ha="center", va="top")
-                _shrink_to(tile, text)
+            for row, name in enumerate(block.names):
+                axes.text(
+                    -_GAP, top + (row + 0.5) * height - _GAP / 2, name, ha="right", va="center"
+                )
+            below = top + len(block.names) * height
+            axes.text(-_GAP, below, block.heading, ha="right", va="top")
+            for column, (caption, wrong) in enumerate(
+                zip(block.captions, block.wrong, strict=True)
+            ):
+                place = ((column + 0.5) * width - _GAP / 2, below)
+                colour = _WRONG if wrong else "black"
+                text = axes.text(*place, caption, color=colour, ha="center", va="top")
+                _shrink_to(width, text)
             top += len(strip)
 
 
@@ -401,19 +425,32 @@ def plot_failures(
         title: the line above the pictures.
         class_names: the name of each class.
     """
-    tiles = torch.stack([_enlarge(part) for part in (images, as_predicted, as_labelled)])
-    tiles = _pad(tiles, _GAP, _GAP)  # (3, N, h, w, 3)
-    mosaic = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
-    tile = tiles.shape[2]
-    with _mosaic_figure(path, mosaic, title, left=140, bottom=58) as axes:
-        for row, name in enumerate(("input", "predicted class,\ndecoded", "true class,\ndecoded")):
-            axes.text(-_GAP, row * tile + (tile - _GAP) / 2, name, ha="right", va="center")
-        axes.text(-_GAP, 3 * tile, "predicted\ntrue", ha="right", va="top")
-        for column, pair in enumerate(zip(predictions, labels, strict=True)):
-            names = "\n".join(class_names[int(index)] for index in pair)
-            x = column * tile + (tile - _GAP) / 2
-            text = axes.text(x, 3 * tile, names, color=_WRONG, ha="center", va="top")
-            _shrink_to(tile, text)
+    names = ("input", "predicted class,\ndecoded", "true class,\ndecoded")
+    captions = [
+        "\n".join(class_names[int(index)] for index in pair)
+        for pair in zip(predictions, labels, strict=True)
+    ]
+    rows = torch.stack([images, as_predicted, as_labelled])
+    block = _Block(rows, names, captions, [True] * len(images), "predicted\ntrue")
+    _plot_blocks([block], path, title, left=140, text_height=58)
+
+
+def plot_strips(
+    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
+) -> None:
+    """Draw rows of images, each with a name, and a line of text below each image.
+
+    Args:
+        strips: for each row its name, its images (N, C, H, W), and N texts.
+        path: the PNG to write.
+        title: the line above the pictures.
+    """
+    left = 30 + 7 * max(len(name) for name, _, _ in strips)
+    blocks = [
+        _Block(images.unsqueeze(0), [name], texts, [False] * len(images))
+        for name, images, texts in strips
+    ]
+    _plot_blocks(blocks, path, title, left=left, text_height=16)
 
 
 def _styles(names: Collection[str]) -> dict[str, tuple[str, str]]:
@@ -444,31 +481,3 @@ def _coloured(block: Overlapped) -> Tensor:
         second = grey[:, 1] * torch.tensor(_SECOND)[:, None, None]
         rows += [first, second, (first + second).clamp(max=1)]
     return torch.stack(rows)
-
-
-def plot_strips(
-    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
-) -> None:
-    """Draw rows of images, each with a name, and a line of text below each image.
-
-    Args:
-        strips: for each row its name, its images (N, C, H, W), and N texts.
-        path: the PNG to write.
-        title: the line above the pictures.
-    """
-    columns, text_height = max(len(images) for _, images, _ in strips), 22
-    rows = []
-    for _, images, _ in strips:
-        tiles = _enlarge(images)
-        blank = tiles.new_full((columns - len(tiles), *tiles.shape[1:]), 255)
-        tiles = _pad(torch.cat([tiles, blank]), text_height, _GAP)
-        rows.append(rearrange(tiles, "n h w rgb -> h (n w) rgb"))
-    tile = tiles.shape[2]
-    left = 30 + 7 * max(len(name) for name, _, _ in strips)
-    with _mosaic_figure(path, torch.cat(rows), title, left=left, bottom=0) as axes:
-        for row, (name, _, texts) in enumerate(strips):
-            top, height = row * len(rows[0]), len(rows[0]) - text_height
-            axes.text(-_GAP, top + height / 2, name, ha="right", va="center")
-            for column, text in enumerate(texts):
-                x = column * tile + (tile - _GAP) / 2
-                axes.text(x, top + height + 3, text, ha="center", va="top")

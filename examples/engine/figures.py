@@ -50,11 +50,11 @@ _LOSS_TICKS = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
-    """Plot accuracy and loss by epoch, for training and validation, with the best epoch marked.
+    """Plot accuracy and loss by epoch, for training and validation, and mark the best epoch.
 
     The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
-    The accuracy axis is stretched towards 100 %, so that tenths of a percent show near the top and
-    early epochs stay in view.
+    The axis of the accuracy is stretched towards 100 %: tenths of a percent show near the top, and
+    the early epochs stay in view.
 
     Args:
         rows: one mapping an epoch, as in ``summary.csv``: ``epoch``, ``train_accuracy`` and
@@ -71,10 +71,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
         ("loss", "loss", _LOSS_TICKS, 1),
     )
     with _figure(path, 1200, 520, title, arrange=True) as figure:
-        from matplotlib.ticker import MaxNLocator
-
         accuracy_axes, loss_axes = figure.subplots(1, 2)
-        accuracy_axes.set_yscale("function", functions=(_stretch, _unstretch))
+        _stretch_axis(accuracy_axes)
         loss_axes.set_yscale("log")
         for axes, (quantity, label, ticks, unit) in zip(figure.axes, panels, strict=True):
             curves = {split: _column(rows, f"{split}_{quantity}", ticks, unit) for split in _SPLITS}
@@ -82,10 +80,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
                 axes.plot(epochs, curve, ".-", color=_SPLITS[split], label=split, clip_on=False)
             _set_limits(axes, ticks, [value for curve in curves.values() for value in curve])
             axes.set_ylabel(label)
-            axes.set_xlabel("epoch")
-            axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            axes.grid(alpha=0.3)
+            _count_epochs(axes, epochs[0], epochs[-1])
 
         if (best := _best_epoch(rows)) is not None:
             epoch, accuracy = int(best["epoch"]), 100 * float(best["validation_accuracy"])
@@ -335,6 +330,21 @@ def _set_limits(axes: Axes, ticks: Sequence[float], values: Sequence[float]) -> 
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
     axes.set_ylim(lower, upper)
+
+
+def _count_epochs(axes: Axes, first: int, last: int) -> None:
+    """Let the axis of epochs run from the first to the last, with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.set_xlim(first - 0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+
+
+def _stretch_axis(axes: Axes) -> None:
+    """Stretch the axis of an accuracy in percent towards 100."""
+    axes.set_yscale("function", functions=(_stretch, _unstretch))
 
 
 def _stretch(percent: NDArray[float64]) -> NDArray[float64]:

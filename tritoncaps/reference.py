@@ -1,7 +1,7 @@
-"""The mathematics of capsule routing in einsum, for a reader; every test compares with it.
+"""The mathematics of capsule routing in einsum. Read it here; every test compares with it.
 
-Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluate it in
-float64 to get a measuring stick: `reference.fused_dynamic_routing(u.double(), weight.double())`.
+Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluated in
+float64 it is the measuring stick: `reference.fused_dynamic_routing(u.double(), weight.double())`.
 
 Numbers after "Sabour 2017" are those of its equations.
 
@@ -14,15 +14,46 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def squash(s: Tensor, dim: int = -1) -> Tensor:
-    """Squash vectors to a length in [0, 1): v = |s|² / (1 + |s|²) · s / |s| (Sabour 2017, 1)."""
-    length = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
-    return length / (1 + length**2) * s
+def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
+    """Squash vectors of length n = |s| to a length in [0, 1), keeping their direction.
+
+    "quadratic": v = n² / (1 + n²) · s / n (Sabour 2017, 1).
+    "exponential": v = (1 − e⁻ⁿ) · s / n (Mazzia, Salvetti, Chiaberge 2021, 4).
+    """
+    n = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
+    if form == "quadratic":
+        return n / (1 + n**2) * s
+    # 1 is the limit at n = 0; the clamp keeps the branch that is not taken there finite.
+    limit = torch.ones_like(n)
+    return torch.where(n > 0, -torch.expm1(-n) / n.clamp(min=torch.finfo(n.dtype).tiny), limit) * s
 
 
 def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
     """Compute û_{j|i} = W_ij u_i; (B, I, P), (I, P, J, D) → (B, I, J, D) (Sabour 2017, 2)."""
     return einsum(u, weight, "B I P, I P J D -> B I J D")
+
+
+def routing_pass(
+    u: Tensor,
+    weight: Tensor,
+    pose: Tensor,
+    *,
+    prior: Tensor | None = None,
+    bias: Tensor | None = None,
+    return_coupling: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One pass of routing by agreement with given poses; (B, I, P), (I, P, J, D) → (B, J, D).
+
+    c = softmax_j(û·pose + prior) + bias and s_j = Σ_i c_ij û_{j|i}. `pose` is (B, J, D), `prior`
+    and `bias` are (I, J), the coupling c is (B, I, J).
+    """
+    u_hat = prediction_vectors(u, weight)
+    b = einsum(u_hat, pose, "B I J D, B J D -> B I J")
+    c = F.softmax(b if prior is None else b + prior, dim=-1)  # over the *output* capsules j
+    if bias is not None:
+        c = c + bias
+    s = einsum(c, u_hat, "B I J, B I J D -> B J D")
+    return (s, c) if return_coupling else s
 
 
 def dynamic_routing(

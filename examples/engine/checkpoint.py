@@ -193,7 +193,7 @@ def _keeping_previous(path: Path) -> Iterator[None]:
         # has taken its own place yet.
         replaces = path.exists()
         if replaces:
-            with naming(outgoing):
+            with naming(path):
                 _give_second_name(path, outgoing)
         yield
         if replaces:

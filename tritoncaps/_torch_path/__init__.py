@@ -1,10 +1,10 @@
 """The operators in plain torch: what a CPU runs, and any device without Triton kernels.
 
-Every function here has a twin of the same name and signature in `tritoncaps.kernels`. The routing
-goes slice after slice, so that temporaries stay in the cache: a few images through all iterations,
-or a few input capsules through one, whichever is faster (`fused_dynamic_routing.group_size`). The
-derivation of the backward is in `kernels/README.md`; in short, with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾ the logits
-are û·V⁽ᵗ⁻¹⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
+Every function here has a twin of the same name and signature in `tritoncaps.kernels`. Work goes
+slice after slice, so that temporaries stay in the cache: a few images through all iterations, or a
+few input capsules through one, whichever is faster (`fused_dynamic_routing.group_size`). The
+derivation of the backward is in `kernels/README.md`. In short, the logits are û·V⁽ᵗ⁻¹⁾ with
+V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """
 
 from tritoncaps._torch_path._precision import accumulation_dtype
@@ -14,6 +14,7 @@ from tritoncaps._torch_path.fused_dynamic_routing import (
     fused_dynamic_routing_fwd,
 )
 from tritoncaps._torch_path.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
+from tritoncaps._torch_path.routing_pass import routing_pass_bwd, routing_pass_fwd
 from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",
     "prediction_vectors_fwd",
+    "routing_pass_bwd",
+    "routing_pass_fwd",
     "squash_bwd",
     "squash_fwd",
 ]

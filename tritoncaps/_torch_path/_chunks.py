@@ -1,4 +1,4 @@
-"""Routing of a chunk of input capsules at a time, where groups of images would be slower.
+"""Route a chunk of input capsules at a time, where groups of images would be slower.
 
 Each iteration, forward or backward, is one pass over (u, W) that reduces over i. The batch comes
 last in the temporaries, so that every element-wise step runs over contiguous rows of B, and a chunk
@@ -23,12 +23,12 @@ from tritoncaps._torch_path._slices import (
 def route_chunks(
     u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾, a chunk at a time."""
+    """Return v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
-    poses = _batch_last(u.to(dtype))  # (I, P, B)
-    chunks = fitting_slices(I, J * P * B, poses)
-    (scratch,) = buffers(1, longest(chunks) * J * P * B, poses)
+    u_last = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = fitting_slices(I, J * P * B, u_last)
+    (scratch,) = buffers(1, longest(chunks) * J * P * B, u_last)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
 
     def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
@@ -38,11 +38,11 @@ def route_chunks(
                 coupling.fill_(1 / J)
             flat = u.to(dtype).flatten(1) @ weight.to(dtype).flatten(0, 1).flatten(1)
             return flat.view(B, J, D) / J
-        s = poses.new_zeros(J, D, B)
+        s = u_last.new_zeros(J, D, B)
         V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()  # (J, D, B)
         for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
-            x = poses[chunk]  # (C, P, B)
+            x = u_last[chunk]  # (C, P, B)
             T = view(scratch, (J, *x.shape))
             b = None if V is None else _contract(_product(w, V, T), x, out=T)
             c = _coupling(b, prior, chunk, x, J)  # (J, C, B)
@@ -52,7 +52,7 @@ def route_chunks(
                 coupling[:, chunk] = c.permute(2, 1, 0)
         return s.permute(2, 0, 1).contiguous()
 
-    sums = poses.new_empty(iterations, B, J, D)
+    sums = u_last.new_empty(iterations, B, J, D)
     v = route(weighted_sum, sums)
     return v.to(u.dtype), coupling, sums
 
@@ -79,7 +79,7 @@ def _contract(T: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
 
 def _coupling(b: Tensor | None, prior: Tensor | None, chunk: slice, x: Tensor, J: int) -> Tensor:
-    """c = softmax_j(prior + b) of a chunk, (J, C, B); without agreements b yet, of the prior."""
+    """c = softmax_j(prior + b) of a chunk, (J, C, B); b is None before there are agreements."""
     if b is None:
         b = x.new_zeros(J, len(x), x.shape[-1])
     if prior is not None:
@@ -94,30 +94,30 @@ def chunk_gradients(
     weight: Tensor,
     prior: Tensor | None,
     sums: Tensor,
-    full: bool,
+    gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
 
-    dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is contracted at once, in the pass of iteration t, so it
-    never exists: a term k·x of it, k a coefficient and x a vector per output capsule, adds
-    Σ_j k∘(W_j x_j) to du_i and (k∘u) x_jᵀ to dW_j.
+    dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) never exists: iteration t contracts its share at once. A
+    term k·x, with a coefficient k and a vector x for each output capsule, adds Σ_j k∘(W_j x_j) to
+    du_i and (k∘u) x_jᵀ to dW_j.
     """
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
-    dtype = sums.dtype
-    poses = _batch_last(u.to(dtype))  # (I, P, B)
-    chunks = fitting_slices(I, J * P * max(B, D), poses)
-    scratch = buffers(3, longest(chunks) * J * P * B, poses)
-    (rows_scratch,) = buffers(1, longest(chunks) * J * P * D, poses)
-    grad_poses = torch.zeros_like(poses)
-    grad_weight = poses.new_zeros(weight.shape)
-    grad_prior = None if prior is None else poses.new_zeros(prior.shape)
+    dtype, is_full = sums.dtype, gradient == "full"
+    u_last = _batch_last(u.to(dtype))  # (I, P, B)
+    chunks = fitting_slices(I, J * P * max(B, D), u_last)
+    scratch = buffers(3, longest(chunks) * J * P * B, u_last)
+    (weight_scratch,) = buffers(1, longest(chunks) * J * P * D, u_last)
+    grad_u_last = torch.zeros_like(u_last)
+    grad_weight = u_last.new_zeros(weight.shape)
+    grad_prior = None if prior is None else u_last.new_zeros(prior.shape)
 
     def uniform_step(grad_s: Tensor) -> None:
         """Iteration 1 without a prior: c = 1/J, two plain products."""
         flat = grad_s.flatten(1) / J  # (B, J·D)
         rows = weight.to(dtype).flatten(0, 1).flatten(1)  # (I·P, J·D)
-        grad_poses.flatten(0, 1).addmm_(rows, flat.T)
-        grad_weight.flatten(0, 1).flatten(1).addmm_(poses.flatten(0, 1), flat)
+        grad_u_last.flatten(0, 1).addmm_(rows, flat.T)
+        grad_weight.flatten(0, 1).flatten(1).addmm_(u_last.flatten(0, 1), flat)
 
     def step(t: int, v_sum: Tensor | None, grad_s: Tensor) -> Tensor | None:
         if v_sum is None and prior is None:
@@ -128,36 +128,36 @@ def chunk_gradients(
         grad_v_sum = torch.zeros_like(ds)
         for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
-            x = poses[chunk]  # (C, P, B)
+            x = u_last[chunk]  # (C, P, B)
             W_V, W_ds, scaled = (view(buffer, (J, *x.shape)) for buffer in scratch)
-            grad_w = view(rows_scratch, (J, w.shape[1], D))
+            grad_w = view(weight_scratch, (J, w.shape[1], D))
             b = None if V is None else _contract(_product(w, V, W_V), x, out=scaled)
             c = _coupling(b, prior, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
             _product(w, ds, W_ds)
-            if full:
+            if is_full:
                 grad_c = _contract(W_ds, x, out=scaled).unsqueeze(2)
                 if grad_coupling is not None and t == len(sums) - 1:
                     grad_c += grad_coupling[:, chunk].permute(2, 1, 0).unsqueeze(2)
                 grad_b = coupling_gradient(c, grad_c, dim=0)  # (J, C, 1, B)
                 if grad_prior is not None:
                     grad_prior[chunk] += grad_b.sum(dim=(2, 3)).T
-            if full and V is not None:
-                grad_poses[chunk] += W_V.mul_(grad_b).addcmul_(W_ds, c).sum(dim=0)
+            if is_full and V is not None:
+                grad_u_last[chunk] += W_V.mul_(grad_b).addcmul_(W_ds, c).sum(dim=0)
                 torch.mul(grad_b, x, out=scaled)  # db∘u
                 torch.bmm(scaled.flatten(1, 2), V.transpose(1, 2), out=grad_w)
                 grad_v_sum.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
             else:
-                grad_poses[chunk] += W_ds.mul_(c).sum(dim=0)
+                grad_u_last[chunk] += W_ds.mul_(c).sum(dim=0)
                 grad_w.zero_()
             torch.mul(c, x, out=scaled)  # c∘u
             grad_w.baddbmm_(scaled.flatten(1, 2), ds.transpose(1, 2))
-            # Added at the end, since torch batches products into contiguous results alone.
+            # torch batches a product only into a contiguous result, so it is added afterwards.
             _weight_rows(grad_weight[chunk]).add_(grad_w)
         return grad_v_sum.permute(2, 0, 1).contiguous()
 
-    route_backward(grad_v, sums, full, step)
+    route_backward(grad_v, sums, gradient, step)
     return (
-        grad_poses.flatten(0, 1).t().to(u.dtype).contiguous().view(u.shape),
+        grad_u_last.flatten(0, 1).t().to(u.dtype).contiguous().view(u.shape),
         grad_weight.to(u.dtype),
         None if grad_prior is None else grad_prior.to(u.dtype),
     )

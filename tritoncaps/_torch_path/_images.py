@@ -1,4 +1,4 @@
-"""Routing of a few images at a time, through all iterations before the next few."""
+"""Route a few images at a time, through all iterations before the next few."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,35 +20,34 @@ from tritoncaps._torch_path._slices import (
 class Group:
     """The prediction vectors of a few images, (I, n, J, D), and the products of them.
 
-    Seen as one matrix (I, D) for each image and output capsule, agreements and weighted sums are
-    batched products, and what has one vector for each of these is (n·J, 1, D). Logits and couplings
-    are (n, J, I), since torch's softmax over J is ten times as fast where I lies innermost as where
-    J does.
+    There is one matrix (I, D) for each image and output capsule, so agreements and weighted sums
+    are batched products. A vector for each image and output capsule is (n·J, 1, D). Logits and
+    couplings are (n, J, I): torch's softmax over J is ten times as fast with I innermost as with J.
     """
 
-    def __init__(self, votes: Tensor, prior: Tensor | None, logits: Tensor) -> None:
+    def __init__(self, u_hat: Tensor, prior: Tensor | None, logits: Tensor) -> None:
         """Take the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
-        self.votes, self.prior, self.logits = votes, prior, logits
-        self.columns = votes.flatten(1, 2).permute(1, 2, 0)  # (n·J, D, I), a view
+        self.u_hat, self.prior, self.logits = u_hat, prior, logits
+        self.columns = u_hat.flatten(1, 2).permute(1, 2, 0)  # (n·J, D, I), a view
         self.matrices = self.columns.mT  # (n·J, I, D)
 
     def agreements(self, x: Tensor, out: Tensor) -> Tensor:
         """Σ_d û_ijd x_jd of x (n·J, 1, D), written to `out`, (n, J, I)."""
-        torch.bmm(x, self.columns, out=_rows(out))
+        torch.bmm(x, self.columns, out=as_rows(out))
         return out
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_i c_ij û_ij of c (n, J, I), as (n·J, 1, D)."""
-        return torch.bmm(_rows(c), self.matrices)
+        return torch.bmm(as_rows(c), self.matrices)
 
-    def coupling(self, v_sum: Tensor | None, out: Tensor) -> Tensor:
+    def coupling(self, V: Tensor | None, out: Tensor) -> Tensor:
         """c = softmax_j(prior + û·V) of V (n·J, 1, D), written to `out`, (n, J, I)."""
-        if v_sum is None and self.prior is None:
+        if V is None and self.prior is None:
             return out.fill_(1 / out.shape[1])
-        if v_sum is None:
+        if V is None:
             self.logits.zero_()
         else:
-            self.agreements(v_sum, out=self.logits)
+            self.agreements(V, out=self.logits)
         if self.prior is not None:
             self.logits += self.prior
         return torch.softmax(self.logits, dim=1, out=out)
@@ -59,10 +58,10 @@ class Group:
         `sums`, (r, n·J, 1, D), and the last coupling, `c`, (n, J, I), are filled.
         """
 
-        def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
-            if v_sum is None and self.prior is None and len(sums) > 1:
-                return self.votes.sum(dim=0).div_(self.votes.shape[2]).view(sums[t].shape)
-            return self.weighted_sum(self.coupling(v_sum, out=c))
+        def weighted_sum(t: int, V: Tensor | None) -> Tensor:
+            if V is None and self.prior is None and len(sums) > 1:
+                return self.u_hat.sum(dim=0).div_(self.u_hat.shape[2]).view(sums[t].shape)
+            return self.weighted_sum(self.coupling(V, out=c))
 
         return route(weighted_sum, sums)
 
@@ -71,22 +70,22 @@ class Group:
         grad_v: Tensor,
         grad_coupling: Tensor | None,
         sums: Tensor,
-        full: bool,
+        gradient: str,
         grad_prior: Tensor | None,
         rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
 
-        They are the coefficients, (n·J, I, terms), collected in `rows`, (terms, n, J, I), and the
-        vectors, (n·J, terms, D), given dv, (n·J, 1, D), and s, (r, n·J, 1, D). The gradient of the
+        The coefficients, (n·J, I, terms), are collected in `rows`, (terms, n, J, I); the vectors
+        are (n·J, terms, D). Given are dv, (n·J, 1, D), and s, (r, n·J, 1, D). The gradient of the
         prior is added to `grad_prior`, (J, I).
         """
         vectors: list[Tensor] = []
 
-        def step(t: int, v_sum: Tensor | None, grad_s: Tensor) -> Tensor | None:
-            c = self.coupling(v_sum, out=rows[len(vectors)])
+        def step(t: int, V: Tensor | None, grad_s: Tensor) -> Tensor | None:
+            c = self.coupling(V, out=rows[len(vectors)])
             vectors.append(grad_s)
-            if not full or (v_sum is None and grad_prior is None):
+            if gradient == "last" or (V is None and grad_prior is None):
                 return None
             grad_c = self.agreements(grad_s, out=self.logits)
             if grad_coupling is not None and t == len(sums) - 1:
@@ -94,17 +93,17 @@ class Group:
             grad_b = coupling_gradient(c, grad_c, dim=1, out=rows[len(vectors)])
             if grad_prior is not None:
                 grad_prior.add_(grad_b.sum(dim=0))
-            if v_sum is None:
+            if V is None:
                 return None
-            vectors.append(v_sum)
+            vectors.append(V)
             return self.weighted_sum(grad_b)
 
-        route_backward(grad_v, sums, full, step)
+        route_backward(grad_v, sums, gradient, step)
         coefficients = rows[: len(vectors)].flatten(1, 2).permute(1, 2, 0)
         return coefficients, torch.cat(vectors, dim=1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """(..., n, J, K) → (..., n·J, 1, K): a row for each image and output capsule, always a view."""
     return x.view(*x.shape[:-3], -1, 1, x.shape[-1])
 
@@ -114,13 +113,13 @@ def group_width(D: int, iterations: int, backward: bool) -> int:
     return D + 1 + (2 * iterations if backward else 1)
 
 
-# Returns the prediction vectors of some images, (I, n, J, D), until it is called again. They may be
-# the caller's own and are not written to.
-Votes = Callable[[slice], Tensor]
+# Gives the prediction vectors of some images, (I, n, J, D), which are valid until the next call and
+# must not be written to.
+PredictionVectors = Callable[[slice], Tensor]
 
 
 def route_images(
-    votes: Votes,
+    u_hat_of: PredictionVectors,
     shape: Sequence[int],
     size: int,
     prior: Tensor | None,
@@ -142,52 +141,69 @@ def route_images(
     scratch = buffers(2, longest(groups) * I * J, sums)
     for images in groups:
         logits, c = (view(buffer, (length(images), J, I)) for buffer in scratch)
-        group = Group(votes(images), prior, logits)
-        v[images] = group.route(_rows(sums[:, images]), c).view(v[images].shape)
+        group = Group(u_hat_of(images), prior, logits)
+        v[images] = group.route(as_rows(sums[:, images]), c).view(v[images].shape)
         if return_coupling:
             coupling[images] = c.transpose(1, 2)
     return v, coupling, sums
 
 
 def image_gradients(
-    votes: Votes,
+    u_hat_of: PredictionVectors,
     shape: Sequence[int],
     size: int,
     grad_v: Tensor,
     grad_coupling: Tensor | None,
     prior: Tensor | None,
     sums: Tensor,
-    full: bool,
+    gradient: str,
     grad_prior: Tensor | None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some images, some of their input capsules, and these' dû, (C, n, J, D).
+    """Yield dû piece by piece: images, input capsules, and their dû, (C, n, J, D).
 
-    dû is in a buffer, to be used before the next is asked for. When all are through, the gradient
-    of the prior has been added to `grad_prior`, (I, J).
+    dû is in a buffer that the next piece overwrites. At the end the gradient of the prior has been
+    added to `grad_prior`, (I, J).
     """
     B, I, J, D = shape
     prior = None if prior is None else prior.to(sums.dtype).T
-    terms = 1 if not full else 2 * len(sums) - (prior is None)
+    terms = 1 if gradient == "last" else 2 * len(sums) - (prior is None)
     groups = slices(B, size)
-    n = longest(groups)
-    chunks = fitting_slices(I, 2 * n * J * D, sums)  # dû as it is made, and as it is handed out
-    made, handed_out = buffers(2, n * longest(chunks) * J * D, sums)
-    (logits,) = buffers(1, n * I * J, sums)
-    (rows,) = buffers(1, terms * n * I * J, sums)
+    expand = Expansion(longest(groups), I, J, D, like=sums)
+    (logits,) = buffers(1, longest(groups) * I * J, sums)
+    (rows,) = buffers(1, terms * longest(groups) * I * J, sums)
     for images in groups:
         n = length(images)
-        group = Group(votes(images), prior, view(logits, (n, J, I)))
+        group = Group(u_hat_of(images), prior, view(logits, (n, J, I)))
         coefficients, vectors = group.gradient_terms(
-            _rows(grad_v[images].contiguous()),
+            as_rows(grad_v[images].contiguous()),
             None if grad_coupling is None else grad_coupling[images],
-            _rows(sums[:, images]),
-            full,
+            as_rows(sums[:, images]),
+            gradient,
             None if grad_prior is None else grad_prior.T,
             view(rows, (terms, n, J, I)),
         )
-        for chunk in chunks:
+        for chunk, grad_u_hat in expand(coefficients, vectors, n):
+            yield images, chunk, grad_u_hat
+
+
+class Expansion:
+    """Multiplies the two factors of dû, a chunk of input capsules at a time, in its own buffers."""
+
+    def __init__(self, most_images: int, I: int, J: int, D: int, like: Tensor) -> None:
+        """Take the sizes of the largest group."""
+        self.J, self.D = J, D
+        self.chunks = fitting_slices(I, 2 * most_images * J * D, like)  # two buffers
+        self.buffers = buffers(2, most_images * longest(self.chunks) * J * D, like)
+
+    def __call__(
+        self, coefficients: Tensor, vectors: Tensor, n: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some input capsules and their dû, (C, n, J, D), until the next is asked for."""
+        J, D = self.J, self.D
+        made, handed_out = self.buffers
+        for chunk in self.chunks:
             C = length(chunk)
             product = view(made, (n * J, C, D))
             torch.bmm(coefficients[:, chunk], vectors, out=product)
-            grad_votes = view(handed_out, (C, n * J, D)).copy_(product.transpose(0, 1))
-            yield images, chunk, grad_votes.view(C, n, J, D)
+            grad_u_hat = view(handed_out, (C, n * J, D)).copy_(product.transpose(0, 1))
+            yield chunk, grad_u_hat.view(C, n, J, D)

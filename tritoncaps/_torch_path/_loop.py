@@ -1,4 +1,4 @@
-"""The routing loop, forward and backward, whatever the prediction vectors are sliced by."""
+"""The routing loop, forward and backward, however the prediction vectors are sliced."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -12,33 +12,34 @@ from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 def route(weighted_sum: Callable[[int, Tensor | None], Tensor], sums: Tensor) -> Tensor:
     """Run the iterations; writes every s⁽ᵗ⁾ to `sums`, (r, ..., D), and returns v⁽ʳ⁾, (..., D).
 
-    `weighted_sum(t, v_sum)` returns s⁽ᵗ⁾, given V⁽ᵗ⁻¹⁾; t counts from 0, and V⁽⁰⁾ is None.
+    `weighted_sum(t, V)` returns s⁽ᵗ⁾ given V⁽ᵗ⁻¹⁾. t counts from 0, and V⁽⁰⁾ is None.
     """
-    v_sum: Tensor | None = None
+    V: Tensor | None = None
     for t in range(len(sums)):
-        sums[t] = weighted_sum(t, v_sum)
-        v = squash_fwd(sums[t])
-        v_sum = v if v_sum is None else v_sum + v
+        sums[t] = weighted_sum(t, V)
+        v = squash_fwd(sums[t], "quadratic")
+        V = v if V is None else V + v
     return v
 
 
 def route_backward(
     grad_v: Tensor,
     sums: Tensor,
-    full: bool,
+    gradient: str,
     step: Callable[[int, Tensor | None, Tensor], Tensor | None],
 ) -> None:
-    """Walk the iterations backwards; without `full` the last one alone.
+    """Walk the iterations backwards; with `gradient="last"` the last one alone.
 
-    `step(t, v_sum, grad_s)` adds the share of iteration t to the gradients of the inputs, given
-    V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾, and returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾; for the first, nothing.
+    `step(t, V, grad_s)` is given V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾. It adds the share of iteration t to the
+    gradients of the inputs and returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾, or None for the first
+    iteration.
     """
-    v_sums = [None, *accumulate(squash_fwd(s) for s in sums[:-1])]
+    totals = [None, *accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])]
     grad_out = grad_v.to(sums.dtype)
     for t in reversed(range(len(sums))):
-        grad_s = squash_bwd(grad_out, sums[t])
-        share = step(t, v_sums[t], grad_s)
-        if share is None or not full:
+        grad_s = squash_bwd(grad_out, sums[t], "quadratic")
+        share = step(t, totals[t], grad_s)
+        if share is None or gradient == "last":
             return
         grad_out = share if t == len(sums) - 1 else grad_out + share
 

@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
+from tritoncaps._torch_path._images import (
+    PredictionVectors,
+    group_width,
+    image_gradients,
+    route_images,
+)
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import even_size, group_bytes, length, view
 
@@ -13,8 +18,8 @@ def dynamic_routing_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
     size = group_size(u_hat, iterations, backward=False)
-    votes = _laid_out(u_hat, size)
-    return route_images(votes, u_hat.shape, size, prior, iterations, return_coupling, u_hat)
+    u_hat_of = _laid_out(u_hat, size)
+    return route_images(u_hat_of, u_hat.shape, size, prior, iterations, return_coupling, u_hat)
 
 
 def dynamic_routing_bwd(
@@ -23,17 +28,17 @@ def dynamic_routing_bwd(
     u_hat: Tensor,
     prior: Tensor | None,
     sums: Tensor,
-    full: bool,
+    gradient: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of u_hat, (B, I, J, D), and of the prior, (I, J)."""
     size = group_size(u_hat, len(sums), backward=True)
-    votes = _laid_out(u_hat, size)
+    u_hat_of = _laid_out(u_hat, size)
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
     grad_prior = None if prior is None else sums.new_zeros(prior.shape)
-    for images, capsules, grad_votes in image_gradients(
-        votes, u_hat.shape, size, grad_v, grad_coupling, prior, sums, full, grad_prior
+    for images, capsules, part in image_gradients(
+        u_hat_of, u_hat.shape, size, grad_v, grad_coupling, prior, sums, gradient, grad_prior
     ):
-        grad_u_hat[images, capsules] = grad_votes.transpose(0, 1)
+        grad_u_hat[images, capsules] = part.transpose(0, 1)
     return grad_u_hat, None if grad_prior is None else grad_prior.to(u_hat.dtype)
 
 
@@ -45,7 +50,7 @@ def group_size(u_hat: Tensor, iterations: int, backward: bool) -> int:
     return even_size(B, group_bytes(u_hat.device) // max(1, image_bytes))
 
 
-def _laid_out(u_hat: Tensor, size: int) -> Votes:
+def _laid_out(u_hat: Tensor, size: int) -> PredictionVectors:
     """Prediction vectors as a group has them, (I, n, J, D): a copy, but of a single image."""
     _, I, J, D = u_hat.shape
     dtype = accumulation_dtype(u_hat.dtype)
@@ -53,7 +58,7 @@ def _laid_out(u_hat: Tensor, size: int) -> Votes:
         return lambda images: u_hat[images].transpose(0, 1)
     buffer = u_hat.new_empty(I * size * J * D, dtype=dtype)
 
-    def votes(images: slice) -> Tensor:
+    def u_hat_of(images: slice) -> Tensor:
         return view(buffer, (I, length(images), J, D)).copy_(u_hat[images].transpose(0, 1))
 
-    return votes
+    return u_hat_of

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._chunks import chunk_gradients, route_chunks
-from tritoncaps._torch_path._images import Votes, group_width, image_gradients, route_images
+from tritoncaps._torch_path._images import (
+    PredictionVectors,
+    group_width,
+    image_gradients,
+    route_images,
+)
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
     chunk_bytes,
@@ -28,8 +33,8 @@ def fused_dynamic_routing_fwd(
         return route_chunks(u, weight, prior, iterations, return_coupling)
     (B, I, _), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
-    votes = _predicted(u.to(dtype), weight.to(dtype).flatten(2), J, size)
-    return route_images(votes, (B, I, J, D), size, prior, iterations, return_coupling, u)
+    u_hat_of = predicted(u.to(dtype), weight.to(dtype).flatten(2), J, size)
+    return route_images(u_hat_of, (B, I, J, D), size, prior, iterations, return_coupling, u)
 
 
 def fused_dynamic_routing_bwd(
@@ -39,26 +44,26 @@ def fused_dynamic_routing_bwd(
     weight: Tensor,
     prior: Tensor | None,
     sums: Tensor,
-    full: bool,
+    gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
 
     By images: du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij.
     """
-    size = group_size(u, weight.shape, len(sums) if full else 1, backward=True)
+    size = group_size(u, weight.shape, len(sums) if gradient == "full" else 1, backward=True)
     if size == 0:
-        return chunk_gradients(grad_v, grad_coupling, u, weight, prior, sums, full)
+        return chunk_gradients(grad_v, grad_coupling, u, weight, prior, sums, gradient)
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
-    poses, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
+    raised, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
     grad_u, grad_rows = u.new_empty(B, I, P), rows.new_zeros(I, P, J * D)
     grad_prior = None if prior is None else sums.new_zeros(prior.shape)
-    votes = _predicted(poses, rows, J, size)
-    for images, capsules, grad_votes in image_gradients(
-        votes, (B, I, J, D), size, grad_v, grad_coupling, prior, sums, full, grad_prior
+    u_hat_of = predicted(raised, rows, J, size)
+    for images, capsules, grad_u_hat in image_gradients(
+        u_hat_of, (B, I, J, D), size, grad_v, grad_coupling, prior, sums, gradient, grad_prior
     ):
-        grad = grad_votes.flatten(2)  # (C, n, J·D)
+        grad = grad_u_hat.flatten(2)  # (C, n, J·D)
         grad_u[images, capsules] = torch.bmm(grad, rows[capsules].transpose(1, 2)).transpose(0, 1)
-        grad_rows[capsules].baddbmm_(poses[images, capsules].permute(1, 2, 0), grad)
+        grad_rows[capsules].baddbmm_(raised[images, capsules].permute(1, 2, 0), grad)
     return (
         grad_u,
         grad_rows.view(weight.shape).to(u.dtype),
@@ -66,15 +71,15 @@ def fused_dynamic_routing_bwd(
     )
 
 
-def _predicted(u: Tensor, rows: Tensor, J: int, size: int) -> Votes:
-    """The prediction vectors of some images, made anew, from the weight (I, P, J·D)."""
+def predicted(u: Tensor, rows: Tensor, J: int, size: int) -> PredictionVectors:
+    """Compute the prediction vectors of up to `size` images at a time; `rows` is (I, P, J·D)."""
     I, _, JD = rows.shape
     buffer = u.new_empty(I * size * JD)
 
-    def votes(images: slice) -> Tensor:
+    def u_hat_of(images: slice) -> Tensor:
         return predict(u[images], rows, view(buffer, (I, length(images), J, JD // J)))
 
-    return votes
+    return u_hat_of
 
 
 def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward: bool) -> int:

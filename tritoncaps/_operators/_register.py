@@ -1,0 +1,301 @@
+"""What torch has to be told of an operator, derived from one declaration.
+
+Each operator is opaque to the compiler: one node in a graph, one boundary a call, whatever happens
+inside. `register` gives it a schema, a fake (shapes and dtypes alone), an autograd formula whose
+backward is an operator too, an autocast rule, a vmap rule and FLOP counts.
+
+Axes are written as in "B I P". A name that ends in "?" is optional: an input may be None, an output
+that was not asked for is an empty tensor of shape (0,).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tritoncaps._torch_path import accumulation_dtype
+
+Axes = Mapping[str, str]
+# FLOPs from the sizes of the axes and from the call's arguments, where a tensor is its shape.
+Flops = Callable[[dict[str, int], dict[str, Any]], int]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An operator that torch knows: its declaration, and what is called forward and backward."""
+
+    inputs: Axes
+    outputs: Axes
+    forward: Any
+    backward: Any
+
+
+def register(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    inputs: Axes,
+    outputs: Axes,
+    flops: Flops | None = None,
+    backward_flops: Flops | None = None,
+) -> Registered:
+    """Register `tritoncaps::<name>` and `tritoncaps::<name>_backward`.
+
+    Args:
+        name: the operator's name on every floor.
+        forward: takes the inputs, in the order of `inputs`, then options; returns the outputs.
+        backward: its parameters say what it needs, by name: `grad_<output>` for a gradient (None
+            where the loss did not use an optional output), an input, an output or an option of the
+            forward. It returns a gradient for each input, or None where the input is None; for a
+            single input the gradient itself.
+        inputs: axes by name. Where "B" is among them it comes first. "..." stands for any axes
+            that the operator treats alike.
+        outputs: axes by name; an output with the axis "r" (iterations) is in the accumulation type.
+        flops: counts the products of a call, two operations for each multiply-add.
+        backward_flops: the same of the backward; its arguments have the backward's names.
+    """
+    formulas = _Formulas(forward, backward, inputs, outputs)
+    operator = torch.library.custom_op(f"tritoncaps::{name}", forward, mutates_args=())
+    gradient_of = torch.library.custom_op(
+        f"tritoncaps::{name}_backward", formulas.filled_backward(), mutates_args=()
+    )
+    operator.register_fake(formulas.fake)
+    gradient_of.register_fake(formulas.fake_backward)
+    operator.register_autograd(formulas.gradient(gradient_of), setup_context=formulas.save)
+    _set_autocast(operator)
+    if formulas.is_elementwise:
+        operator.register_vmap(_elementwise(operator))
+        gradient_of.register_vmap(_elementwise(gradient_of))
+    else:
+        operator.register_vmap(
+            _batched(operator, formulas.parameters, formulas.inputs, formulas.outputs)
+        )
+        # It sums over the batch, so each slice has a gradient of the weight of its own.
+        gradient_of.register_vmap(
+            lambda info, in_dims, *args: _loop(gradient_of, info, in_dims, args)
+        )
+    if flops is not None:
+        _set_flops(operator, formulas.parameters, formulas.inputs, flops)
+    if backward_flops is not None:
+        _set_flops(gradient_of, formulas.needed, formulas.inputs, backward_flops)
+    return Registered(inputs, outputs, operator, gradient_of)
+
+
+class _Formulas:
+    """Shapes and the chain rule of one operator, by the names of its tensors.
+
+    `parameters` are the arguments of the forward, `needed` those of the backward.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        inputs: Axes,
+        outputs: Axes,
+    ) -> None:
+        self.backward = backward
+        self.parameters = list(inspect.signature(forward).parameters)
+        self.needed = list(inspect.signature(backward).parameters)
+        self.inputs = {name.removesuffix("?"): axes for name, axes in inputs.items()}
+        self.outputs = {name.removesuffix("?"): axes for name, axes in outputs.items()}
+        self.optional = {name.removesuffix("?") for name in outputs if name.endswith("?")}
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the operator treats all axes but the last alike."""
+        return any("..." in axes for axes in self.inputs.values())
+
+    def fake(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """Results without values."""
+        given = dict(zip(self.parameters, args, strict=True))
+        first = args[0]
+        if self.is_elementwise:
+            return _contiguous_like(first)
+        sizes = _sizes(self.inputs, given, lambda tensor: tensor.shape)
+        sizes["r"] = given.get("iterations", 1)
+        made = []
+        for name, axes in self.outputs.items():
+            asked_for = name not in self.optional or given[f"return_{name}"]
+            shape = [sizes[axis] for axis in axes.split()] if asked_for else [0]
+            dtype = accumulation_dtype(first.dtype) if "r" in axes.split() else first.dtype
+            made.append(first.new_empty(shape, dtype=dtype))
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def fake_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """Gradients without values."""
+        given = dict(zip(self.needed, args, strict=True))
+        grads = tuple(
+            args[0].new_empty(0) if given[name] is None else _contiguous_like(given[name])
+            for name in self.inputs
+        )
+        return grads[0] if len(grads) == 1 else grads
+
+    def filled_backward(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """The backward with empty tensors for None, which a schema cannot say."""
+
+        def backward(*args: Any) -> Any:
+            grads = self.backward(*args)
+            if isinstance(grads, Tensor):
+                return grads
+            return tuple(args[0].new_empty(0) if grad is None else grad for grad in grads)
+
+        count = len(self.inputs)
+        annotation: Any = Tensor if count == 1 else tuple[(Tensor,) * count]  # type: ignore[misc]
+        signature = inspect.signature(self.backward).replace(return_annotation=annotation)
+        backward.__signature__ = signature  # type: ignore[attr-defined]
+        return backward
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the backward needs."""
+        made = (output,) if isinstance(output, Tensor) else output
+        given = dict(zip([*self.parameters, *self.outputs], [*inputs, *made], strict=True))
+        tensors = [name for name in self.needed if name in self.inputs or name in self.outputs]
+        ctx.save_for_backward(*(given[name] for name in tensors))
+        ctx.saved_names = tensors
+        ctx.options = {n: given[n] for n in self.needed if n in given and n not in tensors}
+        ctx.shapes = {name: given[name].shape for name in self.outputs}
+        ctx.set_materialize_grads(False)
+
+    def gradient(self, gradient_of: Callable[..., Any]) -> Callable[..., Any]:
+        """The autograd formula: call the backward operator with what it names."""
+
+        def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
+            given = {**saved, **ctx.options}
+            like = next(tensor for tensor in ctx.saved_tensors if tensor is not None)
+            for name, grad in zip(self.outputs, grads, strict=True):
+                if name in self.optional and len(ctx.shapes[name]) == 1:
+                    grad = None  # not asked for
+                elif grad is None and name not in self.optional:
+                    grad = like.new_zeros(ctx.shapes[name])
+                given[f"grad_{name}"] = grad
+            found = gradient_of(*(given[name] for name in self.needed))
+            found = (found,) if isinstance(found, Tensor) else found
+            by_name = dict(zip(self.inputs, found, strict=True))
+            return tuple(
+                by_name[name] if given.get(name) is not None and name in by_name else None
+                for name in self.parameters
+            )
+
+        return formula
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _sizes(
+    tensors: Axes, given: Mapping[str, Any], shape_of: Callable[[Any], Any]
+) -> dict[str, int]:
+    """The size of each axis of the inputs that are given."""
+    return {
+        axis: size
+        for name, axes in tensors.items()
+        if given[name] is not None
+        for axis, size in zip(axes.split(), shape_of(given[name]), strict=True)
+    }
+
+
+def _set_autocast(operator: Any) -> None:
+    """16-bit inputs are raised: agreement adds up over iterations, and half precision loses it."""
+    for device_type in ("cpu", "cuda", "mps", "xpu"):
+        if torch.amp.is_autocast_available(device_type):
+            # Before torch 2.13 there were rules for "cpu" and "cuda" alone.
+            with suppress(ValueError):
+                operator.register_autocast(device_type, torch.float32)
+
+
+def _set_flops(operator: Any, names: list[str], tensors: Axes, formula: Flops) -> None:
+    namespace, _, name = operator._qualname.partition("::")
+
+    def count(*shapes: Any, **kwargs: Any) -> int:
+        given = dict(zip(names, shapes, strict=False))
+        return formula(_sizes(tensors, given, tuple), given)
+
+    register_flop_formula(getattr(getattr(torch.ops, namespace), name))(count)
+
+
+# vmap ---------------------------------------------------------------------------------------------
+
+
+def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
+    """Call the operator for each slice and stack the results."""
+    if info.batch_size == 0:
+        raise ValueError(f"vmap of {operator}: the mapped axis has 0 slices, but needs >= 1")
+    results = [
+        operator(
+            *(
+                arg if dim is None else arg.select(dim, index)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+        )
+        for index in range(info.batch_size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _to_front(arg: Any, dim: int | None, count: int) -> Any:
+    """A tensor with the mapped axis first; one that is not mapped is repeated along it."""
+    if not isinstance(arg, Tensor):
+        return arg
+    return arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)
+
+
+def _elementwise(operator: Any) -> Callable[..., Any]:
+    """The rule of an operator along the last axis: whatever stands before it is batch."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        result = operator(
+            *(_to_front(a, dim, info.batch_size) for a, dim in zip(args, in_dims, strict=True))
+        )
+        return result, 0 if isinstance(result, Tensor) else (0,) * len(result)
+
+    return rule
+
+
+def _batched(
+    operator: Any, parameters: list[str], tensors: Axes, results: Axes
+) -> Callable[..., Any]:
+    """The rule of an operator with a batch: the mapped axis becomes part of it.
+
+    Where an input without a batch is mapped too, such as the weight, each slice is a call.
+    """
+
+    def has_batch(name: str) -> bool:
+        return "B" in tensors.get(name, "").split()
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        named = list(zip(parameters, args, in_dims, strict=True))
+        if not all(dim is None or has_batch(name) for name, _, dim in named):
+            return _loop(operator, info, in_dims, args)
+        sizes = (info.batch_size, 0)
+        folded = []
+        for name, arg, dim in named:
+            if has_batch(name):
+                arg = _to_front(arg, dim, info.batch_size)
+                sizes = arg.shape[:2]
+                arg = arg.flatten(0, 1)
+            folded.append(arg)
+        made = operator(*folded)
+        outputs, dims = [], []
+        listed = (made,) if isinstance(made, Tensor) else made
+        for output, axes in zip(listed, results.values(), strict=True):
+            axis = axes.split().index("B")
+            is_empty = output.ndim < len(axes.split())  # not asked for
+            outputs.append(output if is_empty else output.unflatten(axis, sizes))
+            dims.append(None if is_empty else axis)
+        if isinstance(made, Tensor):
+            return outputs[0], dims[0]
+        return tuple(outputs), tuple(dims)
+
+    return rule

@@ -1,0 +1,58 @@
+"""`tritoncaps::dynamic_routing`, of prediction vectors in memory."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tritoncaps import _torch_path
+from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._register import register
+
+
+def _forward(
+    u_hat: Tensor, prior: Tensor | None, iterations: int, gradient: str, return_coupling: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run(_torch_path.dynamic_routing_fwd, u_hat, prior, iterations, return_coupling)
+
+
+def _backward(
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u_hat: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    gradient: str,
+) -> tuple[Tensor, Tensor | None]:
+    return run(_torch_path.dynamic_routing_bwd, grad_v, grad_coupling, u_hat, prior, sums, gradient)
+
+
+# The floating-point operations are those of the mathematics, with the prediction vectors computed
+# once. What a backend computes again to save memory is not counted.
+
+
+def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+    """A weighted sum in each iteration, an agreement between two."""
+    return _product(sizes) * (2 * given["iterations"] - 1)
+
+
+def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+    """Each forward product twice, but for the constant coupling of an iteration without logits."""
+    if given["gradient"] == "last":
+        return _product(sizes)
+    iterations = given["sums"][0]
+    return _product(sizes) * (2 * (2 * iterations - 1) - (given["prior"] is None))
+
+
+def _product(sizes: dict[str, int]) -> int:
+    return 2 * sizes["B"] * sizes["I"] * sizes["J"] * sizes["D"]
+
+
+dynamic_routing = register(
+    "dynamic_routing",
+    _forward,
+    _backward,
+    inputs={"u_hat": "B I J D", "prior?": "I J"},
+    outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
+    flops=flops,
+    backward_flops=backward_flops,
+)

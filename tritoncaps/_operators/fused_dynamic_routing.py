@@ -1,0 +1,62 @@
+"""`tritoncaps::fused_dynamic_routing`: the prediction vectors never exist in memory."""
+
+from typing import Any
+
+from torch import Tensor
+
+from tritoncaps import _torch_path
+from tritoncaps._operators import dynamic_routing, prediction_vectors
+from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._register import register
+
+
+def _forward(
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    iterations: int,
+    gradient: str,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return run(_torch_path.fused_dynamic_routing_fwd, u, weight, prior, iterations, return_coupling)
+
+
+def _backward(
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return run(
+        _torch_path.fused_dynamic_routing_bwd,
+        grad_v,
+        grad_coupling,
+        u,
+        weight,
+        prior,
+        sums,
+        gradient,
+    )
+
+
+def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+    return prediction_vectors.flops(sizes, given) + dynamic_routing.flops(sizes, given)
+
+
+def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+    loop = dynamic_routing.backward_flops(sizes, given)
+    return prediction_vectors.backward_flops(sizes, given) + loop
+
+
+fused_dynamic_routing = register(
+    "fused_dynamic_routing",
+    _forward,
+    _backward,
+    inputs={"u": "B I P", "weight": "I P J D", "prior?": "I J"},
+    outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
+    flops=_flops,
+    backward_flops=_backward_flops,
+)

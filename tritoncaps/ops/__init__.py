@@ -1,0 +1,32 @@
+"""Functional capsule operators, one file an operator.
+
+Every operator is differentiable and gives the same result on every backend, within the tolerance
+that the tests state: Triton kernels on a CUDA or ROCm device, plain torch elsewhere.
+
+Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
+
+The arguments of a call share one device and one dtype (float16, bfloat16, float32 or float64). Sums
+are accumulated in float32, of float64 in float64. Inside `torch.autocast` the 16-bit types are
+raised to float32 first, may be mixed with float32, and results are float32. Derivatives are of
+reverse mode and first order. Forward mode and second derivatives raise an error that names the
+operator.
+"""
+
+from tritoncaps.ops._dynamic_routing import Gradient, dynamic_routing
+from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
+from tritoncaps.ops._margin_loss import Reduction, margin_loss
+from tritoncaps.ops._prediction_vectors import prediction_vectors
+from tritoncaps.ops._routing_pass import routing_pass
+from tritoncaps.ops._squash import Form, squash
+
+__all__ = [
+    "Form",
+    "Gradient",
+    "Reduction",
+    "dynamic_routing",
+    "fused_dynamic_routing",
+    "margin_loss",
+    "prediction_vectors",
+    "routing_pass",
+    "squash",
+]

@@ -1,0 +1,61 @@
+"""`margin_loss`."""
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritoncaps import _checks
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def margin_loss(
+    activations: Tensor,
+    target: Tensor,
+    m_pos: float = 0.9,
+    m_neg: float = 0.1,
+    down_weight: float = 0.5,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Push the capsules of present classes to lengths over `m_pos`, the others under `m_neg`.
+
+    L = Σ_k T_k·max(0, m⁺ − |v_k|)² + λ·(1 − T_k)·max(0, |v_k| − m⁻)², summed over the classes k.
+
+    Args:
+        lengths: lengths of the class capsules, shape (B, K).
+        target: class indices, shape (B,), int64; or multi-hot, shape (B, K), values in [0, 1].
+        m_pos: m⁺, the length from which a present class costs nothing.
+        m_neg: m⁻, the length up to which an absent class costs nothing.
+        down_weight: λ, the weight of absent classes.
+        reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
+
+    Returns:
+        A scalar, or shape (B,) with "none"; dtype of `activations`, under autocast float32.
+
+    Raises:
+        TypeError: an argument of the wrong kind, class indices that are not int64.
+        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`, and, on
+            a CPU, class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
+
+    Example:
+        >>> import torch
+        >>> margin_loss(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
+        tensor(0.0200)
+
+    Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 4.
+    """
+    _checks.check_tensor("margin_loss", "activations", activations, "B K")
+    _checks.check_not_empty("margin_loss", "activations", activations, "B K")
+    _checks.check_target("margin_loss", target, activations)
+    _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
+    _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
+    activations = activations.to(_checks.routed_dtype(activations))
+    present = F.one_hot(target, activations.shape[1]) if target.ndim == 1 else target
+    present = present.to(activations.dtype)
+    too_short = (m_pos - activations).clamp(min=0).square()
+    too_long = (activations - m_neg).clamp(min=0).square()
+    loss = (present * too_short + down_weight * (1 - present) * too_long).sum(dim=1)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(1, len(loss))

@@ -1,0 +1,58 @@
+"""Test your own routing as the operators here are tested.
+
+An operator is declared once, as an `Operator`: its function, its reference in plain torch, the axes
+of its inputs and outputs, the options to draw. Everything else follows from that row:
+
+    from tritoncaps import testing
+
+    mine = testing.Operator(
+        function=my_routing,
+        reference=my_routing_in_einsum,
+        inputs={"u_hat": "B I J D", "prior?": "I J"},
+        outputs={"v": "B J D"},
+        options={"iterations": (3, 1, 2)},
+    )
+
+    @pytest.mark.parametrize("check", testing.CHECKS.values(), ids=testing.CHECKS)
+    def test_my_routing(check):
+        check(mine, torch.device("cpu"))
+
+`OPERATORS` is the table of this package. Its tests and its benchmarks read it. The checks need
+hypothesis, which comes with the extra `dev`.
+"""
+
+from tritoncaps.testing._agreement import assert_agrees, compare, gradients, round_once
+from tritoncaps.testing._cases import (
+    DTYPES,
+    LAYOUTS,
+    SIZES,
+    Case,
+    cases,
+    draw_inputs,
+    normal,
+    with_layout,
+)
+from tritoncaps.testing._checks import CHECKS
+from tritoncaps.testing._fuzz import Call, check_call, fuzzed_calls
+from tritoncaps.testing._table import OPERATORS, Operator
+
+__all__ = [
+    "CHECKS",
+    "DTYPES",
+    "LAYOUTS",
+    "OPERATORS",
+    "SIZES",
+    "Call",
+    "Case",
+    "Operator",
+    "assert_agrees",
+    "cases",
+    "check_call",
+    "compare",
+    "draw_inputs",
+    "fuzzed_calls",
+    "gradients",
+    "normal",
+    "round_once",
+    "with_layout",
+]

@@ -1,0 +1,123 @@
+"""The measuring stick: the 2x rule.
+
+Against the reference in float64, a result may be wrong by at most twice what the same mathematics
+in plain torch, in the result's own dtype, is wrong by, or twice what rounding the inputs once
+changes, plus a few roundings of the result's scale. The second term is the problem's own
+sensitivity: routing amplifies a rounding, and the plain form, which adds up in another order, may
+have been lucky. The rule has no tolerance to tune, and NaN never passes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritoncaps.testing._cases import Case, with_layout
+from tritoncaps.testing._table import Operator
+
+# Roundings of the result's scale that the rule grants, for results so small or so simple that the
+# plain form happens to be right to the last bit.
+SLACK_ROUNDINGS = 8
+
+
+def assert_agrees(
+    name: str, actual: Tensor, plain: Tensor, exact: Tensor, rounded: Tensor | None = None
+) -> None:
+    """Apply the 2x rule.
+
+    Args:
+        name: of the result, for the message.
+        actual: the result.
+        plain: that of plain torch in the same dtype.
+        exact: the truth, in float64.
+        rounded: the truth of inputs that were rounded once more, in float64.
+
+    Raises:
+        AssertionError: another shape, a value that is not finite, or an error that is too large.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    if actual.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), f"{name}: not finite"
+    exact = exact.to(actual.device)
+    scale = exact.abs().max().item()
+    error = (actual.double() - exact).abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item()
+    if rounded is not None:
+        allowed = max(allowed, 2 * (rounded.to(exact) - exact).abs().max().item())
+    if actual.dtype == torch.float64:  # as precise as the measuring stick itself
+        allowed = 1e-10 * scale
+    allowed += SLACK_ROUNDINGS * torch.finfo(actual.dtype).eps * scale
+    # Below the smallest normal number, results are rounded in steps of a fixed size.
+    allowed += torch.finfo(actual.dtype).tiny
+    assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} at scale {scale:.3e}"
+
+
+def gradients(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    layout: str = "contiguous",
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Call a function with tensors by name; return its outputs and the gradients of its inputs.
+
+    Each output gets a fixed random cotangent, the same numbers in every dtype. `layout` is the
+    memory layout in which autograd hands it over.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    result = function(**leaves)
+    outputs = [result] if isinstance(result, Tensor) else list(result)
+    differentiable = [output for output in outputs if output.requires_grad]
+    cotangents = []
+    for output in differentiable:
+        generator = torch.Generator().manual_seed(seed + output.ndim)
+        drawn = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        # Rounded to 16 bits, which every dtype holds.
+        cotangents.append(with_layout(drawn.bfloat16().to(output), layout))
+    grads = torch.autograd.grad(
+        differentiable, list(leaves.values()), cotangents, allow_unused=True
+    )
+    by_name = {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
+    return [output.detach() for output in outputs], by_name
+
+
+def round_once(tensor: Tensor, seed: int = 0) -> Tensor:
+    """Move each value by one rounding of its dtype, up or down, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2 * torch.randint(2, tensor.shape, generator=generator).to(tensor.device) - 1
+    return tensor.double() * (1 + signs * torch.finfo(tensor.dtype).eps)
+
+
+def compare(
+    operator: Operator, case: Case, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Apply the 2x rule to the results and gradients of a call; return them by name.
+
+    Raises:
+        AssertionError: a result or a gradient breaks the rule, or has another dtype.
+    """
+    inputs = case.inputs(operator, device)
+
+    def run(function: Callable[..., Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        outputs, grads = gradients(
+            operator.bound(case.options, function),
+            tensors,
+            seed=case.seed,
+            layout=case.grad_layout,
+        )
+        named = dict(zip(operator.output_names(case.options), outputs, strict=True))
+        return named | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+    actual = run(operator.function, inputs)
+    plain = run(operator.reference, inputs)
+    exact = run(operator.reference, {n: tensor.double() for n, tensor in inputs.items()})
+    rounded = run(operator.reference, {n: round_once(t, case.seed) for n, t in inputs.items()})
+    for name, result in actual.items():
+        assert result.dtype == case.dtype, f"{name}: {result.dtype}, expected {case.dtype}"
+        assert_agrees(f"{operator}: {name}", result, plain[name], exact[name], rounded[name])
+    return actual

@@ -1,0 +1,160 @@
+"""Drawing the inputs of an operator: sizes, values, memory layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tritoncaps._operators._dispatch import INTERPRETED
+from tritoncaps.testing._table import Operator
+
+if TYPE_CHECKING:
+    from hypothesis import strategies as st
+
+# Triton's interpreter adds up the bit patterns of bfloat16, so 16-bit types need real hardware.
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+if not INTERPRETED:
+    DTYPES += (torch.float16, torch.bfloat16)
+
+LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
+
+# One small size for each axis, all different, so that two axes cannot be mistaken for each other.
+SIZES: Mapping[str, int] = {"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7}
+
+# The largest sizes that are drawn. The interpreter takes about a millisecond a program.
+_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17}
+_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that depend on the shape and the seed alone, not on the dtype."""
+    generator = torch.Generator().manual_seed(seed + len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def draw_inputs(
+    operator: Operator,
+    sizes: Mapping[str, int] = SIZES,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    scale: float = 1.0,
+    layout: str = "contiguous",
+    optional: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Draw the inputs of a call by name.
+
+    A tensor without a batch that is contracted over P, such as a weight, is divided by √P, so that
+    prediction vectors are about `scale` times as long as the input capsules.
+
+    Args:
+        operator: whose inputs.
+        sizes: of each axis.
+        dtype: of all tensors; they hold numbers that float64 and this type share.
+        device: where they lie.
+        seed: of the numbers.
+        scale: what prediction vectors are multiplied with.
+        layout: one of `LAYOUTS`; "expanded" repeats the first image, and what has no batch is
+            strided then.
+        optional: the optional inputs to draw, by name; all if None.
+    """
+    wanted = operator.optional if optional is None else optional
+    inputs = {}
+    for name, axes in operator.axes.items():
+        if name in operator.optional and name not in wanted:
+            continue
+        named = axes.split()
+        tensor = normal(*(sizes[axis] for axis in named), seed=seed)
+        if name in operator.domain:
+            tensor = operator.domain[name](tensor)
+        elif "B" not in named and "P" in named:
+            tensor = tensor * (scale / sizes["P"] ** 0.5)
+        elif "I" in named and "D" in named:
+            tensor = tensor * scale
+        how = "strided" if layout == "expanded" and "B" not in named else layout
+        inputs[name] = with_layout(tensor.to(dtype).to(device), how)
+    return inputs
+
+
+def with_layout(tensor: Tensor, layout: str) -> Tensor:
+    """Give the same values in another memory layout; "expanded" repeats those of the first row.
+
+    Call it on the tensor's final device: a copy to another device loses the layout.
+    """
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "strided":
+        return torch.stack([tensor, torch.full_like(tensor, float("nan"))], dim=-1)[..., 0]
+    if layout == "offset":
+        padded = torch.cat([tensor.new_full((3,), float("nan")), tensor.reshape(-1)])
+        return padded[3:].view(tensor.shape)
+    if layout == "expanded" and tensor.shape[0] > 0:
+        return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn call of an operator."""
+
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any]
+    optional: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float64
+    scale: float = 1.0
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    seed: int = 0
+
+    def inputs(self, operator: Operator, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Draw the tensors of the call."""
+        return draw_inputs(
+            operator,
+            self.sizes,
+            dtype=self.dtype,
+            device=device,
+            seed=self.seed,
+            scale=self.scale,
+            layout=self.layout,
+            optional=self.optional,
+        )
+
+
+def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.SearchStrategy[Case]:
+    """Draw calls of an operator with hypothesis: sizes, options, dtypes, layouts."""
+    from hypothesis import strategies as st
+
+    largest = _LARGEST_INTERPRETED if INTERPRETED else _LARGEST
+    axes = sorted({axis for named in operator.axes.values() for axis in named.split()})
+
+    def some(names: Sequence[str]) -> st.SearchStrategy[tuple[str, ...]]:
+        return st.tuples(*(st.booleans() for _ in names)).map(
+            lambda kept: tuple(n for n, keep in zip(names, kept, strict=True) if keep)
+        )
+
+    return st.builds(
+        Case,
+        sizes=st.fixed_dictionaries({axis: _sizes(largest.get(axis, 17)) for axis in axes}),
+        options=st.fixed_dictionaries(
+            {name: st.sampled_from(values) for name, values in operator.options.items()}
+        ),
+        optional=some(operator.optional),
+        dtype=st.sampled_from(dtypes),
+        scale=st.sampled_from([0.1, 1.0]),
+        layout=st.sampled_from(LAYOUTS),
+        grad_layout=st.sampled_from(LAYOUTS),
+        seed=st.integers(0, 2**16),
+    )
+
+
+def _sizes(largest: int) -> st.SearchStrategy[int]:
+    """Sizes of an axis: often 1, a power of two, or one beside it."""
+    from hypothesis import strategies as st
+
+    edges = sorted({1, *(size for e in range(1, 8) for size in (2**e - 1, 2**e, 2**e + 1))})
+    return st.sampled_from([e for e in edges if e <= largest]) | st.integers(1, largest)

@@ -1,0 +1,402 @@
+"""What every operator has to pass. Each check takes a row of the table and a device.
+
+A check raises AssertionError, or lets torch's own error through. What an operator has no part in,
+such as the FLOPs of a function that torch does not know by name, its check leaves out.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritoncaps.testing._agreement import compare, gradients
+from tritoncaps.testing._cases import SIZES, Case, cases, draw_inputs, normal
+from tritoncaps.testing._fuzz import check_call, fuzzed_calls
+from tritoncaps.testing._table import Operator
+
+
+def check_agreement(operator: Operator, device: torch.device) -> None:
+    """Results and gradients obey the 2x rule: any size, option, dtype and memory layout."""
+    from hypothesis import given
+
+    @given(cases(operator))
+    def agrees(case: Case) -> None:
+        compare(operator, case, device)
+
+    agrees()
+
+
+def check_every_option(operator: Operator, device: torch.device) -> None:
+    """The same for every combination of options and optional inputs, at one size."""
+    for options in _combinations(operator):
+        for optional in _subsets(operator.optional):
+            compare(operator, Case(SIZES, options, optional, torch.float32), device)
+
+
+def check_empty_batch(operator: Operator, device: torch.device) -> None:
+    """No image gives empty results, and zeros for the gradient of what all images share."""
+    for options in _combinations(operator):
+        inputs = draw_inputs(operator, {**SIZES, "B": 0}, device=device)
+        outputs, grads = gradients(operator.bound(options), inputs)
+        shapes = operator.output_shapes(inputs, options)
+        assert [tuple(output.shape) for output in outputs] == list(shapes.values())
+        for name, grad in grads.items():
+            assert grad.shape == inputs[name].shape
+            assert not grad.any(), f"{operator}: gradient of {name} is not zero"
+
+
+def check_gradients(operator: Operator, device: torch.device) -> None:
+    """Derivatives agree with finite differences; also of a result with other strides.
+
+    `gradient="last"` is left out: by intention its derivative is not that of the function.
+    """
+    from torch.autograd import gradcheck
+
+    for options in _combinations(operator):
+        if options.get("gradient") == "last":
+            continue
+        inputs = draw_inputs(operator, device=device)
+        names, leaves = list(inputs), [x.requires_grad_() for x in inputs.values()]
+
+        def outputs(*tensors: Tensor, options: Any = options, names: Any = names) -> Any:
+            return operator.call(dict(zip(names, tensors, strict=True)), options)
+
+        def transposed(*tensors: Tensor, outputs: Any = outputs) -> Any:
+            return tuple(x.transpose(0, -1) for x in outputs(*tensors))
+
+        assert gradcheck(outputs, leaves, fast_mode=True)
+        assert gradcheck(transposed, leaves, fast_mode=True)
+
+
+def check_registration(operator: Operator, device: torch.device) -> None:
+    """torch's own check of a custom operator: schema, fake, autograd, dynamic shapes."""
+    if operator.registered is None:
+        return
+    from torch.library import opcheck
+
+    with warnings.catch_warnings():
+        # opcheck reads .grad of tensors that need not be leaves.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+        for forward, backward in _registered_calls(operator, device):
+            opcheck(*forward)
+            opcheck(*backward)
+
+
+def check_vmap(operator: Operator, device: torch.device) -> None:
+    """`torch.func.vmap` over each input, and over all, gives the results of a loop."""
+    names = list(operator.axes)
+    mapped_sets = [{name: 0} for name in names] + [{name: 1} for name in names[:1]]
+    mapped_sets.append(dict.fromkeys(names, 0))
+    for options, mapped in product(_combinations(operator), mapped_sets):
+        slices = [draw_inputs(operator, device=device, seed=seed) for seed in (1, 2)]
+        stacked = {
+            name: torch.stack([inputs[name] for inputs in slices], mapped[name])
+            if name in mapped
+            else slices[0][name]
+            for name in names
+        }
+
+        def call(*tensors: Tensor, options: Any = options) -> tuple[Tensor, ...]:
+            return operator.call(dict(zip(names, tensors, strict=True)), options)
+
+        in_dims = tuple(mapped.get(name) for name in names)
+        together = torch.func.vmap(call, in_dims=in_dims)(*stacked.values())
+        for index in range(2):
+            own = {name: slices[index if name in mapped else 0][name] for name in names}
+            for result, expected in zip(together, operator.call(own, options), strict=True):
+                torch.testing.assert_close(result[index], expected)
+
+
+def check_compile(operator: Operator, device: torch.device) -> None:
+    """`torch.compile(fullgraph=True)` with gradients; another batch compiles nothing anew."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    for options in _extremes(operator):
+        torch._dynamo.reset()
+        frames = CompileCounterWithBackend("aot_eager")
+
+        def loss(inputs: dict[str, Tensor], options: Any = options) -> Tensor:
+            return sum((x.square().sum() for x in operator.call(inputs, options)), torch.zeros(()))
+
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=frames)
+        counts = []
+        for batch in (3, 8, 11):
+            inputs = draw_inputs(operator, {**SIZES, "B": batch}, device=device)
+            leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+            results = [
+                torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True)
+                for function in (compiled, loss)
+            ]
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected)
+            counts.append(frames.frame_count)
+        assert counts[0] == counts[-1], f"{operator}: each batch size is compiled anew"
+
+
+def check_export(operator: Operator, device: torch.device) -> None:
+    """`torch.export` with a dynamic batch: one node of ours, right for other batches."""
+    for options in _combinations(operator):
+        inputs = draw_inputs(operator, device=device)
+        batch = torch.export.Dim("batch", min=2, max=64)
+        shapes = {name: {0: batch} if "B" in operator.axes[name] else None for name in inputs}
+        program = torch.export.export(
+            _Module(operator, options), (inputs,), dynamic_shapes={"inputs": shapes}
+        )
+        if operator.registered is not None:
+            targets = [str(node.target) for node in program.graph.nodes]
+            assert f"tritoncaps.{operator}.default" in targets
+        more = draw_inputs(operator, {**SIZES, "B": 5}, device=device)
+        for result, expected in zip(
+            program.module()(more), operator.call(more, options), strict=True
+        ):
+            torch.testing.assert_close(result, expected)
+
+
+def check_autocast(operator: Operator, device: torch.device) -> None:
+    """Under autocast 16-bit inputs are raised to float32, forward and backward."""
+    for options in _combinations(operator):
+        low = draw_inputs(operator, dtype=torch.bfloat16, device=device)
+        raised = {name: tensor.float() for name, tensor in low.items()}
+        exact, exact_grads = gradients(operator.bound(options), raised)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            results, grads = gradients(operator.bound(options), low)
+        for result, expected in zip(results, exact, strict=True):
+            assert result.dtype == torch.float32
+            assert torch.equal(result, expected)
+        for name, grad in grads.items():
+            assert torch.equal(grad, exact_grads[name].to(torch.bfloat16)), name
+
+
+def check_meta(operator: Operator, device: torch.device) -> None:
+    """Meta tensors give results of the right shape, dtype and device."""
+    for options, dtype in product(_combinations(operator), (torch.float16, torch.float64)):
+        inputs = draw_inputs(operator, dtype=dtype, device="meta")
+        shapes = operator.output_shapes(inputs, options)
+        for result, shape in zip(operator.call(inputs, options), shapes.values(), strict=True):
+            assert (tuple(result.shape), result.dtype, result.device.type) == (shape, dtype, "meta")
+
+
+def check_flops(operator: Operator, device: torch.device) -> None:
+    """torch's FLOP counter counts what it counts of the reference, forward and backward."""
+    if operator.registered is None or operator.registered.forward._qualname not in _counted():
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = operator.defaults
+    counts = []
+    for function in (operator.function, operator.reference):
+        inputs = draw_inputs(operator, device=device, optional=())
+        with FlopCounterMode(display=False) as counter:
+            gradients(operator.bound(options, function), inputs)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1], f"{operator}: {counts[0]} FLOPs, the reference has {counts[1]}"
+
+
+def check_repeatability(operator: Operator, device: torch.device) -> None:
+    """A second call gives the same bits, and no call changes its inputs."""
+    for options in _combinations(operator):
+        inputs = draw_inputs(operator, dtype=torch.float32, device=device)
+        kept = {name: tensor.clone() for name, tensor in inputs.items()}
+        versions = [tensor._version for tensor in inputs.values()]
+        first, second = (gradients(operator.bound(options), inputs) for _ in range(2))
+        assert [tensor._version for tensor in inputs.values()] == versions
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in inputs.items())
+        assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+        assert all(torch.equal(grad, second[1][name]) for name, grad in first[1].items())
+
+
+def check_missing_derivatives(operator: Operator, device: torch.device) -> None:
+    """Forward mode and second derivatives raise an error that names the operator."""
+    if operator.registered is None:
+        return
+    inputs = draw_inputs(operator, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    first = next(iter(leaves))
+    (result, *_) = operator.call(leaves, operator.defaults)
+    (grad,) = torch.autograd.grad(result.square().sum(), leaves[first], create_graph=True)
+    _assert_raises(RuntimeError, rf"tritoncaps\.{operator}_backward", lambda: grad.sum().backward())
+
+    def of_first(x: Tensor) -> Tensor:
+        return operator.call({**inputs, first: x}, operator.defaults)[0]
+
+    x = leaves[first].detach()
+    with warnings.catch_warnings():
+        # Entering forward mode, torch 2.15 uses what it has deprecated.
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        _assert_raises(
+            NotImplementedError,
+            f"{operator}: {first} has a forward-mode tangent",
+            lambda: torch.func.jvp(of_first, (x,), (torch.ones_like(x),)),
+        )
+
+
+def check_errors(operator: Operator, device: torch.device) -> None:
+    """Each wrong argument raises TypeError or ValueError; the message names it and the numbers."""
+    right = draw_inputs(operator, dtype=torch.float32, device=device)
+    defaults = operator.defaults
+    # The right call comes first: what follows fails for its one wrong argument alone.
+    operator.call(right, defaults)
+    for kind, name, words, wrong in [*_wrong_tensors(operator, right), *_wrong_options(operator)]:
+        call = partial(operator.function, **{**right, **defaults, **wrong})
+        message = _assert_raises(kind, f"^{operator}: .*{name}", call)
+        for word in words:
+            assert word in message, f"{operator}: {message!r} does not say {word!r}"
+
+
+def check_fuzz(operator: Operator, device: torch.device) -> None:
+    """Arguments that nobody meant to give end in a documented result or a documented error."""
+    from hypothesis import HealthCheck, given, settings
+
+    @settings(suppress_health_check=list(HealthCheck))
+    @given(fuzzed_calls(operator))
+    def fuzz(call: Any) -> None:
+        check_call(operator, call)
+
+    fuzz()
+
+
+CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_agreement,
+        check_every_option,
+        check_empty_batch,
+        check_gradients,
+        check_registration,
+        check_vmap,
+        check_compile,
+        check_export,
+        check_autocast,
+        check_meta,
+        check_flops,
+        check_repeatability,
+        check_missing_derivatives,
+        check_errors,
+        check_fuzz,
+    )
+}
+
+
+# What the checks share ----------------------------------------------------------------------------
+
+
+class _Module(torch.nn.Module):
+    """An operator with fixed options, for what takes modules alone."""
+
+    def __init__(self, operator: Operator, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.operator, self.options = operator, options
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return self.operator.call(inputs, self.options)
+
+
+def _combinations(operator: Operator) -> list[dict[str, Any]]:
+    """The usual options, and each other value of each option in turn."""
+    found = [operator.defaults]
+    for name, values in operator.options.items():
+        found += [operator.defaults | {name: value} for value in values[1:]]
+    if "return_coupling" in operator.options:  # of all results the one with most to go wrong
+        found += [options | {"return_coupling": True} for options in found[1:]]
+    return [options for n, options in enumerate(found) if options not in found[:n]]
+
+
+def _extremes(operator: Operator) -> list[dict[str, Any]]:
+    """The usual options, and the last of the combinations, for checks that take long."""
+    first, *others = _combinations(operator)
+    return [first, *others[-1:]]
+
+
+def _subsets(names: list[str]) -> Iterator[tuple[str, ...]]:
+    for kept in product((False, True), repeat=len(names)):
+        yield tuple(name for name, keep in zip(names, kept, strict=True) if keep)
+
+
+def _counted() -> set[str]:
+    """The names of the operators that torch's FLOP counter knows."""
+    from torch.utils.flop_counter import flop_registry
+
+    return {str(getattr(operator, "_qualified_op_name", "")) for operator in flop_registry}
+
+
+def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """The arguments of the registered forward and backward, as pairs (operator, arguments)."""
+    import inspect
+
+    registered = operator.registered
+    for options in _combinations(operator):
+        for optional in _subsets(operator.optional):
+            inputs = draw_inputs(operator, dtype=torch.float32, device=device, optional=optional)
+            given: dict[str, Any] = {**dict.fromkeys(operator.optional), **inputs, **options}
+            names = list(inspect.signature(registered.forward._init_fn).parameters)
+            arguments = [given[name] for name in names]
+            results = registered.forward(*arguments)
+            results = (results,) if isinstance(results, Tensor) else results
+            leaves = [x.requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
+            for name, result in zip(registered.outputs, results, strict=True):
+                name = name.removesuffix("?")
+                given[name] = result
+                asked_for = name in operator.output_names(options) or "r" in str(name)
+                given[f"grad_{name}"] = normal(*result.shape).to(result) if asked_for else None
+            needed = inspect.signature(registered.backward._init_fn).parameters
+            plain = [x.detach() if isinstance(x, Tensor) else x for x in (given[n] for n in needed)]
+            yield (registered.forward, tuple(leaves)), (registered.backward, tuple(plain))
+
+
+def _assert_raises(kind: type[Exception], pattern: str, call: Callable[[], Any]) -> str:
+    """Return the message of the error that the call has to raise."""
+    import re
+
+    try:
+        call()
+    except kind as error:
+        assert re.search(pattern, str(error)), f"{str(error)!r} does not match {pattern!r}"
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} that matches {pattern!r}")
+
+
+Wrong = tuple[type[Exception], str, list[str], dict[str, Any]]
+
+
+def _wrong_tensors(operator: Operator, right: Mapping[str, Tensor]) -> Iterator[Wrong]:
+    """Error, argument, words of the message and what replaces the right argument."""
+    for name, tensor in right.items():
+        axes = operator.axes[name].split()
+        if name not in operator.optional:
+            yield TypeError, name, ["torch.Tensor", "NoneType"], {name: None}
+        yield TypeError, name, ["torch.Tensor", "list"], {name: tensor.tolist()}
+        yield TypeError, name, ["int64"], {name: tensor.long()}
+        yield TypeError, name, ["sparse"], {name: tensor.to_sparse()}
+        if operator.name == "squash":
+            continue  # takes any shape
+        yield ValueError, name, [f"{len(axes)} axes", str(tensor.ndim + 1)], {name: tensor[None]}
+        for position, axis in enumerate(axes):
+            if axis != "B":
+                empty = tensor.narrow(position, 0, 0)
+                yield ValueError, name, [f"{axis}=0"], {name: empty}
+            if any(axis in other.split() for n, other in operator.axes.items() if n != name):
+                size = tensor.shape[position]
+                fewer = tensor.narrow(position, 0, size - 1)
+                yield ValueError, "", [f"{axis}={size}", f"{axis}={size - 1}"], {name: fewer}
+        if len(right) > 1:
+            yield ValueError, "", ["meta", str(tensor.device)], {name: tensor.to("meta")}
+            yield TypeError, "", ["float32", "float64"], {name: tensor.double()}
+
+
+def _wrong_options(operator: Operator) -> Iterator[Wrong]:
+    for name, values in operator.options.items():
+        if isinstance(values[0], bool):
+            yield TypeError, name, ["bool", "int"], {name: 1}
+        elif isinstance(values[0], str):
+            yield ValueError, name, [f'"{values[0]}"', "'none such'"], {name: "none such"}
+            yield ValueError, name, ["3"], {name: 3}
+        else:
+            yield TypeError, name, ["int", "str"], {name: "3"}
+            yield TypeError, name, ["int", "bool"], {name: True}
+            yield TypeError, name, ["int", "float"], {name: 1.5}
+            yield ValueError, name, [">= 1", "0"], {name: 0}
+            yield ValueError, name, ["2147483648"], {name: 2**31}

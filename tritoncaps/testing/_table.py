@@ -1,0 +1,179 @@
+"""The operator table: each operator is declared once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritoncaps import ops, reference
+from tritoncaps._operators.dynamic_routing import dynamic_routing
+from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing
+from tritoncaps._operators.prediction_vectors import prediction_vectors
+from tritoncaps._operators.routing_pass import routing_pass
+from tritoncaps._operators.squash import squash
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One row of the table.
+
+    Args:
+        function: what a user calls, with the inputs and the options by name.
+        reference: the same in plain torch, called alike; evaluated in float64 it is the truth.
+        inputs: the axes of each tensor, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?"
+            may be left out. Where there is a batch, "B" comes first.
+        outputs: the axes of each result. One whose name ends in "?", such as "coupling?", is
+            returned if the option `return_coupling` is true.
+        options: the values that tests draw for each other argument; the first is the usual one.
+        name: as in messages; that of `function` if it is not given.
+        registered: the operators that torch knows, forward and backward, or None for a function
+            made of torch's own.
+        domain: what makes an input of normal numbers, for those that normal numbers do not suit.
+    """
+
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    name: str = ""
+    registered: Any = None
+    domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.function.__name__)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axes of every input by its plain name."""
+        return {name.removesuffix("?"): axes for name, axes in self.inputs.items()}
+
+    @property
+    def optional(self) -> list[str]:
+        """The inputs that may be left out."""
+        return [name.removesuffix("?") for name in self.inputs if name.endswith("?")]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The usual value of each option."""
+        return {name: values[0] for name, values in self.options.items()}
+
+    def output_names(self, options: Mapping[str, Any]) -> list[str]:
+        """What a call with these options returns."""
+        names = ((name.removesuffix("?"), name.endswith("?")) for name in self.outputs)
+        return [name for name, asked in names if not asked or options.get(f"return_{name}")]
+
+    def output_shapes(
+        self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each result of a call."""
+        axes = {name.removesuffix("?"): of for name, of in self.outputs.items()}
+        sizes = {
+            axis: size
+            for name, tensor in inputs.items()
+            for axis, size in zip(self.axes[name].split(), tensor.shape, strict=True)
+        }
+        return {
+            name: tuple(sizes[axis] for axis in axes[name].split())
+            for name in self.output_names(options)
+        }
+
+    def call(
+        self,
+        inputs: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+        function: Callable[..., Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Call the function, or another one that is called alike; always a tuple of results."""
+        result = (function or self.function)(**inputs, **options)
+        return (result,) if isinstance(result, Tensor) else tuple(result)
+
+    def bound(
+        self, options: Mapping[str, Any], function: Callable[..., Any] | None = None
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """The operator with these options, as a function of its inputs by name."""
+
+        def call(**inputs: Tensor) -> tuple[Tensor, ...]:
+            return self.call(inputs, options, function)
+
+        return call
+
+
+def _with_target(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss as a function of the activations alone; image b shows class b mod K."""
+
+    def call(activations: Tensor, **options: Any) -> Any:
+        if not isinstance(activations, Tensor) or activations.ndim != 2:
+            return loss(activations, torch.zeros(1, dtype=torch.int64), **options)
+        B, K = activations.shape
+        target = torch.arange(B, device=activations.device) % max(K, 1)
+        return loss(activations, target, **options)
+
+    return call
+
+
+_ROUTING_OPTIONS = {
+    "iterations": (3, 1, 2, 4),
+    "gradient": ("full", "last"),
+    "return_coupling": (False, True),
+}
+_ROUTING_OUTPUTS = {"v": "B J D", "coupling?": "B I J"}
+
+_ROWS = (
+    Operator(
+        ops.squash,
+        reference.squash,
+        inputs={"s": "B J D"},
+        outputs={"v": "B J D"},
+        options={"form": ("quadratic", "exponential")},
+        registered=squash,
+    ),
+    Operator(
+        ops.prediction_vectors,
+        reference.prediction_vectors,
+        inputs=prediction_vectors.inputs,
+        outputs=prediction_vectors.outputs,
+        registered=prediction_vectors,
+    ),
+    Operator(
+        ops.routing_pass,
+        reference.routing_pass,
+        inputs=routing_pass.inputs,
+        outputs=routing_pass.outputs,
+        options={"return_coupling": (False, True)},
+        registered=routing_pass,
+    ),
+    Operator(
+        ops.dynamic_routing,
+        reference.dynamic_routing,
+        inputs=dynamic_routing.inputs,
+        outputs=_ROUTING_OUTPUTS,
+        options=_ROUTING_OPTIONS,
+        registered=dynamic_routing,
+    ),
+    Operator(
+        ops.fused_dynamic_routing,
+        reference.fused_dynamic_routing,
+        inputs=fused_dynamic_routing.inputs,
+        outputs=_ROUTING_OUTPUTS,
+        options=_ROUTING_OPTIONS,
+        registered=fused_dynamic_routing,
+    ),
+    Operator(
+        _with_target(ops.margin_loss),
+        _with_target(reference.margin_loss),
+        inputs={"activations": "B K"},
+        outputs={"loss": "B"},
+        options={"reduction": ("none",)},
+        name="margin_loss",
+        domain={"activations": torch.sigmoid},
+    ),
+)
+
+OPERATORS: dict[str, Operator] = {row.name: row for row in _ROWS}

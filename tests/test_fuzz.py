@@ -10,19 +10,14 @@ Checkpoints are in tests/reliability/test_fuzz_files.py.
 """
 
 import functools
-import gzip
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import Fuzz
 from hypothesis import strategies as st
-from reliability.fuzzing import Edit, assert_nothing_was_claimed, edited, edits, little_memory
-from test_data_files import idx_bytes, make_set
 from torch import Tensor
 
 from tritoncaps import (
@@ -33,8 +28,6 @@ from tritoncaps import (
     RoutedCapsules,
     ops,
 )
-from tritoncaps.data import DatasetError
-from tritoncaps.data.idx import IdxFile, read_image_set
 from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 # arguments ----------------------------------------------------------------------------------------
@@ -354,72 +347,3 @@ def check_module(call: Call) -> None:
 
 def test_modules(fuzz: Fuzz) -> None:
     fuzz(module_calls(), check_module)
-
-
-# data files ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class IdxCase:
-    """Changes of a file of images, of its labels, and of what they are packed into."""
-
-    images: list[Edit]
-    labels: list[Edit]
-    packed: bool
-    packing: list[Edit]
-    verify: bool
-
-
-def test_idx_files(fuzz: Fuzz, tmp_path: Path) -> None:
-    """Verified, the published content or an error; else what the files say, of any shape."""
-    expected = make_set(6, height=4, width=3)
-    contents = [
-        idx_bytes(expected.images.squeeze(1)),
-        idx_bytes(expected.labels.to(torch.uint8)),
-    ]
-    files = [
-        IdxFile(name, shape, hashlib.sha256(content).hexdigest())
-        for name, shape, content in zip(
-            ("images", "labels"), ((6, 4, 3), (6,)), contents, strict=True
-        )
-    ]
-
-    def check(case: IdxCase) -> None:
-        for file, content, changes in zip(files, contents, (case.images, case.labels), strict=True):
-            for name in (file.name, f"{file.name}.gz"):
-                (tmp_path / name).unlink(missing_ok=True)
-            changed = edited(content, changes)
-            if case.packed:
-                packed = edited(gzip.compress(changed, mtime=0), case.packing)
-                (tmp_path / f"{file.name}.gz").write_bytes(packed)
-            else:
-                (tmp_path / file.name).write_bytes(changed)
-        problem = None
-        with little_memory():
-            try:
-                found = read_image_set(tmp_path, *files, 10, verify=case.verify)
-            except DatasetError as error:
-                problem = error
-        if problem is not None:
-            assert str(problem).startswith(str(tmp_path))
-            assert_nothing_was_claimed(problem)
-        elif case.verify:
-            assert torch.equal(found.images, expected.images)
-            assert torch.equal(found.labels, expected.labels)
-        else:
-            assert found.images.dtype == torch.uint8
-            assert found.images.ndim == 4
-            assert len(found.images) == len(found.labels) > 0
-            assert int(found.labels.max()) < 10
-
-    fuzz(
-        st.builds(
-            IdxCase,
-            images=st.lists(edits, max_size=2),
-            labels=st.lists(edits, max_size=2),
-            packed=st.booleans(),
-            packing=st.lists(edits, max_size=2),
-            verify=st.booleans(),
-        ),
-        check,
-    )

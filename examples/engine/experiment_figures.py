@@ -13,12 +13,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -38,6 +39,9 @@ from engine.figures import (
     _shrink_to,
     _stretch_axis,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f"]
 _MARKS = ["o", "s", "^", "D", "v", "P", "X", "*"]
@@ -59,16 +63,14 @@ def plot_model_curves(
 
     Args:
         curves: for each network its runs, each a list with one share an epoch.
-        path: the PNG to write.
-        title: the line above the plot.
         quantity: what the share is of, such as "test accuracy".
     """
     runs = [run for seeds in curves.values() for run in seeds]
     if not runs or not all(runs):
         raise ValueError("plot_model_curves: there is no epoch to plot")
     longest = max(map(len, runs))
-    with _figure(path, 960, 560 + 22 * len(curves), title, arrange=True) as figure:
-        axes = figure.subplots()
+    labels = ("epoch", f"{quantity} (%), stretched towards 100")
+    with _chart(path, 560 + 22 * len(curves), title, labels) as axes:
         _stretch_axis(axes)
         styles = _styles(curves)
         for name, seeds in curves.items():
@@ -81,12 +83,10 @@ def plot_model_curves(
                     axes.plot(range(1, len(run) + 1), values, color=colour, lw=0.7, alpha=0.55)
             label = f"{name}: highest {_spread([max(run) for run in seeds])}"
             label += f", last {_spread([run[-1] for run in seeds])}"
-            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "lw": 2.2}
-            axes.plot(range(1, length + 1), average, label=label, clip_on=False, **style)
+            style = {"color": colour, "marker": mark, "label": label, "clip_on": False}
+            axes.plot(range(1, length + 1), average, markersize=4, lw=2.2, **style)
         _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
-        axes.set_ylabel(f"{quantity} (%), stretched towards 100")
         _count_epochs(axes, 1, longest)
-        figure.legend(loc="outside lower center", ncols=1)
 
 
 def plot_heat_map(
@@ -103,8 +103,6 @@ def plot_heat_map(
         values: a share for each row and column, NaN where there is none.
         rows: the number of each row.
         columns: the number of each column.
-        path: the PNG to write.
-        title: the line above the table.
         labels: what rows, columns and values are.
     """
     table = 100 * torch.tensor(values, dtype=torch.float64)
@@ -150,14 +148,11 @@ def plot_trade_off(
     Args:
         points: name, seconds and share of each.
         front: the positions of the points of the Pareto front.
-        path: the PNG to write.
-        title: the line above the plot.
         labels: what time and share are.
     """
     if not points:
         raise ValueError("plot_trade_off: there is no point to plot")
-    with _figure(path, 960, 620, title, arrange=True) as figure:
-        axes = figure.subplots()
+    with _chart(path, 620, title, (labels[0], f"{labels[1]} (%)"), columns=2) as axes:
         ahead = sorted((points[index] for index in front), key=lambda point: point[1])
         others = [point for index, point in enumerate(points) if index not in set(front)]
         line: dict[str, Any] = {"color": _PALETTE[1], "marker": "s", "markersize": 8, "lw": 1.5}
@@ -174,10 +169,6 @@ def plot_trade_off(
             axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
         axes.margins(0.12)
         axes.ticklabel_format(useOffset=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(f"{labels[1]} (%)")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2)
 
 
 @dataclass(frozen=True)
@@ -199,8 +190,6 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
 
     Args:
         panels: the plots, three in a row.
-        path: the PNG to write.
-        title: the line above the plots.
         quantity: what the share is of.
     """
     if not panels:
@@ -245,15 +234,13 @@ def plot_by_size(
 
     Args:
         curves: for each network and size the shares of its runs.
-        path: the PNG to write.
-        title: the line above the plot.
         labels: what size and share are.
     """
     shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
     if not shares:
         raise ValueError("plot_by_size: there is no point to plot")
-    with _figure(path, 960, 620, title, arrange=True) as figure:
-        axes = figure.subplots()
+    y_label = f"{labels[1]} (%), stretched towards 100"
+    with _chart(path, 620, title, (labels[0], y_label), columns=len(curves)) as axes:
         _stretch_axis(axes)
         axes.set_xscale("log")
         styles = _styles(curves)
@@ -271,10 +258,6 @@ def plot_by_size(
         all_sizes = sorted({size for sizes in curves.values() for size in sizes})
         axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
         axes.minorticks_off()
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(f"{labels[1]} (%), stretched towards 100")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=len(curves))
 
 
 @dataclass(frozen=True)
@@ -307,8 +290,6 @@ def plot_overlapped(
 
     Args:
         blocks: rows of examples, such as successes and failures; empty ones are left out.
-        path: the PNG to write.
-        title: the line above the pictures.
         class_names: the name of each class.
     """
     pairs = [pair for pair in blocks if len(pair.overlays)]
@@ -382,8 +363,6 @@ def plot_grids(
         images: the inputs, shape (rows, columns, C, H, W).
         reconstructions: what the decoder made of them, same shape.
         rows: the name of each row.
-        path: the PNG to write.
-        title: the line above the grids.
     """
     grids = []
     for part in (images, reconstructions):
@@ -421,8 +400,6 @@ def plot_failures(
         as_labelled: the decoded capsule of the true class, same shape.
         labels: the true class of each, N indices.
         predictions: the predicted class of each, N indices.
-        path: the PNG to write.
-        title: the line above the pictures.
         class_names: the name of each class.
     """
     names = ("input", "predicted class,\ndecoded", "true class,\ndecoded")
@@ -442,8 +419,6 @@ def plot_strips(
 
     Args:
         strips: for each row its name, its images (N, C, H, W), and N texts.
-        path: the PNG to write.
-        title: the line above the pictures.
     """
     left = 30 + 7 * max(len(name) for name, _, _ in strips)
     blocks = [
@@ -451,6 +426,20 @@ def plot_strips(
         for name, images, texts in strips
     ]
     _plot_blocks(blocks, path, title, left=left, text_height=16)
+
+
+@contextmanager
+def _chart(
+    path: str | Path, height: int, title: str, labels: tuple[str, str], columns: int = 1
+) -> Iterator[Axes]:
+    """Yield the axes of a chart with these labels of x and y, and a legend of so many columns."""
+    with _figure(path, 960, height, title, arrange=True) as figure:
+        axes = figure.subplots()
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.grid(alpha=0.3)
+        yield axes
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _styles(names: Collection[str]) -> dict[str, tuple[str, str]]:

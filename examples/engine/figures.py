@@ -1,9 +1,10 @@
 """The pictures of a training run: curves, reconstructions, perturbed capsules, confusion matrix.
 
-Every function takes plain data and writes one PNG. Figures are drawn without pyplot and in
-matplotlib's default style, whatever the user's settings, so the same input gives the same bytes.
-Matplotlib is imported when the first picture is drawn. Images are grey or RGB tensors (C = 1 or 3),
-uint8 or floats in [0, 1]; they are enlarged by whole numbers, so that each pixel becomes a square.
+Every function takes plain data and writes one PNG, `path`, with `title` above. Figures are drawn
+without pyplot and in matplotlib's default style, whatever the user's settings, so the same input
+gives the same bytes. Matplotlib is imported when the first picture is drawn. Images are grey or RGB
+tensors (C = 1 or 3), uint8 or floats in [0, 1]. They are enlarged by whole numbers: each pixel
+becomes a square.
 
 Example:
     >>> import tempfile, torch
@@ -60,8 +61,6 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
         rows: one mapping an epoch, as in ``summary.csv``: ``epoch``, ``train_accuracy`` and
             ``validation_accuracy`` as fractions, ``train_loss`` and ``validation_loss``. Values may
             be text. One that is not finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
-        path: the PNG to write.
-        title: the line above the plots.
     """
     if not rows:
         raise ValueError("plot_curves: there is no epoch to plot")
@@ -107,8 +106,6 @@ def plot_reconstructions(
         reconstructions: what the decoder made of them, same shape.
         labels: the true class of each, N indices.
         predictions: the predicted class of each, N indices.
-        path: the PNG to write.
-        title: the line above the pictures.
         class_names: the name of each class.
     """
     columns, text_height = min(10, len(images)), 42
@@ -150,8 +147,6 @@ def plot_perturbations(
     Args:
         images_grid: shape (D, steps, C, H, W): a row for each dimension, a column for each offset.
         offsets: what was added to the dimension in each column.
-        path: the PNG to write.
-        title: the line above the pictures.
     """
     tiles = _pad(_enlarge(images_grid), _GAP, _GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
@@ -181,12 +176,10 @@ def plot_confusion(
     """Draw a confusion matrix: counts as numbers, rates within the true class as colours.
 
     Colours follow the logarithm of the rate, so that one confusion in a thousand is seen beside a
-    full diagonal. Empty cells stay white.
+    full diagonal. Empty cells stay white. The title gets the accuracy added.
 
     Args:
         matrix: counts, shape (K, K); the row is the true class, the column the predicted one.
-        path: the PNG to write.
-        title: the line above the matrix, to which the accuracy is added.
         class_names: the name of each class.
     """
     counts = torch.as_tensor(matrix).cpu()

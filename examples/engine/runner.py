@@ -50,9 +50,6 @@ from tritoncaps.data import (
     stratified_subset,
 )
 
-# The default number of epochs: small sets converge in fewer steps than MNIST has in one epoch.
-EPOCHS = {"mnist": 30, "fashion-mnist": 30, "digits": 15}
-
 # What an experiment says after a Ctrl-C.
 AGAIN = "what was saved stays, the same command goes on"
 
@@ -157,7 +154,7 @@ class Runner:
             )
         if output.dry_run:
             recipe = _shortened(recipe, dataset, largest_batch)
-        self.epochs = recipe.epochs or EPOCHS[dataset.name]
+        self.epochs = recipe.epochs or dataset.epochs
         self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
         self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
@@ -459,14 +456,12 @@ def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> R
 
 def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
     """Keep so many images of a data set; the same ones whatever the seed."""
-    parts = []
-    for flag, images, limit in (
-        ("--limit-train", dataset.train, limit_train),
-        ("--limit-test", dataset.test, limit_test),
-    ):
+    parts = {}
+    for part, limit in (("train", limit_train), ("test", limit_test)):
+        images: ImageSet = getattr(dataset, part)
         if limit is not None and limit > len(images):
-            raise ValueError(f"{flag} {limit}: {dataset.title} has {len(images):,} such images")
-        parts.append(images if limit is None else stratified_subset(images, limit, seed=0))
-    return Dataset(
-        dataset.name, dataset.title, parts[0], parts[1], dataset.class_names, dataset.note
-    )
+            raise ValueError(
+                f"--limit-{part} {limit}: {dataset.title} has {len(images):,} such images"
+            )
+        parts[part] = images if limit is None else stratified_subset(images, limit, seed=0)
+    return replace(dataset, **parts)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,11 @@ def small_model(seed: int = 1) -> CapsNet:
 def few_digits(train: int = 90, test: int = 40) -> Dataset:
     """Take the first of the embedded digits."""
     digits = load_dataset("digits")
-    return Dataset(
-        digits.name,
-        digits.title,
-        digits.train.subset(range(train)),
-        digits.test.subset(range(test)),
-        digits.class_names,
-        "a few digits",
+    return replace(
+        digits,
+        train=digits.train.subset(range(train)),
+        test=digits.test.subset(range(test)),
+        note="a few digits",
     )
 
 

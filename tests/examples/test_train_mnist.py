@@ -750,7 +750,7 @@ class Gate(runner.Batches):
 
 runner.Batches = Gate
 train, test = (ImageSet(*pair) for pair in torch.load("digits.pt"))
-dataset = Dataset("digits", "digits", train, test, tuple("0123456789"), "a few digits")
+dataset = Dataset("digits", "digits", train, test, tuple("0123456789"), "a few digits", 15)
 make_small(setattr, dataset)
 torch.set_num_threads(1)
 sys.exit(train_mnist.main(sys.argv[1:]))

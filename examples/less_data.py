@@ -22,7 +22,7 @@ import torch
 
 from engine import experiment_figures
 from engine.baseline import TITLES, list_networks
-from engine.flags import Machine, Output, Recipe, flag, models_flag, parse, positive, seeds_flag
+from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
 from engine.runner import AGAIN, Experiment, Job, run_program
 from engine.tables import averages, grouped, percent
 from tritoncaps.data import ImageSet, stratified_subset
@@ -39,14 +39,10 @@ class Sizes:
         None,
         f"training images (default: those of {SIZES} that there are, and all)",
         nargs="+",
-        type=positive,
-        metavar="N",
+        **COUNT,
     )
     epoch_size: int | None = flag(
-        None,
-        "images an epoch, for every size (default: the largest size)",
-        type=positive,
-        metavar="N",
+        None, "images an epoch, for every size (default: the largest size)", **COUNT
     )
     seeds: int = seeds_flag()
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine import experiment_figures
-from engine.flags import NO_TRAINING, Machine, Output, Recipe, flag, parse, positive
+from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
 from engine.runner import AGAIN, Experiment, run_program
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
@@ -36,8 +36,8 @@ class Pictures:
 
     run: str = flag(..., "directory of a trained capsule network", metavar="RUN")
     classes: list[str] | None = flag(None, "which ones (default: all)", nargs="+", metavar="NAME")
-    per_class: int = flag(8, "images of each", type=positive, metavar="N")
-    failures: int = flag(10, "at most so many", type=positive, metavar="N")
+    per_class: int = flag(8, "images of each", **COUNT)
+    failures: int = flag(10, "at most so many", **COUNT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 from engine import experiment_figures
 from engine.baseline import TITLES
 from engine.experiment_figures import Overlapped
-from engine.flags import Machine, Output, Recipe, flag, models_flag, parse, positive, seeds_flag
+from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
 from engine.runner import AGAIN, Experiment, Job, run_program
 from engine.tables import grouped, percent
 from engine.tasks import TwoClasses, per_class_rate
@@ -53,9 +53,7 @@ class Pairs:
     )
     models: list[str] = models_flag(list_models())
     seeds: int = seeds_flag()
-    partners: int = flag(
-        1, "overlays of each test image in the final test", type=positive, metavar="N"
-    )
+    partners: int = flag(1, "overlays of each test image in the final test", **COUNT)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,11 +13,11 @@ TITLES = {"capsnet": "CapsNet", "deep_capsnet": "DeepCapsNet", CNN: "CNN"}
 
 
 class ConvNet(nn.Module):
-    """A plain convolutional network as large as the capsule networks.
+    """A plain convolutional network of the size of the capsule networks.
 
     Three convolutions of 5×5, two fully connected layers and dropout, after the baseline of Sabour
-    2017 (section 5). That one has 35.4 M parameters; here the features are pooled and the layer
-    after them is set so that at 28×28 there are 8.2 M, as in the networks it stands beside.
+    2017 (section 5), which has 35.4 M parameters. Here the features are pooled, and the next layer
+    is sized for 8.2 M at 28×28, as in the capsule networks.
 
     Args:
         num_classes: classes, K.

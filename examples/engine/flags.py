@@ -70,6 +70,11 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+# Options of flags that count something.
+COUNT = {"type": positive, "metavar": "N"}
+STEPS = {"type": positive, "metavar": "STEPS"}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What decides the result. A resumed run keeps all of it but the number of epochs."""
@@ -78,9 +83,9 @@ class Recipe:
     model_kwargs: dict[str, Any] = flag(
         {},
         "arguments of the network, such as iterations=2 of capsnet (default: the network's own)",
+        action=KeyValues,
         nargs="+",
         metavar="KEY=VALUE",
-        action=KeyValues,
     )
     dataset: str = flag(
         "auto",
@@ -88,16 +93,10 @@ class Recipe:
         choices=["auto", *list_datasets()],
     )
     limit_train: int | None = flag(
-        None,
-        "use N of the training images, the classes in proportion (default: all)",
-        type=positive,
-        metavar="N",
+        None, "use N of the training images, the classes in proportion (default: all)", **COUNT
     )
     limit_test: int | None = flag(
-        None,
-        "use N of the test images, the classes in proportion (default: all)",
-        type=positive,
-        metavar="N",
+        None, "use N of the test images, the classes in proportion (default: all)", **COUNT
     )
     validation_fraction: float = flag(
         0.1, "share of the training images held out to choose the best epoch", metavar="F"
@@ -105,13 +104,12 @@ class Recipe:
     max_shift: int = flag(2, "each training image is shifted by up to this much", metavar="PIXELS")
     epochs: int | None = flag(
         None,
-        "passes over the training images; a finished run goes on if there are more "
+        "passes over the training images; with more of them a finished run goes on "
         "(default: 30, on digits 15)",
         fixed=False,
-        type=positive,
-        metavar="N",
+        **COUNT,
     )
-    batch_size: int = flag(128, "images a step", "-b", type=positive, metavar="N")
+    batch_size: int = flag(128, "images a step", "-b", **COUNT)
     lr: float = flag(1e-3, "learning rate of Adam")
     gamma: float = flag(0.9, "factor on it every epoch")
     warmup_steps: int = flag(50, "steps over which it rises linearly", metavar="N")
@@ -135,7 +133,7 @@ class Machine:
     )
     deterministic: bool = flag(False, "the same bits from run to run on the same machine")
     torchcompile: bool = flag(False, "use torch.compile")
-    test_batch_size: int = flag(500, "images a batch in evaluations", type=positive, metavar="N")
+    test_batch_size: int = flag(500, "images a batch in evaluations", **COUNT)
 
 
 @dataclass(frozen=True)
@@ -146,14 +144,9 @@ class Output:
         None, "(default: a directory below runs/, named after what runs)", metavar="DIR"
     )
     dry_run: bool = flag(False, "try everything once, keep nothing")
-    log_interval: int = flag(
-        10, "between two records of metrics.jsonl", type=positive, metavar="STEPS"
-    )
+    log_interval: int = flag(10, "between two records of metrics.jsonl", **STEPS)
     checkpoint_interval: int | None = flag(
-        None,
-        "between two checkpoints within an epoch (default: one after each epoch)",
-        type=positive,
-        metavar="STEPS",
+        None, "between two checkpoints within an epoch (default: one after each epoch)", **STEPS
     )
 
 
@@ -168,7 +161,7 @@ def models_flag(names: Sequence[str]) -> Any:
 
 def seeds_flag() -> Any:
     """Declare the flag that repeats every run of an experiment."""
-    return flag(1, "train each with seeds 1 .. N", type=positive, metavar="N")
+    return flag(1, "train each with seeds 1 .. N", **COUNT)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

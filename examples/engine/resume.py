@@ -11,12 +11,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.flags import Machine, Output, Recipe, first_difference, flag_name
-from engine.run_directory import (
-    RunDirectoryError,
-    find_run,
-    latest,
-    locked,
-)
+from engine.run_directory import RunDirectoryError, find_run, latest, locked
 from engine.runner import FROM_DATA
 from tritoncaps._files import read_sealed
 

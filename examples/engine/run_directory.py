@@ -76,7 +76,7 @@ def _is_beginning(entry: Path) -> bool:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from training in a directory; a process that dies lets go of it.
+    """Keep other processes from training in a directory; the lock ends with its process.
 
     Raises:
         RunDirectoryError: another process trains in it.
@@ -99,7 +99,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _unique_directory(name: str) -> Path:
-    """Create a directory under runs/, with a number after its name where two runs start at once."""
+    """Create a directory under runs/; if two runs start at once, the second gets a number."""
     path, number = ROOT / name, 1
     try:
         ROOT.mkdir(parents=True, exist_ok=True)
@@ -238,7 +238,7 @@ class MetricsLog:
     """metrics.jsonl: one line is one record, so that a crash costs the last line at most."""
 
     def __init__(self, path: Path, before_step: int) -> None:
-        """Open the log; records from `before_step` on are dropped: a resumed run repeats them."""
+        """Open the log and drop records from `before_step` on, which a resumed run repeats."""
         kept: list[str] = []
         if path.exists():
             for line in path.read_text().splitlines():

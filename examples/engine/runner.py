@@ -300,9 +300,7 @@ class Experiment(Runner):
         print(f"results     {self.directory}", flush=True)
 
     def run(
-        self,
-        recipes: Mapping[str, Recipe],
-        make_job: Callable[[Any], Job] | None = None,
+        self, recipes: Mapping[str, Recipe], make_job: Callable[[Any], Job] | None = None
     ) -> list[dict[str, Any]] | None:
         """Train every recipe in the directory of its name; returns a result each.
 

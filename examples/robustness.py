@@ -101,7 +101,7 @@ def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> int:
     networks = [load_trained(run, experiment.runtime) for run in test.runs]
     for network in networks:
         check_data(network, experiment.dataset)
-        # What is measured is classification: no label reaches a decoder that is not there.
+        # Classification alone is measured. Without a decoder, no label can reach one.
         network.model.decoder = None  # type: ignore[assignment]
     titles = distinct_titles(networks)
     kinds = [kind for kind in KINDS if kind.name in test.kinds]

@@ -56,14 +56,10 @@ _FINE_TICKS = sorted({*_ACCURACY_TICKS, 10, 30, 60, 85, 97, 98.5, 99.2, 99.6, 99
 def plot_model_curves(
     curves: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str, quantity: str
 ) -> None:
-    """Plot a share by epoch for each network: every seed thin, their mean thick.
+    """Plot a share by epoch for each network, from its runs: every seed thin, their mean thick.
 
     The legend gives the highest and the last value, mean ± standard deviation over the seeds. The
-    axis is stretched towards 100 %.
-
-    Args:
-        curves: for each network its runs, each a list with one share an epoch.
-        quantity: what the share is of, such as "test accuracy".
+    axis is stretched towards 100 %. `quantity` is what the share is of, such as "test accuracy".
     """
     runs = [run for seeds in curves.values() for run in seeds]
     if not runs or not all(runs):
@@ -97,13 +93,9 @@ def plot_heat_map(
     title: str,
     labels: tuple[str, str, str],
 ) -> None:
-    """Draw a table of shares as colours and numbers; the highest is framed.
+    """Draw a table of shares as colours and numbers, NaN as "not run"; the highest is framed.
 
-    Args:
-        values: a share for each row and column, NaN where there is none.
-        rows: the number of each row.
-        columns: the number of each column.
-        labels: what rows, columns and values are.
+    `rows` and `columns` number the table; `labels` name rows, columns and values.
     """
     table = 100 * torch.tensor(values, dtype=torch.float64)
     known = table[~table.isnan()]
@@ -143,12 +135,9 @@ def plot_trade_off(
     title: str,
     labels: tuple[str, str],
 ) -> None:
-    """Plot a share against time, a named point each, and join those that nothing else beats.
+    """Plot points (name, seconds, share), and join the Pareto front, the positions in `front`.
 
-    Args:
-        points: name, seconds and share of each.
-        front: the positions of the points of the Pareto front.
-        labels: what time and share are.
+    `labels` name time and share.
     """
     if not points:
         raise ValueError("plot_trade_off: there is no point to plot")
@@ -186,12 +175,7 @@ class Panel:
 
 
 def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity: str) -> None:
-    """Plot several shares side by side, on one scale of 0 to 100 %.
-
-    Args:
-        panels: the plots, three in a row.
-        quantity: what the share is of.
-    """
+    """Plot several shares of a `quantity`, three panels in a row, on one scale of 0 to 100 %."""
     if not panels:
         raise ValueError("plot_panels: there is no curve to plot")
     columns = min(3, len(panels))
@@ -230,11 +214,9 @@ def plot_by_size(
     title: str,
     labels: tuple[str, str],
 ) -> None:
-    """Plot a share against a number of images, on a logarithmic axis: each run, and their mean.
+    """Plot the shares of each network and size on a logarithmic axis: each run, and their mean.
 
-    Args:
-        curves: for each network and size the shares of its runs.
-        labels: what size and share are.
+    `labels` name size and share.
     """
     shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
     if not shares:
@@ -285,12 +267,9 @@ def plot_overlapped(
 ) -> None:
     """Draw overlays over their originals and reconstructions, one colour for each of the two.
 
-    What a class that was found is decoded to has the colour of its original; a class that is not
-    in the image takes the place, and the colour, of one that was missed.
-
-    Args:
-        blocks: rows of examples, such as successes and failures; empty ones are left out.
-        class_names: the name of each class.
+    The decoded image of a class that was found has the colour of its original. A class that is not
+    in the image takes the place and the colour of one that was missed. `blocks` are rows of
+    examples, such as successes and failures; empty ones are left out.
     """
     pairs = [pair for pair in blocks if len(pair.overlays)]
     if not pairs:
@@ -357,13 +336,7 @@ def _plot_blocks(
 def plot_grids(
     images: Tensor, reconstructions: Tensor, rows: Sequence[str], path: str | Path, title: str
 ) -> None:
-    """Draw a grid of inputs beside the grid of their reconstructions.
-
-    Args:
-        images: the inputs, shape (rows, columns, C, H, W).
-        reconstructions: what the decoder made of them, same shape.
-        rows: the name of each row.
-    """
+    """Draw inputs, (rows, columns, C, H, W), beside their reconstructions; `rows` are names."""
     grids = []
     for part in (images, reconstructions):
         tiles = _pad(_enlarge(part), 2, 2)
@@ -392,15 +365,9 @@ def plot_failures(
     title: str,
     class_names: Sequence[str],
 ) -> None:
-    """Draw images that were misread over what the capsules of two classes are decoded to.
+    """Draw images (N, C, H, W) that were misread over two decoded capsules of each.
 
-    Args:
-        images: shape (N, C, H, W).
-        as_predicted: the decoded capsule of the predicted class, same shape.
-        as_labelled: the decoded capsule of the true class, same shape.
-        labels: the true class of each, N indices.
-        predictions: the predicted class of each, N indices.
-        class_names: the name of each class.
+    These are the capsules of the predicted and of the true class, as images of the same shape.
     """
     names = ("input", "predicted class,\ndecoded", "true class,\ndecoded")
     captions = [
@@ -415,11 +382,7 @@ def plot_failures(
 def plot_strips(
     strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
 ) -> None:
-    """Draw rows of images, each with a name, and a line of text below each image.
-
-    Args:
-        strips: for each row its name, its images (N, C, H, W), and N texts.
-    """
+    """Draw rows of images, each a name, images (N, C, H, W) and a text below each image."""
     left = 30 + 7 * max(len(name) for name, _, _ in strips)
     blocks = [
         _Block(images.unsqueeze(0), [name], texts, [False] * len(images))

@@ -57,10 +57,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     The axis of the accuracy is stretched towards 100 %: tenths of a percent show near the top, and
     the early epochs stay in view.
 
-    Args:
-        rows: one mapping an epoch, as in ``summary.csv``: ``epoch``, ``train_accuracy`` and
-            ``validation_accuracy`` as fractions, ``train_loss`` and ``validation_loss``. Values may
-            be text. One that is not finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
+    `rows` are those of summary.csv, one mapping an epoch; values may be text. One that is not
+    finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
     """
     if not rows:
         raise ValueError("plot_curves: there is no epoch to plot")
@@ -101,12 +99,7 @@ def plot_reconstructions(
 ) -> None:
     """Draw each input over its reconstruction, with the predicted class below; wrong ones framed.
 
-    Args:
-        images: the inputs, shape (N, C, H, W).
-        reconstructions: what the decoder made of them, same shape.
-        labels: the true class of each, N indices.
-        predictions: the predicted class of each, N indices.
-        class_names: the name of each class.
+    Both are (N, C, H, W); `labels` and `predictions` are N class indices.
     """
     columns, text_height = min(10, len(images)), 42
     pairs = torch.stack([_enlarge(images), _enlarge(reconstructions)], dim=1)
@@ -144,9 +137,7 @@ def plot_perturbations(
 ) -> None:
     """Draw what the decoder makes of a capsule when one of its dimensions is changed.
 
-    Args:
-        images_grid: shape (D, steps, C, H, W): a row for each dimension, a column for each offset.
-        offsets: what was added to the dimension in each column.
+    `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset.
     """
     tiles = _pad(_enlarge(images_grid), _GAP, _GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
@@ -176,11 +167,8 @@ def plot_confusion(
     """Draw a confusion matrix: counts as numbers, rates within the true class as colours.
 
     Colours follow the logarithm of the rate, so that one confusion in a thousand is seen beside a
-    full diagonal. Empty cells stay white. The title gets the accuracy added.
-
-    Args:
-        matrix: counts, shape (K, K); the row is the true class, the column the predicted one.
-        class_names: the name of each class.
+    full diagonal. Empty cells stay white. The title gets the accuracy added. Rows of `matrix`
+    (K, K) are true classes, columns predicted ones.
     """
     counts = torch.as_tensor(matrix).cpu()
     total, right = int(counts.sum()), int(counts.diagonal().sum())

@@ -80,12 +80,8 @@ class Job:
 def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted: str) -> int:
     """Tell the story of a program; returns the exit status: 0, 2 (error), 130 (interrupted).
 
-    Args:
-        program: the name of the script, without ".py".
-        tell: called as tell(*flags), returns the exit status.
-        flags: what `parse` returned, `Output` last. In a dry run that gives a directory which is
-            removed afterwards.
-        interrupted: what to say after a Ctrl-C.
+    `tell` is called with `flags`, which `parse` returned, `Output` last; in a dry run it gets a
+    directory that is removed afterwards. `interrupted` is what to say after a Ctrl-C.
     """
     *others, output = flags
     try:
@@ -112,16 +108,8 @@ def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted
 class Runner:
     """Device and images, and the training of a recipe on them.
 
-    Args:
-        recipe: what all runs share.
-        machine: where they run.
-        output: how often they write.
-        world: the processes that train together.
-        largest_batch: in a dry run, the most images a batch.
-
-    Attributes:
-        recipe: the recipe, with the data set and the number of epochs that were chosen.
-        dataset: its images, on the CPU.
+    `recipe` becomes that of the flags with the data set and the number of epochs that were chosen.
+    `largest_batch` bounds the batches of a dry run.
 
     Raises:
         DatasetError, ValueError: the data or the device are not there.
@@ -250,13 +238,8 @@ class Runner:
 class Experiment(Runner):
     """Runs of many recipes, below one directory.
 
-    Args:
-        program: the name of the script, without ".py".
-        recipe: what the recipes have in common.
-        machine: where they run.
-        output: where the results go.
-        what: the flags of this program alone, noted in args.json.
-        varied: the fields in which the recipes differ, or that decide nothing here.
+    `what` are the flags of this program alone, for args.json. `varied` are the fields in which the
+    recipes differ, or that decide nothing here.
     """
 
     def __init__(
@@ -283,10 +266,7 @@ class Experiment(Runner):
     def open(self, variant: str = "", *, trains: bool = True, **shared: Any) -> None:
         """Create the output directory, or check that it was made by the same recipe.
 
-        Args:
-            variant: a part of the name of the default directory.
-            trains: whether training images are used.
-            shared: what decides the results beside the recipe.
+        `variant` is a part of its default name, and `shared` decides the results beside the recipe.
 
         Raises:
             RunDirectoryError: it cannot be used, or belongs to another recipe.

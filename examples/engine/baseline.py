@@ -27,6 +27,7 @@ class ConvNet(nn.Module):
         hidden: widths of the two fully connected layers.
 
     Example:
+        >>> import torch
         >>> model = ConvNet()
         >>> sum(p.numel() for p in model.parameters())
         8202102

@@ -71,8 +71,8 @@ class KeyValues(argparse.Action):
 
 
 # Options of flags that count something.
-COUNT = {"type": positive, "metavar": "N"}
-STEPS = {"type": positive, "metavar": "STEPS"}
+COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
+STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 
 @dataclass(frozen=True)

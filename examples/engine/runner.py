@@ -434,7 +434,7 @@ def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> R
 
 def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
     """Keep so many images of a data set; the same ones whatever the seed."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for part, limit in (("train", limit_train), ("test", limit_test)):
         images: ImageSet = getattr(dataset, part)
         if limit is not None and limit > len(images):

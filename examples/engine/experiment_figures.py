@@ -79,8 +79,10 @@ def plot_model_curves(
                     axes.plot(range(1, len(run) + 1), values, color=colour, lw=0.7, alpha=0.55)
             label = f"{name}: highest {_spread([max(run) for run in seeds])}"
             label += f", last {_spread([run[-1] for run in seeds])}"
-            style = {"color": colour, "marker": mark, "label": label, "clip_on": False}
-            axes.plot(range(1, length + 1), average, markersize=4, lw=2.2, **style)
+            axes.plot(
+                range(1, length + 1), average, color=colour, marker=mark, markersize=4, lw=2.2,
+                label=label, clip_on=False,
+            )  # fmt: skip
         _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
         _count_epochs(axes, 1, longest)
 

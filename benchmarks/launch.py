@@ -1,7 +1,7 @@
-"""Search for launch configurations of the Triton kernels that beat the rules'.
+"""A search for launch configurations of the Triton kernels that beat those of the rules.
 
-The outcome is `launch_table.json`, which the kernels load where TRITONCAPS_LAUNCH_TABLE names it:
-the configurations of this architecture that were right and faster.
+The result is `launch_table.json`: the configurations of this architecture that were right and
+faster. The kernels load it if the environment variable TRITONCAPS_LAUNCH_TABLE names it.
 """
 
 import json
@@ -23,8 +23,8 @@ from benchmarks.timing import Task, replayed
 
 Config = dict[str, int]
 
-# What a search tries, one after the other, each on top of the best so far: factors of a field. A
-# field that is 1 is left alone: the kernel has no use for it.
+# What a search tries, one after the other, each on top of the best so far: a field, and what it is
+# multiplied with. A field that is 1 is left alone, since the kernel has no use for it.
 _CHOICES = (
     ("max_splits", 2),
     ("max_splits", 0.5),
@@ -39,12 +39,12 @@ _CHOICES = (
     ("num_stages", 0.67),
     ("num_stages", 0.34),
 )
-# A smaller gain is within the noise, and not worth an entry.
+# A smaller gain may be noise, and is not worth an entry.
 _WORTHWHILE = 1.03
 
 
 class _Table(dict[str, Config]):
-    """A launch table that remembers the names that it is asked for."""
+    """A launch table that remembers which names it was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Table(dict[str, Config]):
 
 @contextmanager
 def launch_table() -> Iterator[_Table]:
-    """Put a table of our own in the place of the kernels', and note what their rules choose."""
+    """Replace the table of the kernels, and note what their rules choose."""
     from tritoncaps.kernels import _launch
 
     table, measured = _Table(), _launch._measured
@@ -118,18 +118,18 @@ def launch_cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
-    """Name the entries that a case asks for, each with the phase in which it matters."""
-    function = op_rival("triton", case, oracle.grad.device)
+    """Name the entries that a case asks for, and the phase in which each matters."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
+    function = op_rival("triton", case, next(iter(leaves.values())).device)
     table.rules.clear()
     with torch.no_grad():
         function(**oracle.arguments)
     forward = set(table.rules)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
-    output = function(**leaves)
+    outputs = function(**leaves)
     table.rules.clear()
-    torch.autograd.grad(output, list(leaves.values()), oracle.grad)
+    torch.autograd.grad(outputs, list(leaves.values()), list(oracle.grads.values()))
     backward = set(table.rules)
-    gradients(function, oracle.arguments, oracle.grad)
+    gradients(function, oracle.arguments, oracle.grads)
     return {
         name: "both" if name in forward & backward else "forward" if name in forward else "backward"
         for name in table.rules
@@ -139,7 +139,7 @@ def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
 def search(
     session: Session, case: Case, oracle: Oracle, table: _Table, name: str, phase: str
 ) -> dict[str, Config]:
-    """Tune one entry in one phase; returns it, or nothing where the rule's choice is best."""
+    """Tune one entry in one phase; return it, or nothing if the choice of the rule is best."""
     print(f"  {name}", flush=True)
     rule = table.rules[name]
     best: Config = {}
@@ -159,10 +159,10 @@ def search(
                 "candidate": _task(session, case, table, name, phase, candidate),
             }
             timings = session.time(tasks, seconds=2.0)
-        except FallbackError as error:  # the device has no room for it: a result as well
+        except FallbackError as error:  # no room for it on this device, which is a result too
             session.report.add([row | {"refused": reason(error)}], "phase", "config")
             continue
-        except Exception as error:  # whatever it is, the other candidates go on
+        except Exception as error:  # the other candidates go on
             session.report.add([row | {"left_out": reason(error)}], "phase", "config")
             continue
         speedup = timings["best"].median / timings["candidate"].median
@@ -178,9 +178,9 @@ def search(
 def _task(
     session: Session, case: Case, table: _Table, name: str, phase: str, config: Config
 ) -> Task:
-    """Run a phase with a configuration; on a GPU it is captured with it."""
-    inputs, grad = input_sets(case, phase, session.device), case.output_gradient(session.device)
-    task = phase_task(op_rival("triton", case, session.device), phase, inputs, grad)
+    """Run a phase with a configuration. On a GPU, the graph is captured with it."""
+    sets, grads = input_sets(case, phase, session.device), case.output_gradients(session.device)
+    task = phase_task(op_rival("triton", case, session.device), phase, sets, grads)
 
     def run(state: Any) -> None:
         table[name] = config

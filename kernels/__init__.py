@@ -13,9 +13,10 @@ from tritoncaps.kernels.fused_dynamic_routing import (
     fused_dynamic_routing_fwd,
 )
 from tritoncaps.kernels.prediction_vectors import prediction_vectors_bwd, prediction_vectors_fwd
+from tritoncaps.kernels.routing_pass import routing_pass_bwd, routing_pass_fwd
 from tritoncaps.kernels.squash import squash_bwd, squash_fwd
 
-# What a launcher raises where another backend should take over: nothing has been written.
+# What a launcher raises where another backend should take over. Nothing has been written then.
 REFUSALS = (UnsupportedShape, OutOfResources)
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",
     "prediction_vectors_fwd",
+    "routing_pass_bwd",
+    "routing_pass_fwd",
     "squash_bwd",
     "squash_fwd",
 ]

@@ -1,8 +1,9 @@
 """Routing of given prediction vectors û, (B, I, J, D): memory-bound, one read of û a pass.
 
-A program owns one batch row and walks over tiles of input capsules. As in the fused routing it
-sweeps twice over the output capsules, first for the softmax's normaliser, then to apply it; a tile
-is sized so that the second sweep finds it in the first-level cache. "Votes" are the û of one tile.
+A program owns one batch row and walks over tiles of input capsules. As in `routing_pass` it sweeps
+twice over the output capsules, first for the softmax's normaliser, then to apply it. A tile is
+sized so that the second sweep finds it in the first-level cache. In a kernel, `u_hat` is the û of
+one tile.
 """
 
 import torch
@@ -11,61 +12,94 @@ import triton.language as tl
 from torch import Tensor
 
 from tritoncaps.kernels._launch import (
+    Target,
+    UnsupportedShape,
     accumulation_dtype,
-    cdiv,
     device_of,
-    dynamic_routing_config,
+    divide,
+    measured,
+    strides,
     target_of,
 )
-from tritoncaps.kernels._primitives import (
-    advance_poses,
-    full_of_lowest,
-    load_grad_coupling,
-    pull_back,
-)
-from tritoncaps.kernels.squash import squash_slots
+from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_squashed_sum
+from tritoncaps.kernels._tiles import full_of_lowest, load_grad_coupling
+
+
+def dynamic_routing_launch(
+    I: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> tuple[dict[str, int], int, int]:
+    """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
+
+    BLOCK_I: the BLOCK_I·J·D values of a tile stay under 32 KiB, so that the tiles of all programs
+    on a processor are still in its first-level cache when the second sweep asks for them.
+    BLOCK_J: 2048 values in the registers of 8 warps (1024 of float64), at most a quarter of them
+    beyond the last j.
+    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values;
+    16 keeps this far below û.
+    """
+    block_d = triton.next_power_of_2(max(D, 1))
+    values = 2048 if accumulation_dtype(dtype) == torch.float32 else 1024
+    if block_d > values:
+        raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
+    fits = max(4 * values // max(J * D, 1), 1)
+    block_i = min(1 << (fits.bit_length() - 1), triton.next_power_of_2(I), values // block_d)
+    block_j = min(values // (block_i * block_d), triton.next_power_of_2(J))
+    while block_j > 1 and triton.cdiv(J, block_j) * block_j > 1.25 * J:
+        block_j //= 2
+    launch = {
+        "BLOCK_I": block_i,
+        "BLOCK_J": block_j,
+        "BLOCK_D": block_d,
+        "BLOCK_ROWS": min(max(1024 // block_d, 1), triton.next_power_of_2(J)),
+        "MAX_SPLITS": 16,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
+    launch = measured("dynamic_routing", launch, target, dtype, I=I, J=J, D=D)
+    return launch, *divide(I, launch["BLOCK_I"], launch.pop("MAX_SPLITS"))
+
 
 # Forward ------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _load_votes(
-    row_ptrs, mask_id, first_j, J, D, stride_votes_j,
+def _load_u_hat(
+    row_ptrs, mask_id, first_j, J, D, stride_u_hat_j,
     DTYPE: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """û of a block of output capsules, (BLOCK_I, BLOCK_J, BLOCK_D); j; and the mask over (j, d)."""
     j = first_j + tl.arange(0, BLOCK_J).to(tl.int64)
     mask = mask_id & (j < J)[None, :, None]
-    votes = tl.load(row_ptrs + (j * stride_votes_j)[None, :, None], mask, other=0.0).to(DTYPE)
-    return votes, j, (j < J)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    u_hat = tl.load(row_ptrs + (j * stride_u_hat_j)[None, :, None], mask, other=0.0).to(DTYPE)
+    return u_hat, j, (j < J)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
 
 
 @triton.jit
 def _logits(
-    votes, pose_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
-    HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    u_hat, V_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
+    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
 ):  # fmt: skip
     """V, (BLOCK_J, BLOCK_D), and logits û·V + prior, (BLOCK_I, BLOCK_J), -inf past the last j."""
-    pose = tl.zeros((votes.shape[1], votes.shape[2]), votes.dtype)
-    logits = tl.zeros((votes.shape[0], votes.shape[1]), votes.dtype)
-    if HAS_POSES:
-        pose = tl.load(pose_ptrs, mask_jd, other=0.0)
-        logits = tl.sum(votes * pose[None, :, :], axis=2)
+    V = tl.zeros((u_hat.shape[1], u_hat.shape[2]), u_hat.dtype)
+    logits = tl.zeros((u_hat.shape[0], u_hat.shape[1]), u_hat.dtype)
+    if HAS_V:
+        V = tl.load(V_ptrs, mask_jd, other=0.0)
+        logits = tl.sum(u_hat * V[None, :, :], axis=2)
     if HAS_PRIOR:
-        logits += tl.load(prior_ptrs, mask_ij, other=0.0).to(votes.dtype)
-    return pose, tl.where(mask_j[None, :], logits, float("-inf"))
+        logits += tl.load(prior_ptrs, mask_ij, other=0.0).to(u_hat.dtype)
+    return V, tl.where(mask_j[None, :], logits, float("-inf"))
 
 
 @triton.jit
 def _dynamic_fwd_kernel(
     # pointers
-    votes_ptr, prior_ptr, slots_ptr, next_slots_ptr, poses_ptr, sums_ptr, coupling_ptr,
+    u_hat_ptr, prior_ptr, slots_ptr, next_slots_ptr, V_ptr, sums_ptr, coupling_ptr,
     # extents
     B, I, J, D, iteration, tiles,
     # strides
-    stride_votes_b, stride_votes_i, stride_votes_j, stride_votes_d, stride_prior_i, stride_prior_j,
+    stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     # meta-parameters
-    HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr, SAVE_COUPLING: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, SAVE_COUPLING: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -77,11 +111,11 @@ def _dynamic_fwd_kernel(
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     slot_size = tl.cast(B, tl.int64) * J * D
-    poses_ptr += split * slot_size
+    V_ptr += split * slot_size
     next_slots_ptr += split * slot_size
-    if HAS_POSES:
-        advance_poses(
-            slots_ptr, sums_ptr, poses_ptr,
+    if HAS_V:
+        advance_running_sum(
+            slots_ptr, sums_ptr, V_ptr,
             b * J, (b + 1) * J, slot_size, J, D, iteration, split == 0,
             SLOTS, False, BLOCK_ROWS, BLOCK_D,
         )  # fmt: skip
@@ -89,8 +123,8 @@ def _dynamic_fwd_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     for tile in range(split * tiles, (split + 1) * tiles):
         i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        row_ptrs = votes_ptr + b * stride_votes_b + (i * stride_votes_i)[:, None, None]
-        row_ptrs += (d * stride_votes_d)[None, None, :]
+        row_ptrs = u_hat_ptr + b * stride_u_hat_b + (i * stride_u_hat_i)[:, None, None]
+        row_ptrs += (d * stride_u_hat_d)[None, None, :]
         mask_id = (i < I)[:, None, None] & (d < D)[None, None, :]
         prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None]
         started = tl.where(tile > split * tiles, J, 0)
@@ -98,34 +132,34 @@ def _dynamic_fwd_kernel(
         top = full_of_lowest((BLOCK_I,), dtype)
         mass = tl.zeros((BLOCK_I,), dtype)
         for first_j in range(0, J, BLOCK_J):
-            votes, j, mask_jd = _load_votes(
-                row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
+            u_hat, j, mask_jd = _load_u_hat(
+                row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
             )
             _, logits = _logits(
-                votes, poses_ptr + ((b * J + j) * D)[:, None] + d[None, :], mask_jd,
+                u_hat, V_ptr + ((b * J + j) * D)[:, None] + d[None, :], mask_jd,
                 prior_ptrs + (j * stride_prior_j)[None, :], (i < I)[:, None] & (j < J)[None, :],
-                j < J, HAS_POSES, HAS_PRIOR,
+                j < J, HAS_V, HAS_PRIOR,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             mass = mass * tl.exp(top - new_top) + tl.sum(tl.exp(logits - new_top[:, None]), axis=1)
             top = new_top
 
         for first_j in range(0, J, BLOCK_J):
-            votes, j, mask_jd = _load_votes(
-                row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
+            u_hat, j, mask_jd = _load_u_hat(
+                row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
             )
             offs_jd = ((b * J + j) * D)[:, None] + d[None, :]
             mask_ij = (i < I)[:, None] & (j < J)[None, :]
             _, logits = _logits(
-                votes, poses_ptr + offs_jd, mask_jd,
+                u_hat, V_ptr + offs_jd, mask_jd,
                 prior_ptrs + (j * stride_prior_j)[None, :], mask_ij, j < J,
-                HAS_POSES, HAS_PRIOR,
+                HAS_V, HAS_PRIOR,
             )  # fmt: skip
             c = tl.exp(logits - top[:, None]) / mass[:, None]
             if SAVE_COUPLING:
                 tl.store(coupling_ptr + (b * I + i)[:, None] * J + j[None, :], c, mask_ij)
             s = tl.load(next_slots_ptr + offs_jd, mask_jd & (j < started)[:, None], other=0.0)
-            s += tl.sum(c[:, :, None] * votes, axis=0)
+            s += tl.sum(c[:, :, None] * u_hat, axis=0)
             tl.store(next_slots_ptr + offs_jd, s, mask_jd)
         # The next tile adds to what other threads of the program have written.
         tl.debug_barrier()
@@ -133,57 +167,57 @@ def _dynamic_fwd_kernel(
 
 # Backward -----------------------------------------------------------------------------------------
 #
-# The formulas are those of the fused routing:
+# The formulas are those of `fused_dynamic_routing`:
 #
 #     dc = û·ds⁽ᵗ⁾ (+ grad_coupling in the last iteration),  δ = Σ_j c dc,  db = c (dc - δ)
 #     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db û,  dû = Σ_t (c ds⁽ᵗ⁾ + db V⁽ᵗ⁻¹⁾),  dprior = Σ_t Σ_b db
 #
 # Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and
-# leaves log Σ_j exp and δ of every (b, i). One more pass then evaluates all iterations at once for
-# each û and writes dû, so that û is read r times and dû written once.
+# leaves log Σ_j exp and δ of every (b, i). A last kernel then evaluates all iterations at once for
+# each û and writes dû. In all, û is read r + 1 times and dû written once.
 
 
 @triton.jit
 def _coupling_gradient(
-    votes, grad_ptrs, mask_jd, grad_coupling_ptrs, mask_ij, HAS_GRAD_COUPLING: tl.constexpr
+    u_hat, ds_ptrs, mask_jd, grad_coupling_ptrs, mask_ij, HAS_GRAD_COUPLING: tl.constexpr
 ):  # fmt: skip
     """ds, (BLOCK_J, BLOCK_D), and dc = û·ds + grad_coupling, (BLOCK_I, BLOCK_J)."""
-    grad = tl.load(grad_ptrs, mask_jd, other=0.0)
-    dc = tl.sum(votes * grad[None, :, :], axis=2)
+    ds = tl.load(ds_ptrs, mask_jd, other=0.0)
+    dc = tl.sum(u_hat * ds[None, :, :], axis=2)
     if HAS_GRAD_COUPLING:
-        dc += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(votes.dtype)
-    return grad, dc
+        dc += tl.load(grad_coupling_ptrs, mask_ij, other=0.0).to(u_hat.dtype)
+    return ds, dc
 
 
 @triton.jit
 def _dynamic_bwd_kernel(
     # pointers
-    votes_ptr, prior_ptr, grad_coupling_ptr, slots_ptr, next_slots_ptr, poses_ptr, grads_ptr,
-    sums_ptr, saved_poses_ptr, saved_grads_ptr, normaliser_ptr, delta_ptr,
+    u_hat_ptr, prior_ptr, grad_coupling_ptr, slots_ptr, next_slots_ptr, V_ptr, ds_ptr,
+    sums_ptr, saved_V_ptr, saved_ds_ptr, normaliser_ptr, delta_ptr,
     # extents
     B, I, J, D, iteration, tiles,
     # strides
-    stride_votes_b, stride_votes_i, stride_votes_j, stride_votes_d, stride_prior_i, stride_prior_j,
+    stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
-    IS_LAST: tl.constexpr, DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    IS_LAST: tl.constexpr, FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾, leave log Σ_j exp and δ of every (b, i).
 
-    DETACH treats the coupling as a constant: db = 0. Without poses and prior the coupling is 1/J,
-    and there is nothing to do beyond the prologue: such a pass is launched with no tiles.
+    Unless FULL the coupling is a constant: db = 0. Without V and prior it is 1/J, and there is
+    nothing to do beyond the prologue: such a pass is launched with no tiles.
     """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     slot_size = tl.cast(B, tl.int64) * J * D
-    poses_ptr += split * slot_size
-    grads_ptr += split * slot_size
+    V_ptr += split * slot_size
+    ds_ptr += split * slot_size
     next_slots_ptr += split * slot_size
     pull_back(
-        slots_ptr, sums_ptr, poses_ptr, grads_ptr, next_slots_ptr, saved_poses_ptr, saved_grads_ptr,
+        slots_ptr, sums_ptr, V_ptr, ds_ptr, next_slots_ptr, saved_V_ptr, saved_ds_ptr,
         b * J, (b + 1) * J, slot_size, D, iteration, split == 0,
         not IS_LAST, SLOTS, BLOCK_ROWS, BLOCK_D,
     )  # fmt: skip
@@ -191,8 +225,8 @@ def _dynamic_bwd_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     for tile in range(split * tiles, (split + 1) * tiles):
         i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-        row_ptrs = votes_ptr + b * stride_votes_b + (i * stride_votes_i)[:, None, None]
-        row_ptrs += (d * stride_votes_d)[None, None, :]
+        row_ptrs = u_hat_ptr + b * stride_u_hat_b + (i * stride_u_hat_i)[:, None, None]
+        row_ptrs += (d * stride_u_hat_d)[None, None, :]
         mask_id = (i < I)[:, None, None] & (d < D)[None, None, :]
         prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None]
         grad_coupling_ptrs = grad_coupling_ptr + b * stride_grad_coupling_b
@@ -202,23 +236,23 @@ def _dynamic_bwd_kernel(
         mass = tl.zeros((BLOCK_I,), dtype)
         moment = tl.zeros((BLOCK_I,), dtype)  # Σ_j exp(logit - top) dc
         for first_j in range(0, J, BLOCK_J):
-            votes, j, mask_jd = _load_votes(
-                row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
+            u_hat, j, mask_jd = _load_u_hat(
+                row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
             )
             offs_jd = ((b * J + j) * D)[:, None] + d[None, :]
             mask_ij = (i < I)[:, None] & (j < J)[None, :]
             _, logits = _logits(
-                votes, poses_ptr + offs_jd, mask_jd,
+                u_hat, V_ptr + offs_jd, mask_jd,
                 prior_ptrs + (j * stride_prior_j)[None, :], mask_ij, j < J,
-                HAS_POSES, HAS_PRIOR,
+                HAS_V, HAS_PRIOR,
             )  # fmt: skip
             new_top = tl.maximum(top, tl.max(logits, axis=1))
             shrink = tl.exp(top - new_top)
             share = tl.exp(logits - new_top[:, None])
             mass = mass * shrink + tl.sum(share, axis=1)
-            if not DETACH:
+            if FULL:
                 _, dc = _coupling_gradient(
-                    votes, grads_ptr + offs_jd, mask_jd,
+                    u_hat, ds_ptr + offs_jd, mask_jd,
                     grad_coupling_ptrs + (j * stride_grad_coupling_j)[None, :], mask_ij,
                     HAS_GRAD_COUPLING,
                 )  # fmt: skip
@@ -228,27 +262,27 @@ def _dynamic_bwd_kernel(
         tl.store(normaliser_ptr + b * I + i, top + tl.log(mass), i < I)
         tl.store(delta_ptr + b * I + i, delta, i < I)
 
-        if HAS_POSES and not DETACH:
+        if HAS_V and FULL:
             for first_j in range(0, J, BLOCK_J):
-                votes, j, mask_jd = _load_votes(
-                    row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
+                u_hat, j, mask_jd = _load_u_hat(
+                    row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
                 )
                 offs_jd = ((b * J + j) * D)[:, None] + d[None, :]
                 mask_ij = (i < I)[:, None] & (j < J)[None, :]
                 _, logits = _logits(
-                    votes, poses_ptr + offs_jd, mask_jd,
+                    u_hat, V_ptr + offs_jd, mask_jd,
                     prior_ptrs + (j * stride_prior_j)[None, :], mask_ij, j < J,
-                    HAS_POSES, HAS_PRIOR,
+                    HAS_V, HAS_PRIOR,
                 )  # fmt: skip
                 _, dc = _coupling_gradient(
-                    votes, grads_ptr + offs_jd, mask_jd,
+                    u_hat, ds_ptr + offs_jd, mask_jd,
                     grad_coupling_ptrs + (j * stride_grad_coupling_j)[None, :], mask_ij,
                     HAS_GRAD_COUPLING,
                 )  # fmt: skip
                 c = tl.exp(logits - top[:, None]) / mass[:, None]
                 db = c * (dc - delta[:, None])
                 dv = tl.load(next_slots_ptr + offs_jd, mask_jd, other=0.0)
-                dv += tl.sum(db[:, :, None] * votes, axis=0)
+                dv += tl.sum(db[:, :, None] * u_hat, axis=0)
                 tl.store(next_slots_ptr + offs_jd, dv, mask_jd)
             # The next tile adds to what other threads of the program have written.
             tl.debug_barrier()
@@ -256,95 +290,93 @@ def _dynamic_bwd_kernel(
 
 @triton.jit
 def _add_iteration(
-    dvotes, dlogits, votes, pose_ptrs, grad_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
+    du_hat, dlogits, u_hat, V_ptrs, ds_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
     normaliser_ptrs, delta_ptrs, mask_i, grad_coupling, J,
-    DETACH: tl.constexpr, HAS_POSES: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
 ):  # fmt: skip
     """Add c ds + db V of an iteration to dû, (BLOCK_I, BLOCK_J, BLOCK_D), and db to dlogits."""
-    grad, dc = _coupling_gradient(votes, grad_ptrs, mask_jd, pose_ptrs, mask_ij, False)
-    if HAS_POSES or HAS_PRIOR:
-        pose, logits = _logits(
-            votes, pose_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j, HAS_POSES, HAS_PRIOR
-        )
+    ds, dc = _coupling_gradient(u_hat, ds_ptrs, mask_jd, V_ptrs, mask_ij, False)
+    if HAS_V or HAS_PRIOR:
+        V, logits = _logits(u_hat, V_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j, HAS_V, HAS_PRIOR)
         c = tl.exp(logits - tl.load(normaliser_ptrs, mask_i, other=0.0)[:, None])
-        dvotes += c[:, :, None] * grad[None, :, :]
-        if not DETACH:
+        du_hat += c[:, :, None] * ds[None, :, :]
+        if FULL:
             delta = tl.load(delta_ptrs, mask_i, other=0.0)
             db = c * (dc + grad_coupling - delta[:, None])
             dlogits += db
-            if HAS_POSES:
-                dvotes += db[:, :, None] * pose[None, :, :]
+            if HAS_V:
+                du_hat += db[:, :, None] * V[None, :, :]
     else:
-        dvotes += (grad / J)[None, :, :]
-    return dvotes, dlogits
+        du_hat += (ds / J)[None, :, :]
+    return du_hat, dlogits
 
 
 @triton.jit
-def _votes_gradient_kernel(
+def _u_hat_gradient_kernel(
     # pointers
-    votes_ptr, prior_ptr, grad_coupling_ptr, poses_ptr, grads_ptr, normaliser_ptr, delta_ptr,
-    grad_votes_ptr, grad_logits_ptr,
+    u_hat_ptr, prior_ptr, grad_coupling_ptr, V_ptr, ds_ptr, normaliser_ptr, delta_ptr,
+    grad_u_hat_ptr, grad_logits_ptr,
     # extents
     B, I, J, D, first_step, steps, tiles,
     # strides
-    stride_votes_b, stride_votes_i, stride_votes_j, stride_votes_d, stride_prior_i, stride_prior_j,
+    stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
-    DETACH: tl.constexpr, WITH_FIRST: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    FULL: tl.constexpr, WITH_FIRST: tl.constexpr, HAS_PRIOR: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dû of one tile; with a prior also Σ_t db, whose sum over the batch is dprior.
 
-    Step t - 1 is iteration t. Step 0 has no poses; it is WITH_FIRST or left out.
+    Step t - 1 is iteration t. Step 0 has no V; it is WITH_FIRST or left out.
     """
-    dtype: tl.constexpr = poses_ptr.dtype.element_ty
+    dtype: tl.constexpr = V_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64) // tiles
     tile = tl.program_id(0).to(tl.int64) % tiles
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
-    row_ptrs = votes_ptr + b * stride_votes_b + (i * stride_votes_i)[:, None, None]
-    row_ptrs += (d * stride_votes_d)[None, None, :]
+    row_ptrs = u_hat_ptr + b * stride_u_hat_b + (i * stride_u_hat_i)[:, None, None]
+    row_ptrs += (d * stride_u_hat_d)[None, None, :]
     mask_id = (i < I)[:, None, None] & (d < D)[None, None, :]
     grad_coupling_rows = grad_coupling_ptr + b * stride_grad_coupling_b
     grad_coupling_rows += (i * stride_grad_coupling_i)[:, None]
-    pose_step = tl.cast(B, tl.int64) * J * D
+    V_step = tl.cast(B, tl.int64) * J * D
     pair_step = tl.cast(B, tl.int64) * I
     offs_i = b * I + i
     for first_j in range(0, J, BLOCK_J):
-        votes, j, mask_jd = _load_votes(
-            row_ptrs, mask_id, first_j, J, D, stride_votes_j, dtype, BLOCK_J, BLOCK_D
+        u_hat, j, mask_jd = _load_u_hat(
+            row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
         )
         offs_jd = ((b * J + j) * D)[:, None] + d[None, :]
         mask_ij = (i < I)[:, None] & (j < J)[None, :]
         prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None] + (j * stride_prior_j)[None, :]
         grad_coupling_ptrs = grad_coupling_rows + (j * stride_grad_coupling_j)[None, :]
-        dvotes = tl.zeros((BLOCK_I, BLOCK_J, BLOCK_D), dtype)
+        du_hat = tl.zeros((BLOCK_I, BLOCK_J, BLOCK_D), dtype)
         dlogits = tl.zeros((BLOCK_I, BLOCK_J), dtype)
         for step in range(first_step, steps):
             grad_coupling = load_grad_coupling(
                 grad_coupling_ptrs, mask_ij, steps - 1 - step, dtype, HAS_GRAD_COUPLING
             )
-            poses = step * pose_step + offs_jd
+            offs_V = step * V_step + offs_jd
             pairs = step * pair_step + offs_i
-            dvotes, dlogits = _add_iteration(
-                dvotes, dlogits, votes, poses_ptr + poses, grads_ptr + poses, mask_jd,
+            du_hat, dlogits = _add_iteration(
+                du_hat, dlogits, u_hat, V_ptr + offs_V, ds_ptr + offs_V, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + pairs, delta_ptr + pairs, i < I,
-                grad_coupling, J, DETACH, True, HAS_PRIOR,
+                grad_coupling, J, FULL, True, HAS_PRIOR,
             )  # fmt: skip
         if WITH_FIRST:
             grad_coupling = load_grad_coupling(
                 grad_coupling_ptrs, mask_ij, steps - 1, dtype, HAS_GRAD_COUPLING
             )
-            dvotes, dlogits = _add_iteration(
-                dvotes, dlogits, votes, poses_ptr + offs_jd, grads_ptr + offs_jd, mask_jd,
+            du_hat, dlogits = _add_iteration(
+                du_hat, dlogits, u_hat, V_ptr + offs_jd, ds_ptr + offs_jd, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + offs_i, delta_ptr + offs_i, i < I,
-                grad_coupling, J, DETACH, False, HAS_PRIOR,
+                grad_coupling, J, FULL, False, HAS_PRIOR,
             )  # fmt: skip
         offs_ij = offs_i[:, None] * J + j[None, :]
         offs_ijd = offs_ij[:, :, None] * D + d[None, None, :]
-        tl.store(grad_votes_ptr + offs_ijd, dvotes, mask_ij[:, :, None] & (d < D)[None, None, :])
-        if HAS_PRIOR and not DETACH:
+        tl.store(grad_u_hat_ptr + offs_ijd, du_hat, mask_ij[:, :, None] & (d < D)[None, None, :])
+        if HAS_PRIOR and FULL:
             tl.store(grad_logits_ptr + offs_ij, dlogits, mask_ij)
 
 
@@ -364,7 +396,7 @@ def dynamic_routing_fwd(
 
     Returns:
         v (B, J, D); the coupling (B, I, J), or an empty tensor; every weighted sum (iterations, B,
-        J, D) in the accumulation type. `dynamic_routing_bwd` needs the last.
+        J, D) in the accumulation type, for `dynamic_routing_bwd`.
     """
     B, I, J, D = u_hat.shape
     dtype = accumulation_dtype(u_hat.dtype)
@@ -375,30 +407,25 @@ def dynamic_routing_fwd(
         return v.zero_(), coupling, sums.zero_()
 
     target = target_of(u_hat)
-    config = dynamic_routing_config(I, J, D, u_hat.dtype, target)
-    splits, tiles = config.divide(I)
+    launch, splits, tiles = dynamic_routing_launch(I, J, D, u_hat.dtype, target)
     # Read and written alternately: a pass reads every slot of the iteration before it.
     slots = u_hat.new_empty((2, splits, B, J, D), dtype=dtype)
-    poses = u_hat.new_empty((splits, B, J, D), dtype=dtype)
+    V = u_hat.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u_hat):
         for iteration in range(1, iterations + 1):
             _dynamic_fwd_kernel[(B, splits)](
                 u_hat, u_hat if prior is None else prior,
-                slots[(iteration - 1) % 2], slots[iteration % 2], poses, sums, coupling,
+                slots[(iteration - 1) % 2], slots[iteration % 2], V, sums, coupling,
                 B, I, J, D, iteration, tiles,
                 *u_hat.stride(),
-                *((0, 0) if prior is None else prior.stride()),
-                HAS_POSES=iteration > 1,
+                *strides(prior, 2),
+                HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
                 SAVE_COUPLING=return_coupling and iteration == iterations,
                 SLOTS=splits,
-                BLOCK_I=config.block_i,
-                BLOCK_J=config.block_j,
-                BLOCK_D=config.block_d,
-                BLOCK_ROWS=config.block_rows,
-                **config.options(target),
+                **launch,
             )  # fmt: skip
-        squash_slots(slots[iterations % 2], False, sums[-1], v)
+        write_squashed_sum(slots[iterations % 2], False, sums[-1], v)
     return v, coupling, sums
 
 
@@ -408,19 +435,21 @@ def dynamic_routing_bwd(
     u_hat: Tensor,
     prior: Tensor | None,
     sums: Tensor,
-    full: bool,
+    gradient: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the prediction vectors and the prior (None where there is none).
 
     Args:
         grad_v: shape (B, J, D), any strides.
-        grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `full`.
+        grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
         u_hat, prior: as given to `dynamic_routing_fwd`.
         sums: as returned by `dynamic_routing_fwd`.
-        full: differentiate through every iteration; otherwise the last coupling is a constant.
+        gradient: "full" differentiates through every iteration; to "last" the last coupling is a
+            constant.
     """
     B, I, J, D = u_hat.shape
     iterations = sums.shape[0]
+    full = gradient == "full"
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
     grad_prior = None
     if prior is not None:
@@ -429,27 +458,18 @@ def dynamic_routing_bwd(
         return grad_u_hat.zero_(), grad_prior
 
     target = target_of(u_hat)
-    config = dynamic_routing_config(I, J, D, u_hat.dtype, target)
-    splits, tiles = config.divide(I)
+    launch, splits, tiles = dynamic_routing_launch(I, J, D, u_hat.dtype, target)
     slots = sums.new_empty(2, splits, B, J, D)
-    poses = sums.new_empty(splits, B, J, D)
-    grads = torch.empty_like(poses)
-    saved_poses = torch.empty_like(sums)
-    saved_grads = torch.empty_like(sums)
+    V = sums.new_empty(splits, B, J, D)
+    ds = torch.empty_like(V)
+    saved_V = torch.empty_like(sums)
+    saved_ds = torch.empty_like(sums)
     normaliser = sums.new_empty(iterations, B, I)
     delta = torch.empty_like(normaliser)
     has_grad_coupling = grad_coupling is not None and full
-    # Where there is no prior or grad_coupling a kernel gets u_hat for it, and does not touch it.
-    inputs = (
-        u_hat,
-        u_hat if prior is None else prior,
-        u_hat if grad_coupling is None else grad_coupling,
-    )
-    strides = (
-        *u_hat.stride(),
-        *((0, 0) if prior is None else prior.stride()),
-        *((0, 0, 0) if grad_coupling is None else grad_coupling.stride()),
-    )
+    # A kernel gets u_hat in place of what is not given, and does not touch it.
+    inputs = (u_hat, *(u_hat if x is None else x for x in (prior, grad_coupling)))
+    all_strides = (*u_hat.stride(), *strides(prior, 2), *strides(grad_coupling, 3))
     with device_of(u_hat):
         filled = grad_v.contiguous().view(1, B, J, D)
         first = 1 if full else iterations
@@ -458,38 +478,32 @@ def dynamic_routing_bwd(
             uniform = iteration == 1 and prior is None
             next_slots = slots[iteration % 2]
             _dynamic_bwd_kernel[(B, 1 if uniform else splits)](
-                *inputs, filled, next_slots, poses, grads,
-                sums, saved_poses[step], saved_grads[step], normaliser[step], delta[step],
+                *inputs, filled, next_slots, V, ds,
+                sums, saved_V[step], saved_ds[step], normaliser[step], delta[step],
                 B, I, J, D, iteration, 0 if uniform else tiles,
-                *strides,
+                *all_strides,
                 IS_LAST=iteration == iterations,
-                DETACH=not full,
-                HAS_POSES=iteration > 1,
+                FULL=full,
+                HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
                 HAS_GRAD_COUPLING=has_grad_coupling and iteration == iterations,
                 SLOTS=filled.shape[0],
-                BLOCK_I=config.block_i,
-                BLOCK_J=config.block_j,
-                BLOCK_D=config.block_d,
-                BLOCK_ROWS=config.block_rows,
-                **config.options(target),
+                **launch,
             )  # fmt: skip
             filled = next_slots
         sum_logits = prior is not None and full
         grad_logits = sums.new_empty((B, I, J) if sum_logits else (0,))
-        all_tiles = cdiv(I, config.block_i)
-        _votes_gradient_kernel[(B * all_tiles,)](
-            *inputs, saved_poses, saved_grads, normaliser, delta, grad_u_hat, grad_logits,
+        del launch["BLOCK_ROWS"]  # what a prologue finishes at a time; the last kernel has none
+        all_tiles = triton.cdiv(I, launch["BLOCK_I"])
+        _u_hat_gradient_kernel[(B * all_tiles,)](
+            *inputs, saved_V, saved_ds, normaliser, delta, grad_u_hat, grad_logits,
             B, I, J, D, max(first - 1, 1), iterations, all_tiles,
-            *strides,
-            DETACH=not full,
+            *all_strides,
+            FULL=full,
             WITH_FIRST=first == 1,
             HAS_PRIOR=prior is not None,
             HAS_GRAD_COUPLING=has_grad_coupling,
-            BLOCK_I=config.block_i,
-            BLOCK_J=config.block_j,
-            BLOCK_D=config.block_d,
-            **config.options(target),
+            **launch,
         )  # fmt: skip
         if grad_prior is not None and sum_logits:
             grad_prior.copy_(grad_logits.sum(0))

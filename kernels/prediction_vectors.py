@@ -1,7 +1,7 @@
 """Prediction vectors û_ij = W_ij u_i, (B, I, J, D): for each i one product (B, P) × (P, J·D).
 
-Writing û, and reading its gradient twice, is what takes the time: each product has only P terms.
-The columns n of a product run over (j, d).
+A product has only P terms, so the time goes into writing û and into reading its gradient twice. The
+columns n of a product run over (j, d).
 """
 
 import torch
@@ -10,19 +10,38 @@ import triton.language as tl
 from torch import Tensor
 
 from tritoncaps.kernels._launch import (
-    cdiv,
+    Target,
+    UnsupportedShape,
+    accumulation_dtype,
     device_of,
     dot_precision,
-    prediction_vectors_config,
     target_of,
+    with_all_registers,
 )
-from tritoncaps.kernels._primitives import dot
+from tritoncaps.kernels._tiles import dot
+
+
+def prediction_vectors_launch(
+    P: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> dict[str, int]:
+    """Tiles of 64 × 64 values of û, which 128 threads hold 32 each (16 for float64)."""
+    block = 64 if accumulation_dtype(dtype) == torch.float32 else 32
+    if 65535 * block < J * D:
+        raise UnsupportedShape(f"J·D = {J * D} columns; a grid covers at most {65535 * block}")
+    launch = {
+        "BLOCK_B": block,
+        "BLOCK_P": min(max(triton.next_power_of_2(P), 16), 32),
+        "BLOCK_N": min(max(triton.next_power_of_2(J * D), 16), block),
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    return with_all_registers(launch, target)
 
 
 @triton.jit
-def _votes_fwd_kernel(
+def _prediction_vectors_kernel(
     # pointers
-    u_ptr, weight_ptr, votes_ptr,
+    u_ptr, weight_ptr, u_hat_ptr,
     # extents
     B, I, P, J, D,
     # strides
@@ -43,16 +62,16 @@ def _votes_fwd_kernel(
     u_ptrs = u_ptr + i * stride_u_i + (b * stride_u_b)[:, None]
     weight_ptrs = weight_ptr + i * stride_weight_i
     weight_ptrs += (n // D * stride_weight_j + n % D * stride_weight_d)[None, :]
-    votes = tl.zeros((BLOCK_B, BLOCK_N), dtype)
+    u_hat = tl.zeros((BLOCK_B, BLOCK_N), dtype)
     for first_p in range(0, P, BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P).to(tl.int64)
         mask_u = (b < B)[:, None] & (p < P)[None, :]
         u = tl.load(u_ptrs + (p * stride_u_p)[None, :], mask_u, other=0.0).to(dtype)
         mask_w = (p < P)[:, None] & (n < N)[None, :]
         w = tl.load(weight_ptrs + (p * stride_weight_p)[:, None], mask_w, other=0.0).to(dtype)
-        votes += dot(u, w, PRECISION)
+        u_hat += dot(u, w, PRECISION)
     offsets = ((b * I + i) * N)[:, None] + n[None, :]
-    tl.store(votes_ptr + offsets, votes, (b < B)[:, None] & (n < N)[None, :])
+    tl.store(u_hat_ptr + offsets, u_hat, (b < B)[:, None] & (n < N)[None, :])
 
 
 # Backward -----------------------------------------------------------------------------------------
@@ -64,7 +83,7 @@ def _votes_fwd_kernel(
 @triton.jit
 def _grad_u_kernel(
     # pointers
-    grad_votes_ptr, weight_ptr, grad_u_ptr,
+    grad_u_hat_ptr, weight_ptr, grad_u_ptr,
     # extents
     B, I, P, J, D,
     # strides
@@ -82,7 +101,7 @@ def _grad_u_kernel(
     i = pid // tiles_b
     b = (pid % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    grad_ptrs = grad_votes_ptr + i * stride_grad_i + (b * stride_grad_b)[:, None]
+    grad_ptrs = grad_u_hat_ptr + i * stride_grad_i + (b * stride_grad_b)[:, None]
     weight_ptrs = weight_ptr + i * stride_weight_i + (p * stride_weight_p)[None, :]
     du = tl.zeros((BLOCK_B, BLOCK_P), dtype)
     for first_n in range(0, N, BLOCK_N):
@@ -101,7 +120,7 @@ def _grad_u_kernel(
 @triton.jit
 def _grad_weight_kernel(
     # pointers
-    grad_votes_ptr, u_ptr, grad_weight_ptr,
+    grad_u_hat_ptr, u_ptr, grad_weight_ptr,
     # extents
     B, I, P, J, D,
     # strides
@@ -119,7 +138,7 @@ def _grad_weight_kernel(
     i = pid // tiles_n
     n = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    grad_ptrs = grad_votes_ptr + i * stride_grad_i
+    grad_ptrs = grad_u_hat_ptr + i * stride_grad_i
     grad_ptrs += (n // D * stride_grad_j + n % D * stride_grad_d)[None, :]
     u_ptrs = u_ptr + i * stride_u_i + (p * stride_u_p)[:, None]
     dw = tl.zeros((BLOCK_P, BLOCK_N), dtype)
@@ -142,20 +161,17 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
     if u_hat.numel() == 0:
         return u_hat
     target = target_of(u)
-    config = prediction_vectors_config(P, J, D, u.dtype)
-    grid = (I * cdiv(B, config.block_b), cdiv(J * D, config.block_n))
+    launch = prediction_vectors_launch(P, J, D, u.dtype, target)
+    grid = (I * triton.cdiv(B, launch["BLOCK_B"]), triton.cdiv(J * D, launch["BLOCK_N"]))
     with device_of(u):
-        _votes_fwd_kernel[grid](
+        _prediction_vectors_kernel[grid](
             u, weight, u_hat,
             B, I, P, J, D,
             *u.stride(),
             *weight.stride(),
             WIDE=u.dtype == torch.float64,
             PRECISION=dot_precision(u.dtype, target),
-            BLOCK_B=config.block_b,
-            BLOCK_P=config.block_p,
-            BLOCK_N=config.block_n,
-            **config.options(target),
+            **launch,
         )  # fmt: skip
     return u_hat
 
@@ -167,18 +183,18 @@ def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tup
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     target = target_of(u)
-    config = prediction_vectors_config(P, J, D, u.dtype)
+    launch = prediction_vectors_launch(P, J, D, u.dtype, target)
+    tiles_b = triton.cdiv(B, launch["BLOCK_B"])
+    tiles_p = triton.cdiv(P, launch["BLOCK_P"])
+    tiles_n = triton.cdiv(J * D, launch["BLOCK_N"])
     meta = {
         "WIDE": u.dtype == torch.float64,
         "PRECISION": dot_precision(u.dtype, target),
-        "BLOCK_B": config.block_b,
-        "BLOCK_P": config.block_p,
-        "BLOCK_N": config.block_n,
-        **config.options(target),
+        **launch,
     }
     with device_of(u):
         if grad_u.numel() > 0:
-            _grad_u_kernel[(I * cdiv(B, config.block_b), cdiv(P, config.block_p))](
+            _grad_u_kernel[(I * tiles_b, tiles_p)](
                 grad_u_hat, weight, grad_u,
                 B, I, P, J, D,
                 *grad_u_hat.stride(),
@@ -186,7 +202,7 @@ def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tup
                 **meta,
             )  # fmt: skip
         if grad_weight.numel() > 0:
-            _grad_weight_kernel[(I * cdiv(J * D, config.block_n), cdiv(P, config.block_p))](
+            _grad_weight_kernel[(I * tiles_n, tiles_p)](
                 grad_u_hat, u, grad_weight,
                 B, I, P, J, D,
                 *grad_u_hat.stride(),

@@ -1,6 +1,10 @@
-"""Squash of rows, v = |s|² / (1 + |s|²) · s / |s|: one read of s, one write of v.
+"""Squash of rows: one read of s, one write of v.
 
-A program holds BLOCK_ROWS whole rows, so a row's length never leaves the program.
+"quadratic":   v = n² / (1 + n²) e     (Sabour 2017, equation 1)
+"exponential": v = (1 − e⁻ⁿ) e         (Mazzia 2021)
+
+Here n is a row's length and e its direction. A program holds BLOCK_ROWS whole rows, so a row's
+length never leaves the program.
 """
 
 import torch
@@ -8,12 +12,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritoncaps.kernels._launch import cdiv, device_of, row_config
-from tritoncaps.kernels._primitives import (
-    load_sum,
+from tritoncaps.kernels._launch import UnsupportedShape, device_of
+from tritoncaps.kernels._tiles import (
     squash_rows,
+    squash_rows_exponential,
+    squash_rows_exponential_grad,
     squash_rows_grad,
 )
+
+
+def row_launch(D: int) -> dict[str, int]:
+    """Whole rows, about 1024 values a program: 8 a thread, for every slot that is added up."""
+    block_d = triton.next_power_of_2(max(D, 1))
+    if block_d > 16384:
+        raise UnsupportedShape(f"a row of D={D} values; a program holds at most 16384")
+    return {
+        "BLOCK_ROWS": max(1024 // block_d, 1),
+        "BLOCK_D": block_d,
+        "num_warps": 4 if block_d <= 2048 else 8,
+    }
 
 
 @triton.jit
@@ -25,15 +42,19 @@ def _squash_fwd_kernel(
     # strides
     stride_s_n, stride_s_d,
     # meta-parameters
-    WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squash of BLOCK_ROWS rows; WIDE computes in float64."""
+    """Squash BLOCK_ROWS rows; WIDE computes in float64."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
     mask = (n < N) & (d < D)
     s = tl.load(s_ptr + n * stride_s_n + d * stride_s_d, mask, other=0.0).to(dtype)
-    tl.store(v_ptr + n * D + d, squash_rows(s), mask)
+    if FORM == "exponential":
+        v = squash_rows_exponential(s)
+    else:
+        v = squash_rows(s)
+    tl.store(v_ptr + n * D + d, v, mask)
 
 
 @triton.jit
@@ -45,9 +66,9 @@ def _squash_bwd_kernel(
     # strides
     stride_grad_v_n, stride_grad_v_d, stride_s_n, stride_s_d,
     # meta-parameters
-    WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    FORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of squash of BLOCK_ROWS rows; the formula is derived in `squash_rows_grad`."""
+    """Gradient of squash at BLOCK_ROWS rows; `squash_rows_grad` derives the formula."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
@@ -55,85 +76,57 @@ def _squash_bwd_kernel(
     s = tl.load(s_ptr + n * stride_s_n + d * stride_s_d, mask, other=0.0).to(dtype)
     dv_ptrs = grad_v_ptr + n * stride_grad_v_n + d * stride_grad_v_d
     dv = tl.load(dv_ptrs, mask, other=0.0).to(dtype)
-    tl.store(grad_s_ptr + n * D + d, squash_rows_grad(s, dv), mask)
+    if FORM == "exponential":
+        ds = squash_rows_exponential_grad(s, dv)
+    else:
+        ds = squash_rows_grad(s, dv)
+    tl.store(grad_s_ptr + n * D + d, ds, mask)
 
 
-@triton.jit
-def _squash_slots_kernel(
-    # pointers
-    slots_ptr, s_ptr, v_ptr,
-    # extents
-    N, J, D,
-    # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Close a routing: the last weighted sum s from its slots, and the output v = squash(s)."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (n < N) & (d < D)
-    offsets = n * D + d
-    s = load_sum(slots_ptr, offsets, mask, tl.cast(N, tl.int64) * D, J, SLOTS, UNIFORM)
-    tl.store(s_ptr + offsets, s, mask)
-    tl.store(v_ptr + offsets, squash_rows(s), mask)
+def squash_fwd(s: Tensor, form: str) -> Tensor:
+    """Squash each row of s, shape (N, D), any strides; a new contiguous tensor of s's dtype.
 
-
-def squash_fwd(s: Tensor) -> Tensor:
-    """Squash each row of s, shape (N, D), any strides; a new contiguous tensor of s's dtype."""
+    Args:
+        s: rows, shape (N, D), any strides.
+        form: "quadratic" or "exponential".
+    """
     N, D = s.shape
     v = torch.empty_like(s, memory_format=torch.contiguous_format)
     if s.numel() == 0:
         return v
-    config = row_config(D)
+    launch = row_launch(D)
     with device_of(s):
-        _squash_fwd_kernel[(cdiv(N, config.block_rows),)](
+        _squash_fwd_kernel[(triton.cdiv(N, launch["BLOCK_ROWS"]),)](
             s, v,
             N, D,
             *s.stride(),
+            FORM=form,
             WIDE=s.dtype == torch.float64,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            **launch,
         )  # fmt: skip
     return v
 
 
-def squash_bwd(grad_v: Tensor, s: Tensor) -> Tensor:
-    """Gradient of squash at each row of s; both of shape (N, D), any strides."""
+def squash_bwd(grad_v: Tensor, s: Tensor, form: str) -> Tensor:
+    """Gradient of squash at each row of s.
+
+    Args:
+        grad_v, s: shape (N, D), any strides.
+        form: as given to `squash_fwd`.
+    """
     N, D = s.shape
     grad_s = torch.empty_like(s, memory_format=torch.contiguous_format)
     if s.numel() == 0:
         return grad_s
-    config = row_config(D)
+    launch = row_launch(D)
     with device_of(s):
-        _squash_bwd_kernel[(cdiv(N, config.block_rows),)](
+        _squash_bwd_kernel[(triton.cdiv(N, launch["BLOCK_ROWS"]),)](
             grad_v, s, grad_s,
             N, D,
             *grad_v.stride(),
             *s.stride(),
+            FORM=form,
             WIDE=s.dtype == torch.float64,
-            BLOCK_ROWS=config.block_rows,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+            **launch,
         )  # fmt: skip
     return grad_s
-
-
-def squash_slots(slots: Tensor, uniform: bool, s: Tensor, v: Tensor) -> None:
-    """Write s = Σ slots (divided by J if uniform) and v = squash(s).
-
-    Args:
-        slots: contiguous, shape (slots, B, J, D).
-        uniform: whether the slots hold Σ_i û_ij, still without the uniform coupling 1/J.
-        s, v: contiguous outputs, shape (B, J, D).
-    """
-    B, J, D = s.shape
-    config = row_config(D)
-    _squash_slots_kernel[(cdiv(B * J, config.block_rows),)](
-        slots, s, v,
-        B * J, J, D,
-        SLOTS=slots.shape[0],
-        UNIFORM=uniform,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_D=config.block_d,
-        num_warps=config.num_warps,
-    )  # fmt: skip

@@ -5,11 +5,21 @@ from typing import Any
 
 from torch import nn
 
+from tritoncaps._files import CheckpointError
+from tritoncaps.models._load import load_model
 from tritoncaps.models._parts import CapsuleOutput
 from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 
-__all__ = ["CapsNet", "CapsuleOutput", "DeepCapsNet", "create_model", "list_models"]
+__all__ = [
+    "CapsNet",
+    "CapsuleOutput",
+    "CheckpointError",
+    "DeepCapsNet",
+    "create_model",
+    "list_models",
+    "load_model",
+]
 
 _MODELS: dict[str, type[nn.Module]] = {"capsnet": CapsNet, "deep_capsnet": DeepCapsNet}
 

@@ -32,8 +32,8 @@ class CapsuleOutput(NamedTuple):
 def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
     """Build a convolution for a ReLU to follow, with He's initialisation, which keeps its scale.
 
-    With torch's default every convolution shrinks the features about threefold in power, and the
-    primary capsules, squashed, start with lengths of a few hundredths.
+    With torch's default each convolution cuts the power of the features to about a third, and the
+    squashed primary capsules start with lengths of a few hundredths.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -45,7 +45,7 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
 def check_arguments(
     model: str, sizes: dict[str, object], gradient: object, reconstruction: object
 ) -> None:
-    """Raise for an argument of the wrong kind or range, by the name that the model gives it."""
+    """Raise for an argument of the wrong kind or range, under the name the model gives it."""
     for name, size in sizes.items():
         check_size(model, name, size)
     check_choice(model, "gradient", gradient, ("full", "last"))
@@ -60,7 +60,7 @@ def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int
 
 
 def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smallest: int) -> None:
-    """Raise ValueError where the convolutions leave no primary capsule."""
+    """Raise ValueError if the convolutions leave no primary capsule."""
     if in_capsules == 0:
         raise ValueError(
             f"{model}: image_size={image} leaves no primary capsule, "
@@ -69,7 +69,7 @@ def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smalles
 
 
 def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise where the images are not of the kind or the shape that the model was built for."""
+    """Raise if the images are not of the kind or shape that the model was built for."""
     check_floating(model, "images", images)
     if images.shape[1:] != image_shape:
         raise ValueError(

@@ -1,11 +1,16 @@
 """Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
 
+import itertools
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 from tritoncaps._operators import INTERPRETED
 
@@ -38,12 +43,14 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
-# The cases that each fuzz test has tried.
+# How many cases each fuzz test has tried.
 FUZZED = pytest.StashKey[dict[str, int]]()
+CASES_A_SEED = 50
+Fuzz = Callable[[st.SearchStrategy[Any], Callable[[Any], None]], None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register how long, and from which seed, tests/test_fuzz.py draws its cases."""
+    """Register how long, and from which seed, the fuzz tests draw their cases."""
     group = parser.getgroup("fuzzing")
     group.addoption("--fuzz-seconds", type=float, default=2.0, help="for each fuzz test")
     group.addoption("--fuzz-seed", type=int, default=0, help="the first seed of the cases")
@@ -60,6 +67,43 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("fuzzing")
         for name, count in counts.items():
             terminalreporter.line(f"{name}: {count:,} cases")
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Fuzz:
+    """Draw cases and check them until the time is over.
+
+    A case that ends the process is left in the file `case` of the test's temporary directory.
+    """
+    config = request.config
+    options = settings(
+        max_examples=CASES_A_SEED,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+    def run(strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
+        end = time.monotonic() + config.getoption("--fuzz-seconds")
+        count = 0
+        with (tmp_path / "case").open("w") as journal:
+
+            def one(case: Any) -> None:
+                nonlocal count
+                journal.seek(0)
+                journal.truncate()
+                journal.write(repr(case))
+                journal.flush()
+                check(case)
+                count += 1
+
+            for number in itertools.count(config.getoption("--fuzz-seed")):
+                seed(number)(options(given(strategy)(one)))()
+                if time.monotonic() >= end:
+                    break
+        config.stash[FUZZED][request.node.name] = count
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,33 @@
 """Checks of the arguments of the public functions, and all of their error messages.
 
 A message names the function, the argument and both numbers. TypeError is for the kind of a value
-and its dtype, ValueError for shape, device and range. Nothing here reads the elements of a tensor
-on an accelerator, so a check never waits for a device, and all of it may be traced.
+and its dtype, ValueError for shape, device and range. No check reads the elements of a tensor on an
+accelerator, so none waits for the device, and all can be traced.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What a multi-hot target may be: 0 and 1, or a share between them.
+# What a multi-hot target may be: 0, 1, or a share between them.
 _MULTI_HOT = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATING,
 )  # fmt: skip
-# Sizes beyond are mistakes, and torch's own errors for them name no argument.
+# Anything larger is a mistake, and torch's own error would not name the argument.
 _LARGEST = 2**31 - 1
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape as a plain tuple, which prints without `torch.Size`."""
+    """The shape as a plain tuple, to print it without `torch.Size`."""
     return tuple(tensor.shape)
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: of a tensor, which may fill a page, the kind alone."""
+    """A value for a message. A tensor, which could fill a page, is named by its kind."""
     return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
 
 
@@ -43,7 +44,7 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
 
 
 def check_no_tangent(function: str, name: str, value: Tensor) -> None:
-    """Not a dual number: the operators have no forward-mode formula, and torch would give zeros."""
+    """Not a dual number: without a forward-mode formula torch would silently return zeros."""
     if torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(value).tangent is not None:
@@ -53,7 +54,7 @@ def check_no_tangent(function: str, name: str, value: Tensor) -> None:
         )
 
 
-def check_tensor(function: str, name: str, value: object, axes: str) -> None:
+def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
     """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
     check_floating(function, name, value)
     rank = len(axes.split())
@@ -64,7 +65,7 @@ def check_tensor(function: str, name: str, value: object, axes: str) -> None:
         )
 
 
-def check_inputs(function: str, axes: Mapping[str, str], **given: Tensor | None) -> None:
+def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
     """Everything that an operator asks of its tensors.
 
     `axes` declares them, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?" may be None.
@@ -93,7 +94,7 @@ def check_routing_options(
 
 
 def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> None:
-    """The axes that several tensors share have one size; `tensors` holds (name, tensor, axes)."""
+    """Axes of the same name have the same size; `tensors` holds (name, tensor, axes)."""
     first: dict[str, tuple[str, int]] = {}
     for name, tensor, axes in tensors:
         for axis, size in zip(axes.split(), tensor.shape, strict=True):
@@ -107,7 +108,7 @@ def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> Non
 
 
 def check_not_empty(function: str, name: str, tensor: Tensor, axes: str) -> None:
-    """No axis but the batch is empty: a softmax over no output capsule has no value."""
+    """Only the batch may be empty: a softmax over no output capsule has no value."""
     for axis, size in zip(axes.split(), tensor.shape, strict=True):
         if size == 0 and axis != "B":
             raise ValueError(
@@ -117,7 +118,7 @@ def check_not_empty(function: str, name: str, tensor: Tensor, axes: str) -> None
 
 
 def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """One device and one dtype for all; under autocast the 16-bit types count as float32."""
+    """All on one device and in one dtype; under autocast 16-bit types count as float32."""
     first_name, first = tensors[0]
     for name, tensor in tensors[1:]:
         if tensor.device != first.device:
@@ -132,7 +133,7 @@ def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> Non
 
 
 def routed_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which the operators take a tensor: autocast raises 16-bit types to float32."""
+    """The dtype in which an operator sees a tensor: autocast raises 16-bit types to float32."""
     device_type = tensor.device.type
     if (
         tensor.dtype in (torch.float16, torch.bfloat16)
@@ -176,7 +177,7 @@ def check_flag(function: str, name: str, value: object) -> None:
 
 def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
     """One of a few words."""
-    # Compared with a tensor, a word would give an error of its own, or no answer at all.
+    # Comparing a tensor with a word would raise an error of its own.
     if not isinstance(value, str) or value not in choices:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise ValueError(f"{function}: {name} must be {expected}, got {shown(value)}")
@@ -206,8 +207,8 @@ def check_dim(function: str, dim: object, ndim: int) -> None:
 def check_target(function: str, target: Tensor, activations: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
-    Values are read on a CPU alone: on an accelerator the read would make every step wait, and
-    there an index out of range fails inside `one_hot`.
+    Values are read on a CPU only. On an accelerator the read would make every step wait; there an
+    index out of range fails inside `one_hot`.
     """
     B, K = activations.shape
     if isinstance(target, Tensor) and target.ndim not in (1, 2):
@@ -235,7 +236,7 @@ def check_target(function: str, target: Tensor, activations: Tensor) -> None:
 def check_class_indices(
     function: str, target: Tensor, B: int, K: int, device: torch.device
 ) -> None:
-    """Class indices (B,), int64, in [0, K); values are read on a CPU alone."""
+    """Class indices (B,), int64, in [0, K); values are read on a CPU only."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: target must be a torch.Tensor, got {type(target).__name__}")
     _check_device(function, target, device)
@@ -265,7 +266,7 @@ def _check_range(function: str, what: str, target: Tensor, limit: int) -> None:
         return
     try:
         low, high = target.min().item(), target.max().item()
-    except RuntimeError:  # under vmap, or of a fake tensor: there is no value to read
+    except RuntimeError:  # under vmap, or a fake tensor: there is no value to read
         return
     if low < 0 or high > limit:
         raise ValueError(

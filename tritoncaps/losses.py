@@ -24,7 +24,7 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 class MarginLoss(nn.Module):
-    """`ops.margin_loss` as a module; the arguments are its."""
+    """`ops.margin_loss` as a module, with the same arguments."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class MarginLoss(nn.Module):
         self.reduction: ops.Reduction = reduction
 
     def forward(self, activations: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss of lengths (B, K) for class indices (B,) or multi-hot (B, K)."""
+        """Compute the loss of activations (B, K) for class indices (B,) or multi-hot (B, K)."""
         return ops.margin_loss(
             activations, target, self.m_pos, self.m_neg, self.down_weight, self.reduction
         )
@@ -75,7 +75,7 @@ class CapsuleLoss(nn.Module):
         if reconstruction is None:
             return loss
         error = reconstruction_error(reconstruction.to(images.dtype), images)
-        # Of an empty batch the mean is 0.
+        # The mean over an empty batch is 0.
         mean = error.sum() / max(1, len(error))
         return torch.add(loss, mean, alpha=self.reconstruction_weight)
 

@@ -60,101 +60,131 @@ def register(
         flops: counts the products of a call, two operations for each multiply-add.
         backward_flops: the same of the backward; its arguments have the backward's names.
     """
-    tensors = {key.removesuffix("?"): axes for key, axes in inputs.items()}
-    results = {key.removesuffix("?"): axes for key, axes in outputs.items()}
-    optional = {key.removesuffix("?") for key in outputs if key.endswith("?")}
-    parameters = list(inspect.signature(forward).parameters)
-    needed = list(inspect.signature(backward).parameters)
-
+    formulas = _Formulas(forward, backward, inputs, outputs)
     operator = torch.library.custom_op(f"tritoncaps::{name}", forward, mutates_args=())
-
-    def filled_backward(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        grads = backward(*args)
-        if isinstance(grads, Tensor):
-            return grads
-        return tuple(args[0].new_empty(0) if grad is None else grad for grad in grads)
-
-    filled_backward.__signature__ = _backward_signature(backward, len(tensors))  # type: ignore[attr-defined]
     gradient_of = torch.library.custom_op(
-        f"tritoncaps::{name}_backward", filled_backward, mutates_args=()
+        f"tritoncaps::{name}_backward", formulas.filled_backward(), mutates_args=()
     )
+    operator.register_fake(formulas.fake)
+    gradient_of.register_fake(formulas.fake_backward)
+    operator.register_autograd(formulas.gradient(gradient_of), setup_context=formulas.save)
+    _set_autocast(operator)
+    if formulas.is_elementwise:
+        operator.register_vmap(_elementwise(operator))
+        gradient_of.register_vmap(_elementwise(gradient_of))
+    else:
+        operator.register_vmap(
+            _batched(operator, formulas.parameters, formulas.inputs, formulas.outputs)
+        )
+        # It sums over the batch, so each slice has a gradient of the weight of its own.
+        gradient_of.register_vmap(
+            lambda info, in_dims, *args: _loop(gradient_of, info, in_dims, args)
+        )
+    if flops is not None:
+        _set_flops(operator, formulas.parameters, formulas.inputs, flops)
+    if backward_flops is not None:
+        _set_flops(gradient_of, formulas.needed, formulas.inputs, backward_flops)
+    return Registered(inputs, outputs, operator, gradient_of)
 
-    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        given = dict(zip(parameters, args, strict=True))
+
+class _Formulas:
+    """Shapes and the chain rule of one operator, by the names of its tensors.
+
+    `parameters` are the arguments of the forward, `needed` those of the backward.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        backward: Callable[..., Any],
+        inputs: Axes,
+        outputs: Axes,
+    ) -> None:
+        self.backward = backward
+        self.parameters = list(inspect.signature(forward).parameters)
+        self.needed = list(inspect.signature(backward).parameters)
+        self.inputs = {name.removesuffix("?"): axes for name, axes in inputs.items()}
+        self.outputs = {name.removesuffix("?"): axes for name, axes in outputs.items()}
+        self.optional = {name.removesuffix("?") for name in outputs if name.endswith("?")}
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the operator treats all axes but the last alike."""
+        return any("..." in axes for axes in self.inputs.values())
+
+    def fake(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """Results without values."""
+        given = dict(zip(self.parameters, args, strict=True))
         first = args[0]
-        if "..." in tensors[parameters[0]]:
+        if self.is_elementwise:
             return _contiguous_like(first)
-        sizes = _sizes(tensors, given, lambda tensor: tensor.shape)
+        sizes = _sizes(self.inputs, given, lambda tensor: tensor.shape)
         sizes["r"] = given.get("iterations", 1)
         made = []
-        for output, axes in results.items():
-            asked_for = output not in optional or given[f"return_{output}"]
+        for name, axes in self.outputs.items():
+            asked_for = name not in self.optional or given[f"return_{name}"]
             shape = [sizes[axis] for axis in axes.split()] if asked_for else [0]
             dtype = accumulation_dtype(first.dtype) if "r" in axes.split() else first.dtype
             made.append(first.new_empty(shape, dtype=dtype))
         return made[0] if len(made) == 1 else tuple(made)
 
-    def fake_backward(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        given = dict(zip(needed, args, strict=True))
+    def fake_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """Gradients without values."""
+        given = dict(zip(self.needed, args, strict=True))
         grads = tuple(
-            args[0].new_empty(0) if given[key] is None else _contiguous_like(given[key])
-            for key in tensors
+            args[0].new_empty(0) if given[name] is None else _contiguous_like(given[name])
+            for name in self.inputs
         )
         return grads[0] if len(grads) == 1 else grads
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def filled_backward(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        """The backward with empty tensors for None, which a schema cannot say."""
+
+        def backward(*args: Any) -> Any:
+            grads = self.backward(*args)
+            if isinstance(grads, Tensor):
+                return grads
+            return tuple(args[0].new_empty(0) if grad is None else grad for grad in grads)
+
+        count = len(self.inputs)
+        annotation: Any = Tensor if count == 1 else tuple[(Tensor,) * count]  # type: ignore[misc]
+        signature = inspect.signature(self.backward).replace(return_annotation=annotation)
+        backward.__signature__ = signature  # type: ignore[attr-defined]
+        return backward
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep what the backward needs."""
         made = (output,) if isinstance(output, Tensor) else output
-        given = dict(zip([*parameters, *results], [*inputs, *made], strict=True))
-        ctx.shapes = {key: given[key].shape for key in results}
-        saved = [key for key in needed if key in tensors or key in results]
-        ctx.save_for_backward(*(given[key] for key in saved))
-        ctx.saved = saved
-        ctx.options = {key: given[key] for key in needed if key in given and key not in saved}
+        given = dict(zip([*self.parameters, *self.outputs], [*inputs, *made], strict=True))
+        tensors = [name for name in self.needed if name in self.inputs or name in self.outputs]
+        ctx.save_for_backward(*(given[name] for name in tensors))
+        ctx.saved_names = tensors
+        ctx.options = {n: given[n] for n in self.needed if n in given and n not in tensors}
+        ctx.shapes = {name: given[name].shape for name in self.outputs}
         ctx.set_materialize_grads(False)
 
-    def gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = {**dict(zip(ctx.saved, ctx.saved_tensors, strict=True)), **ctx.options}
-        like = given[next(iter(tensors))]
-        for output, grad in zip(results, grads, strict=True):
-            if output in optional and len(ctx.shapes[output]) == 1:
-                grad = None  # not asked for
-            elif grad is None and output not in optional:
-                grad = like.new_zeros(ctx.shapes[output])
-            given[f"grad_{output}"] = grad
-        found = gradient_of(*(given[key] for key in needed))
-        found = (found,) if isinstance(found, Tensor) else found
-        by_name = dict(zip(tensors, found, strict=True))
-        return tuple(
-            by_name[key] if key in by_name and given[key] is not None else None
-            for key in parameters
-        )
+    def gradient(self, gradient_of: Callable[..., Any]) -> Callable[..., Any]:
+        """The autograd formula: call the backward operator with what it names."""
 
-    operator.register_fake(fake)
-    gradient_of.register_fake(fake_backward)
-    operator.register_autograd(gradient, setup_context=save)
-    _set_autocast(operator)
-    if any("..." in axes for axes in tensors.values()):
-        operator.register_vmap(_elementwise(operator))
-        gradient_of.register_vmap(_elementwise(gradient_of))
-    else:
-        operator.register_vmap(_batched(operator, parameters, tensors, results))
-        # It sums over the batch, so each slice has a gradient of the weight of its own.
-        gradient_of.register_vmap(
-            lambda info, in_dims, *args: _loop(gradient_of, info, in_dims, args)
-        )
-    for registered, names, formula in (
-        (operator, parameters, flops),
-        (gradient_of, needed, backward_flops),
-    ):
-        if formula is not None:
-            _set_flops(registered, names, tensors, formula)
-    return Registered(inputs, outputs, operator, gradient_of)
+        def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
+            given = {**saved, **ctx.options}
+            like = next(tensor for tensor in ctx.saved_tensors if tensor is not None)
+            for name, grad in zip(self.outputs, grads, strict=True):
+                if name in self.optional and len(ctx.shapes[name]) == 1:
+                    grad = None  # not asked for
+                elif grad is None and name not in self.optional:
+                    grad = like.new_zeros(ctx.shapes[name])
+                given[f"grad_{name}"] = grad
+            found = gradient_of(*(given[name] for name in self.needed))
+            found = (found,) if isinstance(found, Tensor) else found
+            by_name = dict(zip(self.inputs, found, strict=True))
+            return tuple(
+                by_name[name] if given.get(name) is not None and name in by_name else None
+                for name in self.parameters
+            )
 
-
-def _backward_signature(backward: Callable[..., Any], count: int) -> inspect.Signature:
-    """That of `backward`, but returning tensors alone: a schema cannot say None."""
-    annotation: Any = Tensor if count == 1 else tuple[(Tensor,) * count]  # type: ignore[misc]
-    return inspect.signature(backward).replace(return_annotation=annotation)
+        return formula
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
@@ -185,10 +215,11 @@ def _set_autocast(operator: Any) -> None:
 def _set_flops(operator: Any, names: list[str], tensors: Axes, formula: Flops) -> None:
     namespace, _, name = operator._qualname.partition("::")
 
-    @register_flop_formula(getattr(getattr(torch.ops, namespace), name))
-    def _(*shapes: Any, **kwargs: Any) -> int:
+    def count(*shapes: Any, **kwargs: Any) -> int:
         given = dict(zip(names, shapes, strict=False))
         return formula(_sizes(tensors, given, tuple), given)
+
+    register_flop_formula(getattr(getattr(torch.ops, namespace), name))(count)
 
 
 # vmap ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Batches of a set that lies on the device, shifted image by image."""
+"""Batches of a set that is already on the device, each image shifted on its own."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,25 +14,24 @@ from tritoncaps.data.sets import ImageSet
 def to_float(images: Tensor) -> Tensor:
     """Map uint8 pixels 0 .. 255 to float32 in [0, 1].
 
-    There is no mean and no standard deviation here: a decoder that ends in a sigmoid can only
-    reconstruct images in [0, 1].
+    Nothing is standardised: a decoder that ends in a sigmoid can only reconstruct images in [0, 1].
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float: images must be torch.uint8, got {images.dtype}")
-    # A product, because CUDA divides by a constant as a product and a CPU does not: so the bits are
-    # the same on both. 255 becomes exactly 1.
+    # CUDA replaces a division by a constant with a product and a CPU does not, so this is written
+    # as a product and gives the same bits on both. 255 becomes exactly 1.
     return images.to(torch.float32) * (1 / 255)
 
 
 def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Shift every image by its own whole number of pixels, up to `max_shift` in each direction.
+    """Shift each image by a random number of whole pixels, up to `max_shift` in each direction.
 
-    What moves out of the image is lost and what moves in is zero: nothing wraps around.
+    Pixels that leave the image are lost, zeros come in, and nothing wraps around.
 
     Args:
         images: any dtype, shape (B, C, H, W).
-        max_shift: the largest shift, ≥ 0, along each of the two axes.
-        generator: where the shifts are drawn; it may live on another device than the images.
+        max_shift: the largest shift along each of the two axes, ≥ 0.
+        generator: draws the shifts; it may be on another device than the images.
 
     Returns:
         The shifted images, shape (B, C, H, W), in the dtype of `images`.
@@ -52,16 +51,16 @@ def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> 
 class Batches:
     """The batches of an `ImageSet`, epoch by epoch.
 
-    The order and the shifts of an epoch depend on the seed and the number of the epoch alone, and
-    are drawn on the CPU: they are the same on every device, need no saved random state, and an
-    epoch entered in the middle continues exactly as if it had not been left.
+    The order and the shifts of an epoch depend only on the seed and the number of the epoch, and
+    are drawn on the CPU. So they are the same on every device, no random state has to be saved, and
+    an epoch resumed in the middle continues exactly as if it had not been interrupted.
 
     Args:
-        images: the set to draw from; the batches are made on its device.
-        batch_size: images in a batch; the last one of an epoch may be smaller.
-        seed: with the number of the epoch, fixes the order and the shifts.
-        shuffle: take the images in a new order in every epoch; else in the order of the set.
-        max_shift: shift every image by up to this many pixels, see `random_shift`.
+        images: the set to draw from; batches are made on its device.
+        batch_size: images in a batch; the last batch of an epoch may be smaller.
+        seed: fixes, with the number of the epoch, the order and the shifts.
+        shuffle: a new order in every epoch; else the order of the set.
+        max_shift: shift each image by up to this many pixels, see `random_shift`.
         drop_last: leave out a last batch that is not full.
 
     Example:
@@ -104,7 +103,7 @@ class Batches:
 
         Args:
             epoch: number of the epoch.
-            start: number of the first batch; `len(self)` gives none, an epoch that is complete.
+            start: number of the first batch; `len(self)` yields none: the epoch is complete.
 
         Returns:
             Pairs of images, float32 in [0, 1], shape (B, C, H, W), and labels, shape (B,).
@@ -119,8 +118,7 @@ class Batches:
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # Both are drawn for the whole epoch, wherever it is entered. They move to the device once,
-        # so that no batch waits for a copy.
+        # Both are drawn for the whole epoch, wherever it starts, and copied to the device once.
         generator = _epoch_generator(self.seed, epoch)
         count, device = len(self.images), self.images.labels.device
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
@@ -129,7 +127,7 @@ class Batches:
         for batch in range(start, len(self)):
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             chosen = order[part]
-            # Shifted as uint8: a quarter of the bytes of float32.
+            # Shift as uint8, a quarter of the bytes of float32.
             images = _shift(self.images.images[chosen], offsets[part], self.max_shift)
             yield to_float(images), self.images.labels[chosen]
 
@@ -142,14 +140,13 @@ def _check_max_shift(function: str, max_shift: object) -> None:
 
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    # Hashed, since with seed + epoch the second epoch of one seed would repeat the first of the
-    # next seed.
+    # Hashed: with seed + epoch, the second epoch of one seed would repeat the first of the next.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
 
 def _draw_offsets(count: int, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Draw where each window begins in its padded image: (count, 2), in 0 .. 2·max_shift."""
+    """Draw where each window starts in its padded image: (count, 2), in 0 .. 2·max_shift."""
     return torch.randint(
         2 * max_shift + 1, (count, 2), generator=generator, device=generator.device
     )
@@ -160,7 +157,7 @@ def _shift(images: Tensor, offsets: Tensor, max_shift: int) -> Tensor:
         return images
     B, _, H, W = images.shape
     padded = F.pad(images, (max_shift,) * 4)
-    # Every window of the size of the image, as a view: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
+    # All windows of the size of the image, a view: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
     windows = padded.unfold(2, H, 1).unfold(3, W, 1)
     each = torch.arange(B, device=images.device)
     return windows[each, :, offsets[:, 0], offsets[:, 1]]

@@ -1,139 +1,144 @@
-"""Fetch IDX files through torchvision, which knows their mirrors, without waiting for a dead one.
+"""Download the files of a data set with pooch, without waiting for a dead mirror.
 
-torchvision's own download has no time limit, and writes where it will later read, so that an
-interruption leaves a file that is too short. Therefore the mirrors are asked for a piece of a file
-first, against a clock; the download then runs in a temporary folder, under a limit for silence, and
-the files are moved to their places when all are whole.
+A server may accept a connection and stay silent, and nothing bounds the time in which a host name
+is resolved. So all mirrors are first asked for the beginning of a file, at once and against one
+clock. The first to deliver it serves the download.
 """
 
-import gzip
+import importlib.util
 import os
 import queue
-import socket
 import tempfile
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from tritoncaps.data.idx import IdxFile, IdxSet
+from tritoncaps.data.files import DataFile
 
-# Users are promised an answer within 10 s; what remains is for imports.
+# Users are promised an answer within 10 s; the rest is for imports.
 ATTEMPT_SECONDS = 6.0
 # A mirror that cannot deliver this much in that time is too slow: at 44 kB/s MNIST takes 5 minutes.
 PROBE_BYTES = 256 * 1024
+# Without "identity", a server may mark a .gz as compressed for transport, and it arrives unpacked.
+HEADERS = {"User-Agent": "tritoncaps", "Accept-Encoding": "identity"}
 
 
 class DownloadError(Exception):
     """Nothing was downloaded; the message says why, in a few words."""
 
 
-def fetch(spec: IdxSet, files: Sequence[IdxFile], folder: Path) -> None:
-    """Download files of a data set into its folder, uncompressed, all of them or none.
+def fetch(mirrors: Sequence[str], files: Sequence[DataFile], folder: Path) -> None:
+    """Download files into a folder, unpacked and verified: all of them or none.
 
-    Gives up within `ATTEMPT_SECONDS` where no mirror answers, be it that its name is not resolved
-    or that it accepts and stays silent; and later when a mirror falls silent for as long.
+    Gives up after `ATTEMPT_SECONDS` if no mirror answers, and later if the chosen one falls silent
+    for as long. Several processes may download at once: each works in a temporary folder of its
+    own and moves whole files into place.
+
+    Args:
+        mirrors: URLs that end in a slash, to which the `download` name of a file is added.
+        files: what to download.
+        folder: where to put it; made if need be.
 
     Raises:
-        DownloadError: the files could not be fetched.
+        DownloadError: the files could not be downloaded.
     """
     try:
-        import torchvision
-        from torchvision.datasets.utils import download_and_extract_archive
-    except Exception as error:
-        # A torchvision that does not match torch fails with RuntimeError, not with ImportError.
-        reason = f"torchvision cannot be imported: {type(error).__name__}: {error}"
-        raise DownloadError(reason) from error
-    source: Any = getattr(torchvision.datasets, spec.folder)
-    checksums = dict(source.resources)
-    # The clock starts here: how long the import takes says nothing about the network.
-    deadline = time.monotonic() + ATTEMPT_SECONDS
-    mirror = _answering_mirror(source.mirrors, f"{files[0].name}.gz", deadline)
+        import pooch
+    except ImportError as error:
+        raise DownloadError(
+            f'pooch cannot be imported ({error}): pip install "tritoncaps[train]"'
+        ) from error
+    # The clock starts after the import, which says nothing about the network.
+    mirror = _answering_mirror(mirrors, files[0].download, time.monotonic() + ATTEMPT_SECONDS)
+    downloader = pooch.HTTPDownloader(
+        progressbar=importlib.util.find_spec("tqdm") is not None,
+        chunk_size=1 << 16,
+        timeout=ATTEMPT_SECONDS,
+        headers=HEADERS,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary,
-            _socket_timeout(ATTEMPT_SECONDS),
-        ):
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
             for file in files:
-                archive = f"{file.name}.gz"
-                download_and_extract_archive(
-                    mirror + archive, temporary, filename=archive, md5=checksums[archive]
+                is_packed = file.download != file.name
+                pooch.retrieve(
+                    mirror + file.download,
+                    known_hash=file.download_hash,
+                    fname=file.download,
+                    path=temporary,
+                    downloader=downloader,
+                    processor=pooch.Decompress(name=file.name) if is_packed else None,
                 )
             for file in files:
                 os.replace(Path(temporary, file.name), folder / file.name)
-    except (OSError, RuntimeError, EOFError, HTTPException) as error:
+    # All errors of requests are OSErrors; a wrong checksum is a ValueError.
+    except (OSError, ValueError) as error:
         raise DownloadError(f"{_host(mirror)}: {_plain(error)}") from error
 
 
-def _answering_mirror(mirrors: Sequence[str], archive: str, deadline: float) -> str:
-    """Return the mirror that is the first to deliver the beginning of a .gz file.
+def _answering_mirror(mirrors: Sequence[str], name: str, deadline: float) -> str:
+    """Return the mirror that is the first to deliver the beginning of a file.
 
-    Every mirror is asked in a thread of its own, since nothing else bounds the time in which a host
-    name is resolved. A thread that is left waiting is a daemon: it delays neither the caller nor
-    the end of the program.
+    Each mirror is asked in a thread of its own. Threads that are still waiting at the deadline are
+    left behind; as daemons they do not hold up the end of the program.
     """
-    answers: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
+    answers: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
 
     def ask(mirror: str) -> None:
         try:
-            _probe(mirror + archive, deadline - time.monotonic())
-            answers.put((mirror, None))
+            answers.put((mirror, _probe(mirror + name, deadline - time.monotonic())))
         except Exception as error:
-            answers.put((mirror, error))
+            answers.put((mirror, _plain(error)))
 
     for mirror in mirrors:
         threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    failures = dict.fromkeys(mirrors, f"no answer within {ATTEMPT_SECONDS:g} s")
+    failures = dict.fromkeys(mirrors, _silence())
     for _ in mirrors:
         try:
-            mirror, error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            mirror, failure = answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             break
-        if error is None:
+        if failure is None:
             return mirror
-        failures[mirror] = _plain(error)
+        failures[mirror] = failure
     raise DownloadError("; ".join(f"{_host(mirror)}: {why}" for mirror, why in failures.items()))
 
 
-def _probe(url: str, timeout: float) -> None:
-    """Fetch the beginning of a .gz file, or raise."""
-    headers = {"Range": f"bytes=0-{PROBE_BYTES - 1}", "User-Agent": "tritoncaps"}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=max(0.1, timeout)) as response:
-        beginning = response.read(PROBE_BYTES)
-    # A captive portal answers every address, with its own page.
-    if not beginning.startswith(b"\x1f\x8b"):
-        raise gzip.BadGzipFile("the answer is not a gzip file")
+def _probe(url: str, timeout: float) -> str | None:
+    """Fetch the beginning of a file; return why it is not that file, or None if it may be."""
+    import requests  # comes with pooch
 
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    # The one way to give torchvision's connections a limit: it takes none itself.
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+    headers = {**HEADERS, "Range": f"bytes=0-{PROBE_BYTES - 1}"}
+    with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
+        response.raise_for_status()
+        # In full, whether or not the server knows ranges: this is the test of its speed.
+        beginning = next(response.iter_content(PROBE_BYTES), b"")
+    # What a network that wants a login first answers to everything is a web page.
+    if url.endswith(".gz") and not beginning.startswith(b"\x1f\x8b"):
+        return "the answer is not a gzip file"
+    return None
 
 
 def _host(url: str) -> str:
     return urlsplit(url).hostname or url
 
 
+def _silence() -> str:
+    return f"no answer within {ATTEMPT_SECONDS:g} s"
+
+
 def _plain(error: BaseException) -> str:
-    """Say what went wrong in one line, without the wrapping of urllib."""
-    if isinstance(error, TimeoutError):
-        return f"no answer within {ATTEMPT_SECONDS:g} s"
-    cause = getattr(error, "reason", None)
-    if isinstance(cause, BaseException):
-        return _plain(cause)
+    """Say what went wrong in one line, without the wrapping of requests and urllib3."""
+    if "Timeout" in type(error).__name__:  # each of the three libraries has its own
+        return _silence()
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP Error {response.status_code}: {response.reason}"
+    for cause in (error.__cause__, getattr(error, "reason", None), *error.args[:1]):
+        if isinstance(cause, BaseException):
+            return _plain(cause)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

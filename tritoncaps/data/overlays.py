@@ -1,4 +1,4 @@
-"""Batches of overlapping images: two of different classes laid over each other, on the fly."""
+"""Batches of overlapping images: two of different classes, one laid over the other."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from tritoncaps.data.sets import ImageSet
 
 
 class Originals(NamedTuple):
-    """What two overlapping images were before they were laid over each other.
+    """The two images that an overlay was made from.
 
-    The two are ordered by class, since the overlay itself has no first and no second.
+    They are ordered by class, because an overlay has no first and no second.
 
-    `images`: float32 in [0, 1], shifted as they are in the overlay, shape (B, 2, C, H, W).
+    `images`: float32 in [0, 1], shifted as in the overlay, shape (B, 2, C, H, W).
     `labels`: class indices, ascending, shape (B, 2).
     """
 
@@ -27,25 +27,25 @@ class Originals(NamedTuple):
 
 
 class Overlays:
-    """Batches of overlays, epoch by epoch: every image of a set once, with one of another class.
+    """Batches of overlays, epoch by epoch: each image of a set once, with one of another class.
 
-    An overlay is the sum of its two images, clipped at full white. Its partner is drawn from all
-    images of the other classes with equal chances. What overlay `index` of an epoch looks like
-    depends on the seed, the epoch and the index alone; so does the order. Both are drawn on the
-    CPU, as in `Batches`: they are the same on every device, and an epoch entered in the middle
-    continues exactly as if it had not been left.
+    An overlay is the sum of its two images, clipped at full white. The partner of an image is drawn
+    from all images of the other classes with equal probability. Overlay `index` of an epoch depends
+    only on the seed, the epoch and the index, and so does the order. As in `Batches`, both are
+    drawn on the CPU, and an epoch resumed in the middle continues exactly as if it had not been
+    interrupted.
 
     Args:
-        images: the set to draw from, of at least two classes; the batches are made on its device.
-        batch_size: overlays in a batch; the last one of an epoch may be smaller.
-        seed: with the number of the epoch, fixes partners, shifts and order.
-        shuffle: take the images in a new order in every epoch; else in the order of the set.
-        padding: black pixels added on each side of every image before it is shifted.
-        max_shift: shift each of the two by up to this many pixels, on its own. Nothing is lost
-            where `padding` is as large.
+        images: the set to draw from, with at least two classes; batches are made on its device.
+        batch_size: overlays in a batch; the last batch of an epoch may be smaller.
+        seed: fixes, with the number of the epoch, the partners, the shifts and the order.
+        shuffle: a new order in every epoch; else the order of the set.
+        padding: black pixels added to each side of every image before it is shifted.
+        max_shift: shift each of the two images by up to this many pixels, independently. With a
+            `padding` as large, no pixel is lost.
 
     Raises:
-        ValueError: fewer than two classes, so that no image has a partner; or a size out of range.
+        ValueError: there are fewer than two classes, or a size is out of range.
 
     Example:
         >>> labels = torch.arange(10).repeat(10)
@@ -55,8 +55,8 @@ class Overlays:
         >>> images.shape, originals.images.shape, originals.labels.shape
         (torch.Size([32, 1, 36, 36]), torch.Size([32, 2, 1, 36, 36]), torch.Size([32, 2]))
 
-    With padding=4 and max_shift=4 it is MultiMNIST as Sabour, Frosst, Hinton: Dynamic Routing
-    Between Capsules (2017), section 6, describe it.
+    padding=4 and max_shift=4 give MultiMNIST as in Sabour, Frosst, Hinton: Dynamic Routing Between
+    Capsules (2017), section 6.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Overlays:
         self.shuffle = shuffle
         self.padding = padding
         self.max_shift = max_shift
-        # By class, so that the images of all other classes are one stretch of a ring.
+        # Sorted by class, the images of all other classes are one contiguous arc of a ring.
         labels = images.labels.cpu()
         self._by_class = torch.sort(labels, stable=True).indices
         sizes = labels.bincount()
@@ -103,9 +103,9 @@ class Overlays:
         return channels, height + 2 * self.padding, width + 2 * self.padding
 
     def pairs(self, epoch: int) -> Tensor:
-        """Return which two images each overlay is made of: indices, shape (N, 2), on the CPU.
+        """Return the indices of the two images of each overlay, shape (N, 2), on the CPU.
 
-        Row `index` belongs to image `index`, which is one of the two; they are ordered by class.
+        Row `index` contains `index` itself; the two are ordered by class.
         """
         return self._draw(epoch)[0]
 
@@ -114,7 +114,7 @@ class Overlays:
 
         Args:
             epoch: number of the epoch.
-            start: number of the first batch; `len(self)` gives none, an epoch that is complete.
+            start: number of the first batch; `len(self)` yields none: the epoch is complete.
 
         Returns:
             Pairs of overlays, float32 in [0, 1], shape (B, C, H, W), and their `Originals`.
@@ -130,27 +130,27 @@ class Overlays:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Originals]]:
         device = self.images.labels.device
-        # To the device once, so that no batch waits for a copy.
+        # Copied to the device once.
         pairs, offsets, order = (drawn.to(device) for drawn in self._draw(epoch))
         for batch in range(start, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield self._overlay(pairs[chosen], offsets[chosen])
 
     def _overlay(self, pairs: Tensor, offsets: Tensor) -> tuple[Tensor, Originals]:
-        """Make overlays of pairs (B, 2) of images with the offsets (B, 2, 2) of their shifts."""
+        """Lay pairs (B, 2) of images over each other, shifted by offsets (B, 2, 2)."""
         both = self.images.images[pairs.flatten()]
         both = _shift(F.pad(both, (self.padding,) * 4), offsets.flatten(0, 1), self.max_shift)
         both = rearrange(both, "(b two) c h w -> b two c h w", two=2)
         first, second = both.unbind(1)
-        # The sum, clipped at 255 before it can wrap around in uint8.
+        # The sum, clipped at 255 before it can overflow uint8.
         overlay = first + torch.minimum(second, 255 - first)
         return to_float(overlay), Originals(to_float(both), self.images.labels[pairs])
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw pairs (N, 2), offsets (N, 2, 2) and order (N,) of a whole epoch, on the CPU."""
+        """Draw the pairs (N, 2), offsets (N, 2, 2) and order (N,) of an epoch, on the CPU."""
         generator = _epoch_generator(self.seed, epoch)
         count = len(self.images)
-        # The others are count − own of a ring in which they follow the end of the own class.
+        # On the ring, the count − own images of the other classes follow the end of the own class.
         others = count - self._own_count
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         step = torch.minimum((uniform * others).long(), others - 1)
@@ -160,6 +160,6 @@ class Overlays:
         ascending = (labels < labels[partner]).unsqueeze(1)
         pairs = torch.where(ascending, both, both.flip(1))
         offsets = torch.randint(2 * self.max_shift + 1, (count, 2, 2), generator=generator)
-        # Last, so that it makes no difference to the overlays whether they are shuffled.
+        # Drawn last, so that shuffling does not change the overlays themselves.
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         return pairs, offsets, order

@@ -1,4 +1,4 @@
-"""What a data set is, and how a part of it is held out."""
+"""What a data set is, and how to hold out a part of it."""
 
 import math
 from collections.abc import Sequence
@@ -54,11 +54,11 @@ class ImageSet:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """Return the set on `device`; what lies there already is not copied."""
+        """Return the set on `device`, without a copy if it is there already."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
-        """Return a copy of the images at `indices`, in that order, or where a mask (N,) is true."""
+        """Return a copy: the images at `indices`, in that order, or those where a mask is true."""
         if not isinstance(indices, Tensor):
             indices = torch.tensor(indices, dtype=torch.int64)
         chosen = indices.to(self.labels.device)
@@ -70,12 +70,13 @@ class Dataset:
     """A training set and a test set.
 
     Args:
-        name: the name that `load_dataset` knows it by, such as "mnist".
+        name: its name for `load_dataset`, such as "mnist".
         title: its name for people, such as "MNIST".
-        train: the training images; a validation set is split off them, see `split_validation`.
-        test: the test images, the same whatever the seed.
+        train: the training images; `split_validation` takes a validation set from them.
+        test: the test images, the same for every seed.
         class_names: what each label stands for.
         note: one line that says which data set this is and why it was chosen.
+        epochs: passes over `train` that a training script makes by default.
     """
 
     name: str
@@ -84,20 +85,21 @@ class Dataset:
     test: ImageSet
     class_names: tuple[str, ...]
     note: str
+    epochs: int = 30
 
 
 def split_validation(
     train: ImageSet, fraction_or_count: float | int, seed: int
 ) -> tuple[ImageSet, ImageSet]:
-    """Split a training set in two parts that hold the classes in the same proportions.
+    """Split a training set into two parts with the same proportions of the classes.
 
-    The split depends on the labels and the seed alone: the global random state is neither read nor
+    The split depends only on the labels and the seed; the global random state is neither read nor
     changed. Both parts keep the order of the original.
 
     Args:
         train: the images to split.
-        fraction_or_count: how much to hold out: a float in (0, 1) is a share of the images, an int
-            is their number.
+        fraction_or_count: how much to hold out: a float in (0, 1) as a share of the images, an int
+            as their number.
         seed: chooses the images within each class.
 
     Returns:
@@ -141,10 +143,10 @@ def split_validation(
 
 
 def stratified_quotas(labels: Tensor, count: int) -> list[int]:
-    """Share `count` images among the classes in proportion to their sizes.
+    """Divide `count` images among the classes in proportion to their sizes.
 
-    Each class gets the whole part of its share; what is left goes to the largest fractions, so that
-    the quotas add up to `count` and none differs from its share by one or more.
+    Each class gets its share, rounded down; the images left over go to the largest fractions. So
+    the quotas add up to `count`, and each differs from its share by less than one.
     """
     shares = labels.bincount() * count
     quotas = shares // len(labels)

@@ -1,4 +1,4 @@
-"""Smaller sets that stand for a larger one."""
+"""Small sets that represent a larger one."""
 
 import torch
 
@@ -7,23 +7,22 @@ from tritoncaps.data.sets import ImageSet
 
 
 def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """Take `count` images that hold the classes in the proportions of the whole set.
+    """Take `count` images with the class proportions of the whole set.
 
-    With the same seed a smaller subset is part of every larger one, so that accuracies by size
-    compare sets that were extended, not replaced. The global random state is neither read nor
+    With the same seed, a smaller subset is contained in every larger one: a comparison by size
+    then compares sets that grew, not unrelated ones. The global random state is neither read nor
     changed.
 
     Args:
         images: the set to take from.
-        count: how many, 1 .. N. Each class gets its share of them, as nearly as subsets that
-            contain each other can give it.
+        count: how many, 1 .. N. Each class gets its share, as nearly as nested subsets allow.
         seed: chooses the images within each class.
 
     Returns:
-        The subset, in the order of the original; all of it is a copy.
+        A copy of the chosen images, in the order of the original.
 
     Raises:
-        ValueError: the set has no `count` images.
+        ValueError: the set has fewer than `count` images.
 
     Example:
         >>> labels = torch.arange(10).repeat(20)
@@ -36,8 +35,8 @@ def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
         raise ValueError(f"stratified_subset: count={count}, but there are {len(images)} images")
     labels = images.labels.cpu()
     generator = torch.Generator().manual_seed(seed)
-    # The images of a class stand at equal distances in 0 .. 1: whatever length the prefix has, it
-    # holds the share of each class, and the next longer prefix holds it.
+    # Spread the images of each class evenly over 0 .. 1 and sort all by place: every prefix then
+    # holds the share of each class, and a longer prefix contains a shorter one.
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().squeeze(1)

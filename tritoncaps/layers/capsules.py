@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class Capsules(NamedTuple):
-    """Capsules of layers that need both: `poses` (B, N, ...) and `activations` (B, N) in [0, 1].
+    """Poses and activations, for layers that need both.
 
-    A vector capsule needs no activation of its own: its length says how present it is.
+    `poses` (B, N, ...) say in which way each capsule is present, `activations` (B, N), in [0, 1],
+    whether it is. Vector capsules travel as poses alone: their length is the activation.
     """
 
     poses: Tensor

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import _checks
-from tritoncaps.layers.capsules import capsule_lengths
+from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
 class ReconstructionDecoder(nn.Module):
     """Draw the image of one class capsule with three fully connected layers (Sabour 2017, 4.1).
 
-    All capsules but the chosen one are masked with zeros: the target's where a target is given,
-    the longest otherwise.
+    All capsules but one are masked with zeros. The one that stays is the target's; without a target
+    it is the most active capsule, which among vector capsules is the longest.
 
     Args:
         num_classes: class capsules, K.
@@ -22,7 +22,8 @@ class ReconstructionDecoder(nn.Module):
         image_shape: (channels, height, width) of the image.
         hidden: widths of the two hidden layers.
 
-    Shapes: poses (B, K, D) [, target (B,) int64] → (B, channels, height, width), in (0, 1).
+    Shapes: poses (B, K, D), or `Capsules` of such poses with activations (B, K), and optionally a
+    target (B,), int64 → (B, channels, height, width), in (0, 1).
 
     Raises:
         TypeError, ValueError: a size that is not an int of at least 1; in `forward` poses or
@@ -66,8 +67,9 @@ class ReconstructionDecoder(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, poses: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask all but one capsule and decode it."""
+        poses = capsules.poses if isinstance(capsules, Capsules) else capsules
         _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
         if poses.shape[1:] != (self.num_classes, self.dim):
             raise ValueError(
@@ -75,7 +77,9 @@ class ReconstructionDecoder(nn.Module):
                 f"got {_checks.shape_of(poses)}"
             )
         if target is None:
-            target = capsule_lengths(poses).argmax(dim=1)
+            is_vector = not isinstance(capsules, Capsules)
+            activations = capsule_lengths(poses) if is_vector else capsules.activations
+            target = activations.argmax(dim=1)
         else:
             _checks.check_class_indices(
                 "ReconstructionDecoder", target, poses.shape[0], self.num_classes, poses.device

@@ -9,8 +9,8 @@ from tritoncaps import _checks, ops
 class PrimaryCapsules(nn.Module):
     """Turn feature maps into capsules with one convolution and squash (Sabour 2017, section 4).
 
-    A capsule is `dim` channels of *one* position: the output channels of the convolution are
-    `capsule_types` groups of `dim`, and position (y, x) holds one capsule of each type.
+    A capsule is `dim` channels at *one* position. The convolution's output channels are
+    `capsule_types` groups of `dim`, and each position (y, x) holds one capsule of each type.
 
     Args:
         in_channels: channels of the feature maps.
@@ -53,13 +53,13 @@ class PrimaryCapsules(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the kernels so that the channels keep the size of the features (gain 1)."""
+        """Draw the kernels so that the channels are as large as the features (gain 1)."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="linear")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def num_capsules(self, height: int, width: int) -> int:
-        """Count the capsules that feature maps of this size give."""
+        """Count the capsules that feature maps of this size turn into."""
         rows, columns = ((size - self.kernel_size) // self.stride + 1 for size in (height, width))
         return max(0, rows) * max(0, columns) * self.capsule_types
 

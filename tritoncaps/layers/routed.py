@@ -71,11 +71,11 @@ class RoutedCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution with σ = J / (ρ·√(I·D)).
 
-        At uniform coupling and with inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J, so the sums start
-        near length 1 whatever the sizes. A smaller σ kills the signal of routings in series: each
-        squash squares what is short. A larger one saturates them: the iterations move the coupling
-        to the votes that agree, which lengthens the sums beyond the uniform estimate. So the
-        default is ρ = 1, the most that a squashed capsule has.
+        With uniform coupling and inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J, so the sums start near
+        length 1 whatever the sizes. A smaller σ kills the signal of routings in series, because
+        each squash squares what is short. A larger one saturates them: iterations move the coupling
+        towards the prediction vectors that agree, and the sums grow beyond the uniform estimate.
+        The default is ρ = 1, the greatest length of a squashed capsule.
         """
         fan = math.sqrt(self.in_capsules * self.out_dim)
         nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))

@@ -6,6 +6,7 @@ such as the FLOPs of a function that torch does not know by name, its check leav
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -240,10 +241,8 @@ def check_errors(operator: Operator, device: torch.device) -> None:
     # The right call comes first: what follows fails for its one wrong argument alone.
     operator.call(right, defaults)
     for kind, name, words, wrong in [*_wrong_tensors(operator, right), *_wrong_options(operator)]:
-        arguments = {**right, **defaults, **wrong}
-        message = _assert_raises(
-            kind, f"^{operator}: .*{name}", lambda a=arguments: operator.function(**a)
-        )
+        call = partial(operator.function, **{**right, **defaults, **wrong})
+        message = _assert_raises(kind, f"^{operator}: .*{name}", call)
         for word in words:
             assert word in message, f"{operator}: {message!r} does not say {word!r}"
 

@@ -70,7 +70,7 @@ class Array:
         return drawn.to(self.dtype)
 
 
-_JUNK = (
+_JUNK: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 1.5, math.nan, math.inf, 1j, "3", "full", b"x"),
     *(2**31, 2**63, 2**70, -(2**70), 10**400, [], [3], (2, 3), (2, 3, 4), "abc", {}, object),
     *(Array(()), Array((2,)), Array((2, 2), torch.int64)),

@@ -1,0 +1,174 @@
+"""Sums over the input capsules that cross programs.
+
+Each program of a pass leaves its share of a weighted sum in a slot of its own, in a buffer
+(slots, B, J, D). The next launch first adds the slots up, in slot order. The order never depends on
+timing, so a result is the same to the last bit on every run, and no float is ever added atomically.
+
+A row is one vector over D of a contiguous (B, J, D) tensor; row n belongs to b = n // J.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritoncaps.kernels._tiles import squash_rows, squash_rows_grad
+from tritoncaps.kernels.squash import row_launch
+
+
+@triton.jit
+def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
+    """Add up the same tile of every slot, first to last."""
+    total = tl.load(slots_ptr + offsets, mask=mask, other=0.0)
+    for slot in tl.static_range(1, SLOTS):
+        total += tl.load(slots_ptr + slot * slot_size + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
+    """The weighted sum of an iteration from its slots; UNIFORM ones still lack the coupling 1/J."""
+    s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
+    if UNIFORM:
+        s = s / J
+    return s
+
+
+@triton.jit
+def running_sum(sums_ptr, offsets, mask, slot_size, count):
+    """V after `count` iterations: the squashed sums of iterations 1 to `count`, in that order."""
+    total = tl.zeros(offsets.shape, dtype=sums_ptr.dtype.element_ty)
+    for k in range(count):
+        total += squash_rows(tl.load(sums_ptr + k * slot_size + offsets, mask=mask, other=0.0))
+    return total
+
+
+@triton.jit
+def advance_running_sum(
+    # pointers
+    slots_ptr, sums_ptr, V_ptr,
+    # extents
+    first_row, last_row, slot_size, J, D, iteration, is_writer,
+    # meta-parameters
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Open forward pass t = `iteration`: finish s⁽ᵗ⁻¹⁾ of some rows and store their V⁽ᵗ⁻¹⁾.
+
+    `V_ptr` is this program's own copy. One writer saves s⁽ᵗ⁻¹⁾ for the backward.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for row in range(first_row, last_row, BLOCK_ROWS):
+        n = row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (n < last_row) & (d < D)
+        offsets = n * D + d
+        s = load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS, UNIFORM)
+        V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 2) + squash_rows(s)
+        tl.store(V_ptr + offsets, V, mask=mask)
+        if is_writer:
+            tl.store(sums_ptr + (iteration - 2) * slot_size + offsets, s, mask=mask)
+    # The pass reads V where other threads of the program have written it.
+    tl.debug_barrier()
+
+
+@triton.jit
+def pull_back(
+    # pointers
+    slots_ptr, sums_ptr, V_ptr, ds_ptr, next_slot_ptr, saved_V_ptr, saved_ds_ptr,
+    # extents
+    first_row, last_row, slot_size, D, iteration, is_writer,
+    # meta-parameters
+    CARRY: tl.constexpr, SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Open backward pass t = `iteration`: ds⁽ᵗ⁾ from the slots of dv⁽ᵗ⁾, and V⁽ᵗ⁻¹⁾, of some rows.
+
+    `V_ptr` and `ds_ptr` are this program's own copies. One writer saves both for the kernel that
+    contracts them with û. The slot that the pass adds to starts at zero. Where dv⁽ᵗ⁾ is dV⁽ᵗ⁾
+    (CARRY), the writer's slot starts at dv⁽ᵗ⁾ instead, so that the next slots add up to dV⁽ᵗ⁻¹⁾.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for row in range(first_row, last_row, BLOCK_ROWS):
+        n = row + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (n < last_row) & (d < D)
+        offsets = n * D + d
+        s = tl.load(sums_ptr + (iteration - 1) * slot_size + offsets, mask=mask, other=0.0)
+        dv = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS).to(s.dtype)
+        ds = squash_rows_grad(s, dv)
+        V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 1)
+        tl.store(ds_ptr + offsets, ds, mask=mask)
+        tl.store(V_ptr + offsets, V, mask=mask)
+        if CARRY:
+            tl.store(next_slot_ptr + offsets, tl.where(is_writer, dv, 0.0), mask=mask)
+        else:
+            tl.store(next_slot_ptr + offsets, tl.zeros_like(dv), mask=mask)
+        if is_writer:
+            tl.store(saved_ds_ptr + offsets, ds, mask=mask)
+            tl.store(saved_V_ptr + offsets, V, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sum_slots_kernel(
+    # pointers
+    slots_ptr, sum_ptr,
+    # extents
+    N, D,
+    # meta-parameters
+    SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add up the slots of BLOCK_ROWS rows."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (n < N) & (d < D)
+    offsets = n * D + d
+    total = sum_slots(slots_ptr, offsets, mask, tl.cast(N, tl.int64) * D, SLOTS)
+    tl.store(sum_ptr + offsets, total, mask)
+
+
+@triton.jit
+def _squash_slots_kernel(
+    # pointers
+    slots_ptr, s_ptr, v_ptr,
+    # extents
+    N, J, D,
+    # meta-parameters
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Close a routing: the last weighted sum s from its slots, and the output v = squash(s)."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (n < N) & (d < D)
+    offsets = n * D + d
+    s = load_sum(slots_ptr, offsets, mask, tl.cast(N, tl.int64) * D, J, SLOTS, UNIFORM)
+    tl.store(s_ptr + offsets, s, mask)
+    tl.store(v_ptr + offsets, squash_rows(s), mask)
+
+
+def write_sum(slots: Tensor, total: Tensor) -> None:
+    """Write Σ slots, (slots, B, J, D), to `total`, (B, J, D); both contiguous."""
+    B, J, D = total.shape
+    launch = row_launch(D)
+    _sum_slots_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
+        slots, total,
+        B * J, D,
+        SLOTS=slots.shape[0],
+        **launch,
+    )  # fmt: skip
+
+
+def write_squashed_sum(slots: Tensor, uniform: bool, s: Tensor, v: Tensor) -> None:
+    """Write s = Σ slots (divided by J if uniform) and v = squash(s).
+
+    Args:
+        slots: contiguous, shape (slots, B, J, D).
+        uniform: whether the slots hold Σ_i û_ij, still without the uniform coupling 1/J.
+        s, v: contiguous outputs, shape (B, J, D).
+    """
+    B, J, D = s.shape
+    launch = row_launch(D)
+    _squash_slots_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
+        slots, s, v,
+        B * J, J, D,
+        SLOTS=slots.shape[0],
+        UNIFORM=uniform,
+        **launch,
+    )  # fmt: skip

@@ -1,0 +1,739 @@
+"""One routing pass: softmax over the output capsules, weighted sum over the input capsules.
+
+    c̃_ij = softmax_j(û_ij·pose_j + prior_ij),  c = c̃ + bias,  s_j = Σ_i c_ij û_ij
+
+The prediction vectors û = W u are computed where they are needed and never stored.
+
+A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules
+twice. The first sweep finds the softmax's normaliser for each pair (b, i), the second applies it.
+Nothing in the program grows with J.
+
+For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p: one small product, x W_jᵀ, for
+all pairs of the tile, then a sum over p against u. Products are batched over groups of input
+capsules, one group a warp, so that no warp repeats another's product. The warps meet only in the
+sum over groups at the end of a step. Columns of a product run over (p, i), i fastest, so that the
+sum over p stays in a thread.
+
+`fused_dynamic_routing` is several such passes; it calls the device functions of this file.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritoncaps.kernels._launch import (
+    Target,
+    UnsupportedShape,
+    accumulation_dtype,
+    device_of,
+    divide,
+    dot_precision,
+    measured,
+    strides,
+    target_of,
+)
+from tritoncaps.kernels._slots import write_sum
+from tritoncaps.kernels._tiles import dot, full_of_lowest, load_grad_coupling
+
+# Launch rules -------------------------------------------------------------------------------------
+
+
+def _weight_tile(P: int, D: int, values: int) -> tuple[int, int, int]:
+    """BLOCK_I, BLOCK_P and BLOCK_D of a weight tile (P·I, D) of about `values` values."""
+    block_p = triton.next_power_of_2(max(P, 1))
+    block_d = max(triton.next_power_of_2(max(D, 1)), 16)
+    if max(block_p, 16) * block_d > 4096:
+        raise UnsupportedShape(f"a weight of P={P} × D={D} for one pair; a warp holds 4096 values")
+    return max(values // block_d, 16, block_p) // block_p, block_p, block_d
+
+
+def pass_launch(
+    rule: str,
+    I: int,
+    P: int,
+    J: int,
+    D: int,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    backward: bool,
+    prologue: bool = False,
+) -> tuple[dict[str, int], int, int]:
+    """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
+
+    BLOCK_ROWS: what a prologue finishes at a time; a pass with a given pose has none.
+    BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
+    programs.
+    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). That is the most for
+    which the backward, which also holds du and two projections, keeps everything in registers. A
+    pair P × D with more values spills, the more the larger it is, until it is refused.
+    GROUPS: 8 warps with a group each; few input capsules are spread over them.
+    num_stages: the first sweep fetches the weight of the next j during this one, if the buffers fit
+    into shared memory. The second sweep, which uses the weight in two products, does not; nor does
+    the backward, where the addresses no longer fit into registers.
+    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values;
+    16 keeps this far below û. The MNIST shape gets 12 splits of 3 tiles, 96 programs at B = 128; no
+    device has shown yet whether more, smaller ones would be faster.
+    """
+    is_wide = accumulation_dtype(dtype) == torch.float64
+    block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide else 512)
+    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8))))
+    groups = min(triton.next_power_of_2(triton.cdiv(I, block_i)), 8)
+    buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
+    while groups > 1 and 2 * buffer > target.shared_memory:
+        groups, buffer = groups // 2, buffer // 2
+    fetch_ahead = not backward and 4 * buffer <= target.shared_memory
+    launch = {
+        "GROUPS": groups,
+        "BLOCK_B": 16,
+        "BLOCK_I": block_i,
+        "BLOCK_P": block_p,
+        "BLOCK_D": block_d,
+        "MAX_SPLITS": 16,
+        "num_warps": groups,
+        "num_stages": 3 if fetch_ahead else 1,
+    }
+    if prologue:
+        launch["BLOCK_ROWS"] = max(groups * (64 if is_wide else 128) // block_d, 1)
+    rule = f"{rule}_bwd" if backward else f"{rule}_fwd"
+    launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=D)
+    return launch, *divide(I, launch["GROUPS"] * launch["BLOCK_I"], launch.pop("MAX_SPLITS"))
+
+
+def weight_gradient_launch(
+    I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
+) -> dict[str, int]:
+    """Launch keywords of dW: one tile and one j a program, 1024 values (512 of float64).
+
+    I·P·J·D/1024 programs are work for every processor. BLOCK_B: 32 batch rows at a time are what
+    the two projections beside dW leave room for in 4 warps; 16 for a tile of fewer rows, whose
+    warps hold parts of the projections twice.
+    """
+    is_wide = accumulation_dtype(dtype) == torch.float64
+    block_i, block_p, block_d = _weight_tile(P, D, 512 if is_wide else 1024)
+    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(I)))
+    launch = {
+        "BLOCK_B": 32 if block_i * block_p >= 64 else 16,
+        "BLOCK_I": block_i,
+        "BLOCK_P": block_p,
+        "BLOCK_D": block_d,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    return measured("weight_gradient", launch, target, dtype, I=I, P=P, J=J, D=D)
+
+
+# Forward ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_axes(tile, GROUPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr):
+    """i, (GROUPS, BLOCK_I); i along the columns, (GROUPS, BLOCK_P * BLOCK_I); and p along them."""
+    k = tl.arange(0, BLOCK_P * BLOCK_I)
+    group_i = tile * GROUPS * BLOCK_I + tl.arange(0, GROUPS)[:, None] * BLOCK_I
+    i = group_i + tl.arange(0, BLOCK_I)[None, :]
+    return i, group_i + (k % BLOCK_I)[None, :], (k // BLOCK_I).to(tl.int64)
+
+
+@triton.jit
+def _load_tile(
+    u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_d,
+    DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), where the weight of j = 0 lies, and the masks.
+
+    The masks are over (GROUPS, BLOCK_B, columns) and (GROUPS, columns, BLOCK_D).
+    """
+    mask_k = (ki < I) & (p < P)[None, :]
+    mask_u = (b < B)[None, :, None] & mask_k[:, None, :]
+    offs_ku = ki * stride_u_i + (p * stride_u_p)[None, :]
+    u_ptrs = u_ptr + (b * stride_u_b)[None, :, None] + offs_ku[:, None, :]
+    u = tl.load(u_ptrs, mask_u, other=0.0).to(DTYPE)
+    u = tl.reshape(u, (ki.shape[0], b.shape[0], BLOCK_P, BLOCK_I))
+    mask_w = mask_k[:, :, None] & (d < D)[None, None, :]
+    offs_kw = ki * stride_weight_i + (p * stride_weight_p)[None, :]
+    weight_ptrs = weight_ptr + offs_kw[:, :, None] + (d * stride_weight_d)[None, None, :]
+    return u, weight_ptrs, mask_u, mask_w
+
+
+@triton.jit
+def _project(x, w, u, PRECISION: tl.constexpr):
+    """W_j x, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and û_j·x, its sum over p against u."""
+    x = tl.broadcast_to(x[None, :, :], (w.shape[0], x.shape[0], x.shape[1]))
+    y = dot(x, tl.permute(w, (0, 2, 1)), PRECISION)
+    y = tl.reshape(y, u.shape)
+    return y, tl.sum(y * u, axis=2)
+
+
+@triton.jit
+def _logits(
+    w, u, pose_ptrs, mask_bd, prior_ptrs, mask_i,
+    HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_j pose and the logits û_j·pose + prior of one j, (GROUPS, BLOCK_B, BLOCK_I)."""
+    if HAS_POSE:
+        pose = tl.load(pose_ptrs, mask_bd, other=0.0).to(u.dtype)
+        projected, logits = _project(pose, w, u, PRECISION)
+    else:
+        projected = tl.zeros_like(u)
+        logits = tl.zeros((u.shape[0], u.shape[1], u.shape[3]), u.dtype)
+    if HAS_PRIOR:
+        logits += tl.load(prior_ptrs, mask_i, other=0.0).to(u.dtype)[:, None, :]
+    return projected, logits
+
+
+@triton.jit
+def _add_bias(c, bias_ptrs, mask_i, HAS_BIAS: tl.constexpr):
+    """c̃ + bias, (GROUPS, BLOCK_B, BLOCK_I)."""
+    if HAS_BIAS:
+        c += tl.load(bias_ptrs, mask_i, other=0.0).to(c.dtype)[:, None, :]
+    return c
+
+
+@triton.jit
+def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
+    """Σ_i c_i û_ij over the tile, (BLOCK_B, BLOCK_D)."""
+    cu = tl.reshape(c[:, :, None, :] * u, (w.shape[0], u.shape[1], w.shape[1]))
+    return tl.sum(dot(cu, w, PRECISION), axis=0)
+
+
+@triton.jit
+def pass_forward(
+    # pointers
+    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
+    # extents
+    first_b, first_tile, tiles, B, I, P, J, D,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+    # meta-parameters
+    DTYPE: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write Σ_i c_ij û_ij over a run of tiles to a slot, for BLOCK_B batch rows.
+
+    `pose_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). Without a pose the logits are
+    the prior alone.
+    """
+    b = first_b + tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_bd = (b < B)[:, None] & (d < D)[None, :]
+    offs_bd = (b * J * D)[:, None] + d[None, :]
+    for tile in range(first_tile, first_tile + tiles):
+        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
+        u, weight_ptrs, _mask_u, mask_w = _load_tile(
+            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+            stride_weight_i, stride_weight_p, stride_weight_d, DTYPE, BLOCK_P, BLOCK_I,
+        )  # fmt: skip
+        prior_ptrs = prior_ptr + i * stride_prior_i
+        mask_started = (b < tl.where(tile > first_tile, B, 0))[:, None] & (d < D)[None, :]
+
+        top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+        mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+        for j in range(tl.cast(J, tl.int64)):
+            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
+            _, logits = _logits(
+                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
+                HAS_POSE, HAS_PRIOR, PRECISION,
+            )  # fmt: skip
+            new_top = tl.maximum(top, logits)
+            mass = mass * tl.exp(top - new_top) + tl.exp(logits - new_top)
+            top = new_top
+
+        for j in range(tl.cast(J, tl.int64)):
+            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
+            _, logits = _logits(
+                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
+                HAS_POSE, HAS_PRIOR, PRECISION,
+            )  # fmt: skip
+            c = tl.exp(logits - top) / mass
+            c = _add_bias(c, bias_ptr + i * stride_bias_i + j * stride_bias_j, i < I, HAS_BIAS)
+            if SAVE_COUPLING:
+                offs_c = ((b * I)[None, :, None] + i[:, None, :]) * J + j
+                tl.store(coupling_ptr + offs_c, c, (b < B)[None, :, None] & (i < I)[:, None, :])
+            slot_ptrs = slot_ptr + offs_bd + j * D
+            s = tl.load(slot_ptrs, mask_started, other=0.0)
+            tl.store(slot_ptrs, s + _weighted_sum(c, u, w, PRECISION), mask_bd)
+        # The next tile adds to what other threads of the program have written.
+        tl.debug_barrier()
+
+
+@triton.jit
+def _pass_fwd_kernel(
+    # pointers
+    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slots_ptr, coupling_ptr,
+    # extents
+    B, I, P, J, D, tiles,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+    # meta-parameters
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_COUPLING: tl.constexpr,
+    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Put one program's share of s in its slot."""
+    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
+    split = tl.program_id(1).to(tl.int64)
+    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
+    pass_forward(
+        u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
+        first_b, split * tiles, tiles, B, I, P, J, D,
+        stride_u_b, stride_u_i, stride_u_p,
+        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+        stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+        slots_ptr.dtype.element_ty, True, HAS_PRIOR, HAS_BIAS,
+        SAVE_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
+
+
+# Backward -----------------------------------------------------------------------------------------
+#
+# Write T = W pose and T' = W ds for the two projections of a pair (i, j). Its logit is u·T + prior,
+# and the gradient of its coupling is dc = u·T' (+ grad_coupling). Then
+#
+#     δ_i = Σ_j c̃_ij dc_ij,  db_ij = c̃_ij (dc_ij - δ_i)     the softmax's backward
+#     dpose_j = Σ_i db_ij û_ij                               the pose is in the logits
+#     dû_ij = c_ij ds_j + db_ij pose_j                       û is in the sum and in the logits
+#     du_i = Σ_j W_ij dû_ij = Σ_j (c_ij T' + db_ij T)
+#     dW_ij = Σ_b u_i ⊗ dû_ij = Σ_b ((c_ij u_i) ⊗ ds_j + (db_ij u_i) ⊗ pose_j)
+#     dprior_ij = Σ_b db_ij,  dbias_ij = Σ_b dc_ij
+#
+# The first kernel adds to dpose and to du, which costs no product beyond the projections, and
+# leaves log Σ_j exp and δ of every (b, i). With these two a pair can be evaluated for one j alone.
+# So the second kernel gives each (input tile, j) to a program of its own, which sums dW over the
+# batch in registers and writes it once.
+
+
+@triton.jit
+def _coupling_gradient(
+    w, u, ds_ptrs, mask_bd, grad_coupling_ptrs, mask_bi,
+    HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_j ds and dc = û_j·ds + grad_coupling of one j, (GROUPS, BLOCK_B, BLOCK_I)."""
+    ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
+    projected, dc = _project(ds, w, u, PRECISION)
+    if HAS_GRAD_COUPLING:
+        dc += tl.load(grad_coupling_ptrs, mask_bi, other=0.0).to(u.dtype)
+    return projected, dc
+
+
+@triton.jit
+def pass_backward(
+    # pointers
+    u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slot_ptr,
+    normaliser_ptr, delta_ptr, du_ptr, grad_u_ptr,
+    # extents
+    first_b, first_tile, tiles, B, I, P, J, D,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+    # meta-parameters
+    DTYPE: tl.constexpr, ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
+    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add dpose over a run of tiles to a slot; write du; leave log Σ_j exp and δ of every (b, i).
+
+    `pose_ptr`, `ds_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). With ADD_DU the du of
+    a later pass, at `du_ptr`, is added. Unless FULL the coupling is a constant: db = 0. Without
+    pose and prior it is 1/J, and nothing is left.
+    """
+    b = first_b + tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_bd = (b < B)[:, None] & (d < D)[None, :]
+    offs_bd = (b * J * D)[:, None] + d[None, :]
+    for tile in range(first_tile, first_tile + tiles):
+        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
+        u, weight_ptrs, mask_u, mask_w = _load_tile(
+            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
+            stride_weight_i, stride_weight_p, stride_weight_d, DTYPE, BLOCK_P, BLOCK_I,
+        )  # fmt: skip
+        prior_ptrs = prior_ptr + i * stride_prior_i
+        mask_bi = (b < B)[None, :, None] & (i < I)[:, None, :]  # (GROUPS, BLOCK_B, BLOCK_I)
+        offs_bi = (b * I)[None, :, None] + i[:, None, :]
+
+        top = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+        mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE) + J
+        moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)  # Σ_j exp(logit - top) dc
+        if HAS_POSE or HAS_PRIOR:
+            top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+            mass = tl.zeros_like(mass)
+            for j in range(tl.cast(J, tl.int64)):
+                w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
+                _, logits = _logits(
+                    w, u, pose_ptr + j * D + offs_bd, mask_bd,
+                    prior_ptrs + j * stride_prior_j, i < I, HAS_POSE, HAS_PRIOR, PRECISION,
+                )  # fmt: skip
+                new_top = tl.maximum(top, logits)
+                shrink = tl.exp(top - new_top)
+                share = tl.exp(logits - new_top)
+                mass = mass * shrink + share
+                if FULL:
+                    _, dc = _coupling_gradient(
+                        w, u, ds_ptr + j * D + offs_bd, mask_bd,
+                        grad_coupling_ptr + j + offs_bi * J, mask_bi, HAS_GRAD_COUPLING, PRECISION,
+                    )  # fmt: skip
+                    moment = moment * shrink + share * dc
+                top = new_top
+        delta = moment / mass
+        if HAS_POSE or HAS_PRIOR:
+            tl.store(normaliser_ptr + offs_bi, top + tl.log(mass), mask_bi)
+            tl.store(delta_ptr + offs_bi, delta, mask_bi)
+
+        du = tl.zeros((GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), DTYPE)
+        for j in range(tl.cast(J, tl.int64)):
+            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
+            # The gradient before the logits: in this order everything fits into registers.
+            ds_projected, dc = _coupling_gradient(
+                w, u, ds_ptr + j * D + offs_bd, mask_bd,
+                grad_coupling_ptr + j + offs_bi * J, mask_bi, HAS_GRAD_COUPLING, PRECISION,
+            )  # fmt: skip
+            pose_projected, logits = _logits(
+                w, u, pose_ptr + j * D + offs_bd, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
+                HAS_POSE, HAS_PRIOR, PRECISION,
+            )  # fmt: skip
+            softmax = tl.exp(logits - top) / mass
+            bias_ptrs = bias_ptr + i * stride_bias_i + j * stride_bias_j
+            c = _add_bias(softmax, bias_ptrs, i < I, HAS_BIAS)
+            du += c[:, :, None, :] * ds_projected
+            if HAS_POSE and FULL:
+                db = softmax * (dc - delta)
+                du += db[:, :, None, :] * pose_projected
+                slot_ptrs = slot_ptr + j * D + offs_bd
+                dpose = tl.load(slot_ptrs, mask_bd, other=0.0)
+                tl.store(slot_ptrs, dpose + _weighted_sum(db, u, w, PRECISION), mask_bd)
+
+        du = tl.reshape(du, (GROUPS, BLOCK_B, BLOCK_P * BLOCK_I))
+        offs_u = ((b * I)[None, :, None] + ki[:, None, :]) * P + p[None, None, :]
+        if ADD_DU:
+            du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
+        tl.store(grad_u_ptr + offs_u, du, mask_u)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _pass_bwd_kernel(
+    # pointers
+    u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slots_ptr,
+    normaliser_ptr, delta_ptr, grad_u_ptr,
+    # extents
+    B, I, P, J, D, tiles,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+    # meta-parameters
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
+    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add one program's share of dpose to its slot, which starts at zero, and write its du."""
+    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
+    split = tl.program_id(1).to(tl.int64)
+    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
+    pass_backward(
+        u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slot_ptr,
+        normaliser_ptr, delta_ptr, grad_u_ptr, grad_u_ptr,
+        first_b, split * tiles, tiles, B, I, P, J, D,
+        stride_u_b, stride_u_i, stride_u_p,
+        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+        stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+        slots_ptr.dtype.element_ty, False, True, True, HAS_PRIOR, HAS_BIAS, HAS_GRAD_COUPLING,
+        PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_pairs(
+    dw, dprior, dbias, u, w, prior, bias, pose_ptrs, ds_ptrs, mask_bd,
+    normaliser_ptrs, delta_ptrs, grad_coupling, mask_ib, J,
+    FULL: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add a pass over one batch tile to dW_j, (K, BLOCK_D), dprior_j and dbias_j.
+
+    u is (BLOCK_P, BLOCK_I, BLOCK_B), w is (K, BLOCK_D) with K = BLOCK_P * BLOCK_I, and dprior_j
+    and dbias_j are (BLOCK_I, BLOCK_B). dW sums over the batch, so a row past its end must have
+    coupling 0, whatever its logit.
+    """
+    K: tl.constexpr = w.shape[0]
+    ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
+    logits = prior
+    if HAS_POSE:
+        pose = tl.load(pose_ptrs, mask_bd, other=0.0).to(u.dtype)
+        projected = dot(w, tl.trans(pose), PRECISION)
+        logits += tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
+    if HAS_POSE or HAS_PRIOR:
+        softmax = tl.exp(logits - tl.load(normaliser_ptrs, mask_ib, other=float("inf")))
+    else:
+        softmax = tl.where(mask_ib, tl.full(mask_ib.shape, 1.0, u.dtype) / J, 0.0)
+    c = softmax
+    if HAS_BIAS:
+        c += tl.where(mask_ib, bias, 0.0)
+    cu = tl.reshape(c[None, :, :] * u, (K, u.shape[2]))
+    dw += dot(cu, ds, PRECISION)
+    if (HAS_POSE or HAS_PRIOR) and FULL:
+        projected = dot(w, tl.trans(ds), PRECISION)
+        dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
+        db = softmax * (dc - tl.load(delta_ptrs, mask_ib, other=0.0))
+        if HAS_BIAS:
+            dbias += tl.where(mask_ib, dc, 0.0)
+        if HAS_PRIOR:
+            dprior += tl.where(mask_ib, db, 0.0)
+        if HAS_POSE:
+            dbu = tl.reshape(db[None, :, :] * u, (K, u.shape[2]))
+            dw += dot(dbu, pose, PRECISION)
+    return dw, dprior, dbias
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    # pointers
+    u_ptr, weight_ptr, prior_ptr, bias_ptr, grad_coupling_ptr,
+    pose_ptr, ds_ptr, normaliser_ptr, delta_ptr, grad_weight_ptr, grad_prior_ptr, grad_bias_ptr,
+    # extents
+    B, I, P, J, D, first_step, steps,
+    # strides
+    stride_u_b, stride_u_i, stride_u_p,
+    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
+    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
+    # meta-parameters
+    FULL: tl.constexpr, WITHOUT_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr, UNLOGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dW, (BLOCK_I, P, D), dprior and dbias, (BLOCK_I,), of one tile of input capsules and one j.
+
+    A step is a pass. Steps from `first_step` on have poses. WITHOUT_POSE adds step 0 as one that
+    has none. The first UNLOGGED steps have no logits, so normaliser and δ have no rows for them.
+    """
+    DTYPE: tl.constexpr = normaliser_ptr.dtype.element_ty
+    tile = tl.program_id(0).to(tl.int64) // J
+    j = tl.program_id(0).to(tl.int64) % J
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    k = tl.arange(0, BLOCK_P * BLOCK_I)
+    p = (k // BLOCK_I).to(tl.int64)
+    i = tile * BLOCK_I + tl.arange(0, BLOCK_I)
+    ki = tile * BLOCK_I + k % BLOCK_I
+    mask_k = (ki < I) & (p < P)
+    mask_w = mask_k[:, None] & (d < D)[None, :]
+    offs_w = (ki * stride_weight_i + p * stride_weight_p)[:, None] + (d * stride_weight_d)[None, :]
+    w = tl.load(weight_ptr + j * stride_weight_j + offs_w, mask_w, other=0.0).to(DTYPE)
+    prior = tl.zeros((BLOCK_I, BLOCK_B), DTYPE)
+    if HAS_PRIOR:
+        prior_ptrs = prior_ptr + i * stride_prior_i + j * stride_prior_j
+        prior += tl.load(prior_ptrs, i < I, other=0.0).to(DTYPE)[:, None]
+    bias = tl.zeros((BLOCK_I, BLOCK_B), DTYPE)
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + i * stride_bias_i + j * stride_bias_j
+        bias += tl.load(bias_ptrs, i < I, other=0.0).to(DTYPE)[:, None]
+
+    dw = tl.zeros((BLOCK_P * BLOCK_I, BLOCK_D), DTYPE)
+    dprior = tl.zeros((BLOCK_I, BLOCK_B), DTYPE)
+    dbias = tl.zeros((BLOCK_I, BLOCK_B), DTYPE)
+    pose_step = tl.cast(B, tl.int64) * J * D
+    pair_step = tl.cast(B, tl.int64) * I
+    for first_b in range(0, B, BLOCK_B):
+        b = first_b + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask_bd = (b < B)[:, None] & (d < D)[None, :]
+        mask_ib = (i < I)[:, None] & (b < B)[None, :]
+        # Loaded along the capsules, which are neighbours in memory; batch rows are not.
+        offs_u = (b * stride_u_b)[:, None] + (ki * stride_u_i + p * stride_u_p)[None, :]
+        u = tl.load(u_ptr + offs_u, (b < B)[:, None] & mask_k[None, :], other=0.0).to(DTYPE)
+        u = tl.reshape(tl.trans(u), (BLOCK_P, BLOCK_I, BLOCK_B))
+        offs_bd = ((b * J + j) * D)[:, None] + d[None, :]
+        offs_ib = (b * I)[None, :] + i[:, None]
+        grad_coupling_ptrs = grad_coupling_ptr + offs_ib * J + j
+        for step in range(first_step, steps):
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ib, steps - 1 - step, DTYPE, HAS_GRAD_COUPLING
+            )
+            offs_pose = step * pose_step + offs_bd
+            pairs = (step - UNLOGGED) * pair_step + offs_ib
+            dw, dprior, dbias = _add_pairs(
+                dw, dprior, dbias, u, w, prior, bias, pose_ptr + offs_pose, ds_ptr + offs_pose,
+                mask_bd, normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib, J,
+                FULL, True, HAS_PRIOR, HAS_BIAS, PRECISION,
+            )  # fmt: skip
+        if WITHOUT_POSE:
+            grad_coupling = load_grad_coupling(
+                grad_coupling_ptrs, mask_ib, steps - 1, DTYPE, HAS_GRAD_COUPLING
+            )
+            dw, dprior, dbias = _add_pairs(
+                dw, dprior, dbias, u, w, prior, bias, pose_ptr + offs_bd, ds_ptr + offs_bd,
+                mask_bd, normaliser_ptr + offs_ib, delta_ptr + offs_ib, grad_coupling, mask_ib, J,
+                FULL, False, HAS_PRIOR, HAS_BIAS, PRECISION,
+            )  # fmt: skip
+    offs_dw = ((ki * P + p) * J + j)[:, None] * D + d[None, :]
+    tl.store(grad_weight_ptr + offs_dw, dw, mask_w)
+    if HAS_PRIOR and FULL:
+        tl.store(grad_prior_ptr + i * J + j, tl.sum(dprior, axis=1), i < I)
+    if HAS_BIAS and FULL:
+        tl.store(grad_bias_ptr + i * J + j, tl.sum(dbias, axis=1), i < I)
+
+
+# Launchers ----------------------------------------------------------------------------------------
+
+
+def write_weight_gradient(
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    grad_coupling: Tensor | None,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor | None, Tensor | None],
+    *,
+    first_step: int = 0,
+    steps: int = 1,
+    full: bool = True,
+    without_pose: bool = False,
+    unlogged: int = 0,
+) -> None:
+    """Write dW, dprior and dbias of one pass or, with steps, of several.
+
+    Args:
+        u, weight, prior, bias: as given to the forward.
+        grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
+        saved: poses and ds, (steps, B, J, D); log Σ_j exp and δ, (steps - unlogged, B, I).
+        grads: contiguous outputs dW, dprior and dbias; None where there is no prior or no bias.
+        first_step, steps, full, without_pose, unlogged: see `_weight_gradient_kernel`.
+    """
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    grad_weight, grad_prior, grad_bias = grads
+    target = target_of(u)
+    launch = weight_gradient_launch(I, P, J, D, u.dtype, target)
+    _weight_gradient_kernel[(triton.cdiv(I, launch["BLOCK_I"]) * J,)](
+        u, weight, *(u if tensor is None else tensor for tensor in (prior, bias, grad_coupling)),
+        *saved, grad_weight,
+        grad_weight if grad_prior is None else grad_prior,
+        grad_weight if grad_bias is None else grad_bias,
+        B, I, P, J, D, first_step, steps,
+        *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
+        FULL=full,
+        WITHOUT_POSE=without_pose,
+        HAS_PRIOR=prior is not None,
+        HAS_BIAS=bias is not None,
+        HAS_GRAD_COUPLING=grad_coupling is not None,
+        UNLOGGED=unlogged,
+        PRECISION=dot_precision(u.dtype, target),
+        **launch,
+    )  # fmt: skip
+
+
+def routing_pass_fwd(
+    u: Tensor,
+    weight: Tensor,
+    pose: Tensor,
+    prior: Tensor | None,
+    bias: Tensor | None,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor]:
+    """One pass: s_j = Σ_i c_ij û_ij with c = softmax_j(û·pose + prior) + bias.
+
+    Args:
+        u: input poses, shape (B, I, P), any strides.
+        weight: shape (I, P, J, D), any strides, dtype of `u`.
+        pose: what û is compared with, shape (B, J, D), any strides, dtype of `u`.
+        prior: added to the logits, shape (I, J), or None for zeros.
+        bias: added to the softmax, shape (I, J), or None for zeros.
+        return_coupling: whether to write the coupling c.
+
+    Returns:
+        s (B, J, D), and c (B, I, J) or an empty tensor.
+    """
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    s = u.new_empty(B, J, D)
+    coupling = u.new_empty((B, I, J) if return_coupling else (0,))
+    if B == 0 or I == 0 or J == 0:
+        return s.zero_(), coupling
+
+    target = target_of(u)
+    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=False)
+    slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
+    with device_of(u):
+        _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
+            u, weight, pose.contiguous(),
+            # A kernel gets u in place of what is not given, and does not touch it.
+            *(u if tensor is None else tensor for tensor in (prior, bias)),
+            slots, coupling,
+            B, I, P, J, D, tiles,
+            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
+            HAS_PRIOR=prior is not None,
+            HAS_BIAS=bias is not None,
+            SAVE_COUPLING=return_coupling,
+            PRECISION=dot_precision(u.dtype, target),
+            **launch,
+        )  # fmt: skip
+        write_sum(slots, s)
+    return s, coupling
+
+
+def routing_pass_bwd(
+    grad_s: Tensor,
+    grad_coupling: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    pose: Tensor,
+    prior: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u, weight, pose, prior and bias (None where there is no prior or no bias).
+
+    Args:
+        grad_s: shape (B, J, D), any strides.
+        grad_coupling: shape (B, I, J), any strides, or None.
+        u, weight, pose, prior, bias: as given to `routing_pass_fwd`.
+    """
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    grad_u, grad_weight, grad_pose, grad_prior, grad_bias = (
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (u, weight, pose, prior, bias)
+    )
+    assert grad_u is not None and grad_weight is not None and grad_pose is not None
+    if B == 0 or I == 0 or J == 0:
+        for grad in (grad_u, grad_weight, grad_pose, grad_prior, grad_bias):
+            if grad is not None:
+                grad.zero_()
+        return grad_u, grad_weight, grad_pose, grad_prior, grad_bias
+
+    target = target_of(u)
+    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=True)
+    dtype = accumulation_dtype(u.dtype)
+    slots = u.new_zeros((splits, B, J, D), dtype=dtype)
+    normaliser = u.new_empty((B, I), dtype=dtype)
+    delta = torch.empty_like(normaliser)
+    pose, grad_s = pose.contiguous(), grad_s.contiguous()
+    # Copied where it is not contiguous: its own strides would cost the registers that are left.
+    grad_coupling = None if grad_coupling is None else grad_coupling.contiguous()
+    with device_of(u):
+        _pass_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
+            u, weight, pose, grad_s,
+            *(u if tensor is None else tensor for tensor in (prior, bias, grad_coupling)),
+            slots, normaliser, delta, grad_u,
+            B, I, P, J, D, tiles,
+            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
+            HAS_PRIOR=prior is not None,
+            HAS_BIAS=bias is not None,
+            HAS_GRAD_COUPLING=grad_coupling is not None,
+            PRECISION=dot_precision(u.dtype, target),
+            **launch,
+        )  # fmt: skip
+        write_sum(slots, grad_pose)
+        write_weight_gradient(
+            u, weight, prior, bias, grad_coupling,
+            (pose, grad_s, normaliser, delta), (grad_weight, grad_prior, grad_bias),
+        )  # fmt: skip
+    return grad_u, grad_weight, grad_pose, grad_prior, grad_bias

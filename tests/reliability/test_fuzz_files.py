@@ -1,0 +1,206 @@
+"""Checkpoints and weights that something has changed: they are refused, or hold what they held.
+
+    pytest tests/reliability/test_fuzz_files.py --fuzz-seconds 120 --fuzz-seed 1000
+
+tests/test_fuzz.py says how cases are drawn.
+"""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from reliability.fuzzing import (
+    CLAIMS,
+    Edit,
+    assert_nothing_was_claimed,
+    edited,
+    edits,
+    little_memory,
+)
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from engine import checkpoint
+from engine.checkpoint import CheckpointError
+from tritoncaps import _files
+from tritoncaps.models import create_model, load_model
+
+STATE = {
+    "epoch": 3,
+    "weights": {"a": torch.arange(40.0).view(5, 8).T, "b": torch.ones(7, dtype=torch.bfloat16)},
+    "rows": [{"loss": 0.5, "name": "x"}, (1, None, True)],
+    "best": float("inf"),
+    "steps": {0: 1, 1: 2},
+}
+KWARGS = {"channels": 2, "capsule_types": 1, "image_size": (18, 17), "num_classes": 2}
+
+
+def assert_same(actual, expected):
+    """Equal in every bit."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert_same(actual[key], value)
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+    elif isinstance(expected, Tensor):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
+    else:
+        assert actual == expected
+
+
+def touch(value):
+    """Read every byte of the tensors in a value, and return how many there are."""
+    if isinstance(value, dict):
+        return sum(touch(entry) for entry in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(touch(entry) for entry in value)
+    if isinstance(value, Tensor):
+        return len(bytes(value.untyped_storage()))
+    assert value is None or isinstance(value, (bool, int, float, str))
+    return 0
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.sampled_from(CLAIMS)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(("weights.a", "weights.b")),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(("$tuple", "$float", "$dict", "$tensor", "$code", "", "model", "args")),
+            inner,
+            max_size=2,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@dataclass(frozen=True)
+class Forged:
+    """A file of ours written again by another program: its seal is right, its contents are not."""
+
+    header: list[Edit] | str  # changes, or a new header
+    table: list[Edit]  # changes of what is said about the tensors
+    data: list[Edit]
+
+    def content(self, original: bytes) -> bytes:
+        """Return the bytes of the file."""
+        table, data = _files._split(original)
+        metadata = table.pop("__metadata__")
+        del metadata["sha256"]
+        if isinstance(self.header, str):
+            metadata["header"] = self.header
+        else:
+            metadata["header"] = edited(metadata["header"].encode(), self.header).decode("latin-1")
+        data = edited(bytes(data), self.data)
+        start = edited(json.dumps(table).encode(), self.table).decode("latin-1")
+        try:
+            table = json.loads(start)
+            metadata["sha256"] = _files._seal(metadata, table, memoryview(data))
+            start = json.dumps({**table, "__metadata__": metadata})
+        except (ValueError, TypeError):
+            pass  # no JSON: whoever reads the file has to say so
+        return len(start.encode()).to_bytes(8, "little") + start.encode() + data
+
+
+few_edits = st.lists(edits, max_size=2)
+damaged = st.lists(edits, min_size=1, max_size=3)
+forged = st.builds(
+    Forged,
+    header=few_edits | values.map(json.dumps),
+    table=st.just([]) | few_edits,
+    data=st.just([]) | few_edits,
+)
+
+
+def outcome(read, path):
+    """What reading gives, and what it raises: one of the two is None."""
+    with little_memory():
+        try:
+            return read(path), None
+        except CheckpointError as error:
+            problem = error
+    assert str(path) in str(problem)
+    assert_nothing_was_claimed(problem)
+    return None, problem
+
+
+def test_checkpoints(fuzz, tmp_path):
+    """A damaged one is refused; a forged one gives plain values and tensors that it has."""
+    last = tmp_path / "last.safetensors"
+    checkpoint.save(checkpoint.previous_path(last), {**STATE, "epoch": 2})
+    checkpoint.save(last, STATE)
+    original = last.read_bytes()
+    assert_same(checkpoint.load(last), STATE)
+
+    def check(case):
+        is_forged = isinstance(case, Forged)
+        content = case.content(original) if is_forged else edited(original, case)
+        last.write_bytes(content)
+        state, problem = outcome(checkpoint.load, last)
+        if problem is None:
+            assert is_forged or content == original
+            assert touch(state) <= len(content)
+        else:
+            assert str(problem).startswith(f"{last} ")
+            state, path, warning = checkpoint.load_latest(tmp_path)
+            assert state["epoch"] == 2
+            assert path == checkpoint.previous_path(last)
+            assert warning is not None
+
+    fuzz(damaged | forged, check)
+
+
+def test_weights_of_other_programs(fuzz, tmp_path):
+    """Without a seal the contents may change, but there is never more than the file holds."""
+    tensors = {"a": torch.arange(24.0).view(2, 3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
+    original = safetensors_bytes(tensors, {"format": "pt"})
+    path = tmp_path / "weights.safetensors"
+
+    def check(changes):
+        path.write_bytes(edited(original, changes))
+        read, problem = outcome(lambda path: _files.read_sealed(path, allow_unsealed=True), path)
+        if problem is None:
+            loaded, header = read
+            assert header == {}
+            assert touch(loaded) <= path.stat().st_size
+
+    fuzz(damaged, check)
+
+
+@pytest.mark.parametrize("kind", ["weights", "state"])
+def test_models(fuzz, tmp_path, kind):
+    """`load_model` gives a network, or says what is wrong with the file."""
+    path = tmp_path / "last.safetensors"
+    model = create_model("capsnet", **KWARGS)
+    recipe = {"model": "capsnet", "model_kwargs": KWARGS}
+    if kind == "weights":
+        checkpoint.save_weights(path, model.state_dict(), recipe)
+    else:
+        checkpoint.save(path, {"args": recipe, "model": model.state_dict()})
+    original = path.read_bytes()
+    images = torch.zeros(1, 1, 18, 17)
+
+    def check(case):
+        is_forged = isinstance(case, Forged)
+        path.write_bytes(case.content(original) if is_forged else edited(original, case))
+        loaded, problem = outcome(load_model, path)
+        if problem is not None:
+            assert str(problem).startswith("load_model: ")
+            return
+        assert isinstance(loaded, nn.Module)
+        if not is_forged:
+            assert torch.equal(loaded(images).poses, model.eval()(images).poses)
+
+    fuzz(damaged | forged, check)

@@ -7,7 +7,6 @@ faster. The kernels load it if the environment variable TRITONCAPS_LAUNCH_TABLE 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -23,17 +22,17 @@ from benchmarks.timing import Task, replayed
 
 Config = dict[str, int]
 
-# What a search tries, one after the other, each on top of the best so far: a field, and what it is
-# multiplied with. A field that is 1 is left alone, since the kernel has no use for it.
+# What a search tries, one after the other, each on top of the best so far: a launch keyword, and
+# what it is multiplied with. One that is 1, or that the kernel does not have, is left alone.
 _CHOICES = (
-    ("max_splits", 2),
-    ("max_splits", 0.5),
-    ("block_i", 2),
-    ("block_i", 0.5),
-    ("block_b", 2),
-    ("block_b", 0.5),
-    ("block_j", 2),
-    ("block_j", 0.5),
+    ("MAX_SPLITS", 2),
+    ("MAX_SPLITS", 0.5),
+    ("BLOCK_I", 2),
+    ("BLOCK_I", 0.5),
+    ("BLOCK_B", 2),
+    ("BLOCK_B", 0.5),
+    ("BLOCK_J", 2),
+    ("BLOCK_J", 0.5),
     ("num_warps", 2),
     ("num_warps", 0.5),
     ("num_stages", 0.67),
@@ -44,16 +43,11 @@ _WORTHWHILE = 1.03
 
 
 class _Table(dict[str, Config]):
-    """A launch table that remembers which names it was asked for."""
+    """A launch table that also knows what the rules choose for each entry that was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rules: dict[str, Config] = {}
-        self.asked = ""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.asked = name
-        return super().get(name, default)
 
 
 @contextmanager
@@ -61,16 +55,15 @@ def launch_table() -> Iterator[_Table]:
     """Replace the table of the kernels, and note what their rules choose."""
     from tritoncaps.kernels import _launch
 
-    table, measured = _Table(), _launch._measured
+    table, look_up = _Table(), _launch._look_up
 
-    def note(rule: str, config: Any, *rest: Any) -> Any:
-        result = measured(rule, config, *rest)
-        table.rules[table.asked] = asdict(config)
-        return result
+    def note(name: str, launch: Config) -> Config:
+        table.rules[name] = launch
+        return look_up(name, launch)
 
     with (
         mock.patch.object(_launch, "_table", table),
-        mock.patch.object(_launch, "_measured", note),
+        mock.patch.object(_launch, "_look_up", note),
     ):
         yield table
 
@@ -143,13 +136,13 @@ def search(
     print(f"  {name}", flush=True)
     rule = table.rules[name]
     best: Config = {}
-    for field, factor in _CHOICES:
-        value = int({**rule, **best}[field] * factor)
-        if rule[field] == 1 or value == 0 or session.is_over():
+    for keyword, factor in _CHOICES:
+        value = int({**rule, **best}.get(keyword, 1) * factor)
+        if rule.get(keyword, 1) == 1 or value == 0 or session.is_over():
             continue
-        candidate = {**best, field: value}
-        if field == "num_warps" and rule["groups"] > 1:
-            candidate["groups"] = value  # a group is what one warp works on
+        candidate = {**best, keyword: value}
+        if keyword == "num_warps" and rule.get("GROUPS", 1) > 1:
+            candidate["GROUPS"] = value  # a group is what one warp works on
         row = {"case": f"{name} B={case.B}", "phase": phase, "config": candidate}
         try:
             table[name] = candidate

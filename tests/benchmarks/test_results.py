@@ -63,7 +63,7 @@ def made_up_results(directory):
     calls = [call("fused_dynamic_routing", shape) for shape in ("mnist", "cifar", "classes100")]
     calls.append(call("squash", "mnist"))
     one_image = call("fused_dynamic_routing", "mnist", B=1)
-    (directory / "launch_table.json").write_text('{"fused_dynamic_routing_fwd": {"block_b": 8}}')
+    (directory / "launch_table.json").write_text('{"fused_dynamic_routing_fwd": {"BLOCK_B": 8}}')
     ops_rows = [
         {**facts, "phase": phase, "rival": rival, "floor_s": 0.01}
         | timing(0.05 if facts is one_image and rival == "compile" else median)

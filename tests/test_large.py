@@ -196,7 +196,7 @@ def peaks_of_torch_path(case: Case) -> dict[str, int]:
     with LiveBytes() as forward:
         _, _, sums = _torch_path.fused_dynamic_routing_fwd(u, weight, None, case.iterations, False)
     with LiveBytes() as backward:
-        grad_v = case.output_gradient(CPU)
+        grad_v = case.output_gradients(CPU)["v"]
         _torch_path.fused_dynamic_routing_bwd(grad_v, None, u, weight, None, sums, True)
     return {"forward": forward.peak, "both": backward.peak + sums.numel() * sums.itemsize}
 

@@ -67,9 +67,9 @@ def pass_launch(
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
     BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). That is the most for
-    which the backward, which also holds du and two projections, keeps everything in registers; with
-    a bias too, and operands in registers, it is half of that. A pair P × D with more values spills,
-    the more the larger it is, until it is refused.
+    which the backward, which also holds du and two projections, keeps everything in registers. The
+    backward of a single pass, which may hold a bias too, takes half of that on NVIDIA. A pair P × D
+    with more values spills, the more the larger it is, until it is refused.
     GROUPS: 8 warps with a group each; few input capsules are spread over them.
     num_stages: the first sweep fetches the weight of the next j during this one, if the buffers fit
     into shared memory. The second sweep, which uses the weight in two products, does not; nor does
@@ -79,7 +79,7 @@ def pass_launch(
     device has shown yet whether more, smaller ones would be faster.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    is_tight = backward and not prologue and holds_operands(target)
+    is_tight = backward and not prologue and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8))))
     groups = min(triton.next_power_of_2(triton.cdiv(I, block_i)), 8)

@@ -589,6 +589,10 @@ def _weight_gradient_kernel(
 # Launchers ----------------------------------------------------------------------------------------
 
 
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def write_weight_gradient(
     u: Tensor,
     weight: Tensor,
@@ -703,11 +707,8 @@ def routing_pass_bwd(
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
-    grad_u, grad_weight, grad_pose, grad_prior, grad_bias = (
-        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (u, weight, pose, prior, bias)
-    )
-    assert grad_u is not None and grad_weight is not None and grad_pose is not None
+    grad_u, grad_weight, grad_pose = (_contiguous_like(x) for x in (u, weight, pose))
+    grad_prior, grad_bias = (None if x is None else _contiguous_like(x) for x in (prior, bias))
     if B == 0 or I == 0 or J == 0:
         for grad in (grad_u, grad_weight, grad_pose, grad_prior, grad_bias):
             if grad is not None:

@@ -212,7 +212,7 @@ class Runner:
         """Build the trainer of a job; `args` are its flags."""
         # The arguments of the network in full, as `load_model` needs them.
         args = {**args, "model_kwargs": job.config["model_kwargs"]}
-        return Trainer(
+        trainer = Trainer(
             job.model,
             directory,
             task=job.task,
@@ -223,8 +223,10 @@ class Runner:
             test_batch_size=self.machine.test_batch_size,
             log_interval=self.output.log_interval,
             checkpoint_interval=self.output.checkpoint_interval,
-            compile_model=self.machine.torchcompile,
         )
+        if self.machine.torchcompile:
+            trainer.call = torch.compile(trainer.call)
+        return trainer
 
     def train(self, job: Job, trainer: Trainer) -> bool:
         """Train a job to its last epoch; returns False if it was stopped before. Collective."""

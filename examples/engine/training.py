@@ -125,9 +125,10 @@ class Trainer:
         log_interval: steps between two records of metrics.jsonl.
         checkpoint_interval: steps between two checkpoints within an epoch; None: there is one after
             each epoch only.
-        compile_model: train with torch.compile.
 
     Attributes:
+        call: what a training step calls, the model at first; may be replaced by a compiled one. An
+            evaluation calls the model itself: it is not worth another compilation.
         on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
         rows: one dict an epoch, as in summary.csv.
 
@@ -158,13 +159,11 @@ class Trainer:
         test_batch_size: int = 500,
         log_interval: int = 10,
         checkpoint_interval: int | None = None,
-        compile_model: bool = False,
     ) -> None:
         self.runtime = choose_runtime() if runtime is None else runtime
         self.model = self.runtime.place(model)
         self.world = self.runtime.world
-        call = self.world.wrap(model, self.runtime.device)
-        self.call: Callable[..., Any] = torch.compile(call) if compile_model else call
+        self.call: Callable[..., Any] = self.world.wrap(model, self.runtime.device)
         self.task = Task() if task is None else task
         self.schedule = Schedule() if schedule is None else schedule
         if optimizer is None:

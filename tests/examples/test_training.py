@@ -170,7 +170,7 @@ class TestRun:
         epoch = {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy"}
         assert seen == [(3, record), (6, record), (6, epoch | {"seconds"})]
 
-    def test_the_model_called_may_be_a_compiled_one(self, tmp_path, monkeypatch, train, validation):
+    def test_what_is_called_may_be_a_compiled_model(self, tmp_path, train, validation):
         """It serves the steps alone: an evaluation is not worth another compilation."""
         modes = []
 
@@ -187,8 +187,8 @@ class TestRun:
                 modes.append(self.model.training)
                 return self.model(*args)
 
-        monkeypatch.setattr(torch, "compile", Compiled)
-        trainer = new_trainer(tmp_path, compile_model=True)
+        trainer = new_trainer(tmp_path)
+        trainer.call = Compiled(trainer.call)
         assert trainer.fit(train, validation, epochs=1)
         assert modes == [True] * BATCHES
 

@@ -1,18 +1,15 @@
-"""Settings shared by all tests: hypothesis profiles, the device and how long is fuzzed."""
+"""What all tests share: hypothesis profiles, the device, small models, fuzzing by the clock."""
 
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from tritoncaps._operators import INTERPRETED
+from tritoncaps.models import create_model
 
 # Deadlines are off: a first call compiles or interprets a kernel. CI draws the same examples every
 # time; HYPOTHESIS_PROFILE=nightly draws many new ones. The interpreter takes about a millisecond a
@@ -31,8 +28,8 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-# A shrink takes many minutes interpreted, and on a GPU, for which every new size is compiled: there
-# the first failing example is printed as it is.
+# Shrinking takes many minutes interpreted, and on a GPU, where each new size is compiled. There the
+# first example that fails is printed as it is.
 IS_SLOW = INTERPRETED or torch.cuda.is_available()
 phases = [phase for phase in Phase if not (IS_SLOW and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
@@ -43,26 +40,22 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
-# How many cases each fuzz test has tried.
-FUZZED = pytest.StashKey[dict[str, int]]()
 CASES_A_SEED = 50
-Fuzz = Callable[[st.SearchStrategy[Any], Callable[[Any], None]], None]
+# How many cases each fuzz test has tried.
+FUZZED = pytest.StashKey()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register how long, and from which seed, the fuzz tests draw their cases."""
+def pytest_addoption(parser):
     group = parser.getgroup("fuzzing")
     group.addoption("--fuzz-seconds", type=float, default=2.0, help="for each fuzz test")
     group.addoption("--fuzz-seed", type=int, default=0, help="the first seed of the cases")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count."""
+def pytest_configure(config):
     config.stash[FUZZED] = {}
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how many cases were tried."""
+def pytest_terminal_summary(terminalreporter):
     if counts := terminalreporter.config.stash[FUZZED]:
         terminalreporter.section("fuzzing")
         for name, count in counts.items():
@@ -70,8 +63,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture
-def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Fuzz:
-    """Draw cases and check them until the time is over.
+def fuzz(request, tmp_path):
+    """Draw cases from consecutive seeds and check them until the time of --fuzz-seconds is over.
 
     A case that ends the process is left in the file `case` of the test's temporary directory.
     """
@@ -83,12 +76,12 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Fuzz:
         suppress_health_check=list(HealthCheck),
     )
 
-    def run(strategy: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
+    def run(strategy, check):
         end = time.monotonic() + config.getoption("--fuzz-seconds")
         count = 0
         with (tmp_path / "case").open("w") as journal:
 
-            def one(case: Any) -> None:
+            def one(case):
                 nonlocal count
                 journal.seek(0)
                 journal.truncate()
@@ -107,10 +100,10 @@ def fuzz(request: pytest.FixtureRequest, tmp_path: Path) -> Fuzz:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Have torch compute in one thread, so that bits do not depend on the machine.
 
-    For a whole module, so that it holds for the module's other fixtures too.
+    It holds for a whole module, and so for the module's other fixtures too.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -119,10 +112,32 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(monkeypatch):
     """The device under test: CUDA where there is one, which runs the kernels compiled.
 
     Convolutions compute in full float32 there, as they do on a CPU.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def small_model():
+    """Build a network by name with few channels, always from the same seed."""
+    channels = {"capsnet": 4, "deep_capsnet": (4, 6)}
+
+    def build(name, seed=0, **arguments):
+        torch.manual_seed(seed)
+        usual = {"channels": channels[name], "capsule_types": 2}
+        return create_model(name, **(usual | arguments))
+
+    return build
+
+
+@pytest.fixture
+def without_shrinking():
+    """For a test that expects a hypothesis test to fail: the first failing example will do."""
+    before = settings.get_current_profile_name()
+    settings.load_profile("mutants")
+    yield
+    settings.load_profile(before)

@@ -82,6 +82,7 @@ WRONG = {
 }
 
 
+@pytest.mark.usefixtures("without_shrinking")
 @pytest.mark.parametrize("function", WRONG.values(), ids=WRONG)
 def test_a_wrong_routing_fails(function, device):
     wrong = testing.Operator(

@@ -21,7 +21,14 @@ of its inputs and outputs, the options to draw. Everything else follows from tha
 hypothesis, which comes with the extra `dev`.
 """
 
-from tritoncaps.testing._agreement import assert_agrees, compare, gradients, round_once
+from tritoncaps.testing._agreement import (
+    assert_agrees,
+    compare,
+    compare_inputs,
+    evaluate,
+    gradients,
+    round_once,
+)
 from tritoncaps.testing._cases import (
     DTYPES,
     LAYOUTS,
@@ -49,7 +56,9 @@ __all__ = [
     "cases",
     "check_call",
     "compare",
+    "compare_inputs",
     "draw_inputs",
+    "evaluate",
     "fuzzed_calls",
     "gradients",
     "normal",

@@ -65,11 +65,12 @@ def draw_inputs(
     """
     wanted = operator.optional if optional is None else optional
     inputs = {}
-    for name, axes in operator.axes.items():
+    for number, (name, axes) in enumerate(operator.axes.items()):
         if name in operator.optional and name not in wanted:
             continue
         named = axes.split()
-        tensor = normal(*(sizes[axis] for axis in named), seed=seed)
+        # Two inputs of one shape, such as prior and bias, must not hold the same numbers.
+        tensor = normal(*(sizes[axis] for axis in named), seed=seed + (number << 20))
         if name in operator.domain:
             tensor = operator.domain[name](tensor)
         elif "B" not in named and "P" in named:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritoncaps.testing._agreement import compare, gradients
-from tritoncaps.testing._cases import SIZES, Case, cases, draw_inputs, normal
+from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal, with_layout
 from tritoncaps.testing._fuzz import check_call, fuzzed_calls
 from tritoncaps.testing._table import Operator
 
@@ -37,10 +37,30 @@ def check_every_option(operator: Operator, device: torch.device) -> None:
             compare(operator, Case(SIZES, options, optional, torch.float32), device)
 
 
+def check_single_results(operator: Operator, device: torch.device) -> None:
+    """The same where the loss uses one of several results alone."""
+    for options, optional in product(_combinations(operator), _extreme_subsets(operator)):
+        names = operator.output_names(options)
+        for index, name in enumerate(names if len(names) > 1 else []):
+
+            def only(function: Callable[..., Any], index: int = index) -> Callable[..., Any]:
+                return lambda **arguments: function(**arguments)[index]
+
+            inputs = draw_inputs(operator, device=device, optional=optional)
+            call = operator.bound(options, only(operator.function))
+            leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+            if not any(result.requires_grad for result in call(**leaves)):
+                continue  # a constant, such as the coupling with gradient="last"
+            oracle = operator.bound(options, only(operator.reference))
+            for key, expected in gradients(oracle, inputs)[1].items():
+                actual = gradients(call, inputs)[1][key]
+                torch.testing.assert_close(actual, expected, msg=f"{operator}: {name}, {key}")
+
+
 def check_empty_batch(operator: Operator, device: torch.device) -> None:
     """No image gives empty results, and zeros for the gradient of what all images share."""
-    for options in _combinations(operator):
-        inputs = draw_inputs(operator, {**SIZES, "B": 0}, device=device)
+    for options, dtype in product(_combinations(operator), DTYPES):
+        inputs = draw_inputs(operator, {**SIZES, "B": 0}, dtype=dtype, device=device)
         outputs, grads = gradients(operator.bound(options), inputs)
         shapes = operator.output_shapes(inputs, options)
         assert [tuple(output.shape) for output in outputs] == list(shapes.values())
@@ -56,10 +76,10 @@ def check_gradients(operator: Operator, device: torch.device) -> None:
     """
     from torch.autograd import gradcheck
 
-    for options in _combinations(operator):
+    for options, optional in product(_combinations(operator), _extreme_subsets(operator)):
         if options.get("gradient") == "last":
             continue
-        inputs = draw_inputs(operator, device=device)
+        inputs = draw_inputs(operator, device=device, optional=optional)
         names, leaves = list(inputs), [x.requires_grad_() for x in inputs.values()]
 
         def outputs(*tensors: Tensor, options: Any = options, names: Any = names) -> Any:
@@ -87,28 +107,55 @@ def check_registration(operator: Operator, device: torch.device) -> None:
 
 
 def check_vmap(operator: Operator, device: torch.device) -> None:
-    """`torch.func.vmap` over each input, and over all, gives the results of a loop."""
+    """`torch.func.vmap` gives the results and gradients of a loop, whatever it maps.
+
+    It maps each input, the first along another axis, and all along axes that differ.
+    """
     names = list(operator.axes)
-    mapped_sets = [{name: 0} for name in names] + [{name: 1} for name in names[:1]]
-    mapped_sets.append(dict.fromkeys(names, 0))
+    mapped_sets = [{name: 0} for name in names] + [{names[0]: 1}]
+    mapped_sets.append({name: number % 2 for number, name in enumerate(names)})
     for options, mapped in product(_combinations(operator), mapped_sets):
         slices = [draw_inputs(operator, device=device, seed=seed) for seed in (1, 2)]
-        stacked = {
-            name: torch.stack([inputs[name] for inputs in slices], mapped[name])
+        loop = [
+            [slices[index if name in mapped else 0][name].requires_grad_() for name in names]
+            for index in range(2)
+        ]
+        stacked = [
+            torch.stack([first, second], mapped[name]).detach().requires_grad_()
             if name in mapped
-            else slices[0][name]
-            for name in names
-        }
+            else first.detach().requires_grad_()
+            for name, first, second in zip(names, *loop, strict=True)
+        ]
 
         def call(*tensors: Tensor, options: Any = options) -> tuple[Tensor, ...]:
             return operator.call(dict(zip(names, tensors, strict=True)), options)
 
         in_dims = tuple(mapped.get(name) for name in names)
-        together = torch.func.vmap(call, in_dims=in_dims)(*stacked.values())
-        for index in range(2):
-            own = {name: slices[index if name in mapped else 0][name] for name in names}
-            for result, expected in zip(together, operator.call(own, options), strict=True):
-                torch.testing.assert_close(result[index], expected)
+        together = torch.func.vmap(call, in_dims=in_dims)(*stacked)
+        for result, *singles in zip(together, *(call(*inputs) for inputs in loop), strict=True):
+            torch.testing.assert_close(result, torch.stack(singles))
+        grads = torch.autograd.grad(together[0].square().sum(), stacked)
+        singles = [torch.autograd.grad(call(*inputs)[0].square().sum(), inputs) for inputs in loop]
+        for name, grad, first, second in zip(names, grads, *singles, strict=True):
+            is_mapped = name in mapped
+            expected = torch.stack([first, second], mapped[name]) if is_mapped else first + second
+            torch.testing.assert_close(grad, expected)
+
+
+def check_batched_gradients(operator: Operator, device: torch.device) -> None:
+    """Rows of a Jacobian, which torch computes by a vmap of the backward, are those of a loop."""
+    for options, optional in product(_combinations(operator), _extreme_subsets(operator)):
+        inputs = draw_inputs(operator, device=device, optional=optional)
+        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        result = operator.call(inputs, options)[0]
+        rows = normal(2, *result.shape).to(result)
+
+        def gradient(row: Tensor, result: Tensor = result, leaves: Any = leaves, **how: Any) -> Any:
+            return torch.autograd.grad(result, leaves, row, retain_graph=True, **how)
+
+        together = gradient(rows, is_grads_batched=True)
+        for grad, *singles in zip(together, *(gradient(row) for row in rows), strict=True):
+            torch.testing.assert_close(grad, torch.stack(singles))
 
 
 def check_compile(operator: Operator, device: torch.device) -> None:
@@ -139,7 +186,7 @@ def check_compile(operator: Operator, device: torch.device) -> None:
 
 def check_export(operator: Operator, device: torch.device) -> None:
     """`torch.export` with a dynamic batch: one node of ours, right for other batches."""
-    for options in _combinations(operator):
+    for options in _extremes(operator):
         inputs = draw_inputs(operator, device=device)
         batch = torch.export.Dim("batch", min=2, max=64)
         shapes = {name: {0: batch} if "B" in operator.axes[name] else None for name in inputs}
@@ -157,18 +204,32 @@ def check_export(operator: Operator, device: torch.device) -> None:
 
 
 def check_autocast(operator: Operator, device: torch.device) -> None:
-    """Under autocast 16-bit inputs are raised to float32, forward and backward."""
-    for options in _combinations(operator):
-        low = draw_inputs(operator, dtype=torch.bfloat16, device=device)
-        raised = {name: tensor.float() for name, tensor in low.items()}
-        exact, exact_grads = gradients(operator.bound(options), raised)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            results, grads = gradients(operator.bound(options), low)
-        for result, expected in zip(results, exact, strict=True):
-            assert result.dtype == torch.float32
-            assert torch.equal(result, expected)
-        for name, grad in grads.items():
-            assert torch.equal(grad, exact_grads[name].to(torch.bfloat16)), name
+    """Under autocast 16-bit inputs are raised to float32, and nothing inside is lowered.
+
+    They may be mixed with float32. The backward may run under autocast, or after it.
+    """
+    names = list(operator.axes)
+    for options, low in product(_combinations(operator), (torch.bfloat16, torch.float16)):
+        for lowered in (names, names[:1], []):
+            inputs = draw_inputs(operator, dtype=torch.float32, device=device)
+            inputs |= {name: inputs[name].to(low) for name in lowered}
+            raised = {name: tensor.float() for name, tensor in inputs.items()}
+            exact, exact_grads = gradients(operator.bound(options), raised)
+
+            def autocast(options: Any = options, low: Any = low, **inputs: Tensor) -> Any:
+                with torch.autocast(device.type, dtype=low):
+                    return operator.call(inputs, options)
+
+            results, grads = gradients(autocast, inputs)
+            with torch.autocast(device.type, dtype=low):
+                _, grads_inside = gradients(operator.bound(options), inputs)
+            for result, expected in zip(results, exact, strict=True):
+                assert result.dtype == torch.float32
+                assert torch.equal(result, expected)
+            for name, expected in exact_grads.items():
+                expected = expected.to(inputs[name].dtype)
+                assert torch.equal(grads[name], expected), name
+                assert torch.equal(grads_inside[name], expected), name
 
 
 def check_meta(operator: Operator, device: torch.device) -> None:
@@ -186,14 +247,16 @@ def check_flops(operator: Operator, device: torch.device) -> None:
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    options = operator.defaults
-    counts = []
-    for function in (operator.function, operator.reference):
-        inputs = draw_inputs(operator, device=device, optional=())
-        with FlopCounterMode(display=False) as counter:
-            gradients(operator.bound(options, function), inputs)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1], f"{operator}: {counts[0]} FLOPs, the reference has {counts[1]}"
+    for options, optional in product(_combinations(operator), _subsets(operator.optional)):
+        counts = []
+        for function in (operator.function, operator.reference):
+            inputs = draw_inputs(operator, device=device, optional=optional)
+            with FlopCounterMode(display=False) as counter:
+                gradients(operator.bound(options, function), inputs)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1], (
+            f"{operator}: {counts[0]} FLOPs, the reference has {counts[1]} ({options}, {optional})"
+        )
 
 
 def check_repeatability(operator: Operator, device: torch.device) -> None:
@@ -264,10 +327,12 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
     for check in (
         check_agreement,
         check_every_option,
+        check_single_results,
         check_empty_batch,
         check_gradients,
         check_registration,
         check_vmap,
+        check_batched_gradients,
         check_compile,
         check_export,
         check_autocast,
@@ -305,6 +370,11 @@ def _combinations(operator: Operator) -> list[dict[str, Any]]:
     return [options for n, options in enumerate(found) if options not in found[:n]]
 
 
+def _extreme_subsets(operator: Operator) -> list[tuple[str, ...]]:
+    """None of the optional inputs, and all of them."""
+    return list(dict.fromkeys([(), tuple(operator.optional)]))
+
+
 def _extremes(operator: Operator) -> list[dict[str, Any]]:
     """The usual options, and the last of the combinations, for checks that take long."""
     first, *others = _combinations(operator)
@@ -324,27 +394,44 @@ def _counted() -> set[str]:
 
 
 def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """The arguments of the registered forward and backward, as pairs (operator, arguments)."""
+    """The arguments of the registered forward and backward, as pairs (operator, arguments).
+
+    With none of the optional inputs tensors are contiguous; with all of them no tensor is, so that
+    results have the strides that their fakes promise, whatever the strides of the inputs.
+    """
     import inspect
 
     registered = operator.registered
-    for options in _combinations(operator):
-        for optional in _subsets(operator.optional):
-            inputs = draw_inputs(operator, dtype=torch.float32, device=device, optional=optional)
-            given: dict[str, Any] = {**dict.fromkeys(operator.optional), **inputs, **options}
-            names = list(inspect.signature(registered.forward._init_fn).parameters)
-            arguments = [given[name] for name in names]
-            results = registered.forward(*arguments)
-            results = (results,) if isinstance(results, Tensor) else results
-            leaves = [x.requires_grad_() if isinstance(x, Tensor) else x for x in arguments]
-            for name, result in zip(registered.outputs, results, strict=True):
-                name = name.removesuffix("?")
-                given[name] = result
-                asked_for = name in operator.output_names(options) or "r" in str(name)
-                given[f"grad_{name}"] = normal(*result.shape).to(result) if asked_for else None
-            needed = inspect.signature(registered.backward._init_fn).parameters
-            plain = [x.detach() if isinstance(x, Tensor) else x for x in (given[n] for n in needed)]
-            yield (registered.forward, tuple(leaves)), (registered.backward, tuple(plain))
+    parameters = list(inspect.signature(registered.forward._init_fn).parameters)
+    needed = list(inspect.signature(registered.backward._init_fn).parameters)
+    # A graph does not depend on a number such as the iterations, so only words and flags vary.
+    choices = [
+        values if isinstance(values[0], (str, bool)) else values[:1]
+        for values in operator.options.values()
+    ]
+    subsets = [(), tuple(operator.optional)]
+    for chosen, layout in product(product(*choices), ("contiguous", "transposed")):
+        options = dict(zip(operator.options, chosen, strict=True))
+        optional = subsets[layout == "transposed"]
+        inputs = draw_inputs(
+            operator, dtype=torch.float32, device=device, layout=layout, optional=optional
+        )
+        given: dict[str, Any] = {**dict.fromkeys(operator.optional), **inputs, **options}
+        arguments = [given[name] for name in parameters]
+        results = registered.forward(*arguments)
+        results = (results,) if isinstance(results, Tensor) else results
+        for name, result in zip(registered.outputs, results, strict=True):
+            name = name.removesuffix("?")
+            given[name] = result
+            given[f"grad_{name}"] = None
+            if name in operator.output_names(options):
+                grad = normal(*result.shape).to(result)
+                given[f"grad_{name}"] = with_layout(grad, layout)
+        leaves = tuple(
+            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments
+        )
+        plain = tuple(given[name] for name in needed)
+        yield (registered.forward, leaves), (registered.backward, plain)
 
 
 def _assert_raises(kind: type[Exception], pattern: str, call: Callable[[], Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -150,10 +150,19 @@ def spoilt(call: Call) -> st.SearchStrategy[Call]:
     return calls(call)
 
 
-def check_call(operator: Operator, call: Call) -> None:
+def check_call(
+    operator: Operator,
+    call: Call,
+    shapes: Callable[[Mapping[str, Any]], Sequence[tuple[int, ...]]] | None = None,
+) -> None:
     """Results have the documented shapes, dtype and device, and so have the gradients.
 
     A spoilt call may raise TypeError or ValueError instead, with a message that names the function.
+
+    Args:
+        operator: whose function is called.
+        call: its arguments.
+        shapes: gives the shapes of the results from the arguments, where axes do not say them.
 
     Raises:
         AssertionError: a result or a gradient is not as documented.
@@ -169,12 +178,14 @@ def check_call(operator: Operator, call: Call) -> None:
         name: arguments[name] for name in operator.axes if isinstance(arguments.get(name), Tensor)
     }
     results = (result,) if isinstance(result, Tensor) else result
-    if operator.name == "squash":  # takes any shape
-        shapes = [tuple(inputs["s"].shape)]
+    if shapes is not None:
+        expected = list(shapes(arguments))
+    elif operator.name == "squash":  # takes any shape
+        expected = [tuple(inputs["s"].shape)]
     else:
-        shapes = list(operator.output_shapes(inputs, arguments).values())
+        expected = list(operator.output_shapes(inputs, arguments).values())
     first = next(iter(inputs.values()))
-    assert [tuple(r.shape) for r in results] == shapes
+    assert [tuple(r.shape) for r in results] == expected
     assert all(r.dtype == first.dtype and r.device == first.device for r in results)
     leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
     with_gradient = [result.sum() for result in results if result.requires_grad]

@@ -1,31 +1,30 @@
-"""How the torch path slices its work: every way gives the same, and the rule chooses well."""
+"""How the torch path slices its work: each way gives the same, and the rule chooses well."""
 
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
 import torch
-from agreement import compare, gradients, routed, routing_cases
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.library import opcheck
 from torch.testing import assert_close
 
-from tritoncaps import _operators, ops, reference
+from tritoncaps import ops
 from tritoncaps._operators import INTERPRETED
 from tritoncaps._torch_path import _slices, dynamic_routing, fused_dynamic_routing, squash
+from tritoncaps.testing import CHECKS, OPERATORS, cases, compare, draw_inputs
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
 
 CPU = torch.device("cpu")
 MB = 1 << 20
+ROUTINGS = [row for row in OPERATORS.values() if "coupling?" in row.outputs]
 
 
 @contextmanager
-def caches(level_2: int, level_3: int) -> Iterator[None]:
-    """Let all threads together have so much level-2 cache, in bytes, and so much of level 3."""
+def caches(level_2, level_3):
+    """Let all threads together have so many bytes of level-2 cache, and so many of level 3."""
     level_2_of_each = -(-level_2 // torch.get_num_threads())
     sizes = {2: level_2_of_each, 3: level_3}
     with mock.patch.object(_slices, "cache_bytes", sizes.__getitem__):
@@ -33,14 +32,15 @@ def caches(level_2: int, level_3: int) -> Iterator[None]:
 
 
 # How many images at once, where the batch has as many; 0 is a chunk of input capsules at a time.
+# A single pass has no such choice. It takes the images that the cache holds.
 WAYS = {"all images": 1 << 20, "two images": 2, "one image": 1, "chunks": 0}
 
 
 @contextmanager
-def sliced(way: str, chunk: int = 2000) -> Iterator[None]:
-    """Have both routings go one way, with chunks of so many bytes."""
+def sliced(way, chunk=2000):
+    """Have the routings go one way, with chunks of so many bytes."""
 
-    def size_of(inputs: torch.Tensor, *args: object, **options: object) -> int:
+    def size_of(inputs, *args, **options):
         return min(WAYS[way], max(1, len(inputs)))
 
     with ExitStack() as stack:
@@ -55,122 +55,83 @@ ways = st.sampled_from(list(WAYS))
 chunks = st.sampled_from([1, 2000, 50_000])
 
 
-@given(routing_cases(), ways, chunks)
-def test_fused_dynamic_routing_whatever_is_sliced(case, way, chunk):
-    names = ["v", "grad_u", "grad_weight", "grad_prior"][: 3 + case.has_prior]
-    function, oracle = (routed(m.fused_dynamic_routing, case, False) for m in (ops, reference))
+@pytest.mark.parametrize("operator", ROUTINGS, ids=str)
+@given(data=st.data(), way=ways, chunk=chunks)
+def test_a_routing_agrees_whatever_is_sliced(operator, data, way, chunk):
+    case = data.draw(cases(operator))
     with sliced(way, chunk):
-        inputs = case.capsules(CPU)
-        results = compare(function, oracle, inputs, case.seed, case.grad_layout, names)
-    assert all(result.is_contiguous() for result in results)
-
-
-@given(routing_cases(), ways, chunks)
-def test_dynamic_routing_whatever_is_sliced(case, way, chunk):
-    names = ["v", "grad_u_hat", "grad_prior"][: 2 + case.has_prior]
-    function, oracle = (routed(m.dynamic_routing, case, False) for m in (ops, reference))
-    with sliced(way, chunk):
-        inputs = case.votes(CPU)
-        results = compare(function, oracle, inputs, case.seed, case.grad_layout, names)
-    assert all(result.is_contiguous() for result in results)
-
-
-@pytest.mark.parametrize("name", ["dynamic_routing", "fused_dynamic_routing"])
-@given(case=routing_cases((torch.float64,)), way=ways, chunk=chunks)
-def test_coupling_whatever_is_sliced(name, case, way, chunk):
-    """It is returned, and differentiable with "full"."""
-    inputs = case.votes(CPU) if name == "dynamic_routing" else case.capsules(CPU)
-    function, oracle = (routed(getattr(m, name), case, True) for m in (ops, reference))
-    with sliced(way, chunk):
-        outputs, grads = gradients(function, inputs, case.seed, case.grad_layout)
-    exact_outputs, exact_grads = gradients(oracle, inputs, case.seed, case.grad_layout)
-    for actual, exact in zip(outputs + grads, exact_outputs + exact_grads, strict=True):
-        assert_close(actual, exact, rtol=1e-9, atol=1e-11)
+        results = compare(operator, case, CPU)
+    gradients = [result for name, result in results.items() if name.startswith("gradient")]
+    assert all(result.is_contiguous() for result in gradients)
 
 
 @pytest.mark.parametrize("cache", [1, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_prediction_vectors_in_chunks(cache, dtype):
-    u = torch.randn(5, 7, 3).to(dtype)
-    weight = torch.randn(7, 2, 4, 3).to(dtype).permute(0, 3, 1, 2)
+    operator = OPERATORS["prediction_vectors"]
+    inputs = draw_inputs(operator, dtype=dtype, layout="transposed")
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
     with caches(cache, cache):
-        actual = ops.prediction_vectors(u, weight)
-    expected = reference.prediction_vectors(u.double(), weight.double()).to(dtype)
-    assert_close(actual, expected)
+        actual = operator.function(**inputs)
+    assert_close(actual, operator.reference(**exact).to(dtype))
 
 
-def transposed(*shape: int) -> torch.Tensor:
-    """A random tensor whose axes lie in the opposite order."""
-    return torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+# Beyond the ways that a small batch goes by itself.
+SLICED = [("fused_dynamic_routing", way) for way in WAYS if way != "all images"]
+SLICED += [("dynamic_routing", "two images"), ("dynamic_routing", "one image")]
+SLICED += [("routing_pass", "one image")]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("make", [torch.randn, transposed])
-@pytest.mark.parametrize("way", WAYS)
-def test_opcheck_whatever_is_sliced(way, make):
-    """The results have the strides that their fakes promise to the compiler."""
-    B, I, P, J, D = 5, 9, 4, 3, 6
-    u, weight, u_hat, prior = make(B, I, P), make(I, P, J, D), make(B, I, J, D), make(I, J)
-    v, coupling, sums = make(B, J, D), make(B, I, J), torch.randn(3, B, J, D)
+@pytest.mark.parametrize(("operator", "way"), SLICED)
+def test_torch_knows_the_operator_whatever_is_sliced(operator, way):
+    """Results have the strides that their fakes promise to the compiler."""
     with sliced(way):
-        for full in (True, False):
-            opcheck(_operators.fused_dynamic_routing, (u, weight, prior, 3, full, True))
-            opcheck(_operators.dynamic_routing, (u_hat, prior, 3, full, True))
-            for p, c in ((None, None), (prior, coupling)):
-                for name, tensors in (("capsule", (u, weight)), ("dynamic", (u_hat,))):
-                    backward = getattr(_operators, f"{name}_routing_backward")
-                    opcheck(backward, (v, c, *tensors, p, sums, full))
-
-
-@pytest.mark.parametrize("make", [torch.randn, transposed])
-def test_opcheck_of_squash_and_prediction_vectors(make):
-    s, u, weight = make(6, 4), make(5, 9, 4), make(9, 4, 3, 6)
-    opcheck(_operators.squash, (s,))
-    opcheck(_operators.squash_backward, (s, s))
-    opcheck(_operators.prediction_vectors, (u, weight))
-    opcheck(_operators.prediction_vectors_backward, (make(5, 9, 3, 6), u, weight))
+        CHECKS["registration"](OPERATORS[operator], CPU)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_compiles_with_inductor_whatever_is_sliced(way):
     """Inductor asserts the strides of what it goes on computing with."""
     torch._dynamo.reset()
-    x = torch.randn(5, 9, 4, requires_grad=True)
-    weight = torch.randn(9, 4, 3, 6, requires_grad=True)
+    inputs = draw_inputs(OPERATORS["fused_dynamic_routing"], optional=())
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
 
-    def whole(x, weight):
-        return ops.fused_dynamic_routing(x.sin(), weight.cos()).square().sum()
+    def whole(u, weight):
+        return ops.fused_dynamic_routing(u.sin(), weight.cos()).square().sum()
 
     with warnings.catch_warnings(), sliced(way):
-        # Inductor's own use of what its dependencies deprecate.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # inductor's dependencies deprecate what it uses
         compiled = torch.compile(whole, fullgraph=True)
-        results = [torch.autograd.grad(f(x, weight), (x, weight)) for f in (compiled, whole)]
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected)
+        results = [torch.autograd.grad(f(*leaves), leaves) for f in (compiled, whole)]
+    assert_close(*results)
 
 
-@given(routing_cases(), ways)
-def test_one_image_does_not_touch_another(case, way):
-    """NaN stays in its image."""
-    inputs = [tensor.contiguous().float() for tensor in case.capsules(CPU)]
-    function = routed(ops.fused_dynamic_routing, case, False)
+@pytest.mark.parametrize("operator", ROUTINGS, ids=str)
+@given(data=st.data(), way=ways)
+def test_nan_stays_in_its_image_whatever_is_sliced(operator, data, way):
+    case = data.draw(cases(operator, (torch.float32,)))
+    inputs = {name: x.contiguous().clone() for name, x in case.inputs(operator).items()}
+    first = next(iter(inputs))
     with sliced(way):
-        expected = function(*inputs)
-        inputs[0][0] = float("nan")
-        actual = function(*inputs)
+        expected = operator.call(inputs, case.options)[0]
+        inputs[first][0] = float("nan")
+        actual = operator.call(inputs, case.options)[0]
     assert actual[0].isnan().all()
     assert_close(actual[1:], expected[1:])
 
 
-@pytest.mark.parametrize("length", [0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e25, 3e38, float("inf")])
-def test_squash_where_float32_is_summed_in_itself(monkeypatch, length):
+LENGTHS = [0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e25, 3e38, float("inf")]
+
+
+@pytest.mark.parametrize("form", ["quadratic", "exponential"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_squash_where_float32_is_summed_in_itself(monkeypatch, length, form):
     """As on a device without float64."""
     s = length * torch.tensor([[0.6, 0.0, -0.8], [-0.6, 0.8, 0.0]]).nan_to_num()
     grad_v = torch.tensor([[1.0, -2.0, 3.0], [0.5, 1.0, 2.0]])
-    expected = [squash.squash_fwd(s), squash.squash_bwd(grad_v, s)]
+    expected = [squash.squash_fwd(s, form), squash.squash_bwd(grad_v, s, form)]
     monkeypatch.setattr(squash, "_SUM_IN_FLOAT64", set())
-    actual = [squash.squash_fwd(s), squash.squash_bwd(grad_v, s)]
+    actual = [squash.squash_fwd(s, form), squash.squash_bwd(grad_v, s, form)]
     assert_close(actual, expected, equal_nan=True, rtol=1e-6, atol=1e-36)
     assert all(result.isnan().all() == (length == float("inf")) for result in actual)
 
@@ -233,7 +194,7 @@ def test_a_group_is_no_larger_than_the_caches_or_the_weight(sizes, backward):
 
 
 def test_many_iterations_make_a_group_smaller():
-    """The backward keeps their couplings."""
+    """The backward keeps the couplings of all of them."""
     with caches(2 * MB, 32 * MB):
         u, u_hat = torch.empty(16, 0), torch.empty(16, 1152, 10, 16)
         few, many = (
@@ -251,7 +212,7 @@ def test_a_small_level_3_cache_leaves_large_images_to_the_chunks():
 
 
 def test_dynamic_routing_takes_what_fits_and_at_least_one_image():
-    def size(*shape: int) -> int:
+    def size(*shape):
         return dynamic_routing.group_size(torch.empty(shape), 3, backward=False)
 
     with caches(MB, 4 * MB):
@@ -268,7 +229,7 @@ def test_dynamic_routing_takes_what_fits_and_at_least_one_image():
 def read(tmp_path, monkeypatch):
     """Read the caches of a machine whose system lists these, (level, type, size)."""
 
-    def read_level(level: int, *listed: tuple[str, str, str]) -> int:
+    def read_level(level, *listed):
         for number, entries in enumerate(listed):
             folder = tmp_path / f"index{number}"
             folder.mkdir()

@@ -5,37 +5,37 @@ import torch
 
 from tritoncaps import PrimaryCapsules, RoutedCapsules, ops, reference
 from tritoncaps.layers import capsule_lengths
-from tritoncaps.models import CapsNet, DeepCapsNet
+from tritoncaps.models import DeepCapsNet, list_models
+from tritoncaps.testing import OPERATORS, draw_inputs, normal
 
 
-def votes(device, B=2, I=7, J=4, D=3):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(B, I, J, D, generator=generator).to(device)
+@pytest.fixture
+def u_hat(device):
+    sizes = {"B": 2, "I": 7, "J": 4, "D": 3}
+    inputs = draw_inputs(OPERATORS["dynamic_routing"], sizes, dtype=torch.float32, device=device)
+    return inputs["u_hat"]
 
 
-def test_coupling_is_a_softmax_over_output_capsules(device):
+def test_coupling_is_a_softmax_over_output_capsules(u_hat):
     """Not over the inputs, nor over the batch."""
-    u_hat = votes(device)
     _, c = ops.dynamic_routing(u_hat, return_coupling=True)
-    ones = torch.ones(2, 7, device=device)
+    ones = torch.ones_like(u_hat[:, :, 0, 0])
     torch.testing.assert_close(c.sum(dim=2), ones)
     assert not torch.allclose(c.sum(dim=1), ones[:, :1].expand(2, 4))
 
 
-def test_logits_belong_to_one_image(device):
-    """b is not shared across, or averaged over, the batch."""
-    u_hat = votes(device)
+def test_logits_belong_to_one_image(u_hat):
+    """They are neither shared across the batch nor averaged over it."""
     together = ops.dynamic_routing(u_hat)
     alone = torch.cat([ops.dynamic_routing(image[None]) for image in u_hat])
     torch.testing.assert_close(together, alone)
 
 
 def test_primary_capsule_is_eight_channels_of_one_position(device):
-    """Not eight neighbouring values of NCHW memory, which mixes positions."""
+    """Not eight neighbours in NCHW memory, which would mix positions."""
     layer = PrimaryCapsules(in_channels=3, capsule_types=2, dim=8, kernel_size=1, stride=1)
     layer = layer.to(device)
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 3, 5, 4, generator=generator).to(device)
+    features = normal(1, 3, 5, 4, dtype=torch.float32).to(device)
     poses = layer(features)
     # A change at one position changes the two capsules of that position and no other.
     changed = features.clone()
@@ -49,10 +49,9 @@ def test_primary_capsule_is_eight_channels_of_one_position(device):
     torch.testing.assert_close(poses[0, 2 * position : 2 * position + 2], expected)
 
 
-def test_iterations_count_weighted_sums(device):
+def test_iterations_count_weighted_sums(u_hat):
     """Three iterations are three sums: two updates of the logits, not three and not one."""
-    u_hat = votes(device)
-    b = torch.zeros(u_hat.shape[:3], device=device)
+    b = torch.zeros_like(u_hat[..., 0])
     for _ in range(2):
         s = torch.einsum("bij,bijd->bjd", b.softmax(dim=-1), u_hat)
         b = b + torch.einsum("bijd,bjd->bij", u_hat, reference.squash(s))
@@ -60,12 +59,10 @@ def test_iterations_count_weighted_sums(device):
     torch.testing.assert_close(ops.dynamic_routing(u_hat, 3), reference.squash(s))
 
 
-@pytest.mark.parametrize("model", [CapsNet, DeepCapsNet])
-def test_decoder_never_sees_a_label_at_inference(device, model):
+@pytest.mark.parametrize("name", list_models())
+def test_decoder_never_sees_a_label_at_inference(device, small_model, name):
     """Without a target the longest capsule is decoded, and a target changes nothing else."""
-    torch.manual_seed(0)
-    channels = 4 if model is CapsNet else (4, 4)
-    network = model(channels=channels, capsule_types=2).to(device).eval()
+    network = small_model(name).to(device).eval()
     images = torch.rand(6, 1, 28, 28).to(device)
     output = network(images)
     longest = output.activations.argmax(dim=1)
@@ -87,9 +84,10 @@ def test_length_has_a_gradient_at_zero(device):
     assert torch.equal(poses.grad, torch.zeros_like(poses))
 
 
-def test_network_of_zeros_has_finite_gradients(device):
-    """A dead layer must be able to come back to life, or at least not to turn into NaN."""
-    network = CapsNet(channels=4, capsule_types=2).to(device)
+@pytest.mark.parametrize("name", list_models())
+def test_network_of_zeros_has_finite_gradients(device, small_model, name):
+    """A dead layer must be able to come back to life, or at least must not turn into NaN."""
+    network = small_model(name).to(device)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()

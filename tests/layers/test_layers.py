@@ -1,0 +1,84 @@
+"""Layers: shapes, representations, defaults, and the operators under them."""
+
+import pytest
+import torch
+
+from tritoncaps import (
+    CapsuleLoss,
+    MarginLoss,
+    PrimaryCapsules,
+    ReconstructionDecoder,
+    RoutedCapsules,
+    reference,
+)
+
+# Every argument has another value than its default.
+BUILDS = [
+    PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1),
+    RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True, input_length=0.25),
+    ReconstructionDecoder(5, 8, (3, 9, 7), hidden=(32, 64)),
+    MarginLoss(0.8, 0.2, 0.25, "sum"),
+    CapsuleLoss(0.1),
+]
+
+
+@pytest.mark.parametrize("module", BUILDS, ids=lambda module: type(module).__name__)
+def test_representation_builds_the_same_module(module):
+    again = eval(f"{type(module).__name__}({module.extra_repr()})")
+    assert again.extra_repr() == module.extra_repr()
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in again.state_dict().items()} == shapes
+
+
+def test_defaults_are_those_of_the_paper():
+    """Sabour 2017: section 4 and figure 1, procedure 1, figure 2."""
+    primary, routed = PrimaryCapsules(256), RoutedCapsules(2, 2, 2, 2)
+    sizes = (primary.capsule_types, primary.dim, primary.kernel_size, primary.stride)
+    assert sizes == (32, 8, 9, 2)
+    assert (routed.iterations, routed.gradient, routed.prior) == (3, "full", None)
+    assert ReconstructionDecoder(10, 16, (1, 28, 28)).hidden == (512, 1024)
+
+
+def test_primary_capsules_count_their_capsules():
+    layer = PrimaryCapsules(2, capsule_types=3, dim=4, kernel_size=5, stride=2)
+    for height, width in ((5, 5), (6, 9), (28, 17)):
+        poses = layer(torch.rand(1, 2, height, width))
+        assert poses.shape == (1, layer.num_capsules(height, width), 4)
+    assert layer.num_capsules(4, 28) == 0
+
+
+def test_channels_last_changes_no_result(device):
+    torch.manual_seed(0)
+    layer = PrimaryCapsules(8, capsule_types=2, dim=4, kernel_size=3).to(device)
+    features = torch.rand(2, 8, 9, 9, device=device)
+    expected = layer(features)
+    layer = layer.to(memory_format=torch.channels_last)
+    result = layer(features.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(result, expected)
+
+
+def test_routed_capsules_are_the_operator(device):
+    torch.manual_seed(0)
+    layer = RoutedCapsules(6, 4, 5, 3, iterations=2, learned_prior=True).to(device)
+    assert torch.equal(layer.prior, torch.zeros(6, 5, device=device))
+    torch.nn.init.normal_(layer.prior)
+    u = torch.randn(2, 6, 4, device=device)
+    expected = reference.fused_dynamic_routing(u, layer.weight, 2, prior=layer.prior)
+    torch.testing.assert_close(layer(u), expected)
+    layer(u).sum().backward()
+    assert layer.prior.grad.abs().sum() > 0
+
+
+def test_decoder_masks_all_but_one_capsule(device):
+    torch.manual_seed(0)
+    decoder = ReconstructionDecoder(4, 3, (2, 5, 6)).to(device)
+    poses = torch.randn(3, 4, 3, device=device)
+    target = torch.tensor([2, 0, 3], device=device)
+    images = decoder(poses, target)
+    assert images.shape == (3, 2, 5, 6)
+    assert ((images > 0) & (images < 1)).all()
+    only = torch.zeros_like(poses)
+    only[range(3), target] = poses[range(3), target]
+    torch.testing.assert_close(decoder(only, target), images)
+    longest = poses.norm(dim=-1).argmax(dim=1)
+    torch.testing.assert_close(decoder(poses), decoder(poses, longest))

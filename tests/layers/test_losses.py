@@ -1,0 +1,45 @@
+"""Losses as modules: the functions behind them, their defaults, empty batches, dtypes."""
+
+import pytest
+import torch
+
+from tritoncaps import CapsuleLoss, MarginLoss, ops
+from tritoncaps.losses import reconstruction_error
+
+
+def test_defaults_are_those_of_the_paper():
+    """Sabour 2017: equation 4 and section 4.1."""
+    loss = MarginLoss()
+    assert (loss.m_pos, loss.m_neg, loss.down_weight, loss.reduction) == (0.9, 0.1, 0.5, "mean")
+    assert CapsuleLoss().reconstruction_weight == 0.0005
+
+
+def test_reconstruction_error_is_summed_over_an_image():
+    error = reconstruction_error(torch.full((2, 3, 4, 5), 0.5), torch.zeros(2, 3, 4, 5))
+    torch.testing.assert_close(error, torch.full((2,), 0.25 * 60))
+
+
+def test_modules_are_the_functions():
+    activations, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
+    images, drawn = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    expected = ops.margin_loss(activations, target, 0.8, 0.2, 0.25, "sum")
+    torch.testing.assert_close(MarginLoss(0.8, 0.2, 0.25, "sum")(activations, target), expected)
+    loss = CapsuleLoss(0.1)(activations, target, drawn, images)
+    expected = ops.margin_loss(activations, target) + 0.1 * (drawn - images).square().sum() / 3
+    torch.testing.assert_close(loss, expected)
+
+
+def test_of_an_empty_batch_is_zero(device):
+    images = torch.empty(0, 1, 4, 4, device=device, requires_grad=True)
+    target = torch.empty(0, dtype=torch.int64, device=device)
+    loss = CapsuleLoss()(torch.empty(0, 10, device=device), target, images, images.detach())
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_float64_stays_float64(device):
+    images = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device)
+    activations = torch.tensor([[0.9, 0.1]], dtype=torch.float64, device=device)
+    target = torch.tensor([0], device=device)
+    loss = CapsuleLoss(reconstruction_weight=1.0)(activations, target, images + 1 / 3, images)
+    assert loss.item() == pytest.approx(1 / 9, rel=1e-15)

@@ -1,0 +1,109 @@
+"""Models: parameters and layers of the papers, names, any images, one bad image, autocast."""
+
+import pytest
+import torch
+
+from tritoncaps import CapsuleLoss, ops
+from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
+
+every_model = pytest.mark.parametrize("name", list_models())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("capsnet", 8_215_568), ("deep_capsnet", 7_869_200)]
+)
+def test_models_have_the_parameters_of_table_1(name, parameters):
+    model = create_model(name)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+
+
+def test_models_have_the_layers_of_table_1():
+    capsnet, deep = CapsNet(), DeepCapsNet()
+    assert capsnet.conv.weight.shape == (256, 1, 9, 9)
+    assert capsnet.primary.conv.weight.shape == (256, 256, 9, 9)
+    assert capsnet.routing.weight.shape == (1152, 8, 10, 16)
+    assert deep.conv1.weight.shape == (512, 1, 9, 9)
+    assert deep.conv2.weight.shape == (256, 512, 5, 5)
+    assert deep.primary.conv.weight.shape == (256, 256, 5, 5)
+    assert deep.primary_routing.weight.shape == (1152, 8, 10, 16)
+    assert deep.secondary_routing.weight.shape == (10, 16, 10, 16)
+    assert [capsnet.primary.conv.stride, deep.primary.conv.stride] == [(2, 2), (2, 2)]
+    assert (capsnet.routing.iterations, deep.secondary_routing.iterations) == (3, 3)
+
+
+def test_models_are_known_by_name():
+    assert list_models() == ["capsnet", "deep_capsnet"]
+    model = create_model("deep_capsnet", hidden_capsules=12, hidden_dim=8, primary_iterations=1)
+    assert isinstance(model, DeepCapsNet)
+    assert model.primary_routing.weight.shape == (1152, 8, 12, 8)
+    assert model.primary_routing.iterations == 1
+    with pytest.raises(TypeError):
+        create_model("capsnet", hidden_capsules=12)
+
+
+IMAGES = {
+    "MNIST": {"in_channels": 1, "image_size": 28, "num_classes": 10},
+    "wide, in colour": {"in_channels": 3, "image_size": (32, 40), "num_classes": 4},
+    "the smallest, one class": {"in_channels": 2, "image_size": 17, "num_classes": 1},
+}
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+@every_model
+def test_models_take_any_images(device, small_model, name, images):
+    model = small_model(name, class_dim=12, **images).to(device)
+    K = images["num_classes"]
+    batch = torch.rand(3, *model.image_shape, device=device)
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    activations, poses, reconstruction, _ = model(batch, target)
+    assert activations.shape == (3, K)
+    assert poses.shape == (3, K, 12)
+    assert reconstruction.shape == batch.shape
+    torch.testing.assert_close(activations, poses.norm(dim=-1))
+    assert ((activations >= 0) & (activations < 1)).all()
+    CapsuleLoss()(activations, target, reconstruction, batch).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert torch.isfinite(parameter.grad).all(), parameter_name
+    assert model(batch[:0]).activations.shape == (0, K)
+
+
+@every_model
+def test_model_without_decoder(small_model, name):
+    images, target = torch.rand(2, 1, 28, 28), torch.tensor([1, 2])
+    output = small_model(name, reconstruction=False)(images)
+    assert output.reconstruction is None
+    loss = CapsuleLoss()(output.activations, target, output.reconstruction, images)
+    torch.testing.assert_close(loss, ops.margin_loss(output.activations, target))
+
+
+@every_model
+def test_a_bad_image_stays_alone(device, small_model, name):
+    model = small_model(name, image_size=20, num_classes=3).to(device).eval()
+    images = torch.rand(3, 1, 20, 20, device=device)
+    spoilt = images.clone()
+    spoilt[1, 0, 5, 5] = float("nan")
+    with torch.no_grad():
+        for result, expected in zip(model(spoilt)[:3], model(images)[:3], strict=True):
+            assert result[1].isnan().any()
+            assert torch.equal(result[::2], expected[::2])
+
+
+@every_model
+def test_models_run_under_autocast_and_route_in_float32(device, small_model, name):
+    model = small_model(name).to(device)
+    images = torch.rand(2, 1, 28, 28, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output = model(images)
+    assert output.poses.dtype == torch.float32
+    torch.testing.assert_close(output.activations, model(images).activations, rtol=0.1, atol=0.05)
+    output.activations.sum().backward()
+
+
+def test_state_dict_round_trip(device, small_model):
+    first = small_model("deep_capsnet").to(device).eval()
+    second = small_model("deep_capsnet", seed=1).to(device).eval()
+    images = torch.rand(2, 1, 28, 28, device=device)
+    assert not torch.equal(first(images).activations, second(images).activations)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(images).activations, second(images).activations)

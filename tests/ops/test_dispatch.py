@@ -1,0 +1,79 @@
+"""How a call finds its backend, and what torch makes of several operators together."""
+
+import warnings
+
+import pytest
+import torch
+
+from tritoncaps import ops, reference
+from tritoncaps._operators import _dispatch
+from tritoncaps.testing import OPERATORS, draw_inputs
+
+
+def test_a_missing_triton_leaves_no_kernels_and_any_other_gap_is_an_error(monkeypatch):
+    def missing(name):
+        def import_module(module):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return import_module
+
+    find = _dispatch._kernels.__wrapped__
+    monkeypatch.setattr(_dispatch, "import_module", missing("triton"))
+    assert find() is None
+    monkeypatch.setattr(_dispatch, "import_module", missing("tritoncaps.kernels.squash"))
+    with pytest.raises(ModuleNotFoundError, match=r"tritoncaps\.kernels\.squash"):
+        find()
+
+
+def test_a_refused_shape_takes_the_torch_path_with_one_warning(monkeypatch):
+    class Kernels:
+        REFUSALS = (LookupError,)
+
+        @staticmethod
+        def squash_fwd(s, form):
+            raise LookupError("D=3 is too much for this test")
+
+    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(_dispatch, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(_dispatch, "_warned", {})
+    s = torch.ones(2, 3)
+    with pytest.warns(UserWarning, match="squash_fwd runs without its Triton kernel: D=3"):
+        v = ops.squash(s)
+    torch.testing.assert_close(v, reference.squash(s))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.squash(s)
+
+
+def test_vmap_over_no_slice_is_an_error(device):
+    inputs = draw_inputs(OPERATORS["fused_dynamic_routing"], device=device)
+    no_weight = inputs["weight"].new_empty(0, *inputs["weight"].shape)
+    with pytest.raises(ValueError, match="has 0 slices"):
+        torch.func.vmap(ops.fused_dynamic_routing, in_dims=(None, 0))(inputs["u"], no_weight)
+
+
+def whole(u, weight, prior, pose):
+    """Every operator, one after the other."""
+    v, coupling = ops.fused_dynamic_routing(u, weight, prior=prior, return_coupling=True)
+    w = ops.dynamic_routing(ops.prediction_vectors(u, weight), iterations=2, gradient="last")
+    s = ops.routing_pass(u, weight, pose + w, bias=prior)
+    activations = ops.squash(ops.squash(s, form="exponential") + v).norm(dim=-1)
+    target = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    return ops.margin_loss(activations, target) + coupling.square().mean()
+
+
+def test_all_operators_compile_into_one_graph_with_inductor(device):
+    """A dynamic batch; inductor asserts the strides of what it goes on computing with."""
+    torch._dynamo.reset()
+    compiled = torch.compile(whole, fullgraph=True, dynamic=True)
+    for batch in (3, 5):
+        sizes = {"B": batch, "I": 9, "P": 4, "J": 5, "D": 6}
+        inputs = draw_inputs(OPERATORS["routing_pass"], sizes, device=device, optional=("prior",))
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        results = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # inductor's dependencies deprecate what it uses
+            for function in (compiled, whole):
+                loss = function(**leaves)
+                results.append([loss, *torch.autograd.grad(loss, list(leaves.values()))])
+        torch.testing.assert_close(*results)

@@ -1,0 +1,59 @@
+"""Routing by agreement, of prediction vectors in memory and fused with their computation."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tritoncaps import ops, reference
+from tritoncaps.testing import OPERATORS, Case, cases, compare, draw_inputs
+
+LOOPS = [OPERATORS["dynamic_routing"], OPERATORS["fused_dynamic_routing"]]
+MNIST_LIKE = {"B": 2, "I": 37, "P": 8, "J": 10, "D": 16}
+
+every_loop = pytest.mark.parametrize("operator", LOOPS, ids=str)
+same_device = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@every_loop
+@pytest.mark.parametrize("return_coupling", [False, True])
+def test_sizes_like_those_of_mnist_agree(device, operator, return_coupling):
+    options = operator.defaults | {"return_coupling": return_coupling}
+    compare(operator, Case(MNIST_LIKE, options, dtype=torch.float32, seed=1), device)
+
+
+@every_loop
+@same_device
+@given(case=cases(LOOPS[1], (torch.float64,)))
+def test_rows_of_the_coupling_sum_to_one(device, operator, case):
+    inputs = case.inputs(operator, device)
+    _, coupling = operator.call(inputs, case.options | {"return_coupling": True})
+    rows = coupling.sum(dim=-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows), rtol=1e-10, atol=1e-12)
+
+
+@every_loop
+def test_coupling_is_a_constant_with_gradient_last(device, operator):
+    inputs = draw_inputs(operator, device=device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    v, coupling = operator.function(**leaves, gradient="last", return_coupling=True)
+    assert v.requires_grad
+    assert not coupling.requires_grad
+
+
+@same_device
+@given(case=cases(LOOPS[0], (torch.float64,)))
+def test_one_iteration_is_the_squashed_mean(device, case):
+    u_hat = case.inputs(LOOPS[0], device)["u_hat"]
+    expected = reference.squash(u_hat.sum(dim=1) / u_hat.shape[2])
+    torch.testing.assert_close(ops.dynamic_routing(u_hat, 1), expected, rtol=1e-9, atol=1e-12)
+
+
+@same_device
+@given(case=cases(LOOPS[1], (torch.float64,)))
+def test_fused_routing_is_both_steps_in_one(device, case):
+    inputs = case.inputs(LOOPS[1], device)
+    fused = LOOPS[1].call(inputs, case.options)
+    u_hat = ops.prediction_vectors(inputs.pop("u"), inputs.pop("weight"))
+    apart = LOOPS[0].call({"u_hat": u_hat, **inputs}, case.options)
+    for result, expected in zip(fused, apart, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,102 @@
+"""A row of the table has one name on every floor, and torch knows what the row says."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from torch.utils.flop_counter import flop_registry
+
+import tritoncaps
+from tritoncaps import _torch_path, ops, reference
+from tritoncaps.testing import OPERATORS
+
+PACKAGE = Path(tritoncaps.__file__).parent
+ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path")}
+REGISTERED = {name: row for name, row in OPERATORS.items() if row.registered is not None}
+DIRECTIONS = ("fwd", "bwd")
+# Of the torch path: what several operators share.
+SHARED = {"_chunks", "_images", "_loop", "_precision", "_slices"}
+
+
+def modules(room):
+    """The files of a room, without what they share."""
+    return {path.stem for path in ROOMS[room].glob("*.py")} - SHARED - {"__init__"}
+
+
+def exported(module):
+    """The operators of which a backend has functions."""
+    functions = [name for name in module.__all__ if name.endswith(("_fwd", "_bwd"))]
+    names = {name[:-4] for name in functions}
+    assert sorted(functions) == sorted(f"{name}_{way}" for name in names for way in DIRECTIONS)
+    return names
+
+
+def test_every_operator_is_in_the_table():
+    functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert functions == set(OPERATORS)
+
+
+def test_every_operator_has_a_file_on_every_floor():
+    assert modules("ops") == {f"_{name}" for name in OPERATORS}
+    assert modules("_operators") == {"_dispatch", "_register", *REGISTERED}
+    assert modules("_torch_path") == set(REGISTERED)
+
+
+def test_the_reference_has_each_operator_and_no_more():
+    functions = {
+        name
+        for name, value in vars(reference).items()
+        if inspect.isfunction(value) and value.__module__ == reference.__name__
+    }
+    assert functions == set(OPERATORS)
+
+
+def test_the_torch_path_has_each_operator_and_no_more():
+    assert exported(_torch_path) == set(REGISTERED)
+
+
+def test_the_kernels_are_those_of_the_torch_path():
+    """Names and arguments: a call goes to one or the other."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from tritoncaps import kernels
+
+    assert exported(kernels) == set(REGISTERED)
+    for name in REGISTERED:
+        for way in DIRECTIONS:
+            arguments = [
+                list(inspect.signature(getattr(backend, f"{name}_{way}")).parameters)
+                for backend in (kernels, _torch_path)
+            ]
+            assert arguments[0] == arguments[1], f"{name}_{way}"
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_row_says_what_torch_was_told(name):
+    row = REGISTERED[name]
+    assert row.registered.forward._qualname == f"tritoncaps::{name}"
+    assert row.registered.backward._qualname == f"tritoncaps::{name}_backward"
+    if name == "squash":  # registered along the last axis of any shape
+        return
+    assert row.inputs == row.registered.inputs
+    assert row.outputs.items() <= row.registered.outputs.items()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_function_and_its_reference_are_called_alike(name):
+    """Same arguments in the same order, and same defaults; the row names them all."""
+    ours, theirs = (inspect.signature(getattr(module, name)) for module in (ops, reference))
+    assert list(ours.parameters) == list(theirs.parameters)
+    for argument, parameter in ours.parameters.items():
+        assert parameter.default == theirs.parameters[argument].default, argument
+        assert parameter.kind == theirs.parameters[argument].kind, argument
+    row = OPERATORS[name]
+    unnamed = set(ours.parameters) - set(row.axes) - set(row.options)
+    # Beyond the table: tests/ops/test_squash.py and tests/ops/test_margin_loss.py have these.
+    special = {"squash": {"dim"}, "margin_loss": {"target", "m_pos", "m_neg", "down_weight"}}
+    assert unnamed == special.get(name, set())
+
+
+def test_all_products_are_counted():
+    counted = {str(getattr(operator, "_qualified_op_name", "")) for operator in flop_registry}
+    for name in REGISTERED.keys() - {"squash"}:  # which has no product
+        assert {f"tritoncaps::{name}", f"tritoncaps::{name}_backward"} <= counted

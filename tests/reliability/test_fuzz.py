@@ -1,0 +1,196 @@
+"""Arguments that nobody meant to give: a result as documented, or a documented error.
+
+Cases are drawn by hypothesis from consecutive seeds until the time of --fuzz-seconds is over, so
+that the same cases come first on every run, and their number is printed at the end. A case that
+ends the process is left in the file `case` of the test's temporary directory.
+
+    pytest tests/reliability/test_fuzz.py --fuzz-seconds 120 --fuzz-seed 1000
+"""
+
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+
+from tritoncaps import (
+    CapsuleLoss,
+    MarginLoss,
+    PrimaryCapsules,
+    ReconstructionDecoder,
+    RoutedCapsules,
+    ops,
+    reference,
+)
+from tritoncaps.models import CapsNet, DeepCapsNet, create_model
+from tritoncaps.testing import LAYOUTS, OPERATORS, Call, Operator, check_call, fuzzed_calls
+from tritoncaps.testing._fuzz import Array, spoilt
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SCALES = (1.0, 0.0, 1e-20, 1e30, float("inf"), float("nan"))
+
+# arguments ----------------------------------------------------------------------------------------
+
+
+@st.composite
+def squash_calls(draw):
+    """Squash along any axis of any shape; the table has three axes and the last one alone."""
+    shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple))
+    arguments = {
+        "s": draw(arrays(shape)),
+        "dim": draw(st.integers(-len(shape), len(shape) - 1)),
+        "form": draw(st.sampled_from(("quadratic", "exponential"))),
+    }
+    return draw(spoilt(Call("squash", arguments)))
+
+
+@st.composite
+def margin_loss_calls(draw):
+    """Margin loss with every argument; in the table the target is a fixed one."""
+    B, K = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    activations = draw(arrays((B, K)))
+    multi_hot = draw(st.booleans())
+    dtype = draw(st.sampled_from((torch.bool, torch.uint8, torch.int64)))
+    target = Array((B, K), dtype) if multi_hot else Array((B,), torch.int64, largest=K - 1)
+    arguments = {
+        "activations": activations,
+        "target": replace(target, device=activations.device),
+        "m_pos": draw(st.floats(0, 1)),
+        "m_neg": draw(st.floats(0, 1)),
+        "down_weight": draw(st.sampled_from((0, 0.5, 1))),
+        "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
+    }
+    return draw(spoilt(Call("margin_loss", arguments)))
+
+
+@st.composite
+def arrays(draw, shape):
+    return Array(
+        shape,
+        dtype=draw(st.sampled_from(FLOATING)),
+        device=draw(st.sampled_from(("cpu", "cpu", "cpu", "meta"))),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        requires_grad=draw(st.booleans()),
+        scale=draw(st.sampled_from(SCALES)),
+    )
+
+
+def loss_shapes(arguments):
+    return [(len(arguments["activations"]),) if arguments["reduction"] == "none" else ()]
+
+
+WHOLE_LOSS = Operator(
+    ops.margin_loss, reference.margin_loss, {"activations": "B K", "target": "B"}, {"loss": "B"}
+)
+
+
+def check_operator(call):
+    """Check a call of an operator with any of its arguments."""
+    if call.name == "margin_loss" and "target" in call.arguments:
+        check_call(WHOLE_LOSS, call, loss_shapes)
+    else:
+        check_call(OPERATORS[call.name], call)
+
+
+def test_operators(fuzz):
+    rows = [fuzzed_calls(operator) for operator in OPERATORS.values()]
+    fuzz(st.one_of(*rows, squash_calls(), margin_loss_calls()), check_operator)
+
+
+# The constructor, and right arguments.
+MODULES = {
+    "PrimaryCapsules": (
+        PrimaryCapsules,
+        {"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
+    ),
+    "RoutedCapsules": (
+        RoutedCapsules,
+        {
+            **{"in_capsules": 3, "in_dim": 4, "out_capsules": 2, "out_dim": 5, "iterations": 2},
+            **{"gradient": "last", "learned_prior": True, "input_length": 0.5},
+        },
+    ),
+    "ReconstructionDecoder": (
+        ReconstructionDecoder,
+        {"num_classes": 3, "dim": 2, "image_shape": (1, 4, 5), "hidden": (3, 4)},
+    ),
+    "MarginLoss": (
+        MarginLoss,
+        {"m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5, "reduction": "sum"},
+    ),
+    "CapsuleLoss": (CapsuleLoss, {"reconstruction_weight": 0.1}),
+    "CapsNet": (
+        CapsNet,
+        {
+            **{"num_classes": 2, "in_channels": 1, "image_size": 18, "iterations": 1},
+            **{"channels": 2, "capsule_types": 1, "class_dim": 3, "gradient": "full"},
+            "reconstruction": False,
+        },
+    ),
+    "DeepCapsNet": (
+        DeepCapsNet,
+        {
+            **{"num_classes": 2, "in_channels": 1, "image_size": (17, 19), "channels": (2, 3)},
+            **{"hidden_capsules": 2, "hidden_dim": 3, "primary_iterations": 1},
+            **{"secondary_iterations": 2, "capsule_types": 1, "class_dim": 3},
+            **{"gradient": "full", "reconstruction": False},
+        },
+    ),
+    "create_model": (create_model, {"name": "capsnet"}),
+}
+
+
+def outcome(function, call, arguments):
+    """What the call returns, or None after a documented error; anything else is passed on."""
+    try:
+        return function(**arguments)
+    except (TypeError, ValueError) as error:
+        if call.meant or not str(error).startswith(f"{call.name}: "):
+            raise
+        return None
+
+
+@st.composite
+def module_calls(draw):
+    """Calls of the constructors."""
+    name = draw(st.sampled_from(sorted(MODULES)))
+    return draw(spoilt(Call(name, MODULES[name][1])))
+
+
+def check_module(call):
+    """What is built keeps its arguments, and runs on what it was built for."""
+    arguments = call.build()
+    if call.name == "create_model":  # the default networks are large
+        with torch.device("meta"):
+            assert outcome(create_model, call, arguments) is None or call.meant
+        return
+    module = outcome(MODULES[call.name][0], call, arguments)
+    if module is None:
+        return
+    for name, value in arguments.items():
+        kept = getattr(module, name, value)
+        assert kept is value or kept == value or value != value or name == "reconstruction"
+    a = arguments
+    if call.name == "PrimaryCapsules":
+        size = a["kernel_size"]
+        capsules = module(torch.ones(2, a["in_channels"], size, size))
+        assert capsules.shape == (2, a["capsule_types"], a["dim"])
+    elif call.name == "RoutedCapsules":
+        v = module(torch.ones(2, a["in_capsules"], a["in_dim"]))
+        assert v.shape == (2, a["out_capsules"], a["out_dim"])
+    elif call.name == "ReconstructionDecoder":
+        images = module(torch.ones(2, a["num_classes"], a["dim"]))
+        assert images.shape == (2, *a["image_shape"])
+    elif call.name in ("CapsNet", "DeepCapsNet"):
+        output = module(torch.ones(2, *module.image_shape))
+        assert output.poses.shape == (2, a["num_classes"], a["class_dim"])
+        assert (output.reconstruction is not None) == a["reconstruction"]
+    elif call.name == "MarginLoss":
+        loss = module(torch.ones(2, 3), torch.tensor([0, 2]))
+        assert loss.shape == ((2,) if a["reduction"] == "none" else ())
+    else:
+        images = torch.ones(2, 1, 3, 3)
+        assert module(torch.ones(2, 3), torch.tensor([0, 2]), images, images).shape == ()
+
+
+def test_modules(fuzz):
+    fuzz(module_calls(), check_module)

@@ -110,8 +110,7 @@ def _build(file: Path, name: Any, kwargs: Any, weights: dict[str, Tensor]) -> nn
             expected = create_model(name, **kwargs).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"load_model: {file} needs create_model({name!r}, **{kwargs!r}), "
-            f"which fails: {error}"
+            f"load_model: {file} needs create_model({name!r}, **{kwargs!r}), which fails: {error}"
         ) from error
     if problems := _misfits(expected, weights):
         raise CheckpointError(f"load_model: {file} does not fit {name}: {'; '.join(problems)}")

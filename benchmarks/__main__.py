@@ -2,12 +2,12 @@
 
     python -m benchmarks ops                     # each operator, forward, backward and both
     python -m benchmarks all                     # everything, with results in benchmarks/results/
-    python -m benchmarks all --quick             # does it all still run? under two minutes
+    python -m benchmarks all --quick             # does everything still run? under two minutes
     python -m benchmarks gpu --output results    # everything on a GPU, in under eight minutes
     python -m benchmarks plot                    # draw the results
     python -m benchmarks table [--check]         # write them into the pages, or compare
 
-What each figure means is in benchmarks/README.md.
+benchmarks/README.md says what each figure means.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BENCHMARKS = {
     "scaling": scaling.run_scaling,
     "launch": launch.run_launch,
 }
-# Seconds of each part of `gpu`, after which it begins nothing new; 30 more and it is stopped.
+# Seconds after which each part of `gpu` begins nothing new. After 30 more it is stopped.
 GPU_SECONDS = {
     "compile": 80,
     "check": 50,
@@ -49,21 +49,16 @@ GPU_SECONDS = {
 }
 ONLY_ON_GPU = ("compile", "launch")
 GPU_TOTAL = 460
-_LEAST_SECONDS = 15  # what a part needs to start and to say anything
-ROOT = Path(__file__).parent.parent
+_LEAST_SECONDS = 15  # with less, a part would not get to its first result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     args = parse_arguments(arguments)
     if args.command == "plot":
-        return run_plot(args.directories)
+        return run_plot(args.directories, args.speed)
     if args.command == "table":
-        blocks = {
-            args.readme: tables.readme_block(args.results),
-            args.memory_page: tables.memory_block(args.results),
-        }
-        return max(run_table(page, block, args.check) for page, block in blocks.items())
+        return run_table(args.root, args.results, args.check)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device("cuda" if args.command == "gpu" else args.device)
@@ -102,14 +97,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser("all", parents=[either], help="Run all of these, each in its own process.")
     commands.add_parser("gpu", parents=[measure], help="The same on a GPU, within 8 minutes.")
 
-    plot = commands.add_parser("plot", help="Draw results as PNG files beside them.")
+    plot = commands.add_parser("plot", help="Draw the results as PNG files, and the README's plot.")
     plot.add_argument(
         "directories", nargs="*", type=Path, help="default: all in benchmarks/results"
     )
-    table = commands.add_parser("table", help="Write the results into README and docs/memory.md.")
+    plot.add_argument(
+        "--speed", type=Path, default=tables.ROOT / "docs/figures/speed.png", metavar="FILE",
+        help="the README's plot (default: docs/figures/speed.png)",
+    )  # fmt: skip
+    pages = ", ".join(map(str, tables.PAGES))
+    table = commands.add_parser("table", help=f"Write the results into {pages}.")
     table.add_argument("--check", action="store_true", help="compare; exit with 1 if they differ")
-    table.add_argument("--readme", type=Path, default=tables.README)
-    table.add_argument("--memory-page", type=Path, default=tables.MEMORY_PAGE)
+    table.add_argument("--root", type=Path, default=tables.ROOT, help="the folder of the pages")
     table.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
@@ -128,12 +127,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_output(device: torch.device, quick: bool) -> Path:
-    """A quick run measures nothing, so it does not replace what was measured."""
+    """Choose the folder of results. A quick run measures nothing, and must not replace them."""
     return Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else directory_of(device)
 
 
 def run_all(device: torch.device, output: Path, quick: bool, threads: int | None) -> int:
-    """Run each benchmark in a process of its own, so that a fault in one does not stop the rest."""
+    """Run each benchmark in a process of its own, so that a crash of one does not stop the rest."""
     on_gpu = device.type == "cuda"
     names = [name for name in BENCHMARKS if on_gpu or name not in ONLY_ON_GPU]
     start = time.monotonic()
@@ -169,41 +168,46 @@ def run_all(device: torch.device, output: Path, quick: bool, threads: int | None
 
 
 def run_limited(command: list[str], limit: float | None) -> int:
-    """Run a command; returns its exit status, and ends whatever it started and left behind.
+    """Run a command; return its exit status. Whatever it leaves running is ended.
 
     Raises:
         TimeoutExpired: it took longer than `limit` seconds.
     """
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tables.ROOT, start_new_session=True)
     try:
         return process.wait(limit)
     finally:
         process.kill()
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):  # none is left, or only dead ones
+            with suppress(ProcessLookupError, PermissionError):  # nothing is left alive
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def run_plot(directories: list[Path]) -> int:
-    # Matplotlib is needed for nothing else, and a machine that only measures may lack it.
+def run_plot(directories: list[Path], speed: Path) -> int:
+    # A machine that only measures may lack matplotlib, which nothing else needs.
     from benchmarks import plots
 
     for directory in directories or sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         for path in plots.draw(directory):
             print(path)
+    if not directories:
+        plots.draw_speed(tables.load_devices(RESULTS), speed)
+        print(speed)
     return 0
 
 
-def run_table(page: Path, block: str, check: bool) -> int:
-    text = page.read_text(encoding="utf-8")
-    updated = tables.replace_block(text, block)
-    if not check:
-        page.write_text(updated, encoding="utf-8")
-    elif updated != text:
-        print(f"{page}: the tables differ from the results; run `python -m benchmarks table`")
-        return 1
-    return 0
+def run_table(root: Path, results: Path, check: bool) -> int:
+    status = 0
+    for page, block in tables.PAGES.items():
+        text = (root / page).read_text(encoding="utf-8")
+        updated = tables.replace_block(text, block(results))
+        if not check:
+            (root / page).write_text(updated, encoding="utf-8")
+        elif updated != text:
+            print(f"{page}: the tables differ from the results; run `python -m benchmarks table`")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

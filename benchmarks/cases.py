@@ -1,14 +1,20 @@
-"""What is measured: the operators, the named shapes and the inputs they are measured on."""
+"""What is measured: the operators, the named shapes and the inputs.
 
-from dataclasses import dataclass
-from typing import NamedTuple
+All that is known of an operator comes from its row in `tritoncaps.testing.OPERATORS`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tritoncaps import reference
+from tritoncaps import testing
 
-OPS = ("fused_dynamic_routing", "dynamic_routing", "prediction_vectors", "squash", "margin_loss")
+# The operator that this package is about: measured first, and at every named shape.
+MAIN = "fused_dynamic_routing"
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -36,15 +42,20 @@ SHAPES = {
     "classes100": Shape(1152, 8, 100, 16),
     "classes1000": Shape(1152, 8, 1000, 16),
     "tiny": Shape(5, 3, 2, 4),
-    "large": Shape(4608, 8, 32, 16),  # û takes 604 MB at B=64, and much more to route
+    "large": Shape(4608, 8, 32, 16),  # û takes 604 MB at B=64, and routing it several times that
 }
-# On a CPU, where the slowest rival needs 20 times û and the machine has a few gigabytes.
+# On a CPU the slowest rival needs 20 times the size of û, and the machine may have few gigabytes.
 _CPU_BATCH = {"classes100": 16, "classes1000": 2}
 _CUDA_BATCH = {"classes1000": 32}
 
 
+def operator_names() -> list[str]:
+    """Name the operators, the most important first."""
+    return sorted(testing.OPERATORS, key=lambda name: name != MAIN)
+
+
 def batch_size(shape: str, device: torch.device, quick: bool = False) -> int:
-    """Choose the batch that a named shape is measured with."""
+    """Choose the batch for a named shape."""
     if quick:
         return 1 if shape == "classes1000" else 4
     if device.type == "cuda":
@@ -54,23 +65,39 @@ def batch_size(shape: str, device: torch.device, quick: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one size and precision."""
+    """One operator at one size and precision.
+
+    Attributes:
+        op: its name in the operator table.
+        shape: its axes without the batch.
+        B: the batch.
+        iterations: r, for an operator that has iterations.
+        precision: a key of `DTYPES`.
+        name: that of the shape, where it has one.
+        chosen: options that are not the usual ones.
+        optional: the optional inputs that are given.
+    """
 
     op: str
     shape: Shape
     B: int
     iterations: int = 3
     precision: str = "fp32"
-    name: str = ""  # of the shape, where it has one
-    gradient: str = "full"
-    with_prior: bool = False
+    name: str = ""
+    chosen: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    optional: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        name = f"{self.name} " if self.name else ""
-        r = f" r={self.iterations}" if "routing" in self.op else ""
-        extra = " with prior" if self.with_prior else ""
-        extra += "" if self.gradient == "full" else f" gradient={self.gradient}"
-        return f"{self.op} {name}{self.shape} B={self.B}{r} {self.precision}{extra}"
+        words = [self.op, self.name, f"{self.shape}", f"B={self.B}"]
+        words += [f"r={self.iterations}"] if "iterations" in self.options else []
+        words += [self.precision, *(f"with {name}" for name in self.optional)]
+        words += [f"{name}={value}" for name, value in self.chosen.items()]
+        return " ".join(word for word in words if word)
+
+    @property
+    def operator(self) -> testing.Operator:
+        """The row of the operator table."""
+        return testing.OPERATORS[self.op]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,55 +105,71 @@ class Case:
         return DTYPES[self.precision]
 
     @property
-    def options(self) -> dict[str, object]:
-        """The keyword arguments that are not tensors."""
-        if "routing" in self.op:
-            return {"iterations": self.iterations, "gradient": self.gradient}
-        # One loss an image, so that the batch can be cut.
-        return {"reduction": "none"} if self.op == "margin_loss" else {}
+    def options(self) -> dict[str, Any]:
+        """Every argument of a call that is not a tensor."""
+        options = self.operator.defaults
+        if "iterations" in options:
+            options["iterations"] = self.iterations
+        return {**options, **self.chosen}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of every axis. One that no named shape has is as small as in the tests."""
+        sizes = {**testing.SIZES, **self.shape._asdict(), "B": self.B, "K": self.shape.J}
+        if self.op == "squash":  # squashes the primary capsules
+            sizes |= {"J": self.shape.I, "D": self.shape.P}
+        return sizes
+
+    @property
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each input that is given."""
+        left_out = set(self.operator.optional) - set(self.optional)
+        return {
+            name: self._shape(axes)
+            for name, axes in self.operator.axes.items()
+            if name not in left_out
+        }
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each output that is asked for."""
+        axes = {name.removesuffix("?"): of for name, of in self.operator.outputs.items()}
+        return {name: self._shape(axes[name]) for name in self.operator.output_names(self.options)}
+
+    def _shape(self, axes: str) -> tuple[int, ...]:
+        return tuple(self.sizes[axis] for axis in axes.split())
+
+    @property
+    def shared(self) -> set[str]:
+        """The inputs that all images of a batch share, such as the weight."""
+        return {name for name, axes in self.operator.axes.items() if "B" not in axes.split()}
 
     def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-        """Draw the tensors of a call, by argument name.
+        """Draw the tensors of a call by name.
 
-        Poses have lengths between 0 and 1, and the weight is scaled as `RoutedCapsules` does it,
-        so that the couplings of the later iterations are far from uniform, but not saturated.
+        The scale of the prediction vectors makes couplings far from uniform, but not saturated.
         """
-        I, P, J, D = self.shape
-        generator = torch.Generator(device).manual_seed(seed)
+        I, _, J, D = self.shape
+        if "pose" in self.input_shapes:  # its length is about √D, so logits are about 2
+            scale = 2 / math.sqrt(D)
+        else:  # the second term counts with hundreds of classes, whose poses start out short
+            scale = max(0.7, J / (4 * math.sqrt(I * D)))
+        return testing.draw_inputs(
+            self.operator,
+            self.sizes,
+            dtype=self.dtype,
+            device=device,
+            seed=seed,
+            scale=scale,
+            optional=self.optional,
+        )
 
-        def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, device=device)
-
-        if self.op == "squash":
-            return {"s": normal(self.B, I, P).to(self.dtype)}
-        if self.op == "margin_loss":
-            activations = reference.squash(normal(self.B, J, D)).norm(dim=-1)
-            target = torch.randint(J, (self.B,), generator=generator, device=device)
-            return {"activations": activations.to(self.dtype), "target": target}
-        u = reference.squash(normal(self.B, I, P))
-        weight = normal(I, P, J, D).mul_(J / (I * D) ** 0.5)
-        if self.op == "dynamic_routing":
-            arguments = {"u_hat": reference.prediction_vectors(u, weight)}
-        else:
-            arguments = {"u": u, "weight": weight}
-        if self.with_prior:
-            arguments["prior"] = normal(I, J)
-        return {name: tensor.to(self.dtype) for name, tensor in arguments.items()}
-
-    def output_gradient(self, device: torch.device, seed: int = 0) -> Tensor:
-        """Draw the gradient that a backward starts from."""
-        I, P, J, D = self.shape
-        size = {
-            "squash": (self.B, I, P),
-            "prediction_vectors": (self.B, I, J, D),
-            "margin_loss": (self.B,),
-        }.get(self.op, (self.B, J, D))
-        generator = torch.Generator(device).manual_seed(seed + 1_000_003)
-        return torch.randn(size, generator=generator, device=device).to(self.dtype)
-
-
-# The arguments that all images of a batch share.
-SHARED = ("weight", "prior")
+    def output_gradients(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Draw the gradients that a backward starts from, by the name of the output."""
+        return {
+            name: testing.normal(*shape, seed=seed + 1_000_003).to(device, self.dtype)
+            for name, shape in self.output_shapes.items()
+        }
 
 
 def train_images(B: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""Compilation of the operators that the other benchmarks call, before their clocks run.
+"""First calls of the operators that the other benchmarks time.
 
-Kernels and compiled rivals are compiled when they are first called, one after the other, which
-would take most of a short run. Here processes on all cores call them side by side, and what they
-compile lies in the caches of Triton and inductor on disk when its turn comes.
+A kernel or a compiled rival is compiled when it is first called. One after the other, that would
+take most of a short run. Here processes on all cores make the first calls side by side; the other
+benchmarks then find the code in the caches of Triton and inductor on disk.
 """
 
 import multiprocessing
@@ -22,14 +22,14 @@ from benchmarks.rivals import op_rival, ours
 from benchmarks.scaling import sweeps, swept_case
 from benchmarks.session import Session, reason
 
-# Each process has a context on the device and the tensors of a case.
+# Each process holds a context on the device and the tensors of a case.
 _MOST_PROCESSES = 14
-# Without a limit of its own a run gives up here: a process that was killed never answers.
+# Where no limit is given, a run gives up after this: a process that was killed never answers.
 _MOST_SECONDS = 600.0
 
 
 def run_compile(session: Session) -> None:
-    """Compile the operators that the others call, on all cores, so that they find it done."""
+    """Compile the operators that the other benchmarks call, on all cores."""
     calls = compiled_calls(session.device, session.quick)
     missing = list(calls)
     end = min(session.end, time.monotonic() + _MOST_SECONDS)
@@ -47,11 +47,11 @@ def run_compile(session: Session) -> None:
     session.report.add([_facts(call) | why for call in missing], "case", "rival")
 
 
-Call = tuple[str, Case]  # a rival and what it is called with
+Call = tuple[str, Case]  # a rival, and what it is called with
 
 
 def compiled_calls(device: torch.device, quick: bool) -> list[Call]:
-    """List what is compiled for the other benchmarks, in their order, each once."""
+    """List what the other benchmarks call, in their order, each once."""
     own = ours(device)
     timed = [*ops_cases(device, quick), *memory_cases(device, quick)]
     swept = [
@@ -67,17 +67,17 @@ def compiled_calls(device: torch.device, quick: bool) -> list[Call]:
 
 
 def first_call(device: torch.device, call: Call) -> tuple[Call, Row]:
-    """Call a rival as the benchmarks do; returns how many seconds it took, or what went wrong."""
+    """Call a rival as the benchmarks do; return how many seconds it took, or what went wrong."""
     rival, case = call
     start = time.monotonic()
     try:
         function, arguments = op_rival(rival, case, device), case.arguments(device)
-        gradients(function, arguments, case.output_gradient(device))
+        gradients(function, arguments, case.output_gradients(device))
         with torch.no_grad():
             function(**arguments)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    except Exception as error:  # the others go on; what needs this call will say the same
+    except Exception as error:  # a benchmark that needs this call will say the same
         return call, {"left_out": reason(error)}
     return call, {"first_call_s": time.monotonic() - start}
 

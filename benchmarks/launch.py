@@ -1,13 +1,12 @@
-"""Search for launch configurations of the Triton kernels that beat the rules'.
+"""A search for launch configurations of the Triton kernels that beat those of the rules.
 
-The outcome is `launch_table.json`, which the kernels load where TRITONCAPS_LAUNCH_TABLE names it:
-the configurations of this architecture that were right and faster.
+The result is `launch_table.json`: the configurations of this architecture that were right and
+faster. The kernels load it if the environment variable TRITONCAPS_LAUNCH_TABLE names it.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 from unittest import mock
 
@@ -23,54 +22,48 @@ from benchmarks.timing import Task, replayed
 
 Config = dict[str, int]
 
-# What a search tries, one after the other, each on top of the best so far: factors of a field. A
-# field that is 1 is left alone: the kernel has no use for it.
+# What a search tries, one after the other, each on top of the best so far: a launch keyword, and
+# what it is multiplied with. One that is 1, or that the kernel does not have, is left alone.
 _CHOICES = (
-    ("max_splits", 2),
-    ("max_splits", 0.5),
-    ("block_i", 2),
-    ("block_i", 0.5),
-    ("block_b", 2),
-    ("block_b", 0.5),
-    ("block_j", 2),
-    ("block_j", 0.5),
+    ("MAX_SPLITS", 2),
+    ("MAX_SPLITS", 0.5),
+    ("BLOCK_I", 2),
+    ("BLOCK_I", 0.5),
+    ("BLOCK_B", 2),
+    ("BLOCK_B", 0.5),
+    ("BLOCK_J", 2),
+    ("BLOCK_J", 0.5),
     ("num_warps", 2),
     ("num_warps", 0.5),
     ("num_stages", 0.67),
     ("num_stages", 0.34),
 )
-# A smaller gain is within the noise, and not worth an entry.
+# A smaller gain may be noise, and is not worth an entry.
 _WORTHWHILE = 1.03
 
 
 class _Table(dict[str, Config]):
-    """A launch table that remembers the names that it is asked for."""
+    """A launch table that also knows what the rules choose for each entry that was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rules: dict[str, Config] = {}
-        self.asked = ""
-
-    def get(self, name: str, default: Any = None) -> Any:
-        self.asked = name
-        return super().get(name, default)
 
 
 @contextmanager
 def launch_table() -> Iterator[_Table]:
-    """Put a table of our own in the place of the kernels', and note what their rules choose."""
+    """Replace the table of the kernels, and note what their rules choose."""
     from tritoncaps.kernels import _launch
 
-    table, measured = _Table(), _launch._measured
+    table, look_up = _Table(), _launch._look_up
 
-    def note(rule: str, config: Any, *rest: Any) -> Any:
-        result = measured(rule, config, *rest)
-        table.rules[table.asked] = asdict(config)
-        return result
+    def note(name: str, launch: Config) -> Config:
+        table.rules[name] = launch
+        return look_up(name, launch)
 
     with (
         mock.patch.object(_launch, "_table", table),
-        mock.patch.object(_launch, "_measured", note),
+        mock.patch.object(_launch, "_look_up", note),
     ):
         yield table
 
@@ -118,18 +111,18 @@ def launch_cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
-    """Name the entries that a case asks for, each with the phase in which it matters."""
-    function = op_rival("triton", case, oracle.grad.device)
+    """Name the entries that a case asks for, and the phase in which each matters."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
+    function = op_rival("triton", case, next(iter(leaves.values())).device)
     table.rules.clear()
     with torch.no_grad():
         function(**oracle.arguments)
     forward = set(table.rules)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
-    output = function(**leaves)
+    outputs = function(**leaves)
     table.rules.clear()
-    torch.autograd.grad(output, list(leaves.values()), oracle.grad)
+    torch.autograd.grad(outputs, list(leaves.values()), list(oracle.grads.values()))
     backward = set(table.rules)
-    gradients(function, oracle.arguments, oracle.grad)
+    gradients(function, oracle.arguments, oracle.grads)
     return {
         name: "both" if name in forward & backward else "forward" if name in forward else "backward"
         for name in table.rules
@@ -139,17 +132,17 @@ def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
 def search(
     session: Session, case: Case, oracle: Oracle, table: _Table, name: str, phase: str
 ) -> dict[str, Config]:
-    """Tune one entry in one phase; returns it, or nothing where the rule's choice is best."""
+    """Tune one entry in one phase; return it, or nothing if the choice of the rule is best."""
     print(f"  {name}", flush=True)
     rule = table.rules[name]
     best: Config = {}
-    for field, factor in _CHOICES:
-        value = int({**rule, **best}[field] * factor)
-        if rule[field] == 1 or value == 0 or session.is_over():
+    for keyword, factor in _CHOICES:
+        value = int({**rule, **best}.get(keyword, 1) * factor)
+        if rule.get(keyword, 1) == 1 or value == 0 or session.is_over():
             continue
-        candidate = {**best, field: value}
-        if field == "num_warps" and rule["groups"] > 1:
-            candidate["groups"] = value  # a group is what one warp works on
+        candidate = {**best, keyword: value}
+        if keyword == "num_warps" and rule.get("GROUPS", 1) > 1:
+            candidate["GROUPS"] = value  # a group is what one warp works on
         row = {"case": f"{name} B={case.B}", "phase": phase, "config": candidate}
         try:
             table[name] = candidate
@@ -159,10 +152,10 @@ def search(
                 "candidate": _task(session, case, table, name, phase, candidate),
             }
             timings = session.time(tasks, seconds=2.0)
-        except FallbackError as error:  # the device has no room for it: a result as well
+        except FallbackError as error:  # no room for it on this device, which is a result too
             session.report.add([row | {"refused": reason(error)}], "phase", "config")
             continue
-        except Exception as error:  # whatever it is, the other candidates go on
+        except Exception as error:  # the other candidates go on
             session.report.add([row | {"left_out": reason(error)}], "phase", "config")
             continue
         speedup = timings["best"].median / timings["candidate"].median
@@ -178,9 +171,9 @@ def search(
 def _task(
     session: Session, case: Case, table: _Table, name: str, phase: str, config: Config
 ) -> Task:
-    """Run a phase with a configuration; on a GPU it is captured with it."""
-    inputs, grad = input_sets(case, phase, session.device), case.output_gradient(session.device)
-    task = phase_task(op_rival("triton", case, session.device), phase, inputs, grad)
+    """Run a phase with a configuration. On a GPU, the graph is captured with it."""
+    sets, grads = input_sets(case, phase, session.device), case.output_gradients(session.device)
+    task = phase_task(op_rival("triton", case, session.device), phase, sets, grads)
 
     def run(state: Any) -> None:
         table[name] = config

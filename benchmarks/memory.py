@@ -1,11 +1,11 @@
-"""Peak memory of the routing: by how much a call raises it over its inputs.
+"""Peak memory of the routing: how far a call raises it above what its inputs take.
 
-On a GPU the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU the kernel
-does: the peak of a process's resident memory (VmHWM), which sees everything a machine has to have,
-the scratch space of the libraries included, while torch's own profiler sees tensors alone. A fresh
-process measures, so that no other benchmark's memory is in the figure. It has glibc return what is
-freed at once; otherwise a warm-up leaves memory behind that the call then takes unseen. `ru_maxrss`
-would not do: a new process inherits it from the one that started it.
+On a GPU the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU the kernel does:
+the peak of a process's resident memory (VmHWM) includes everything that a machine has to have, also
+the scratch space of libraries, while torch's profiler sees tensors alone. The process is a new one,
+so that the figure holds no memory of other benchmarks. In it glibc returns freed memory at once;
+otherwise the call could reuse, unseen, what a warm-up left behind. `ru_maxrss` would not do, since
+a new process inherits it from the one that started it.
 """
 
 import os
@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.cases import SHAPES, Case, Shape, batch_size
+from benchmarks.cases import MAIN, SHAPES, Case, Shape, batch_size
 from benchmarks.oracle import gradients
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import op_rival, ours, rival_names
@@ -30,7 +30,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def run_memory(session: Session) -> None:
-    """Measure by how much forward + backward of the routing raises the peak of memory."""
+    """Measure how far forward + backward of the routing raise the peak of memory."""
     for case in memory_cases(session.device, session.quick):
         print(case, flush=True)
         u_hat_bytes = case.B * case.shape.I * case.shape.J * case.shape.D * case.dtype.itemsize
@@ -53,7 +53,7 @@ def memory_cases(device: torch.device, quick: bool) -> list[Case]:
     """List what `run_memory` measures."""
     names = ("mnist",) if quick else ("mnist", "cifar", "classes100", "large")
     batches = {name: 64 if name == "large" else batch_size(name, device, quick) for name in names}
-    return [Case("fused_dynamic_routing", SHAPES[name], batches[name], name=name) for name in names]
+    return [Case(MAIN, SHAPES[name], batches[name], name=name) for name in names]
 
 
 def run_memory_grid(session: Session) -> None:
@@ -81,16 +81,11 @@ def run_memory_grid(session: Session) -> None:
 def grid(quick: bool) -> list[Case]:
     """List the routings of the grid: input and output capsules around MNIST's, two batches."""
     sizes, P, D = (((32, 64), (2, 4)), 4, 4) if quick else (((288, 1152, 4608), (10, 40)), 8, 16)
-    return [
-        Case("fused_dynamic_routing", Shape(I, P, J, D), B)
-        for B in (64, 1)
-        for I in sizes[0]
-        for J in sizes[1]
-    ]
+    return [Case(MAIN, Shape(I, P, J, D), B) for B in (64, 1) for I in sizes[0] for J in sizes[1]]
 
 
 def _bytes_of(case: Case) -> dict[str, int]:
-    """Sizes of the tensors of a routing, in the type that its sums are added up in."""
+    """Sizes of the tensors of a routing, in the type in which it adds up."""
     (I, P, J, D), B = case.shape, case.B
     values = {"u": B * I * P, "weight": I * P * J * D, "u_hat": B * I * J * D, "v": B * J * D}
     width = accumulation_dtype(case.dtype).itemsize
@@ -98,16 +93,15 @@ def _bytes_of(case: Case) -> dict[str, int]:
 
 
 def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
-    """Sum what a path of tritoncaps has in memory at its peak, beyond the inputs, in float32.
+    """Add up what a path of tritoncaps holds at its peak beyond the inputs, with gradient="full".
 
-    The gradient is the full one.
-
-    The saved sums are r times as large as v, and with them go a few tensors of v's size; the
-    backward keeps V and ds of each iteration too. To it and to the gradients of u and the weight
-    the torch path adds the prediction vectors of n images with two couplings, in the backward 2r,
-    and a chunk; or u and its gradient with the batch last and a few buffers of one chunk. The
-    kernels add at most 16 slots of each kind, and 2·(r − 1) values of each pair of image and input
-    capsule.
+    - Both paths keep r weighted sums of the size of v and a few more such tensors; the backward
+      also keeps V and ds of each iteration, and the gradients of u and the weight.
+    - The torch path adds, n images at a time, their prediction vectors with 2 couplings each, in
+      the backward 2r couplings and a chunk. Or, a chunk at a time, u and its gradient with the
+      batch last, and a few buffers of one chunk.
+    - The kernels add at most 16 slots of each kind, and in the backward 2·(r − 1) values for each
+      pair of image and input capsule.
     """
     size, r = _bytes_of(case), case.iterations
     forward = phase == "forward"
@@ -131,11 +125,11 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
 def peaks(cases: list[Case], rival: str, device: torch.device, phase: str = "both") -> list[int]:
     """Measure cases in one process: bytes beyond what is in use before the call.
 
-    The gradients count, the inputs do not. The phase is "both", or "forward" without gradients.
+    Gradients count, inputs do not. The phase is "both", or "forward" without autograd.
 
     Raises:
         OSError: a CPU without Linux's /proc.
-        BrokenExecutor: the process was killed, as happens where memory runs out.
+        BrokenExecutor: the process was killed, as happens when memory runs out.
     """
     if device.type == "cuda":
         return [_peak(case, rival, device, phase) for case in cases]
@@ -155,12 +149,12 @@ def _peaks_of_this_process(cases: list[Case], rival: str, threads: int, phase: s
 
 
 def _peak(case: Case, rival: str, device: torch.device, phase: str) -> int:
-    arguments, grad = case.arguments(device), case.output_gradient(device)
+    arguments, grads = case.arguments(device), case.output_gradients(device)
     function = op_rival(rival, case, device)
 
     def call() -> None:
         if phase == "both":
-            gradients(function, arguments, grad)
+            gradients(function, arguments, grads)
         else:
             with torch.no_grad():
                 function(**arguments)
@@ -168,12 +162,12 @@ def _peak(case: Case, rival: str, device: torch.device, phase: str) -> int:
     call()  # loads libraries, compiles
     before = _start(device)
     call()
-    # What is smaller than the kernel's bookkeeping of pages may come out negative.
+    # A rise below the accuracy of the kernel's count may come out negative.
     return max(0, _highest(device) - before)
 
 
 def _start(device: torch.device) -> int:
-    """Begin a new peak; returns the memory in use."""
+    """Reset the peak; return the memory in use."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

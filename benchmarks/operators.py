@@ -1,24 +1,25 @@
-"""The operators one by one: are they right (`check`), and how fast are they (`ops`)?"""
+"""The operators one by one: whether they are right (`check`), and how fast they are (`ops`)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OPS, SHAPES, Case, batch_size
+from benchmarks.cases import MAIN, SHAPES, Case, batch_size, operator_names
 from benchmarks.oracle import Oracle
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import Rival, op_rival, ours, rival_names
 from benchmarks.roofline import Floor, floor, measure_ceilings
 from benchmarks.session import Session, axes, reason, timed
 from benchmarks.timing import Task, clock_for, replayed
+from tritoncaps import testing
 from tritoncaps._torch_path._slices import cache_bytes
 
 PHASES = ("forward", "backward", "both")
-# Calls shorter than this are replayed from a CUDA graph: launching them may take longer.
+# Shorter calls are replayed from a CUDA graph, because launching them may take longer.
 _LAUNCH_BOUND = 1e-3
 
 
@@ -35,16 +36,16 @@ def run_check(session: Session) -> None:
             continue
         try:
             oracle = Oracle(case, session.device)
-            rival = op_rival(ours(session.device), case, session.device)
-            shares = oracle.check(rival)
-            worst = max(shares, key=lambda name: shares[name])
-            row |= {"tensor": worst, "share_of_allowed": shares[worst]}
-        except Exception as error:  # whatever it is, the other cases go on
+            errors = oracle.check(op_rival(ours(session.device), case, session.device))
+            worst = max(errors, key=lambda name: errors[name])
+            eager = oracle.relative_error(worst)
+            row |= {"tensor": worst, "error": errors[worst], "eager_error": eager}
+        except Exception as error:  # the other cases go on
             row |= {"left_out": reason(error)}
         session.report.add([row], "tensor")
 
 
-def check_cases(device: torch.device, quick: bool) -> Iterable[Case]:
+def check_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """List what is checked, the most important first."""
     names = ("tiny", "second") if quick else [name for name in SHAPES if name != "large"]
 
@@ -52,13 +53,17 @@ def check_cases(device: torch.device, quick: bool) -> Iterable[Case]:
         B = min(batch_size(name, device, quick), 32)
         return Case(op, SHAPES[name], B, name=name, **more)
 
-    yield from (case(op, name) for op in OPS for name in names)
+    yield from (case(op, name) for op in operator_names() for name in names)
     for precision in ("bf16", "fp16", "fp64"):
-        yield from (case(op, names[0], precision=precision) for op in OPS)
-    for op in ("fused_dynamic_routing", "dynamic_routing"):
-        yield from (case(op, names[0], iterations=r) for r in (1, 2, 5))
-        yield case(op, names[0], with_prior=True)
-        yield case(op, names[0], gradient="last")
+        yield from (case(op, names[0], precision=precision) for op in operator_names())
+    for op in operator_names():
+        operator = testing.OPERATORS[op]
+        for option, values in operator.options.items():
+            if option == "iterations":
+                yield from (case(op, names[0], iterations=r) for r in (1, 2, 5))
+            else:
+                yield from (case(op, names[0], chosen={option: value}) for value in values[1:])
+        yield from (case(op, names[0], optional=(name,)) for name in operator.optional)
 
 
 # Operators ----------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ def run_ops(session: Session) -> None:
         print(case, flush=True)
         facts: Row = {"case": str(case), "shape": case.name, **axes(case)}
         names = rival_names(case.op, session.device)
-        if session.quick and number > 0:  # once is enough: it takes half a minute of C++ compiler
+        if session.quick and number > 0:  # once is enough: the C++ compiler takes half a minute
             names = [name for name in names if name != "compile"]
         if session.is_over():
             session.report.add([facts | NO_TIME], "rival")
@@ -94,79 +99,77 @@ def run_ops(session: Session) -> None:
 def ops_cases(device: torch.device, quick: bool) -> list[Case]:
     """List what is timed, the most important first."""
 
-    def case(op: str, name: str, **more: Any) -> Case:
-        return Case(
-            op, SHAPES[name], **{"B": batch_size(name, device, quick), "name": name, **more}
-        )
+    def case(op: str, name: str, B: int | None = None, precision: str = "fp32") -> Case:
+        B = B or batch_size(name, device, quick)
+        return Case(op, SHAPES[name], B, precision=precision, name=name)
 
     if quick:
-        return [case(OPS[0], "mnist"), *(case(op, "tiny") for op in OPS)]
-    names = [name for name in SHAPES if name not in ("mnist", "large")]
+        return [case(MAIN, "mnist"), *(case(op, "tiny") for op in operator_names())]
     return [
-        case(OPS[0], "mnist"),
-        case(OPS[0], "mnist", B=1),
-        case(OPS[0], "mnist", precision="bf16"),
-        *(case(OPS[0], name) for name in names),
-        *(case(op, "mnist") for op in OPS[1:]),
+        case(MAIN, "mnist"),
+        case(MAIN, "mnist", B=1),
+        case(MAIN, "mnist", precision="bf16"),
+        *(case(MAIN, name) for name in SHAPES if name not in ("mnist", "large")),
+        *(case(op, "mnist") for op in operator_names() if op != MAIN),
     ]
 
 
 def checked_rivals(
     case: Case, names: list[str], device: torch.device
 ) -> tuple[dict[str, Rival], list[Row]]:
-    """Build the rivals whose results are right, and a row for each of the others."""
+    """Build the rivals whose results are right; return them, and a row for each of the others."""
     rivals: dict[str, Rival] = {}
     left_out: list[Row] = []
     try:
         oracle = Oracle(case, device)
     except Exception as error:
-        return {}, [{"left_out": f"no measuring stick: {reason(error)}"}]
+        return {}, [{"left_out": f"nothing to compare with: {reason(error)}"}]
     for name in names:
         try:
             rival = op_rival(name, case, device)
             oracle.check(rival)
             rivals[name] = rival
-        except Exception as error:  # a wrong or failing rival does not stop the others
+        except Exception as error:  # the other rivals go on
             left_out.append({"rival": name, "left_out": reason(error)})
     return rivals, left_out
 
 
-def phase_task(rival: Rival, phase: str, input_sets: list[dict[str, Tensor]], grad: Tensor) -> Task:
-    """Make a task of one phase: every run calls the rival once on each of the input sets."""
-    leaves = [
-        {n: t.detach().requires_grad_() if t.is_floating_point() else t for n, t in inputs.items()}
-        for inputs in input_sets
-    ]
-    wanted = [[t for t in inputs.values() if t.requires_grad] for inputs in leaves]
+def phase_task(
+    rival: Rival, phase: str, sets: list[dict[str, Tensor]], output_grads: dict[str, Tensor]
+) -> Task:
+    """Make a task of one phase: each run calls the rival once on each of the input sets."""
+    grads = list(output_grads.values())
+    leaves = [{n: t.detach().requires_grad_() for n, t in inputs.items()} for inputs in sets]
+    wanted = [list(inputs.values()) for inputs in leaves]
 
     def infer(_: Any) -> None:
         with torch.no_grad():
-            for inputs in input_sets:
+            for inputs in sets:
                 rival(**inputs)
 
-    def build(_: Any = None) -> list[Tensor]:
+    def build(_: Any = None) -> list[tuple[Tensor, ...]]:
         return [rival(**inputs) for inputs in leaves]
 
-    def differentiate(outputs: list[Tensor]) -> None:
-        for output, inputs in zip(outputs, wanted, strict=True):
-            torch.autograd.grad(output, inputs, grad)
+    def differentiate(results: list[tuple[Tensor, ...]]) -> None:
+        for outputs, inputs in zip(results, wanted, strict=True):
+            torch.autograd.grad(outputs, inputs, grads)
 
     def both(_: Any) -> None:
         for inputs, inputs_wanted in zip(leaves, wanted, strict=True):
-            torch.autograd.grad(rival(**inputs), inputs_wanted, grad)
+            torch.autograd.grad(rival(**inputs), inputs_wanted, grads)
 
-    calls = len(input_sets)
+    calls = len(sets)
     if phase == "forward":
         return Task(infer, calls=calls)
     return Task(differentiate, build, calls) if phase == "backward" else Task(both, calls=calls)
 
 
 def input_sets(case: Case, phase: str, device: torch.device) -> list[dict[str, Tensor]]:
-    """Draw so many sets of inputs that the last cache holds none when its turn comes.
+    """Draw enough sets of inputs that the last cache has lost each when its turn comes again.
 
-    At most 16; what is smaller than a sixteenth of the cache stays there in a network as well. The
-    backward alone has one set on a CPU: its graph, built just before, goes through the cache, and
-    those of all sets would fill the memory.
+    At most 16: what is smaller than a sixteenth of the cache stays there in a network as well. On
+    a CPU the backward alone has one set. Its graph, built just before, has gone through the cache,
+    and the graphs of all sets would fill the memory.
     """
     first = case.arguments(device)
     if phase == "backward" and device.type == "cpu":
@@ -177,25 +180,25 @@ def input_sets(case: Case, phase: str, device: torch.device) -> list[dict[str, T
 
 
 def last_cache_bytes(device: torch.device) -> int:
-    """Size of the cache before the memory: a GPU's level 2, a CPU's level 3."""
+    """The size of the last cache before memory: a GPU's level 2, a CPU's level 3."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     return cache_bytes(3)
 
 
 def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: str) -> list[Row]:
-    """Time one phase side by side; a row a rival, with its timing or why it has none."""
-    inputs, grad = input_sets(case, phase, session.device), case.output_gradient(session.device)
+    """Time one phase side by side. Each rival gets a row: its timing, or why it has none."""
+    sets, grads = input_sets(case, phase, session.device), case.output_gradients(session.device)
     clock = clock_for(session.device)
     rows: list[Row] = []
     tasks: dict[str, Task] = {}
     is_launch_bound = False
     for name, rival in rivals.items():
-        task = phase_task(rival, phase, inputs, grad)
+        task = phase_task(rival, phase, sets, grads)
         try:
             is_launch_bound |= clock.seconds(task) < _LAUNCH_BOUND * task.calls
             tasks[name] = task
-        except Exception as error:  # as where memory runs out
+        except Exception as error:  # memory may run out
             rows.append({"rival": name, "left_out": reason(error)})
     method = "calls"
     if session.device.type == "cuda" and is_launch_bound:
@@ -205,7 +208,7 @@ def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: st
 
 
 def _figures(row: Row, rows: list[Row], work: Floor, least: float) -> Row:
-    """What follows from a row's time, the eager one's, and the floor's work and seconds."""
+    """What follows from a row's time, the eager form's time, and the floor."""
     if "median_s" not in row:
         return {}
     median = row["median_s"]
@@ -223,6 +226,6 @@ def _replayable(tasks: dict[str, Task], left_out: list[Row]) -> dict[str, Task]:
     for name, task in tasks.items():
         try:
             replays[name] = replayed(task)
-        except Exception as error:  # what cannot be captured does not stop the others
+        except Exception as error:  # the other rivals go on
             left_out.append({"rival": name, "left_out": reason(error)})
     return replays

@@ -1,4 +1,4 @@
-"""Draw the results of one device from its JSON files: what is in the picture is in the file."""
+"""Pictures of the results, drawn from the JSON files alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +8,12 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.cases import MAIN
 from benchmarks.report import Row, load_results, machine, quantity, seconds, training_step
+from benchmarks.tables import TITLES, chosen_rows, own
 
 DPI = 120
-# Colours that colour-blind readers can tell apart (Okabe and Ito), and a mark for grey paper.
+# Colours that colour-blind readers can tell apart (Okabe and Ito), and a mark for print in grey.
 _MARKS = {
     "eager": ("#d55e00", "o", "einsum, eager"),
     "compile": ("#e69f00", "s", "einsum, torch.compile"),
@@ -19,6 +21,7 @@ _MARKS = {
     "torch path": ("#0072b2", "^", "tritoncaps (torch path)"),
     "triton": ("#009e73", "v", "tritoncaps (Triton)"),
 }
+_OTHER = ("#cc79a7", "P")  # a rival that has no mark of its own
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -28,7 +31,7 @@ _STYLE = {
 
 
 def draw(directory: Path) -> Iterator[Path]:
-    """Draw what a device has results of; yields the files."""
+    """Draw what a device has results of; yield the files."""
     results = load_results(directory)
     drawings = {
         "ops": draw_ops,
@@ -53,6 +56,11 @@ def _figure(data: dict[str, Any], width: float, height: float, title: str) -> Fi
     return figure
 
 
+def _mark(rival: str) -> tuple[str, str, str]:
+    """The colour, the marker and the label of a rival."""
+    return _MARKS.get(rival, (*_OTHER, rival))
+
+
 def _label(row: Row) -> str:
     sizes = f"{row['I']}×{row['P']} → {row['J']}×{row['D']}"
     precision = "" if row["precision"] == "fp32" else f", {row['precision']}"
@@ -62,20 +70,24 @@ def _label(row: Row) -> str:
 def _legend(figure: Figure, rivals: list[str], extra: list[Any] | None = None) -> None:
     handles = [
         mpl.lines.Line2D([], [], color=colour, marker=marker, linestyle="", label=label)
-        for rival, (colour, marker, label) in _MARKS.items()
-        if rival in rivals
+        for colour, marker, label in (_mark(rival) for rival in _in_order(rivals))
     ] + (extra or [])
     columns = len(handles) if len(handles) <= 5 else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
+def _in_order(rivals: list[str]) -> list[str]:
+    """Each rival once, in the order of the marks; others come last."""
+    others = [name for name in dict.fromkeys(rivals) if name not in _MARKS]
+    return [*(name for name in _MARKS if name in rivals), *others]
+
+
 def draw_ops(data: dict[str, Any]) -> Figure:
     """Times of the routing by shape and rival, with the floor."""
-    rows = [
-        row for row in data["rows"] if row["op"] == "fused_dynamic_routing" and "median_s" in row
-    ]
+    rows = [row for row in data["rows"] if row["op"] == MAIN and "median_s" in row]
     labels = list(dict.fromkeys(_label(row) for row in rows))
-    figure = _figure(data, 10, 1.6 + 0.55 * len(labels), "fused_dynamic_routing: time of a call")
+    rivals = _in_order([row["rival"] for row in rows])
+    figure = _figure(data, 10, 1.6 + 0.55 * len(labels), f"{MAIN}: time of a call")
     titles = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
     panels = figure.subplots(1, 3, sharey=True)
     for axes, (phase, title) in zip(panels, titles.items(), strict=True):
@@ -86,7 +98,7 @@ def draw_ops(data: dict[str, Any]) -> Figure:
             if row["phase"] == phase:
                 y = labels.index(_label(row))
                 axes.vlines(1e3 * row["floor_s"], y - 0.3, y + 0.3, color="black", linewidth=1)
-                _point(axes, row, y)
+                _point(axes, row, y, rivals.index(row["rival"]))
     floor = mpl.lines.Line2D(
         [],
         [],
@@ -100,10 +112,10 @@ def draw_ops(data: dict[str, Any]) -> Figure:
     return figure
 
 
-def _point(axes: Axes, row: Row, y: float) -> None:
+def _point(axes: Axes, row: Row, y: float, number: int) -> None:
     """A median with its p20 to p80; rivals a little apart so that none hides another."""
-    colour, marker, _ = _MARKS[row["rival"]]
-    y += 0.13 * (list(_MARKS).index(row["rival"]) - 1.5)
+    colour, marker, _ = _mark(row["rival"])
+    y += 0.13 * (number - 1.5)
     median, p20, p80 = (1e3 * row[name] for name in ("median_s", "p20_s", "p80_s"))
     axes.plot([p20, p80], [y, y], color=colour, linewidth=1)
     axes.plot(median, y, color=colour, marker=marker, markersize=5)
@@ -146,13 +158,13 @@ def draw_memory(data: dict[str, Any]) -> Figure:
         for case in dict.fromkeys(row["case"] for row in rows)
     ]
     height = 1.1 + 0.5 * len(groups) + 0.25 * len(rows)
-    figure = _figure(data, 8, height, "Peak memory of fused_dynamic_routing, forward + backward")
+    figure = _figure(data, 8, height, f"Peak memory of {MAIN}, forward + backward")
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[*map(len, groups)])[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         bars = [
             _Bar(
-                _MARKS[row["rival"]][2],
-                _MARKS[row["rival"]][0],
+                _mark(row["rival"])[2],
+                _mark(row["rival"])[0],
                 row["peak_bytes"] / 1e6,
                 quantity(row["peak_bytes"], "B"),
             )
@@ -194,9 +206,7 @@ def draw_scaling(data: dict[str, Any]) -> Figure:
     """Time and memory against each axis, with the fitted exponents."""
     rows = [row for row in data["rows"] if "median_s" in row]
     names = {"I": "input capsules I", "J": "output capsules J", "B": "batch B", "r": "iterations r"}
-    figure = _figure(
-        data, 11, 5.4, "fused_dynamic_routing, forward + backward: growth with each axis"
-    )
+    figure = _figure(data, 11, 5.4, f"{MAIN}, forward + backward: growth with each axis")
     panels = figure.subplots(2, len(names), sharey="row")
     for column, (axis, name) in enumerate(names.items()):
         for line, (value, fit_name, factor) in enumerate(
@@ -212,7 +222,7 @@ def draw_scaling(data: dict[str, Any]) -> Figure:
                 ]  # fmt: skip
                 if fit["axis"] != axis or not own:
                     continue
-                colour, marker, _ = _MARKS[fit["rival"]]
+                colour, marker, _ = _mark(fit["rival"])
                 label = "" if fit[fit_name] is None else f"∝ {axis}$^{{{fit[fit_name]:.2f}}}$"
                 axes.plot(
                     [row["value"] for row in own], [factor * row[value] for row in own],
@@ -227,3 +237,45 @@ def draw_scaling(data: dict[str, Any]) -> Figure:
     panels[1, 0].set_ylabel("peak, megabytes")
     _legend(figure, [row["rival"] for row in rows])
     return figure
+
+
+def draw_speed(devices: list[dict[str, Any]], path: Path) -> None:
+    """Draw the README's plot: its rows, one panel for each device.
+
+    The bars of a row are relative to einsum, so that milliseconds and seconds can stand side by
+    side on a linear axis. Their labels are the times.
+    """
+    panels = [(device, rows) for device in devices if (rows := chosen_rows(device))]
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "font.size": 10}):
+        height = 0.9 + 0.62 * sum(len(rows) for _, rows in panels)
+        figure = Figure((8, height), layout="constrained", facecolor="white")
+        ratios = [len(rows) for _, rows in panels]
+        all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        for axes, (device, rows) in zip(all_axes, panels, strict=True):
+            _draw_speed_panel(axes, rows)
+            environment = next(iter(device.values()))["environment"]
+            axes.set_title(f"{machine(environment)}: time relative to einsum", loc="left")
+        handles = [
+            mpl.patches.Patch(color=_mark(rival)[0], label=title)
+            for rival, title in (*TITLES.items(), ("torch path", "tritoncaps"))
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=200, metadata={"Software": None})
+
+
+def _draw_speed_panel(axes: Axes, rows: list[tuple[str, dict[str, float]]]) -> None:
+    for y, (_, times) in enumerate(rows):
+        for place, rival in zip((y - 0.26, y, y + 0.26), (*TITLES, own(times)), strict=True):
+            ratio = times.get(rival, 0) / times["eager"]
+            colour = _mark("torch path" if rival == own(times) else rival)[0]
+            axes.barh(place, ratio, height=0.24, color=colour)
+            axes.annotate(
+                seconds(times[rival]) if rival in times else "not measured",
+                (ratio, place), (4, 0), textcoords="offset points", va="center", fontsize=9,
+            )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [name.replace(", ", "\n", 1) for name, _ in rows])
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.set_xlim(right=1.12)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Where results go: JSON files and lines on the terminal, with where they come from."""
+"""Results: JSON files and lines on the terminal, with the machine and commit they come from."""
 
 import datetime
 import json
@@ -20,12 +20,12 @@ RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
 
-# What a row has instead of figures, where nothing is wrong.
+# What a row has in the place of figures if nothing is wrong.
 NO_TIME: Row = {"left_out": "no time was left"}
 
 
 class Report:
-    """The rows of one benchmark, printed and saved as they come: what is killed keeps its rows."""
+    """The rows of one benchmark. Each is saved at once, so that a killed run keeps what it has."""
 
     def __init__(
         self, benchmark: str, device: torch.device, settings: dict[str, Any], directory: Path
@@ -43,12 +43,12 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """What was added so far."""
+        """The rows so far."""
         return self.data["rows"]
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether everything went well that there was time for."""
+        """Tell whether all went well that there was time for."""
         return all(row.get("left_out") in (None, NO_TIME["left_out"]) for row in self.rows)
 
     def note(self, **facts: Any) -> None:
@@ -57,7 +57,7 @@ class Report:
         self._save()
 
     def add(self, rows: Iterable[Row], *columns: str) -> None:
-        """Add rows, save them, and print them with these columns before their figures."""
+        """Add rows, save them, and print each: these columns, then its figures."""
         rows = list(rows)
         self.rows.extend(rows)
         for row in rows:
@@ -74,7 +74,7 @@ class Report:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Collect what a reader needs to make a result again: versions, device, commit."""
+    """Collect what a reader needs to repeat a measurement: versions, device, commit."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": device_name(device),
@@ -168,7 +168,7 @@ def describe(row: Row, columns: Sequence[str]) -> str:
     return " ".join(words)
 
 
-# How the figures are written; a row has some of them.
+# How figures are written. A row has some of them.
 _FIGURES: dict[str, Callable[[float], str]] = {
     "first_call_s": lambda value: f"first call {seconds(value):>8}",
     "speedup": lambda value: f"{value:7.2f} x",
@@ -177,7 +177,8 @@ _FIGURES: dict[str, Callable[[float], str]] = {
     "share_of_floor": lambda value: f"{100 * value:5.1f} % of the floor's rate",
     "images_per_second": lambda value: f"{value:8.0f} images/s",
     "peak_bytes": lambda value: f"peak {quantity(value, 'B'):>8}",
-    "share_of_allowed": lambda value: f"error {100 * value:4.0f} % of what is allowed",
+    "error": lambda value: f"error {value:.1e} of the largest value",
+    "eager_error": lambda value: f"(einsum {value:.1e})",
 }
 
 

@@ -1,20 +1,23 @@
 """The least that a computation must move and compute, and how fast the machine does either."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DTYPES, Case
+from benchmarks.rivals import flops_formula
 from benchmarks.timing import Clock, Task, time_alternately
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Compulsory work: each input read once, each result written once, no û unless it is asked for.
+    """Compulsory work: each input read once, each result written once, and no û in between.
 
     Attributes:
         bytes: moved to and from memory.
-        flops: additions and multiplications, without softmax and squash.
+        flops: operations in products; softmax and squash do not count.
     """
 
     bytes: int
@@ -26,13 +29,13 @@ class Floor:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: a large copy, and large products by precision."""
+    """What this machine reaches: in a large copy, and in large products of each precision."""
 
     copy_bytes_per_second: float
     gemm_flops_per_second: dict[str, float]
 
     def seconds(self, floor: Floor, precision: str) -> float:
-        """How long the compulsory work takes at these rates, moved and computed at once."""
+        """How long the compulsory work takes at these rates, if moving and computing overlap."""
         flops_per_second = self.gemm_flops_per_second[precision]
         return max(floor.bytes / self.copy_bytes_per_second, floor.flops / flops_per_second)
 
@@ -41,32 +44,28 @@ def floor(case: Case, phase: str) -> Floor:
     """Count the compulsory work of a phase: "forward", "backward" or "both"."""
     if phase == "both":
         return floor(case, "forward") + floor(case, "backward")
-    (I, P, J, D), B, r = case.shape, case.B, case.iterations
-    u, weight, u_hat, v = B * I * P, I * P * J * D, B * I * J * D, B * J * D
-    project = 2 * B * I * P * J * D  # û = W u, and as much for du or dW
-    agree = 2 * u_hat  # û·V, and as much for a sum of û or for dû
-    forward = {
-        "squash": (2 * u, 0),
-        "margin_loss": (B * J, 0),
-        "prediction_vectors": (u + weight + u_hat, project),
-        "dynamic_routing": (u_hat + v, (2 * r - 1) * agree),
-        # û is computed anew in each iteration, the sum of the first is part of that product.
-        "fused_dynamic_routing": (u + weight + v, r * project + 2 * (r - 1) * agree),
+    inputs = sum(map(math.prod, case.input_shapes.values()))
+    outputs = sum(map(math.prod, case.output_shapes.values()))
+    # The backward reads inputs and gradients of outputs, and writes gradients of inputs.
+    elements = (inputs if phase == "forward" else 2 * inputs) + outputs
+    flops = flops_formula(case.op) or counted_flops
+    return Floor(elements * case.dtype.itemsize, flops(case, phase))
+
+
+def counted_flops(case: Case, phase: str) -> int:
+    """Count what torch's FLOP counter knows of the operator; shapes are enough for it."""
+    inputs = {
+        name: torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True)
+        for name, shape in case.input_shapes.items()
     }
-    backward = {
-        "squash": (3 * u, 0),
-        "margin_loss": (2 * B * J, 0),
-        "prediction_vectors": (u_hat + 2 * (u + weight), 2 * project),
-        # Each iteration but the first: û·V, û·ds, Σ db û; and dû has 2r − 1 terms.
-        "dynamic_routing": (2 * u_hat + v, (3 * (r - 1) + 2 * r - 1) * agree),
-        # û once for each of these iterations and once for dû, then du and dW.
-        "fused_dynamic_routing": (
-            2 * (u + weight) + v,
-            (r + 2) * project + (3 * (r - 1) + 2 * r - 1) * agree,
-        ),
-    }
-    elements, flops = (forward if phase == "forward" else backward)[case.op]
-    return Floor(elements * case.dtype.itemsize, flops)
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward:
+        outputs = case.operator.call(inputs, case.options)
+    with backward:
+        torch.autograd.grad(
+            outputs, list(inputs.values()), [torch.empty_like(output) for output in outputs]
+        )
+    return (forward if phase == "forward" else backward).get_total_flops()
 
 
 def measure_ceilings(device: torch.device, clock: Clock, precisions: list[str]) -> Ceilings:

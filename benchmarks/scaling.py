@@ -6,7 +6,7 @@ import statistics
 import torch
 
 from benchmarks import memory
-from benchmarks.cases import SHAPES, Case, Shape
+from benchmarks.cases import MAIN, SHAPES, Case, Shape
 from benchmarks.operators import checked_rivals, time_phase
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import ours
@@ -73,11 +73,11 @@ def swept_case(axis: str, value: int, device: torch.device, quick: bool) -> Case
     sizes = {**(Shape(32, 8, 4, 16) if quick else SHAPES["mnist"])._asdict(), "B": B}
     sizes |= {"r": 3, axis: value}
     shape = Shape(*(sizes[name] for name in Shape._fields))
-    return Case("fused_dynamic_routing", shape, sizes["B"], iterations=sizes["r"])
+    return Case(MAIN, shape, sizes["B"], iterations=sizes["r"])
 
 
 def _add_peaks(session: Session, rows: list[Row]) -> None:
-    """Measure the memory of the points that were timed; without it they still have their time."""
+    """Measure the memory of the points that were timed; if that fails, the times stay."""
     for rival in dict.fromkeys(row["rival"] for row in rows):
         own = [row for row in rows if row["rival"] == rival]
         cases = [
@@ -100,7 +100,7 @@ def _exponents(rows: list[Row], axis: str, rival: str) -> Row:
 
 
 def fitted_exponent(points: list[tuple[float, float]]) -> float | None:
-    """Fit k of y ~ xᵏ by least squares of the logarithms; None for fewer than two points."""
+    """Fit k of y ~ xᵏ by least squares of the logarithms; None with fewer than two points."""
     if len(points) < 2:
         return None
     logs = [(math.log(x), math.log(y)) for x, y in points]

@@ -1,4 +1,4 @@
-"""What all benchmarks of a run share."""
+"""The run that a benchmark belongs to: its device, its report, its time."""
 
 import math
 import time
@@ -17,9 +17,9 @@ class Session:
 
     Attributes:
         device: where everything runs.
-        quick: a few calls of everything, which prove that it works and measure nothing.
+        quick: a few calls of everything, which show that it works and measure nothing.
         report: takes the rows.
-        end: when, by `time.monotonic`, to begin nothing new.
+        end: the time, by `time.monotonic`, from which nothing new begins.
     """
 
     device: torch.device
@@ -32,14 +32,14 @@ class Session:
         return time.monotonic() >= self.end
 
     def time(self, tasks: dict[str, Task], seconds: float) -> dict[str, Timing]:
-        """Time tasks alternately, about `seconds` on a CPU and a tenth of that on a GPU."""
+        """Time tasks in turn, for about `seconds` on a CPU and a tenth of that on a GPU."""
         seconds = 0.0 if self.quick else seconds / (10 if self.device.type == "cuda" else 1)
         rounds = (2, 3) if self.quick else (5, 100)
         return time_alternately(tasks, clock_for(self.device), rounds=rounds, seconds=seconds)
 
 
 def reason(error: Exception) -> str:
-    """Put an error in one line."""
+    """Write an error on one line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}" if text else repr(error)
 
@@ -53,10 +53,11 @@ def timed(timing: Timing) -> Row:
 
 def axes(case: Case) -> Row:
     """Name the sizes of a case."""
+    iterations = {"iterations": case.iterations} if "iterations" in case.options else {}
     return {
         "op": case.op,
         **case.shape._asdict(),
         "B": case.B,
-        "iterations": case.iterations,
+        **iterations,
         "precision": case.precision,
     }

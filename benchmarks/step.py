@@ -1,7 +1,7 @@
 """Whole training steps: forward, loss, backward, Adam.
 
-On CUDA each is timed as Python launches it, and as the replay of a CUDA graph, which is the
-device's own time.
+On CUDA each is timed twice: as Python launches it, and as the replay of a CUDA graph, which is the
+time of the device alone.
 """
 
 import copy
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import train_images
-from benchmarks.oracle import WrongResultError, check_networks
+from benchmarks.networks import EinsumCapsNet, check_networks, einsum_loss, tritoncaps_loss
+from benchmarks.oracle import WrongResultError
 from benchmarks.report import NO_TIME, Row
-from benchmarks.rivals import EinsumCapsNet, einsum_loss, tritoncaps_loss
 from benchmarks.session import Session, reason, timed
 from benchmarks.timing import Task, replayed
 from tritoncaps.models import CapsNet, DeepCapsNet
 
 
 class Trainer:
-    """A model with its loss and Adam, which is the same for all."""
+    """A model, its loss and Adam; the same for all rivals."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Trainer:
         self.images = batch[0].contiguous(memory_format=torch.channels_last)
         self.target = batch[1]
         self.loss_of = loss_of
-        on_gpu = self.device.type == "cuda"  # where a step may be captured
+        on_gpu = self.device.type == "cuda"  # where a graph may capture a step
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=1e-3, fused=True, capturable=on_gpu
         )
@@ -61,7 +61,7 @@ class Trainer:
         self.optimizer.step()
 
     def check(self) -> None:
-        """Compare the loss with that of the same network in float64, on the CPU.
+        """Compare the loss with that of the same network in float64 on the CPU.
 
         Raises:
             WrongResultError: they differ by more than rounding explains.
@@ -69,7 +69,7 @@ class Trainer:
         error = abs(self.loss().item() / self._exact - 1)
         # Convolutions on a GPU may use TF32 in fp32, and have 8 bits in bf16.
         if not error <= {"fp32": 1e-3, "bf16": 3e-2}[self.precision]:
-            raise WrongResultError(f"the loss is off by {100 * error:.2f} %")
+            raise WrongResultError(f"the loss is off by {100 * error:.2f} % of that in float64")
 
 
 def run_step(session: Session) -> None:
@@ -97,7 +97,7 @@ def run_step(session: Session) -> None:
                     tasks[name] = Task(trainer.step)
                 else:
                     tasks[name] = replayed(Task(trainer.step))
-            except Exception as error:  # a wrong or failing trainer does not stop the others
+            except Exception as error:  # the other trainers go on
                 session.report.add([facts[name] | {"left_out": reason(error)}], *_COLUMNS)
                 break
     timings = session.time(tasks, seconds=100.0)
@@ -122,7 +122,7 @@ _STEPS = (
 
 
 def make_trainer(model: str, rival: str, precision: str, batch: tuple[Tensor, Tensor]) -> Trainer:
-    """Build a trainer; the port starts from the weights of `CapsNet`."""
+    """Build a trainer. The port starts from the weights of `CapsNet`."""
     torch.manual_seed(0)
     if rival == "tritoncaps":
         network = CapsNet() if model == "CapsNet" else DeepCapsNet()

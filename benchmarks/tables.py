@@ -1,54 +1,128 @@
-"""The tables of the project's README and of docs/memory.md, made from the results in JSON."""
+"""The tables of README.md, docs/speed.md and docs/memory.md, made from the results in JSON."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import MAIN
 from benchmarks.report import Row, load_results, machine, quantity, seconds, training_step
 
-README = Path(__file__).parent.parent / "README.md"
-MEMORY_PAGE = README.parent / "docs" / "memory.md"
+ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+# What the README and its picture show: rows of `ops` by shape and phase, all in fp32 with the
+# usual batch, then training steps of CapsNet by precision.
+README_CALLS = (("mnist", "forward"), ("mnist", "both"), ("cifar", "both"), ("classes100", "both"))
+README_STEPS = ("fp32", "bf16")
+PHASES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
+# The titles of rivals. Another rival has its name as title.
+TITLES = {"eager": "einsum", "compile": "compiled einsum"}
+
+Times = dict[str, float]  # median seconds by rival
 
 
 def readme_block(results: Path) -> str:
-    """Write the tables of all devices, with the markers."""
-    devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    parts = [_device_tables(device) for device in devices if device]
+    """Write six rows for each device, and in how many others tritoncaps is slower."""
+    parts = []
+    for device in load_devices(results):
+        rows = [[name, *_cells(times, TITLES)] for name, times in chosen_rows(device)]
+        if rows:
+            header = ["", *TITLES.values(), "tritoncaps"]
+            parts += [_origin(_of(device, "ops", "step")), _table(header, rows)]
+            parts.append(f"[All rows](docs/speed.md): tritoncaps is slower {_slower(device)}.")
+    return "\n\n".join([BEGIN, *parts, END])
+
+
+def speed_block(results: Path) -> str:
+    """Write every time and every peak that was measured at a named shape."""
+    parts = []
+    for device in load_devices(results):
+        parts.append(_origin(_of(device, "ops", "step", "memory")))
+        if "ops" in device:
+            parts.append(f"tritoncaps is slower {_slower(device)}; there, × is below 1 and bold.")
+            parts += _ops_tables(_rows(device, "ops"))
+        if "step" in device:
+            parts.append(_step_table(device["step"]["rows"]))
+        if "memory" in device:
+            parts.append(_memory_table(device["memory"]["rows"]))
     return "\n\n".join([BEGIN, *parts, END])
 
 
 def memory_block(results: Path) -> str:
-    """Write the tables of docs/memory.md for all devices, with the markers."""
-    devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    """Write the tables of docs/memory.md."""
     parts = []
-    for device in devices:
+    for device in load_devices(results):
         if "memory-grid" in device:
             data = device["memory-grid"]
             parts += [_origin([data]), *_memory_grid_tables(data["rows"])]
     return "\n\n".join([BEGIN, *parts, END])
 
 
+# The pages, and what stands between their markers.
+PAGES: dict[Path, Callable[[Path], str]] = {
+    Path("README.md"): readme_block,
+    Path("docs/speed.md"): speed_block,
+    Path("docs/memory.md"): memory_block,
+}
+
+
 def replace_block(text: str, block: str) -> str:
-    """Put a block in the place of the one between the markers.
+    """Put a block between the markers, in the place of the one that is there.
 
     Raises:
-        ValueError: the text has not one pair of markers.
+        ValueError: the text does not have exactly one pair of markers.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected one {BEGIN} and after it one {END}")
+        raise ValueError(
+            f"replace_block: expected one {BEGIN} and one {END} after it, "
+            f"found {text.count(BEGIN)} and {text.count(END)}"
+        )
     head, rest = text.split(BEGIN)
     return head + block + rest.split(END)[1]
 
 
-def _device_tables(device: dict[str, Any]) -> str:
-    tables = [_origin([data for name, data in device.items() if name != "memory-grid"])]
-    if "ops" in device:
-        tables.append(_ops_table(device["ops"]["rows"]))
-    if "step" in device:
-        tables.append(_step_table(device["step"]["rows"]))
-    if "memory" in device:
-        tables.append(_memory_table(device["memory"]["rows"]))
-    return "\n\n".join(tables)
+def chosen_rows(device: dict[str, Any]) -> list[tuple[str, Times]]:
+    """The rows of the README that a device has, with the time of each rival."""
+    rows = []
+    calls = [
+        row for row in _rows(device, "ops") if row["op"] == MAIN and row["precision"] == "fp32"
+    ]
+    for shape, phase in README_CALLS:
+        group = [row for row in calls if (row["shape"], row["phase"]) == (shape, phase)]
+        # A shape that was also timed with one image has the larger batch here.
+        batch = max((row["B"] for row in group), default=0)
+        times = _by_rival([row for row in group if row["B"] == batch], "median_s")
+        if "eager" in times and own(times) in times:
+            name = f"{shape} ({group[0]['I']} → {group[0]['J']} capsules), batch {batch}"
+            rows.append((f"{name}, {PHASES[phase]}", times))
+    names = {"einsum port": "eager", "compiled port": "compile", "tritoncaps": "torch path"}
+    for precision in README_STEPS:
+        steps = [
+            row
+            for row in _rows(device, "step")
+            if (row["model"], row["precision"]) == ("CapsNet", precision)
+            and row.get("method", "calls") == "calls"
+        ]
+        times = {names[row["rival"]]: row["median_s"] for row in steps}
+        if "eager" in times and own(times) in times:
+            name = f"CapsNet, one training step, batch {steps[0]['B']}, {precision}"
+            rows.append((name, times))
+    return rows
+
+
+def load_devices(results: Path) -> list[dict[str, Any]]:
+    """Read the results of every device: the content of each file by the name of the benchmark."""
+    devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    return [device for device in devices if device]
+
+
+def _of(device: dict[str, Any], *benchmarks: str) -> list[dict[str, Any]]:
+    return [device[name] for name in benchmarks if name in device]
+
+
+def _rows(device: dict[str, Any], benchmark: str) -> list[Row]:
+    """The rows of a benchmark that have a time."""
+    return [row for data in _of(device, benchmark) for row in data["rows"] if "median_s" in row]
 
 
 def _origin(results: list[dict[str, Any]]) -> str:
@@ -61,6 +135,21 @@ def _origin(results: list[dict[str, Any]]) -> str:
     )
 
 
+def _slower(device: dict[str, Any]) -> str:
+    """Say in how many of the calls of operators that were timed."""
+    groups = [times for _, times in _call_times(_rows(device, "ops"))]
+    counts = []
+    for rival, title in TITLES.items():
+        pairs = [
+            (times[own(times)], times[rival])
+            for times in groups
+            if {rival, own(times)} <= times.keys()
+        ]
+        slower = sum(ours > theirs for ours, theirs in pairs)
+        counts.append(f"than {title} in {slower} of {len(pairs)} calls")
+    return " and ".join(counts)
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -70,32 +159,55 @@ def _by_rival(rows: list[Row], value: str) -> dict[str, float]:
     return {row["rival"]: row[value] for row in rows if value in row}
 
 
-def _own(figures: dict[str, float]) -> str:
-    """The path that tritoncaps takes on the device."""
+def own(figures: dict[str, float]) -> str:
+    """Name the path that tritoncaps takes on the device."""
     return "triton" if "triton" in figures else "torch path"
 
 
-def _ops_table(rows: list[Row]) -> str:
-    lines = []
+def _cells(times: Times, rivals: Iterable[str]) -> list[str]:
+    """The times of these rivals, empty where nothing was measured, then that of tritoncaps."""
+    return [seconds(times[name]) if name in times else "" for name in (*rivals, own(times))]
+
+
+def _ratio(times: Times, rival: str) -> str:
+    """How many times as fast as a rival tritoncaps is; in bold where it is slower."""
+    if rival not in times:
+        return ""
+    ratio = times[rival] / times[own(times)]
+    return f"{ratio:.1f}" if ratio >= 1 else f"**{ratio:.2f}**"
+
+
+def _call_times(rows: list[Row]) -> list[tuple[Row, Times]]:
+    """The times of the rivals by case and phase, each with its first row."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["op"] == "fused_dynamic_routing" and row["phase"] in ("forward", "both"):
-            groups.setdefault((row["case"], row["phase"]), []).append(row)
-    for (case, phase), group in groups.items():
-        medians = _by_rival(group, "median_s")
-        own = _own(medians)
-        if own not in medians:
-            continue
-        first = group[0]
-        name = f"{first['shape']} {case.split()[2]}, B={first['B']}, {first['precision']}"
-        cells = [seconds(medians[r]) if r in medians else "" for r in ("eager", "compile", own)]
-        ratios = [
-            f"{medians[r] / medians[own]:.1f}" if r in medians else "" for r in ("eager", "compile")
-        ]
-        phase = {"forward": "forward", "both": "forward + backward"}[phase]
-        lines.append([f"{name}, {phase}", *cells, *ratios])
-    header = ["`fused_dynamic_routing`", "einsum", "compiled einsum", "tritoncaps"]
-    return _table([*header, "× einsum", "× compiled"], lines)
+        groups.setdefault((row["case"], row["phase"]), []).append(row)
+    return [(group[0], _by_rival(group, "median_s")) for group in groups.values()]
+
+
+def _ops_tables(rows: list[Row]) -> list[str]:
+    tables = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        calls = _call_times([row for row in rows if row["op"] == op])
+        rivals = _others([times for _, times in calls])
+        lines = []
+        for first, times in calls:
+            if own(times) not in times:
+                continue
+            shape = first["case"].split()[2]
+            name = f"{first['shape']} {shape}, B={first['B']}, {first['precision']}"
+            ratios = [_ratio(times, rival) for rival in rivals]
+            lines.append([f"{name}, {PHASES[first['phase']]}", *_cells(times, rivals), *ratios])
+        titles = [TITLES.get(rival, rival) for rival in rivals]
+        header = [f"`{op}`", *titles, "tritoncaps", *(f"× {title}" for title in titles)]
+        tables.append(_table(header, lines))
+    return tables
+
+
+def _others(groups: list[dict[str, float]]) -> list[str]:
+    """All rivals of tritoncaps that have a figure; those with a title come first."""
+    names = dict.fromkeys(name for group in groups for name in group if name != own(group))
+    return sorted(names, key=lambda name: list(TITLES).index(name) if name in TITLES else 9)
 
 
 def _step_table(rows: list[Row]) -> str:
@@ -114,16 +226,20 @@ def _step_table(rows: list[Row]) -> str:
 
 
 def _memory_table(rows: list[Row]) -> str:
+    groups = [
+        [row for row in rows if row["case"] == case]
+        for case in dict.fromkeys(row["case"] for row in rows)
+    ]
+    rivals = _others([_by_rival(group, "peak_bytes") for group in groups])
     lines = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        group = [row for row in rows if row["case"] == case]
-        peaks = _by_rival(group, "peak_bytes")
-        names = ("eager", "compile", _own(peaks))
+    for group in groups:
+        peaks, first = _by_rival(group, "peak_bytes"), group[0]
+        names = (*rivals, own(peaks))
         cells = [quantity(peaks[name], "B") if name in peaks else "" for name in names]
-        name = f"{group[0]['shape']} {case.split()[2]}, B={group[0]['B']}"
-        lines.append([name, quantity(group[0]["u_hat_bytes"], "B"), *cells])
-    header = ["Peak of forward + backward", "û alone", "einsum", "compiled einsum", "tritoncaps"]
-    return _table(header, lines)
+        name = f"{first['shape']} {first['case'].split()[2]}, B={first['B']}"
+        lines.append([name, quantity(first["u_hat_bytes"], "B"), *cells])
+    titles = [TITLES.get(rival, rival) for rival in rivals]
+    return _table(["Peak of forward + backward", "û alone", *titles, "tritoncaps"], lines)
 
 
 def _memory_grid_tables(rows: list[Row]) -> list[str]:
@@ -137,9 +253,9 @@ def _memory_grid_tables(rows: list[Row]) -> list[str]:
             for phase in ("forward", "both"):
                 group = [row for row in cell if row["phase"] == phase]
                 peaks, formulas = _by_rival(group, "peak_bytes"), _by_rival(group, "formula_bytes")
-                own = _own(formulas)
-                figures += [_peak(peaks.get("eager")), _peak(peaks.get(own))]
-                figures.append(_peak(formulas.get(own)))
+                path = own(formulas)
+                figures += [_peak(peaks.get("eager")), _peak(peaks.get(path))]
+                figures.append(_peak(formulas.get(path)))
             lines.append([f"{I}", f"{J}", *figures])
         columns = ["einsum", "tritoncaps", "formula"]
         names = [f"{phase}: {name}" for phase in ("forward", "with backward") for name in columns]

@@ -1,4 +1,4 @@
-"""Timing: rivals take turns in one process; the median, and the 20th and 80th percentile."""
+"""Timing: rivals take turns in one process; what counts are the median and two percentiles."""
 
 import gc
 import random
@@ -17,9 +17,9 @@ class Task:
     """Something to time.
 
     Attributes:
-        run: what is timed; it takes what `prepare` returned.
-        prepare: is called before every run, and is not timed.
-        calls: how many calls a run makes, each on inputs of its own; timings are for one call.
+        run: what is timed. It takes what `prepare` returned.
+        prepare: called before each run, and not timed.
+        calls: how many calls a run makes, each on inputs of its own. A timing is that of one call.
     """
 
     run: Callable[[Any], object]
@@ -56,7 +56,7 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Wall time of a device that has finished when a call returns."""
+    """Wall time, for a device that has finished when a call returns."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
@@ -70,7 +70,7 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events in the stream of the device."""
+    """Time between two events in the device's stream."""
 
     def __init__(self) -> None:
         self._start = torch.cuda.Event(enable_timing=True)
@@ -92,10 +92,10 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def replayed(task: Task) -> Task:
-    """Capture a task in CUDA graphs; its replay spends no time on launching from Python.
+    """Capture a task in CUDA graphs. A replay spends no time on launches from Python.
 
-    What `prepare` does is a graph of its own with the same memory, replayed before each run. The
-    replay holds the task, since it works on the task's tensors wherever these were.
+    `prepare` becomes a graph of its own in the same memory, replayed before each run. The replay
+    keeps the task alive, because a graph holds only the addresses of its tensors.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -108,7 +108,7 @@ def replayed(task: Task) -> Task:
     pool = torch.cuda.graph_pool_handle()
     state, preparation = None, None
     graph = torch.cuda.CUDAGraph()
-    with _no_collection():  # it may free what must not be freed during a capture
+    with _no_collection():  # which might free memory, and a capture forbids that
         if task.prepare is not None:
             preparation = torch.cuda.CUDAGraph()
             with torch.cuda.graph(preparation, pool=pool):
@@ -130,16 +130,16 @@ def time_alternately(
     seconds: float,
     now: Callable[[], float] = time.monotonic,
 ) -> dict[str, Timing]:
-    """Time tasks side by side, so that a drift of the machine meets all of them alike.
+    """Time tasks side by side, so that a drift of the machine affects all of them alike.
 
-    Every round runs each task once, in an order that is drawn anew: no task always follows the
-    same one. A round to warm up is not counted.
+    Every round runs each task once, in a new random order, so that no task always follows the same
+    one. A first round warms up and does not count.
 
     Args:
         tasks: by name.
         clock: measures a run.
-        rounds: the least, at least 2, and the most.
-        seconds: no round starts after that many, once the least are done.
+        rounds: the fewest, at least 2, and the most.
+        seconds: after so many no round starts, once the fewest are done.
         now: tells the time.
     """
     order = list(tasks)
@@ -160,7 +160,7 @@ def time_alternately(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector away."""
+    """Stop the garbage collector."""
     gc.collect()
     gc.disable()
     try:

@@ -6,63 +6,62 @@
 
 The network is that of a run directory, at the epoch that the validation set chose. It sees an image
 and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
-shows the first test images of each class beside their reconstructions, and failures.png images that
-were misread, with the decoded capsules of the class it took them for and of the true one.
+shows the first test images of each class beside their reconstructions. failures.png shows images
+that were misread, with the decoded capsules of the predicted class and of the true one.
 
-The paper says that reconstructions are smoother and less noisy than the images. reconstruction.csv
-and reconstruction.json have numbers for that, class by class: the squared error, and the total
+The paper says that reconstructions are smoother and less noisy than the images. For that claim,
+reconstruction.csv and reconstruction.json have numbers by class: the squared error, and the total
 variation (the sum of the differences between neighbouring pixels) of images and reconstructions.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine import experiment_figures
-from engine.experiment import Experiment, percent, run_program
-from engine.flags import (
-    add_data_flags,
-    add_limit,
-    add_machine_flags,
-    add_test_batch_size,
-    new_parser,
-    positive,
-)
-from engine.trained import Trained, check_trained, load_trained
+from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
+from engine.runner import AGAIN, Experiment, run_program
+from engine.tables import percent
+from engine.trained import Trained, check_data, check_trained, load_trained
 from tritoncaps.data import to_float
 from tritoncaps.losses import reconstruction_error
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags."""
-    parser = new_parser(__doc__)
-    what = parser.add_argument_group("experiment")
-    what.add_argument("run", metavar="RUN", help="directory of a trained capsule network")
-    what.add_argument("--classes", nargs="+", metavar="NAME", help="which ones (default: all)")
-    what.add_argument("--per-class", type=positive, default=8, metavar="N", help="images of each")
-    what.add_argument("--failures", type=positive, default=10, metavar="N", help="at most so many")
-    add_test_batch_size(what, 500)
-    add_limit(add_data_flags(parser), "test")
-    add_machine_flags(parser)
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Pictures:
+    """What is drawn."""
+
+    run: str = flag(..., "directory of a trained capsule network", metavar="RUN")
+    classes: list[str] | None = flag(None, "which ones (default: all)", nargs="+", metavar="NAME")
+    per_class: int = flag(8, "images of each", **COUNT)
+    failures: int = flag(10, "at most so many", **COUNT)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Reconstruct; returns the exit status of the program."""
-    return run_program("reconstruct", tell, parse_arguments(argv))
+    groups = (Pictures, Recipe, Machine, Output)
+    flags = parse(__doc__, argv, *groups, leave_out=NO_TRAINING)
+    return run_program("reconstruct", tell, *flags, interrupted=AGAIN)
 
 
-def tell(args: argparse.Namespace) -> int:
+def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -> int:
     """Run the network over the test set, then draw and measure what it decodes."""
-    args.output_dir = args.output_dir or str(check_trained(args.run) / "reconstruct")
-    experiment = Experiment("reconstruct", args, recipe=["run"])
-    network = load_trained(args.run, experiment.runtime)
-    check(experiment, network)
+    default = str(check_trained(pictures.run) / "reconstruct")
+    output = replace(output, output_dir=output.output_dir or default)
+    experiment = Experiment("reconstruct", recipe, machine, output, pictures, NO_TRAINING)
+    experiment.open(trains=False, run=pictures.run)
+    network = load_trained(pictures.run, experiment.runtime)
+    if getattr(network.model, "decoder", None) is None:
+        raise ValueError(
+            f"{network.directory} is a {network.title}, which has no decoder: "
+            "give the run of a capsule network"
+        )
+    check_data(network, experiment.dataset)
     names = experiment.dataset.class_names
-    classes = chosen_classes(args.classes, names)
+    classes = chosen_classes(pictures.classes, names)
     title = f"{network.title} on {experiment.dataset.title}"
 
     images = to_float(experiment.test_images.images)
@@ -71,7 +70,7 @@ def tell(args: argparse.Namespace) -> int:
     images = images.cpu()
 
     # -- the first images of each class, beside what they are decoded to
-    shown = [(labels == label).nonzero()[: args.per_class, 0] for label in classes]
+    shown = [(labels == label).nonzero()[: pictures.per_class, 0] for label in classes]
     columns = min(map(len, shown))
     if columns == 0:
         raise ValueError("--limit-test: it leaves a class without an image, take more")
@@ -87,7 +86,7 @@ def tell(args: argparse.Namespace) -> int:
     # -- what was misread, as it was taken and as it should have been
     of_these = torch.isin(labels, torch.tensor(classes))
     wrong = of_these & (predictions != labels)
-    failures = wrong.nonzero()[: args.failures, 0]
+    failures = wrong.nonzero()[: pictures.failures, 0]
     if len(failures):
         inputs = images[failures].to(experiment.runtime.device)
         _, as_labelled = decode(experiment, network, inputs, labels[failures])
@@ -117,21 +116,6 @@ def tell(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(experiment: Experiment, network: Trained) -> None:
-    """Refuse a network that has no decoder, or was made for other images."""
-    if getattr(network.model, "decoder", None) is None:
-        raise ValueError(
-            f"{network.directory} is a {network.title}, which has no decoder: "
-            "give the run of a capsule network"
-        )
-    trained_on = network.args["dataset"]
-    if trained_on != experiment.dataset.name:
-        raise ValueError(
-            f"{network.directory} was trained on {trained_on}, but the test images are "
-            f"{experiment.dataset.name}: add --dataset {trained_on}"
-        )
-
-
 def chosen_classes(wanted: list[str] | None, names: tuple[str, ...]) -> list[int]:
     """Turn names of classes into indices."""
     if wanted is None:
@@ -148,7 +132,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Return predictions (N,) and decoded images, of the longest capsule or of the target's."""
     predictions, decoded = [], []
-    size = experiment.args.test_batch_size
+    size = experiment.machine.test_batch_size
     for first in range(0, len(images), size):
         part = slice(first, first + size)
         labels = None if target is None else target[part].to(images.device)

@@ -5,39 +5,33 @@
     python examples/robustness.py RUN RUN RUN                       # runs of train_mnist.py will do
 
 Nothing is trained: the networks are those of run directories, at the epoch that their validation
-set chose. The fast gradient sign attack takes the gradient of the classification loss that each
-was trained by, on the path by which it predicts: the decoder has no part in it, nor has the label
-any but in the loss. That loss of a capsule network has a gradient of exactly 0 where all lengths
-are beyond their margins, and such an image is not attacked at all. So the share of these images is
-reported, and a second attack follows the difference between the best wrong score and the true one,
-which never vanishes. Networks are only comparable where their clean accuracies are.
+set chose. The fast gradient sign attack follows the gradient of the classification loss by which
+each was trained. The network sees no label, and the decoder has no part in it. The margin loss of a
+capsule network has a gradient of exactly 0 where all lengths are beyond their margins; such an
+image is not attacked at all. So the share of these images is reported, and a second attack follows
+the difference between the best wrong score and the true one, which never vanishes. Compare networks
+only where their clean accuracies are alike.
 
 It writes robustness.csv and robustness.json (a row for each network and condition), robustness.png
-and examples.png. A condition that is measured is not measured again.
+and examples.png. What was measured is not measured again.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import baseline, distortions, experiment_figures
-from engine.experiment import Experiment, percent, run_program
+from engine import distortions, experiment_figures
 from engine.experiment_figures import Panel
-from engine.flags import (
-    add_data_flags,
-    add_limit,
-    add_machine_flags,
-    add_test_batch_size,
-    new_parser,
-)
+from engine.flags import NO_TRAINING, Machine, Output, Recipe, flag, parse
 from engine.run_directory import write_json
-from engine.trained import Trained, check_trained, load_trained
+from engine.runner import AGAIN, Experiment, run_program
+from engine.tables import percent
+from engine.trained import Trained, check_data, check_trained, load_trained
 from tritoncaps.data import to_float
 from tritoncaps.losses import MarginLoss
 
@@ -78,58 +72,52 @@ KINDS = (
 )  # fmt: skip
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags."""
-    parser = new_parser(__doc__)
-    what = parser.add_argument_group("experiment")
-    what.add_argument("runs", nargs="+", metavar="RUN", help="directories of trained networks")
-    names = [kind.name for kind in KINDS]
-    what.add_argument("--kinds", nargs="+", choices=names, default=names, help="which conditions")
-    add_test_batch_size(what, 250)
-    add_limit(add_data_flags(parser), "test")
-    add_machine_flags(parser)
-    # The sign of a gradient near 0 is that of its rounding errors in 16 bits.
-    parser.set_defaults(precision="fp32")
-    return parser.parse_args(argv)
+NAMES = [kind.name for kind in KINDS]
+
+
+@dataclass(frozen=True)
+class Test:
+    """What is tested."""
+
+    runs: list[str] = flag(..., "directories of trained networks", nargs="+", metavar="RUN")
+    kinds: list[str] = flag(tuple(NAMES), "which conditions", nargs="+", choices=NAMES)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure; returns the exit status of the program."""
-    return run_program("robustness", tell, parse_arguments(argv))
+    groups = (Test, Recipe, Machine, Output)
+    # The sign of a gradient near 0 is that of its rounding errors in 16 bits.
+    machine = {"precision": "fp32", "test_batch_size": 250}
+    flags = parse(__doc__, argv, *groups, leave_out=NO_TRAINING, **machine)
+    return run_program("robustness", tell, *flags, interrupted=AGAIN)
 
 
-def tell(args: argparse.Namespace) -> int:
+def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> int:
     """Measure every network under every condition, then draw one curve for each."""
-    for run in args.runs:
+    for run in test.runs:
         check_trained(run)
-    experiment = Experiment("robustness", args)
-    networks = [load_trained(run, experiment.runtime) for run in args.runs]
+    experiment = Experiment("robustness", recipe, machine, output, test, NO_TRAINING)
+    experiment.open(trains=False)
+    networks = [load_trained(run, experiment.runtime) for run in test.runs]
     for network in networks:
-        trained_on = network.args["dataset"]
-        if trained_on != experiment.dataset.name:
-            raise ValueError(
-                f"{network.directory} was trained on {trained_on}, but the test images are "
-                f"{experiment.dataset.name}: add --dataset {trained_on}"
-            )
-        # What is measured is classification: no label reaches a decoder that is not there.
+        check_data(network, experiment.dataset)
+        # Classification alone is measured. Without a decoder, no label can reach one.
         network.model.decoder = None  # type: ignore[assignment]
     titles = distinct_titles(networks)
-    kinds = [kind for kind in KINDS if kind.name in args.kinds]
+    kinds = [kind for kind in KINDS if kind.name in test.kinds]
     memory = Memory(experiment)
     rows = []
     for title, network in zip(titles, networks, strict=True):
         for kind in kinds:
-            amounts = kind.amounts[:: len(kind.amounts) - 1] if args.dry_run else kind.amounts
+            amounts = kind.amounts[:: len(kind.amounts) - 1] if output.dry_run else kind.amounts
             measured = memory.recall(network, kind, amounts)
             if measured is None:
                 measured = measure(experiment, network, kind, amounts)
                 memory.keep(network, kind, amounts, measured)
             line = ", ".join(f"{row['amount']:g}: {percent(row['accuracy'])}" for row in measured)
             print(f"{title}, {kind.title}: {line}", flush=True)
-            environment = {"epoch": network.epoch, "run": str(network.directory)}
-            rows += [
-                {"network": title, "kind": kind.name, **row, **environment} for row in measured
-            ]
+            origin = {"epoch": network.epoch, "run": str(network.directory)}
+            rows += [{"network": title, "kind": kind.name, **row, **origin} for row in measured]
     experiment.write_table("robustness", rows)
     compare_clean(rows)
     draw(experiment, rows, kinds, titles, networks)
@@ -172,19 +160,20 @@ def measure(
     ]
 
 
-def batches(experiment: Experiment) -> Any:
+def batches(experiment: Experiment) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Iterate over the test set: number of the first image, images in [0, 1], labels."""
-    test, size = experiment.test_images, experiment.args.test_batch_size
+    test, size = experiment.test_images, experiment.machine.test_batch_size
     for first in range(0, len(test), size):
         part = slice(first, first + size)
         yield first, to_float(test.images[part]), test.labels[part]
 
 
 def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
-    """Run the network as it predicts: without a label."""
+    """Run the network without a label; returns logits where it has them, else lengths."""
     with experiment.runtime.autocast():
-        activations: Tensor = network.model(images).activations
-    return activations.float()
+        output = network.model(images)
+    found: Tensor = output.activations if output.logits is None else output.logits
+    return found.float()
 
 
 def attack(
@@ -195,7 +184,7 @@ def attack(
     def loss(values: Tensor) -> Tensor:
         if kind.name == "fgsm_difference":
             return distortions.score_difference(values, labels)
-        if network.network == baseline.CNN:
+        if network.trains_logits:
             return torch.nn.functional.cross_entropy(values, labels, reduction="none")
         return MarginLoss(reduction="none")(values, labels)
 
@@ -215,7 +204,7 @@ class Memory:
 
     @staticmethod
     def key(network: Trained, kind: Kind, amounts: tuple[float, ...]) -> str:
-        """Name a measurement: the weights, wherever they lie, and what is done to the images."""
+        """Name a measurement by the weights, not their place, and by what is done to the images."""
         return f"{network.digest} {kind.name} {list(map(float, amounts))}"
 
     def recall(

@@ -6,7 +6,7 @@
     python examples/routing_sweep.py --epochs 30 --seeds 3                # the whole, on a GPU
 
 One run for each pair of main and secondary iterations, in a directory of its own. A finished one is
-not run again, and a larger grid adds to a smaller one. Beside the runs stand runs.csv and runs.json
+not run again, and a larger grid adds to a smaller one. Beside the runs are runs.csv and runs.json
 (a row a run), grid.csv and grid.json (a row a pair: mean and spread over the seeds, and whether it
 is on the Pareto front), grid.png (accuracies as a heat map), time.png (time against accuracy) and
 equal.png (the curves of equal counts).
@@ -14,55 +14,58 @@ equal.png (the curves of equal counts).
 Seconds can only be compared on one machine that does nothing else; the tables name the device.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import experiment_figures
-from engine.experiment import Cell, Experiment, mean_and_spread, percent, run_program
-from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
+from engine.flags import Machine, Output, Recipe, flag, parse, positive, seeds_flag
+from engine.runner import AGAIN, Experiment, run_program
+from engine.tables import averages, grouped, percent
+
+PAIR = ("primary_iterations", "secondary_iterations")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags."""
-    parser = new_parser(__doc__)
-    what = parser.add_argument_group("experiment")
-    for name, route in (("main", "from primary"), ("secondary", "to class")):
-        what.add_argument(
-            f"--{name}",
-            nargs="+",
-            type=positive,
-            default=[1, 2, 3, 4],
-            metavar="R",
-            help=f"iterations of the {name} route, {route} capsules",
-        )
-    add_seeds(what)
-    add_training_flags(parser, epochs=30)
-    add_machine_flags(parser)
-    return parser.parse_args(argv)
+def counts_flag(help: str) -> Any:
+    """Declare a flag of iterations."""
+    return flag((1, 2, 3, 4), help, nargs="+", type=positive, metavar="R")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is swept over."""
+
+    main: list[int] = counts_flag("iterations of the main route, from primary capsules")
+    secondary: list[int] = counts_flag("iterations of the secondary route, to class capsules")
+    seeds: int = seeds_flag()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train the grid; returns the exit status of the program."""
-    return run_program("routing_sweep", tell, parse_arguments(argv))
+    groups = (Grid, Recipe, Machine, Output)
+    left_out = ("model", "model_kwargs", "seed")
+    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=30)
+    return run_program("routing_sweep", tell, *flags, interrupted=AGAIN)
 
 
-def tell(args: argparse.Namespace) -> int:
+def tell(grid: Grid, recipe: Recipe, machine: Machine, output: Output) -> int:
     """Train every pair of counts, then weigh accuracy against time."""
-    experiment = Experiment("routing_sweep", args)
-    grid = [
-        (main_count, secondary)
-        for main_count in sorted(set(args.main))
-        for secondary in sorted(set(args.secondary))
-    ]
-    cells = [
-        Cell(f"main{pair[0]}-secondary{pair[1]}-seed{seed}", "deep_capsnet", seed, *pair)
-        for seed in range(1, args.seeds + 1)
-        for pair in grid
-    ]
-    results = experiment.train(cells, experiment.make_job)
+    experiment = Experiment("routing_sweep", recipe, machine, output, grid)
+    experiment.open()
+    recipes = {
+        f"main{main_count}-secondary{secondary}-seed{seed}": replace(
+            experiment.recipe,
+            model="deep_capsnet",
+            model_kwargs=dict(zip(PAIR, (main_count, secondary), strict=True)),
+            seed=seed,
+        )
+        for seed in range(1, grid.seeds + 1)
+        for main_count in sorted(set(grid.main))
+        for secondary in sorted(set(grid.secondary))
+    }
+    results = experiment.run(recipes)
     if results is None:
         return 130
 
@@ -75,16 +78,13 @@ def tell(args: argparse.Namespace) -> int:
     return 0
 
 
-def pairs(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each pair of counts, with mean and spread over the seeds."""
-    rows = []
-    grid = dict.fromkeys((r["primary_iterations"], r["secondary_iterations"]) for r in results)
-    for pair in grid:
-        runs = [r for r in results if (r["primary_iterations"], r["secondary_iterations"]) == pair]
-        row: dict[str, Any] = {"main": pair[0], "secondary": pair[1], "seeds": len(runs)}
-        for name in ("test_accuracy", "highest_test_accuracy", "seconds_per_epoch"):
-            row[name], row[f"{name}_spread"] = mean_and_spread([run[name] for run in runs])
-        rows.append(row)
+    averaged = ("test_accuracy", "highest_test_accuracy", "seconds_per_epoch")
+    rows = [
+        {"main": row.pop(PAIR[0]), "secondary": row.pop(PAIR[1]), **row}
+        for row in averages(results, PAIR, averaged)
+    ]
     front = pareto_front([(row["seconds_per_epoch"], row["test_accuracy"]) for row in rows])
     for index, row in enumerate(rows):
         row["pareto_front"] = index in front
@@ -118,9 +118,9 @@ def report(rows: list[dict[str, Any]]) -> None:
     print(f"most accurate: main {best['main']} × secondary {best['secondary']}")
 
 
-def draw(experiment: Experiment, results: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+def draw(experiment: Experiment, results: Sequence[dict[str, Any]], rows: list[Any]) -> None:
     """Draw the heat map, time against accuracy, and the curves of equal counts."""
-    directory, where = experiment.directory, experiment.where
+    directory = experiment.directory
     network = f"DeepCapsNet on {experiment.dataset.title}"
     by_pair = {(row["main"], row["secondary"]): row["test_accuracy"] for row in rows}
     counts = [sorted({row[name] for row in rows}) for name in ("main", "secondary")]
@@ -139,14 +139,14 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], rows: list[dict[
         ],
         [index for index, row in enumerate(rows) if row["pareto_front"]],
         directory / "time.png",
-        f"{network}: iterations main × secondary, on {where}",
+        f"{network}: iterations main × secondary, on {experiment.runtime.describe()}",
         ("training time of an epoch (s)", "test accuracy"),
     )
-    equal: dict[str, list[list[float]]] = {}
-    for result in results:
-        if result["primary_iterations"] == result["secondary_iterations"]:
-            name = f"{result['primary_iterations']} × {result['secondary_iterations']}"
-            equal.setdefault(name, []).append(experiment.curve(result))
+    equal = {
+        f"{first} × {second}": experiment.curves(runs)
+        for (first, second), runs in grouped(results, *PAIR).items()
+        if first == second
+    }
     if equal:
         title = f"{network}: the same count in both routes"
         experiment_figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")

@@ -10,22 +10,24 @@ their sum is clipped at white. The network sees the sum; the margin loss asks fo
 the decoder draws each of them on its own, to be compared with the original that nobody overlaid.
 
 Two rates are reported: *exact pairs*, of which both classes are found, and *digits* found. The same
-command again goes on where it was stopped. Each network has a run directory; beside them stand
+command again goes on where it was stopped. Each network has a run directory; beside them are
 pairs.csv and pairs.json, curves.png, and a picture of successes and failures of each network.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine import baseline, experiment_figures
-from engine.experiment import Cell, Experiment, Job, percent, run_program
+from engine import experiment_figures
+from engine.baseline import TITLES
 from engine.experiment_figures import Overlapped
-from engine.flags import add_machine_flags, add_seeds, add_training_flags, new_parser, positive
-from engine.tasks import TwoClasses, TwoClassesLoss, per_class_rate
+from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
+from engine.runner import AGAIN, Experiment, Job, run_program
+from engine.tables import grouped, percent
+from engine.tasks import TwoClasses, per_class_rate
 from engine.trained import Trained, load_trained
 from tritoncaps.data import ImageSet, Overlays
 from tritoncaps.models import list_models
@@ -40,121 +42,113 @@ FIXED_SEED = 0
 SHOWN = 9
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags."""
-    parser = new_parser(__doc__)
-    what = parser.add_argument_group("experiment")
-    what.add_argument(
-        "--mode",
+@dataclass(frozen=True)
+class Pairs:
+    """What is trained and tested."""
+
+    mode: str = flag(
+        "coincident",
+        "coincident: no shift, 28×28; shifted: each by up to 4 pixels, 36×36",
         choices=list(MODES),
-        default="coincident",
-        help="coincident: no shift, 28×28; shifted: each by up to 4 pixels, 36×36",
     )
-    what.add_argument(
-        "--models", nargs="+", choices=list_models(), default=list_models(), help="which networks"
-    )
-    add_seeds(what)
-    what.add_argument(
-        "--partners",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="overlays of each test image in the final test",
-    )
-    add_training_flags(parser, epochs=30, shifts=False)
-    add_machine_flags(parser)
-    return parser.parse_args(argv)
+    models: list[str] = models_flag(list_models())
+    seeds: int = seeds_flag()
+    partners: int = flag(1, "overlays of each test image in the final test", **COUNT)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train and test; returns the exit status of the program."""
-    return run_program("train_overlapping", tell, parse_arguments(argv))
+    groups = (Pairs, Recipe, Machine, Output)
+    left_out = ("model", "model_kwargs", "seed", "max_shift")
+    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=30, max_shift=0)
+    return run_program("train_overlapping", tell, *flags, interrupted=AGAIN)
 
 
-def tell(args: argparse.Namespace) -> int:
+def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
     """Train each network, test it on pairs it never saw, and draw what it makes of them."""
-    experiment = Experiment("train_overlapping", args, recipe=["mode"], variant=args.mode)
-    cells = [
-        Cell(f"{model}-seed{seed}", model, seed)
-        for seed in range(1, args.seeds + 1)
-        for model in args.models
-    ]
+    experiment = Experiment("train_overlapping", recipe, machine, output, pairs)
+    experiment.open(pairs.mode, mode=pairs.mode)
+    recipes = {
+        f"{model}-seed{seed}": replace(experiment.recipe, model=model, seed=seed)
+        for seed in range(1, pairs.seeds + 1)
+        for model in pairs.models
+    }
 
-    def make_job(cell: Cell) -> Job:
-        train, validation = experiment.split(cell.seed)
-        batches = overlays(args, train, args.batch_size, cell.seed, shuffle=True)
-        model, kwargs = experiment.build(cell, batches.image_shape)
-        held_out = None if validation is None else fixed_overlays(args, validation)
-        test = fixed_overlays(args, experiment.test_images)
-        task = TwoClasses(model.decoder)  # type: ignore[arg-type]
-        return Job(model, kwargs, batches, held_out, test, TwoClassesLoss(), task)
+    def fixed(images: ImageSet) -> Overlays:
+        """Lay images over each other as in a test: the same for every network and seed."""
+        return overlays(pairs.mode, images, machine.test_batch_size, FIXED_SEED, shuffle=False)
 
-    results = experiment.train(cells, make_job)
+    def make_job(recipe: Recipe) -> Job:
+        train, held_out = experiment.split(recipe)
+        batches = overlays(pairs.mode, train, recipe.batch_size, recipe.seed, shuffle=True)
+        model, config = experiment.build(recipe, batches.image_shape)
+        task = TwoClasses(model.decoder, recipe.reconstruction_weight)  # type: ignore[arg-type]
+        validation = None if held_out is None else fixed(held_out)
+        return Job(model, config, task, batches, validation, fixed(experiment.test_images))
+
+    results = experiment.run(recipes, make_job)
     if results is None:
         return 130
 
     # -- the final test: the model that the validation set chose, and as many pairs as asked for
     rows = []
-    curves: dict[str, list[list[float]]] = {}
     for result in results:
         trained = load_trained(experiment.directory / result["name"], experiment.runtime)
-        measured, examples = measure(experiment, trained)
-        rows.append({"mode": args.mode, **result, **measured})
-        title = baseline.TITLES[result["model"]]
-        curves.setdefault(title, []).append(experiment.curve(result))
+        test = fixed(experiment.test_images)
+        measured, examples = measure(experiment, trained, test, pairs.partners)
+        rows.append({"mode": pairs.mode, **result, **measured})
         print(
-            f"{title}, seed {result['seed']}: exact pairs {percent(measured['exact_pairs'])}, "
-            f"digits {percent(measured['digits'])} ({measured['pairs']:,} {args.mode} test pairs)"
+            f"{trained.title}, seed {result['seed']}: "
+            f"exact pairs {percent(measured['exact_pairs'])}, "
+            f"digits {percent(measured['digits'])} ({measured['pairs']:,} {pairs.mode} test pairs)"
         )
         if result["seed"] == 1:
-            draw(experiment, result["model"], examples, measured["exact_pairs"])
+            draw(experiment, trained, examples, f"{pairs.mode} pairs", measured["exact_pairs"])
     experiment.write_table("pairs", rows)
-    title = f"Overlapping {experiment.dataset.title}, {args.mode}"
     experiment_figures.plot_model_curves(
-        curves, experiment.directory / "curves.png", title, "exact pairs of the test set"
+        {
+            TITLES[model]: experiment.curves(runs)
+            for (model,), runs in grouped(results, "model").items()
+        },
+        experiment.directory / "curves.png",
+        f"Overlapping {experiment.dataset.title}, {pairs.mode}",
+        "exact pairs of the test set",
     )
     print(f"tables, pictures and checkpoints are in {experiment.directory}")
     return 0
 
 
-def overlays(
-    args: argparse.Namespace, images: ImageSet, batch_size: int, seed: int, *, shuffle: bool
-) -> Overlays:
+def overlays(mode: str, images: ImageSet, batch_size: int, seed: int, *, shuffle: bool) -> Overlays:
     """Lay the images of a set over each other, as --mode says."""
-    padding, max_shift = MODES[args.mode]
+    padding, max_shift = MODES[mode]
     return Overlays(
         images, batch_size, seed=seed, shuffle=shuffle, padding=padding, max_shift=max_shift
     )
 
 
-def fixed_overlays(args: argparse.Namespace, images: ImageSet) -> Overlays:
-    """Return the overlays of a test, the same ones for every network and seed."""
-    return overlays(args, images, args.test_batch_size, FIXED_SEED, shuffle=False)
-
-
 @torch.inference_mode()
-def measure(experiment: Experiment, trained: Trained) -> tuple[dict[str, Any], Overlapped]:
+def measure(
+    experiment: Experiment, trained: Trained, test: Overlays, partners: int
+) -> tuple[dict[str, Any], Overlapped]:
     """Test a network on the overlays of the test set; returns its rates, and some examples.
 
-    The examples are the first ones that it reads right and the first that it does not.
+    The examples are the first that it reads right and the first that it does not.
     """
-    args = experiment.args
-    source = fixed_overlays(args, experiment.test_images)
     task = TwoClasses(trained.model.decoder)  # type: ignore[arg-type]
     predictions, labels, examples = [], [], []
     needed = {True: SHOWN, False: SHOWN}
-    for epoch in range(args.partners):
-        for images, originals in source.epoch(epoch):
+    for epoch in range(partners):
+        for images, originals in test.epoch(epoch):
             with experiment.runtime.autocast():
                 output = task.run(trained.model, images)
-            predicted = task.predictions(output.activations)
+            predicted = task.predictions(output)
             predictions.append(predicted.cpu())
             labels.append(originals.labels.cpu())
             assert output.reconstruction is not None
             batch = Overlapped(
                 images, originals.images, output.reconstruction, originals.labels, predicted
             )
-            right = task.correct(output.activations, originals)
+            right = task.correct(output, originals)
             for kind in (True, False):
                 chosen = (right == kind).nonzero().squeeze(1)[: needed[kind]]
                 needed[kind] -= len(chosen)
@@ -175,16 +169,15 @@ def joined(parts: list[Overlapped]) -> Overlapped:
     return Overlapped(*map(join, names))
 
 
-def draw(experiment: Experiment, model: str, examples: Overlapped, exact: float) -> None:
+def draw(
+    experiment: Experiment, trained: Trained, examples: Overlapped, what: str, exact: float
+) -> None:
     """Draw successes over failures."""
-    title = baseline.TITLES[model]
     right = (examples.predictions == examples.labels).all(dim=1)
-    blocks = [examples.take(right), examples.take(~right)]
     experiment_figures.plot_overlapped(
-        blocks,
-        experiment.directory / f"{model}.png",
-        f"{title}, {experiment.args.mode} pairs: read right above, wrong below "
-        f"({percent(exact)} exact)",
+        [examples.take(right), examples.take(~right)],
+        experiment.directory / f"{trained.network}.png",
+        f"{trained.title}, {what}: read right above, wrong below ({percent(exact)} exact)",
         experiment.dataset.class_names,
     )
 

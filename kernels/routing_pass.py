@@ -67,9 +67,9 @@ def pass_launch(
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
     BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). That is the most for
-    which the backward, which also holds du and two projections, keeps everything in registers; with
-    a bias too, and operands in registers, it is half of that. A pair P × D with more values spills,
-    the more the larger it is, until it is refused.
+    which the backward, which also holds du and two projections, keeps everything in registers. The
+    backward of a single pass, which may hold a bias too, takes half of that on NVIDIA. A pair P × D
+    with more values spills, the more the larger it is, until it is refused.
     GROUPS: 8 warps with a group each; few input capsules are spread over them.
     num_stages: the first sweep fetches the weight of the next j during this one, if the buffers fit
     into shared memory. The second sweep, which uses the weight in two products, does not; nor does
@@ -79,7 +79,7 @@ def pass_launch(
     device has shown yet whether more, smaller ones would be faster.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    is_tight = backward and not prologue and holds_operands(target)
+    is_tight = backward and not prologue and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8))))
     groups = min(triton.next_power_of_2(triton.cdiv(I, block_i)), 8)
@@ -589,6 +589,10 @@ def _weight_gradient_kernel(
 # Launchers ----------------------------------------------------------------------------------------
 
 
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def write_weight_gradient(
     u: Tensor,
     weight: Tensor,
@@ -703,11 +707,8 @@ def routing_pass_bwd(
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
-    grad_u, grad_weight, grad_pose, grad_prior, grad_bias = (
-        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (u, weight, pose, prior, bias)
-    )
-    assert grad_u is not None and grad_weight is not None and grad_pose is not None
+    grad_u, grad_weight, grad_pose = (_contiguous_like(x) for x in (u, weight, pose))
+    grad_prior, grad_bias = (None if x is None else _contiguous_like(x) for x in (prior, bias))
     if B == 0 or I == 0 or J == 0:
         for grad in (grad_u, grad_weight, grad_pose, grad_prior, grad_bias):
             if grad is not None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tritoncaps.models import CapsuleOutput, create_model, list_models
@@ -14,11 +13,11 @@ TITLES = {"capsnet": "CapsNet", "deep_capsnet": "DeepCapsNet", CNN: "CNN"}
 
 
 class ConvNet(nn.Module):
-    """A plain convolutional network as large as the capsule networks.
+    """A plain convolutional network of the size of the capsule networks.
 
     Three convolutions of 5×5, two fully connected layers and dropout, after the baseline of Sabour
-    2017 (section 5). That one has 35.4 M parameters; here the features are pooled and the layer
-    after them is set so that at 28×28 there are 8.2 M, as in the networks it stands beside.
+    2017 (section 5), which has 35.4 M parameters. Here the features are pooled, and the next layer
+    is sized for 8.2 M at 28×28, as in the capsule networks.
 
     Args:
         num_classes: classes, K.
@@ -28,6 +27,7 @@ class ConvNet(nn.Module):
         hidden: widths of the two fully connected layers.
 
     Example:
+        >>> import torch
         >>> model = ConvNet()
         >>> sum(p.numel() for p in model.parameters())
         8202102
@@ -69,22 +69,12 @@ class ConvNet(nn.Module):
         )
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> CapsuleOutput:
-        """Score the classes, (B, C, H, W) → `activations` (B, K): the larger, the likelier.
+        """Score the classes: (B, C, H, W) → `logits` (B, K), and their softmax as `activations`.
 
-        There is no pose but the score, and no reconstruction; the target has no part in it.
+        The scores are the poses too, of one dimension. The target has no part in it.
         """
         scores = self.classifier(self.features(images)).float()
-        return CapsuleOutput(scores, scores.unsqueeze(2), None)
-
-
-class CrossEntropy(nn.Module):
-    """The loss of `ConvNet`, called like the capsule loss."""
-
-    def forward(
-        self, activations: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
-    ) -> Tensor:
-        """Compute the mean cross entropy of scores (B, K) for class indices (B,)."""
-        return torch.nn.functional.cross_entropy(activations, target)
+        return CapsuleOutput(scores.softmax(dim=1), scores.unsqueeze(2), None, scores)
 
 
 def list_networks() -> list[str]:
@@ -95,8 +85,3 @@ def list_networks() -> list[str]:
 def create_network(name: str, **kwargs: Any) -> nn.Module:
     """Build a capsule network or the CNN by name."""
     return ConvNet(**kwargs) if name == CNN else create_model(name, **kwargs)
-
-
-def network_loss(name: str) -> nn.Module | None:
-    """Return the loss that a network is trained by; None for the capsule loss, the default."""
-    return CrossEntropy() if name == CNN else None

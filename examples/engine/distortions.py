@@ -1,7 +1,7 @@
 """Test images made harder: attacked by their gradient, shifted, rotated, scaled.
 
-All functions are pure and take float images in [0, 1], shape (B, C, H, W). Distortions go both ways
-in turn, by the number of the image: so no direction is preferred, and nothing is drawn at random.
+All functions are pure and take float images in [0, 1], shape (B, C, H, W). Distortions alternate
+their direction by the number of the image, so none is preferred and nothing is random.
 
 Example:
     >>> import torch
@@ -21,16 +21,16 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def shifted(images: Tensor, pixels: float, first: int = 0) -> Tensor:
-    """Shift by so many pixels, in turn to the right, to the left, down and up.
+    """Shift images in turn to the right, to the left, down and up.
 
     Args:
         images: shape (B, C, H, W).
         pixels: how far; what leaves the image is lost, and black comes in.
-        first: the number of the first image in its set, so that batches do not matter.
+        first: the number of the first image in its set, so that batching makes no difference.
     """
     height, width = images.shape[2:]
     directions = torch.tensor(_DIRECTIONS)[(torch.arange(len(images)) + first) % 4]
-    # An affine map says where a pixel comes from, on an axis that has length 2.
+    # An affine map tells where a pixel comes from, in coordinates from -1 to 1.
     offset = -2 * pixels * directions / torch.tensor([width, height])
     return _sample(images, torch.eye(2).expand(len(images), 2, 2), offset)
 
@@ -41,7 +41,7 @@ def rotated(images: Tensor, degrees: float, first: int = 0) -> Tensor:
     angle = sign * math.radians(degrees)
     height, width = images.shape[2:]
     cos, sin = angle.cos(), angle.sin()
-    # Angles are those of pixels, whatever the shape of the image.
+    # Angles are measured in pixels, so that they are right for any aspect ratio.
     rows = [cos, -sin * height / width], [sin * width / height, cos]
     matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     return _sample(images, matrix, torch.zeros(len(images), 2))
@@ -56,7 +56,7 @@ def scaled(images: Tensor, factor: float, first: int = 0) -> Tensor:
 
 
 def _sample(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Sample (B, C, H, W) at matrix (B, 2, 2) · place + offset (B, 2), linearly between pixels."""
+    """Sample (B, C, H, W) at matrix (B, 2, 2) · position + offset (B, 2), bilinearly."""
     theta = torch.cat([matrix.float(), offset.float().unsqueeze(2)], dim=2).to(images.device)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # Outside is black, and rounding leaves nothing outside [0, 1].
@@ -87,10 +87,10 @@ def attacked(images: Tensor, direction: Tensor, epsilon: float) -> Tensor:
 
 
 def score_difference(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return how far the best wrong class is ahead of the true one, (B, K), (B,) → (B,).
+    """Return by how much the best wrong class leads the true one, (B, K), (B,) → (B,).
 
-    Its gradient does not vanish where the network is sure, as those of the margin loss (exactly)
-    and of the cross entropy (nearly) do.
+    Its gradient does not vanish where the network is sure. That of the margin loss is exactly 0
+    there, and that of the cross entropy nearly.
     """
     true = F.one_hot(labels, scores.shape[1]).bool()
     return scores.masked_fill(true, -math.inf).amax(dim=1) - scores[true]

@@ -1,8 +1,8 @@
 """Several processes that train one model, each on its share of every batch.
 
-torchrun starts them and tells each its place by environment variables; without those there is one
-process, and everything below does nothing. A batch is shared out image by image: what is trained is
-what one process would train with the same `--batch-size`, whatever the number of processes.
+torchrun starts the processes and tells each its rank by environment variables. Without those there
+is one process, and nothing below does anything. A batch is divided image by image, so any number of
+processes trains what one would with the same `--batch-size`.
 
     torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
 """
@@ -30,8 +30,8 @@ _RANK, _SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 class World:
     """The processes that train together, and which of them this one is.
 
-    Process 0, the main one, writes all files and all text. What is said to be collective has to be
-    called by all processes, in the same order.
+    Process 0, the main one, writes all files and prints all text. A function marked as collective
+    must be called by all processes, in the same order.
     """
 
     rank: int = 0
@@ -44,7 +44,7 @@ class World:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Say which of `count` images are this process's; the shares differ by one at most."""
+        """Return which of `count` images are this process's; shares differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def share(self, batch: Any) -> Any:
@@ -56,7 +56,7 @@ class World:
         return type(batch)(*map(self.share, batch))
 
     def reassemble(self, share: Tensor, count: int) -> Tensor:
-        """Put the shares of a batch of `count` together again. Collective."""
+        """Join the shares of a batch of `count` images. Collective."""
         if self.size == 1:
             return share
         batch = share.new_zeros(count, *share.shape[1:])
@@ -70,7 +70,7 @@ class World:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process. Collective."""
+        """Return whether the flag is set in any process. Collective."""
         return bool(self.sum(torch.tensor(float(flag))).item())
 
     def gather(self, value: T) -> list[T]:
@@ -82,10 +82,10 @@ class World:
         return values
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """Call a function in the main process; all get what it returns. Collective.
+        """Call a function in the main process, and return its result in all. Collective.
 
         Raises:
-            SystemExit: in the other processes, where the function raised in the main one.
+            SystemExit: in the other processes, if the function raised in the main one.
         """
         if self.size == 1:
             return function()
@@ -100,7 +100,7 @@ class World:
         return message[1]
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Have the gradients of a model averaged over all processes. Collective."""
+        """Average the gradients of a model over all processes. Collective."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
@@ -109,15 +109,15 @@ class World:
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """Let one process of a machine go first, as where all need one download. Collective."""
+        """Let one process of each machine go first, for example to download. Collective."""
         if self.local_rank > 0:
-            self.any(False)  # returns when the first ones have come to theirs
+            self.any(False)  # returns once the first processes reach theirs
         yield
         if self.local_rank == 0:
             self.any(False)
 
     def seed_apart(self, seed: int) -> None:
-        """Seed torch anew where this is not the main process: no two may draw the same numbers."""
+        """Reseed torch in all but the main process, so that no two draw the same numbers."""
         if not self.is_main:
             digest = hashlib.sha256(f"{seed} rank {self.rank}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -139,10 +139,10 @@ def require_one_process(program: str) -> None:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """Join the processes that torchrun started; what the others than the main one print is dropped.
+    """Join the processes that torchrun started, and silence all but the main one.
 
     Raises:
-        ValueError: the environment names a world that cannot be.
+        ValueError: the environment variables of torchrun are incomplete.
     """
     if int(os.environ.get(_SIZE, "1")) == 1:
         yield World()
@@ -154,7 +154,7 @@ def join() -> Iterator[World]:
             "several processes with torchrun"
         )
     world = World(*(int(os.environ[name]) for name in (_RANK, _SIZE, _LOCAL_RANK)))
-    # Gloo for what is on the CPU: flags and states, and all of it where there is no GPU.
+    # Flags and states are exchanged on the CPU, by gloo; without a GPU everything is.
     has_gpus = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpus else "gloo")
     if world.is_main:
@@ -162,8 +162,8 @@ def join() -> Iterator[World]:
     else:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield world
-    # Not after an error: the other processes may wait for this one, and torchrun ends them.
+    # Not after an error: the others may be waiting for this process. torchrun ends them.
     dist.destroy_process_group()
-    # A wrapped model is never quite given up by torch, so the threads of gloo are still there. One
-    # that lets go of its last tensor while the interpreter shuts down aborts the process.
+    # Torch keeps references to a wrapped model, so gloo's threads outlive the group. A thread that
+    # frees its last tensor while the interpreter shuts down aborts the process: let them finish.
     time.sleep(0.2)

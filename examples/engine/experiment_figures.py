@@ -1,7 +1,7 @@
 """The pictures of the experiments, drawn as those in figures.py: plain data in, one PNG out.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; every line has a
-mark of its own as well, for grey paper. Shares in 0 .. 1 are shown in percent.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Every line has a mark
+of its own as well, for grey paper. Shares in 0 .. 1 are shown in percent.
 
 Example:
     >>> import tempfile
@@ -13,12 +13,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -29,15 +30,18 @@ from engine.figures import (
     _ACCURACY_TICKS,
     _GAP,
     _WRONG,
+    _count_epochs,
     _enlarge,
     _figure,
     _mosaic_figure,
     _pad,
     _set_limits,
     _shrink_to,
-    _stretch,
-    _unstretch,
+    _stretch_axis,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PALETTE = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f"]
 _MARKS = ["o", "s", "^", "D", "v", "P", "X", "*"]
@@ -52,26 +56,18 @@ _FINE_TICKS = sorted({*_ACCURACY_TICKS, 10, 30, 60, 85, 97, 98.5, 99.2, 99.6, 99
 def plot_model_curves(
     curves: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str, quantity: str
 ) -> None:
-    """Plot a share by epoch for each network: every seed thin, their mean thick.
+    """Plot a share by epoch for each network, from its runs: every seed thin, their mean thick.
 
     The legend gives the highest and the last value, mean ± standard deviation over the seeds. The
-    axis is stretched towards 100 %.
-
-    Args:
-        curves: for each network its runs, each a list with one share an epoch.
-        path: the PNG to write.
-        title: the line above the plot.
-        quantity: what the share is of, such as "test accuracy".
+    axis is stretched towards 100 %. `quantity` is what the share is of, such as "test accuracy".
     """
     runs = [run for seeds in curves.values() for run in seeds]
     if not runs or not all(runs):
         raise ValueError("plot_model_curves: there is no epoch to plot")
     longest = max(map(len, runs))
-    with _figure(path, 960, 560 + 22 * len(curves), title, arrange=True) as figure:
-        from matplotlib.ticker import MaxNLocator
-
-        axes = figure.subplots()
-        axes.set_yscale("function", functions=(_stretch, _unstretch))
+    labels = ("epoch", f"{quantity} (%), stretched towards 100")
+    with _chart(path, 560 + 22 * len(curves), title, labels) as axes:
+        _stretch_axis(axes)
         styles = _styles(curves)
         for name, seeds in curves.items():
             colour, mark = styles[name]
@@ -83,15 +79,12 @@ def plot_model_curves(
                     axes.plot(range(1, len(run) + 1), values, color=colour, lw=0.7, alpha=0.55)
             label = f"{name}: highest {_spread([max(run) for run in seeds])}"
             label += f", last {_spread([run[-1] for run in seeds])}"
-            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4, "lw": 2.2}
-            axes.plot(range(1, length + 1), average, label=label, clip_on=False, **style)
+            axes.plot(
+                range(1, length + 1), average, color=colour, marker=mark, markersize=4, lw=2.2,
+                label=label, clip_on=False,
+            )  # fmt: skip
         _set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
-        axes.set_ylabel(f"{quantity} (%), stretched towards 100")
-        axes.set_xlabel("epoch")
-        axes.set_xlim(0.5, longest + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=1)
+        _count_epochs(axes, 1, longest)
 
 
 def plot_heat_map(
@@ -102,15 +95,9 @@ def plot_heat_map(
     title: str,
     labels: tuple[str, str, str],
 ) -> None:
-    """Draw a table of shares as colours and numbers; the highest is framed.
+    """Draw a table of shares as colours and numbers, NaN as "not run"; the highest is framed.
 
-    Args:
-        values: a share for each row and column, NaN where there is none.
-        rows: the number of each row.
-        columns: the number of each column.
-        path: the PNG to write.
-        title: the line above the table.
-        labels: what rows, columns and values are.
+    `rows` and `columns` number the table; `labels` name rows, columns and values.
     """
     table = 100 * torch.tensor(values, dtype=torch.float64)
     known = table[~table.isnan()]
@@ -150,19 +137,13 @@ def plot_trade_off(
     title: str,
     labels: tuple[str, str],
 ) -> None:
-    """Plot a share against time, a named point each, and join those that nothing else beats.
+    """Plot points (name, seconds, share), and join the Pareto front, the positions in `front`.
 
-    Args:
-        points: name, seconds and share of each.
-        front: the positions of the points of the Pareto front.
-        path: the PNG to write.
-        title: the line above the plot.
-        labels: what time and share are.
+    `labels` name time and share.
     """
     if not points:
         raise ValueError("plot_trade_off: there is no point to plot")
-    with _figure(path, 960, 620, title, arrange=True) as figure:
-        axes = figure.subplots()
+    with _chart(path, 620, title, (labels[0], f"{labels[1]} (%)"), columns=2) as axes:
         ahead = sorted((points[index] for index in front), key=lambda point: point[1])
         others = [point for index, point in enumerate(points) if index not in set(front)]
         line: dict[str, Any] = {"color": _PALETTE[1], "marker": "s", "markersize": 8, "lw": 1.5}
@@ -179,10 +160,6 @@ def plot_trade_off(
             axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
         axes.margins(0.12)
         axes.ticklabel_format(useOffset=False)
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(f"{labels[1]} (%)")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=2)
 
 
 @dataclass(frozen=True)
@@ -200,14 +177,7 @@ class Panel:
 
 
 def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity: str) -> None:
-    """Plot several shares side by side, on one scale of 0 to 100 %.
-
-    Args:
-        panels: the plots, three in a row.
-        path: the PNG to write.
-        title: the line above the plots.
-        quantity: what the share is of.
-    """
+    """Plot several shares of a `quantity`, three panels in a row, on one scale of 0 to 100 %."""
     if not panels:
         raise ValueError("plot_panels: there is no curve to plot")
     columns = min(3, len(panels))
@@ -246,20 +216,16 @@ def plot_by_size(
     title: str,
     labels: tuple[str, str],
 ) -> None:
-    """Plot a share against a number of images, on a logarithmic axis: each run, and their mean.
+    """Plot the shares of each network and size on a logarithmic axis: each run, and their mean.
 
-    Args:
-        curves: for each network and size the shares of its runs.
-        path: the PNG to write.
-        title: the line above the plot.
-        labels: what size and share are.
+    `labels` name size and share.
     """
     shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
     if not shares:
         raise ValueError("plot_by_size: there is no point to plot")
-    with _figure(path, 960, 620, title, arrange=True) as figure:
-        axes = figure.subplots()
-        axes.set_yscale("function", functions=(_stretch, _unstretch))
+    y_label = f"{labels[1]} (%), stretched towards 100"
+    with _chart(path, 620, title, (labels[0], y_label), columns=len(curves)) as axes:
+        _stretch_axis(axes)
         axes.set_xscale("log")
         styles = _styles(curves)
         for name, sizes in curves.items():
@@ -276,10 +242,6 @@ def plot_by_size(
         all_sizes = sorted({size for sizes in curves.values() for size in sizes})
         axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
         axes.minorticks_off()
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(f"{labels[1]} (%), stretched towards 100")
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=len(curves))
 
 
 @dataclass(frozen=True)
@@ -307,60 +269,76 @@ def plot_overlapped(
 ) -> None:
     """Draw overlays over their originals and reconstructions, one colour for each of the two.
 
-    What a class that was found is decoded to has the colour of its original; a class that is not
-    in the image takes the place, and the colour, of one that was missed.
-
-    Args:
-        blocks: rows of examples, such as successes and failures; empty ones are left out.
-        path: the PNG to write.
-        title: the line above the pictures.
-        class_names: the name of each class.
+    The decoded image of a class that was found has the colour of its original. A class that is not
+    in the image takes the place and the colour of one that was missed. `blocks` are rows of
+    examples, such as successes and failures; empty ones are left out.
     """
-    blocks = [block for block in blocks if len(block.overlays)]
-    if not blocks:
+    pairs = [pair for pair in blocks if len(pair.overlays)]
+    if not pairs:
         raise ValueError("plot_overlapped: there is no image to draw")
-    columns, text_height = max(len(block.overlays) for block in blocks), 54
-    titles = ["input", "first original", "second original", "both", "first decoded"]
-    titles += ["second decoded", "both"]
+    names = ["input", "first original", "second original", "both", "first decoded"]
+    names += ["second decoded", "both"]
+    drawn = []
+    for pair in pairs:
+        captions = []
+        for both in zip(pair.labels.tolist(), pair.predictions.tolist(), strict=True):
+            lines = (", ".join(class_names[index] for index in classes) for classes in both)
+            captions.append("\n".join(lines))
+        wrong = (pair.labels != pair.predictions).any(dim=1).tolist()
+        drawn.append(_Block(_coloured(pair), names, captions, wrong, "shown\nfound"))
+    _plot_blocks(drawn, path, title, left=148, text_height=54)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of images, (rows, N, C, H, W), with a name beside each row and a caption each column.
+
+    `heading` stands beside the captions; those of `wrong` columns are red.
+    """
+
+    images: Tensor
+    names: Sequence[str]
+    captions: Sequence[str]
+    wrong: Sequence[bool]
+    heading: str = ""
+
+
+def _plot_blocks(
+    blocks: Sequence[_Block], path: str | Path, title: str, left: int, text_height: int
+) -> None:
+    """Draw blocks of images under each other; `left` and `text_height` are room for text."""
+    columns = max(block.images.shape[1] for block in blocks)
     strips = []
     for block in blocks:
-        tiles = _enlarge(_coloured(block))  # (7, N, h, w, 3)
+        tiles = _enlarge(block.images)  # (rows, N, h, w, 3)
         blank = tiles.new_full((len(tiles), columns - tiles.shape[1], *tiles.shape[2:]), 255)
         tiles = _pad(torch.cat([tiles, blank], dim=1), _GAP, _GAP)
-        strip = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
-        strips.append(_pad(strip.unsqueeze(0), text_height, 0)[0])
-    mosaic = torch.cat(strips)
-    tile = tiles.shape[2]
-    with _mosaic_figure(path, mosaic, title, left=148, bottom=0) as axes:
+        strip = rearrange(tiles, "rows n h w rgb -> 1 (rows h) (n w) rgb")
+        strips.append(_pad(strip, text_height, 0)[0])
+    height, width = tiles.shape[2:4]
+    with _mosaic_figure(path, torch.cat(strips), title, left=left, bottom=0) as axes:
         top = 0
         for block, strip in zip(blocks, strips, strict=True):
-            for row, name in enumerate(titles):
-                place = (-_GAP, top + row * tile + (tile - _GAP) / 2)
-                axes.text(*place, name, ha="right", va="center")
-            below = top + len(titles) * tile
-            axes.text(-_GAP, below, "shown\nfound", ha="right", va="top")
-            for column in range(len(block.overlays)):
-                shown, found = block.labels[column].tolist(), block.predictions[column].tolist()
-                lines = [", ".join(class_names[index] for index in pair) for pair in (shown, found)]
-                x = column * tile + (tile - _GAP) / 2
-                colour = "black" if shown == found else _WRONG
-                text = axes.text(x, below, "\n".join(lines), color=colour, ha="center", va="top")
-                _shrink_to(tile, text)
+            for row, name in enumerate(block.names):
+                axes.text(
+                    -_GAP, top + (row + 0.5) * height - _GAP / 2, name, ha="right", va="center"
+                )
+            below = top + len(block.names) * height
+            axes.text(-_GAP, below, block.heading, ha="right", va="top")
+            for column, (caption, wrong) in enumerate(
+                zip(block.captions, block.wrong, strict=True)
+            ):
+                place = ((column + 0.5) * width - _GAP / 2, below)
+                colour = _WRONG if wrong else "black"
+                text = axes.text(*place, caption, color=colour, ha="center", va="top")
+                _shrink_to(width, text)
             top += len(strip)
 
 
 def plot_grids(
     images: Tensor, reconstructions: Tensor, rows: Sequence[str], path: str | Path, title: str
 ) -> None:
-    """Draw a grid of inputs beside the grid of their reconstructions.
-
-    Args:
-        images: the inputs, shape (rows, columns, C, H, W).
-        reconstructions: what the decoder made of them, same shape.
-        rows: the name of each row.
-        path: the PNG to write.
-        title: the line above the grids.
-    """
+    """Draw inputs, (rows, columns, C, H, W), beside their reconstructions; `rows` are names."""
     grids = []
     for part in (images, reconstructions):
         tiles = _pad(_enlarge(part), 2, 2)
@@ -389,31 +367,44 @@ def plot_failures(
     title: str,
     class_names: Sequence[str],
 ) -> None:
-    """Draw images that were misread over what the capsules of two classes are decoded to.
+    """Draw images (N, C, H, W) that were misread over two decoded capsules of each.
 
-    Args:
-        images: shape (N, C, H, W).
-        as_predicted: the decoded capsule of the predicted class, same shape.
-        as_labelled: the decoded capsule of the true class, same shape.
-        labels: the true class of each, N indices.
-        predictions: the predicted class of each, N indices.
-        path: the PNG to write.
-        title: the line above the pictures.
-        class_names: the name of each class.
+    These are the capsules of the predicted and of the true class, as images of the same shape.
     """
-    tiles = torch.stack([_enlarge(part) for part in (images, as_predicted, as_labelled)])
-    tiles = _pad(tiles, _GAP, _GAP)  # (3, N, h, w, 3)
-    mosaic = rearrange(tiles, "rows n h w rgb -> (rows h) (n w) rgb")
-    tile = tiles.shape[2]
-    with _mosaic_figure(path, mosaic, title, left=140, bottom=58) as axes:
-        for row, name in enumerate(("input", "predicted class,\ndecoded", "true class,\ndecoded")):
-            axes.text(-_GAP, row * tile + (tile - _GAP) / 2, name, ha="right", va="center")
-        axes.text(-_GAP, 3 * tile, "predicted\ntrue", ha="right", va="top")
-        for column, pair in enumerate(zip(predictions, labels, strict=True)):
-            names = "\n".join(class_names[int(index)] for index in pair)
-            x = column * tile + (tile - _GAP) / 2
-            text = axes.text(x, 3 * tile, names, color=_WRONG, ha="center", va="top")
-            _shrink_to(tile, text)
+    names = ("input", "predicted class,\ndecoded", "true class,\ndecoded")
+    captions = [
+        "\n".join(class_names[int(index)] for index in pair)
+        for pair in zip(predictions, labels, strict=True)
+    ]
+    rows = torch.stack([images, as_predicted, as_labelled])
+    block = _Block(rows, names, captions, [True] * len(images), "predicted\ntrue")
+    _plot_blocks([block], path, title, left=140, text_height=58)
+
+
+def plot_strips(
+    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
+) -> None:
+    """Draw rows of images, each a name, images (N, C, H, W) and a text below each image."""
+    left = 30 + 7 * max(len(name) for name, _, _ in strips)
+    blocks = [
+        _Block(images.unsqueeze(0), [name], texts, [False] * len(images))
+        for name, images, texts in strips
+    ]
+    _plot_blocks(blocks, path, title, left=left, text_height=16)
+
+
+@contextmanager
+def _chart(
+    path: str | Path, height: int, title: str, labels: tuple[str, str], columns: int = 1
+) -> Iterator[Axes]:
+    """Yield the axes of a chart with these labels of x and y, and a legend of so many columns."""
+    with _figure(path, 960, height, title, arrange=True) as figure:
+        axes = figure.subplots()
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.grid(alpha=0.3)
+        yield axes
+        figure.legend(loc="outside lower center", ncols=columns)
 
 
 def _styles(names: Collection[str]) -> dict[str, tuple[str, str]]:
@@ -444,31 +435,3 @@ def _coloured(block: Overlapped) -> Tensor:
         second = grey[:, 1] * torch.tensor(_SECOND)[:, None, None]
         rows += [first, second, (first + second).clamp(max=1)]
     return torch.stack(rows)
-
-
-def plot_strips(
-    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
-) -> None:
-    """Draw rows of images, each with a name, and a line of text below each image.
-
-    Args:
-        strips: for each row its name, its images (N, C, H, W), and N texts.
-        path: the PNG to write.
-        title: the line above the pictures.
-    """
-    columns, text_height = max(len(images) for _, images, _ in strips), 22
-    rows = []
-    for _, images, _ in strips:
-        tiles = _enlarge(images)
-        blank = tiles.new_full((columns - len(tiles), *tiles.shape[1:]), 255)
-        tiles = _pad(torch.cat([tiles, blank]), text_height, _GAP)
-        rows.append(rearrange(tiles, "n h w rgb -> h (n w) rgb"))
-    tile = tiles.shape[2]
-    left = 30 + 7 * max(len(name) for name, _, _ in strips)
-    with _mosaic_figure(path, torch.cat(rows), title, left=left, bottom=0) as axes:
-        for row, (name, _, texts) in enumerate(strips):
-            top, height = row * len(rows[0]), len(rows[0]) - text_height
-            axes.text(-_GAP, top + height / 2, name, ha="right", va="center")
-            for column, text in enumerate(texts):
-                x = column * tile + (tile - _GAP) / 2
-                axes.text(x, top + height + 3, text, ha="center", va="top")

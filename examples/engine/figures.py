@@ -1,9 +1,10 @@
 """The pictures of a training run: curves, reconstructions, perturbed capsules, confusion matrix.
 
-Every function takes plain data and writes one PNG. Figures are drawn without pyplot and in
-matplotlib's default style, whatever the user's settings, so the same input gives the same bytes.
-Matplotlib is imported when the first picture is drawn. Images are grey or RGB tensors (C = 1 or 3),
-uint8 or floats in [0, 1]; they are enlarged by whole numbers, so that each pixel becomes a square.
+Every function takes plain data and writes one PNG, `path`, with `title` above. Figures are drawn
+without pyplot and in matplotlib's default style, whatever the user's settings, so the same input
+gives the same bytes. Matplotlib is imported when the first picture is drawn. Images are grey or RGB
+tensors (C = 1 or 3), uint8 or floats in [0, 1]. They are enlarged by whole numbers: each pixel
+becomes a square.
 
 Example:
     >>> import tempfile, torch
@@ -50,18 +51,14 @@ _LOSS_TICKS = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
-    """Plot accuracy and loss by epoch, for training and validation, with the best epoch marked.
+    """Plot accuracy and loss by epoch, for training and validation, and mark the best epoch.
 
     The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
-    The accuracy axis is stretched towards 100 %, so that tenths of a percent show near the top and
-    early epochs stay in view.
+    The axis of the accuracy is stretched towards 100 %: tenths of a percent show near the top, and
+    the early epochs stay in view.
 
-    Args:
-        rows: one mapping an epoch, as in ``summary.csv``: ``epoch``, ``train_accuracy`` and
-            ``validation_accuracy`` as fractions, ``train_loss`` and ``validation_loss``. Values may
-            be text. One that is not finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
-        path: the PNG to write.
-        title: the line above the plots.
+    `rows` are those of summary.csv, one mapping an epoch; values may be text. One that is not
+    finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
     """
     if not rows:
         raise ValueError("plot_curves: there is no epoch to plot")
@@ -71,10 +68,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
         ("loss", "loss", _LOSS_TICKS, 1),
     )
     with _figure(path, 1200, 520, title, arrange=True) as figure:
-        from matplotlib.ticker import MaxNLocator
-
         accuracy_axes, loss_axes = figure.subplots(1, 2)
-        accuracy_axes.set_yscale("function", functions=(_stretch, _unstretch))
+        _stretch_axis(accuracy_axes)
         loss_axes.set_yscale("log")
         for axes, (quantity, label, ticks, unit) in zip(figure.axes, panels, strict=True):
             curves = {split: _column(rows, f"{split}_{quantity}", ticks, unit) for split in _SPLITS}
@@ -82,10 +77,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
                 axes.plot(epochs, curve, ".-", color=_SPLITS[split], label=split, clip_on=False)
             _set_limits(axes, ticks, [value for curve in curves.values() for value in curve])
             axes.set_ylabel(label)
-            axes.set_xlabel("epoch")
-            axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            axes.grid(alpha=0.3)
+            _count_epochs(axes, epochs[0], epochs[-1])
 
         if (best := _best_epoch(rows)) is not None:
             epoch, accuracy = int(best["epoch"]), 100 * float(best["validation_accuracy"])
@@ -107,14 +99,7 @@ def plot_reconstructions(
 ) -> None:
     """Draw each input over its reconstruction, with the predicted class below; wrong ones framed.
 
-    Args:
-        images: the inputs, shape (N, C, H, W).
-        reconstructions: what the decoder made of them, same shape.
-        labels: the true class of each, N indices.
-        predictions: the predicted class of each, N indices.
-        path: the PNG to write.
-        title: the line above the pictures.
-        class_names: the name of each class.
+    Both are (N, C, H, W); `labels` and `predictions` are N class indices.
     """
     columns, text_height = min(10, len(images)), 42
     pairs = torch.stack([_enlarge(images), _enlarge(reconstructions)], dim=1)
@@ -152,11 +137,7 @@ def plot_perturbations(
 ) -> None:
     """Draw what the decoder makes of a capsule when one of its dimensions is changed.
 
-    Args:
-        images_grid: shape (D, steps, C, H, W): a row for each dimension, a column for each offset.
-        offsets: what was added to the dimension in each column.
-        path: the PNG to write.
-        title: the line above the pictures.
+    `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset.
     """
     tiles = _pad(_enlarge(images_grid), _GAP, _GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
@@ -186,13 +167,8 @@ def plot_confusion(
     """Draw a confusion matrix: counts as numbers, rates within the true class as colours.
 
     Colours follow the logarithm of the rate, so that one confusion in a thousand is seen beside a
-    full diagonal. Empty cells stay white.
-
-    Args:
-        matrix: counts, shape (K, K); the row is the true class, the column the predicted one.
-        path: the PNG to write.
-        title: the line above the matrix, to which the accuracy is added.
-        class_names: the name of each class.
+    full diagonal. Empty cells stay white. The title gets the accuracy added. Rows of `matrix`
+    (K, K) are true classes, columns predicted ones.
     """
     counts = torch.as_tensor(matrix).cpu()
     total, right = int(counts.sum()), int(counts.diagonal().sum())
@@ -335,6 +311,21 @@ def _set_limits(axes: Axes, ticks: Sequence[float], values: Sequence[float]) -> 
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
     axes.set_ylim(lower, upper)
+
+
+def _count_epochs(axes: Axes, first: int, last: int) -> None:
+    """Let the axis of epochs run from the first to the last, with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.set_xlim(first - 0.5, last + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+
+
+def _stretch_axis(axes: Axes) -> None:
+    """Stretch the axis of an accuracy in percent towards 100."""
+    axes.set_yscale("function", functions=(_stretch, _unstretch))
 
 
 def _stretch(percent: NDArray[float64]) -> NDArray[float64]:

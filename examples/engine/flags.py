@@ -1,15 +1,45 @@
-"""The flags that the programs share: images, recipe, machine and run."""
+"""The flags of all programs, each of them one field of a frozen dataclass.
+
+The command line, args.json, the recipe that the runs of an experiment share and the check of what
+a resumed run may not change are all read off these fields. A new flag is one new field.
+
+Example:
+    >>> from engine.flags import Machine, Output, Recipe, parse
+    >>> recipe, machine, output = parse("Train.", ["--epochs=3"], Recipe, Machine, Output)
+    >>> recipe.epochs, machine.device
+    (3, 'auto')
+"""
 
 import argparse
+import ast
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from tritoncaps.data import list_datasets
+from tritoncaps.models import list_models
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to each help text, but where there is none."""
+def flag(default: Any, help: str, *short: str, fixed: bool = True, **options: Any) -> Any:
+    """Declare a flag.
 
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+    Args:
+        default: its default, from which its type follows; ... for a positional argument.
+        help: one line for --help.
+        short: a second name, such as "-b".
+        fixed: in a recipe: whether a resumed run has to keep it.
+        options: what `argparse.ArgumentParser.add_argument` takes beside these.
+    """
+    if isinstance(default, bool):
+        options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    elif isinstance(default, (int, float)):
+        options.setdefault("type", type(default))
+    metadata = {"names": short, "fixed": fixed, "options": {"help": help, **options}}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=MISSING if default is ... else default, metadata=metadata)
 
 
 def positive(text: str) -> int:
@@ -20,164 +50,194 @@ def positive(text: str) -> int:
     return value
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Begin a parser; its description is the first line of the script's docstring."""
-    return argparse.ArgumentParser(
-        description=(doc or "").strip().splitlines()[0],
-        formatter_class=HelpFormatter,
+class KeyValues(argparse.Action):
+    """Reads KEY=VALUE ... into a dict; a value is a Python literal, or else a str."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Store what the flag was given."""
+        pairs: dict[str, Any] = {}
+        for text in values:
+            key, equals, value = text.partition("=")
+            if not (equals and key.isidentifier()):
+                raise argparse.ArgumentError(self, f"expected KEY=VALUE, got {text!r}")
+            try:
+                pairs[key] = ast.literal_eval(value)
+                json.dumps(pairs[key])  # args.json keeps it
+            except (ValueError, TypeError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+# Options of flags that count something.
+COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
+STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the result. A resumed run keeps all of it but the number of epochs."""
+
+    model: str = flag("deep_capsnet", "the network to train", choices=list_models())
+    model_kwargs: dict[str, Any] = flag(
+        {},
+        "arguments of the network, such as iterations=2 of capsnet (default: the network's own)",
+        action=KeyValues,
+        nargs="+",
+        metavar="KEY=VALUE",
     )
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the flags that say where the images come from."""
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--dataset",
+    dataset: str = flag(
+        "auto",
+        "auto: MNIST if it is there or can be downloaded, else digits",
         choices=["auto", *list_datasets()],
-        default="auto",
-        help="auto: MNIST if it is there or can be downloaded, else digits",
     )
-    data.add_argument("--data-dir", default="data", help="where data sets lie")
-    data.add_argument(
-        "--download",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fetch a data set that is missing",
+    limit_train: int | None = flag(
+        None, "use N of the training images, the classes in proportion (default: all)", **COUNT
     )
-    return data
-
-
-def add_limit(data: argparse._ArgumentGroup, part: str) -> None:
-    """Add the flag --limit-test or --limit-train."""
-    images = {"test": "test", "train": "training"}[part]
-    data.add_argument(
-        f"--limit-{part}",
-        type=positive,
-        metavar="N",
-        help=f"use N of the {images} images, the classes in proportion (default: all)",
+    limit_test: int | None = flag(
+        None, "use N of the test images, the classes in proportion (default: all)", **COUNT
     )
-
-
-def add_validation_fraction(data: argparse._ArgumentGroup, what: str) -> None:
-    """Add the flag that says how many images are held out, and what for."""
-    data.add_argument(
-        "--validation-fraction",
-        type=float,
-        default=0.1,
-        metavar="F",
-        help=f"share of the training images held out to choose {what}",
+    validation_fraction: float = flag(
+        0.1, "share of the training images held out to choose the best epoch", metavar="F"
     )
-
-
-def add_max_shift(data: argparse._ArgumentGroup) -> None:
-    """Add the flag of the augmentation."""
-    data.add_argument(
-        "--max-shift",
-        type=int,
-        default=2,
-        metavar="PIXELS",
-        help="each training image is shifted by up to this much",
+    max_shift: int = flag(2, "each training image is shifted by up to this much", metavar="PIXELS")
+    epochs: int | None = flag(
+        None,
+        "passes over the training images; with more of them a finished run goes on "
+        "(default: 30, on digits 15)",
+        fixed=False,
+        **COUNT,
     )
-
-
-def add_recipe_flags(training: argparse._ArgumentGroup) -> None:
-    """Add the flags of the optimisation."""
-    training.add_argument(
-        "-b", "--batch-size", type=positive, default=128, metavar="N", help="images a step"
+    batch_size: int = flag(128, "images a step", "-b", **COUNT)
+    lr: float = flag(1e-3, "learning rate of Adam")
+    gamma: float = flag(0.9, "factor on it every epoch")
+    warmup_steps: int = flag(50, "steps over which it rises linearly", metavar="N")
+    reconstruction_weight: float = flag(
+        0.0005, "weight of the reconstruction's squared error in the loss", metavar="W"
     )
-    add_test_batch_size(training, 500)
-    training.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
-    training.add_argument("--gamma", type=float, default=0.9, help="factor on it every epoch")
-    training.add_argument(
-        "--warmup-steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="steps over which it rises linearly",
-    )
+    seed: int = flag(1, "of the weights, the order of the images and their shifts")
 
 
-def add_training_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    epochs: int,
-    shifts: bool = True,
-    holds_out: bool = True,
-) -> None:
-    """Add the flags of an experiment's data and recipe.
+@dataclass(frozen=True)
+class Machine:
+    """Where it runs. The results are the same everywhere, up to rounding."""
 
-    `epochs` is the default; an experiment that shifts no image, or holds none out, has no flag for
-    it.
-    """
-    data = add_data_flags(parser)
-    add_limit(data, "test")
-    add_limit(data, "train")
-    parser.set_defaults(validation_fraction=0.0, max_shift=0)
-    if holds_out:
-        add_validation_fraction(data, "an epoch; 0: the last counts")
-    if shifts:
-        add_max_shift(data)
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--epochs",
-        type=positive,
-        default=epochs,
-        metavar="N",
-        help="passes over the training images; more than before goes on with the runs",
-    )
-    add_recipe_flags(training)
-
-
-def add_test_batch_size(group: argparse._ArgumentGroup, default: int) -> None:
-    """Add the flag that bounds the memory of an evaluation."""
-    group.add_argument(
-        "--test-batch-size",
-        type=positive,
-        default=default,
-        metavar="N",
-        help="images a batch in evaluations",
-    )
-
-
-def add_seeds(group: argparse._ArgumentGroup) -> None:
-    """Add the flag that repeats every run."""
-    group.add_argument(
-        "--seeds", type=positive, default=1, metavar="N", help="train each with seeds 1 .. N"
-    )
-
-
-def add_machine_flags(
-    parser: argparse.ArgumentParser, output_dir: str = "runs/<experiment>-<dataset>"
-) -> argparse._ArgumentGroup:
-    """Add the flags that say where it runs and where its results go; returns the last group."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    machine.add_argument(
-        "--precision",
+    data_dir: str = flag("data", "where data sets lie")
+    download: bool = flag(True, "fetch a data set that is missing")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    precision: str = flag(
+        "auto",
+        "auto: bf16 convolutions where the hardware computes in it",
         choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 convolutions where the hardware computes in it",
     )
-    machine.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits from run to run on the same machine",
+    deterministic: bool = flag(False, "the same bits from run to run on the same machine")
+    torchcompile: bool = flag(False, "use torch.compile")
+    test_batch_size: int = flag(500, "images a batch in evaluations", **COUNT)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go, and how often they are written."""
+
+    output_dir: str | None = flag(
+        None, "(default: a directory below runs/, named after what runs)", metavar="DIR"
     )
-    machine.add_argument("--torchcompile", action="store_true", help="use torch.compile")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", metavar="DIR", help=f"(default: {output_dir})")
-    run.add_argument("--dry-run", action="store_true", help="try everything once, keep nothing")
-    run.add_argument(
-        "--log-interval",
-        type=positive,
-        default=10,
-        metavar="STEPS",
-        help="between two records of metrics.jsonl",
+    dry_run: bool = flag(False, "try everything once, keep nothing")
+    log_interval: int = flag(10, "between two records of metrics.jsonl", **STEPS)
+    checkpoint_interval: int | None = flag(
+        None, "between two checkpoints within an epoch (default: one after each epoch)", **STEPS
     )
-    run.add_argument(
-        "--checkpoint-interval",
-        type=positive,
-        metavar="STEPS",
-        help="between two checkpoints within an epoch (default: one after each epoch)",
+
+
+# The fields of a recipe that a program does not need which only tests.
+NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {"dataset", "limit_test"}
+
+
+def models_flag(names: Sequence[str]) -> Any:
+    """Declare the flag that chooses several networks."""
+    return flag(tuple(names), "which networks", nargs="+", choices=names)
+
+
+def seeds_flag() -> Any:
+    """Declare the flag that repeats every run of an experiment."""
+    return flag(1, "train each with seeds 1 .. N", **COUNT)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds its default to a help text that does not tell it and that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parse(
+    doc: str | None,
+    argv: Sequence[str] | None,
+    *groups: type[Any],
+    leave_out: Collection[str] = (),
+    **defaults: Any,
+) -> tuple[Any, ...]:
+    """Read a command line into one instance of each dataclass.
+
+    Args:
+        doc: the docstring of the program; its first line is the description.
+        argv: the command line, None for that of the process.
+        groups: the dataclasses.
+        leave_out: fields that are no flags of this program.
+        defaults: values that replace the defaults of the fields; others are passed over.
+
+    Raises:
+        SystemExit: the command line is wrong, or asks for help.
+    """
+    parser = argparse.ArgumentParser(
+        description=(doc or "").strip().splitlines()[0], formatter_class=_HelpFormatter
     )
-    return run
+    for group in groups:
+        box = parser.add_argument_group(group.__name__.lower(), group.__doc__)
+        for entry in fields(group):
+            if entry.name in leave_out:
+                continue
+            options = dict(entry.metadata["options"])
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                box.add_argument(entry.name, **options)
+                continue
+            if entry.name in defaults:
+                options["help"] = options["help"].partition(" (default")[0]
+            default = entry.default
+            if entry.default_factory is not MISSING:
+                default = entry.default_factory()
+            flags = (*entry.metadata["names"], flag_name(entry.name))
+            box.add_argument(*flags, default=default, **options)
+    names = {entry.name for group in groups for entry in fields(group)}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
+    args = vars(parser.parse_args(argv))
+    return tuple(
+        group(**{entry.name: args[entry.name] for entry in fields(group) if entry.name in args})
+        for group in groups
+    )
+
+
+def flag_name(name: str) -> str:
+    """Return how a field is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def as_dict(*groups: Any) -> dict[str, Any]:
+    """Collect the fields of several dataclasses, as for args.json."""
+    return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+
+
+def first_difference(recipe: Recipe, before: Mapping[str, Any]) -> str | None:
+    """Return the first field of a recipe that a resumed run has to keep and that is another now.
+
+    Values are compared as JSON, which knows no tuples.
+    """
+    for entry in fields(recipe):
+        if entry.metadata["fixed"] and entry.name in before:
+            value = getattr(recipe, entry.name)
+            if json.dumps(value) != json.dumps(before[entry.name]):
+                return entry.name
+    return None

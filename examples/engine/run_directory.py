@@ -3,9 +3,10 @@
 args.json               the flags, and the versions, device and commit they ran on
 summary.csv             one row an epoch
 metrics.jsonl           one record every few steps
-last.pt                 everything needed to continue; last.previous.pt is the one before
-model_best.pt           the same, at the best validation accuracy
-model_best.safetensors  the weights of it alone, and config.json, to share
+last.safetensors        all that is needed to continue; last.previous.safetensors is the one before
+model_best.safetensors  the weights of the best epoch by validation, with what describes the model,
+                        and the ones before in model_best.previous.safetensors
+config.json             the same description, to read
 .lock                   held by the process that trains, so that no second one does
 """
 
@@ -13,19 +14,24 @@ import csv
 import errno
 import io
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine import checkpoint
+from engine.flags import flag_name
+
+T = TypeVar("T")
 
 ROOT = Path("runs")
+LAST, BEST = "last.safetensors", "model_best.safetensors"
 
 _LOCK = ".lock"
-# What a run writes before its first checkpoint: one that was cut off there has lost nothing.
+# What a run writes before its first checkpoint. If it was cut off there, it has lost nothing.
 _BEGINNINGS = {"args.json", "metrics.jsonl", "tensorboard", _LOCK}
 
 
@@ -42,7 +48,7 @@ def new_directory(
         requested: the directory asked for, or None.
         model: name of the model.
         dataset: name of the data set.
-        resuming: take also one whose run was cut off before its first checkpoint.
+        resuming: whether a directory will do whose run was cut off before its first checkpoint.
 
     Raises:
         RunDirectoryError: it is there already and holds something, or cannot be created.
@@ -70,7 +76,7 @@ def _is_beginning(entry: Path) -> bool:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from training in a directory; a process that dies lets go of it.
+    """Keep other processes from training in a directory; the lock ends with its process.
 
     Raises:
         RunDirectoryError: another process trains in it.
@@ -93,7 +99,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _unique_directory(name: str) -> Path:
-    """Create a directory under runs/, with a number after its name where two runs start at once."""
+    """Create a directory under runs/; if two runs start at once, the second gets a number."""
     path, number = ROOT / name, 1
     try:
         ROOT.mkdir(parents=True, exist_ok=True)
@@ -110,6 +116,21 @@ def _unique_directory(name: str) -> Path:
             raise RunDirectoryError(f"{path} cannot be created: {error.strerror}") from error
 
 
+def check_directory(requested: str | None) -> None:
+    """Check, for a dry run, that a directory could be made or written to; nothing is made.
+
+    Raises:
+        RunDirectoryError: it could not.
+    """
+    path = Path(requested or ROOT).absolute()
+    while not path.exists() and not path.is_symlink():
+        path = path.parent
+    if not path.is_dir():
+        raise RunDirectoryError(f"--output-dir {requested or ROOT}: {path} is not a directory")
+    if not os.access(path, os.W_OK):
+        raise RunDirectoryError(f"--output-dir {requested or ROOT}: {path} cannot be written to")
+
+
 def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
     """Find the run that --resume means; None where "auto" finds none and a new run may begin.
 
@@ -120,32 +141,90 @@ def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
         RunDirectoryError: the path holds no checkpoint.
     """
     if resume == "auto":
-        runs = [Path(output_dir)] if output_dir else sorted(ROOT.glob(f"{model}-*-*-*"))
-        runs = [run for run in runs if has_checkpoint(run)]
-        return max(runs, key=lambda run: _newest(run)) if runs else None
+        if output_dir:
+            return Path(output_dir) if has_checkpoint(Path(output_dir)) else None
+        runs = sorted(filter(has_checkpoint, ROOT.glob("*-*-*-*")), key=_newest)
+        own = [run for run in runs if run.match(f"{model}-*-*-*")]
+        if own and runs[-1] != own[-1]:
+            print(f"resuming    {own[-1]}; {runs[-1]} is newer, but not of --model {model}")
+        return own[-1] if own else None
     path = Path(resume)
-    run = path.parent if path.suffix == ".pt" else path
-    if not has_checkpoint(run) and not path.is_file():
-        raise RunDirectoryError(f"--resume {resume}: there is no checkpoint in {run}")
-    return run
+    if path.is_file():
+        return path.parent
+    if path.suffix:
+        raise RunDirectoryError(f"--resume {resume}: there is no checkpoint of that name")
+    if not has_checkpoint(path):
+        raise RunDirectoryError(f"--resume {resume}: there is no checkpoint in {path}")
+    return path
 
 
-def has_checkpoint(run: Path) -> bool:
-    """Whether a run got as far as its first checkpoint."""
-    return any((run / name).is_file() for name in ("last.pt", "last.previous.pt"))
+def has_checkpoint(run: Path, name: str = LAST) -> bool:
+    """Whether a run got as far as its first checkpoint, or as its first best model."""
+    path = run / name
+    return path.is_file() or checkpoint.previous_path(path).is_file()
 
 
 def _newest(run: Path) -> float:
-    return max(file.stat().st_mtime for file in run.glob("last*.pt"))
+    paths = (run / LAST, checkpoint.previous_path(run / LAST))
+    return max(path.stat().st_mtime for path in paths if path.is_file())
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def latest(loaded: tuple[T, Path, str | None]) -> T:
+    """Return what `checkpoint.load_latest` loaded, and print its warning."""
+    content, _, warning = loaded
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return content
+
+
+def open_experiment(directory: Path, program: str, recipe: dict[str, Any]) -> None:
+    """Create the directory of an experiment, or check that it was made by the same recipe.
+
+    Raises:
+        RunDirectoryError: it was not, it holds other things, or it cannot be created.
+    """
+    marker = directory / "experiment.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        inside = list(directory.iterdir())
+        if inside and marker not in inside:
+            raise RunDirectoryError(
+                f"--output-dir {directory} is not empty and holds no experiment, and nothing is "
+                "ever overwritten: choose another directory"
+            )
+        if inside in ([], [marker]):  # no run began
+            write_json(marker, {"experiment": program, "recipe": recipe})
+        found = json.loads(marker.read_text())
+    except OSError as error:
+        raise RunDirectoryError(f"--output-dir {directory}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RunDirectoryError(f"{marker} is damaged: choose another directory") from error
+    if found["experiment"] != program:
+        raise RunDirectoryError(
+            f"--output-dir {directory} belongs to {found['experiment']}.py: choose another"
+        )
+    for name, value in recipe.items():
+        before = found["recipe"].get(name)
+        # As JSON, which knows no tuples.
+        if json.dumps(before) != json.dumps(value):
+            raise RunDirectoryError(
+                f"--output-dir {directory} was made with {_flag(name, before)}, not "
+                f"{_flag(name, value)}: repeat its flags, or choose another directory"
+            )
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = flag_name(name)
+    return f"no {flag}" if value is None else f"{flag} {value}"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with checkpoint.atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write summary.csv, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -159,7 +238,7 @@ class MetricsLog:
     """metrics.jsonl: one line is one record, so that a crash costs the last line at most."""
 
     def __init__(self, path: Path, before_step: int) -> None:
-        """Open the log; records from `before_step` on are dropped: a resumed run repeats them."""
+        """Open the log and drop records from `before_step` on, which a resumed run repeats."""
         kept: list[str] = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -183,3 +262,22 @@ class MetricsLog:
         """Close the file."""
         with checkpoint.naming(self._path):
             self._file.close()
+
+
+def tensorboard_writer(
+    directory: Path, steps_done: int
+) -> Callable[[int, Mapping[str, float]], None]:
+    """Build a callback that logs to TensorBoard in the run directory.
+
+    Points after `steps_done` steps are hidden: a resumed run draws them again.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done + 1)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return write

@@ -31,7 +31,7 @@ class Runtime:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """What to sum up many batches in: float64, which Apple's GPUs (MPS) do not have."""
+        """The dtype of sums over many batches: float64, which Apple's GPUs (MPS) lack."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -41,10 +41,10 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, its convolutions with channels last, as the fast ones expect.
+        """Move a model to the device, and its convolutions to channels-last, which is faster.
 
-        The convolutions alone: `model.to(memory_format=...)` would turn every parameter with four
-        axes, the weight of a routing too.
+        Not by `model.to(memory_format=...)`, which changes every parameter with four axes, the
+        weight of a routing too.
         """
         model = model.to(self.device)
         for module in model.modules():
@@ -53,7 +53,7 @@ class Runtime:
         return model
 
     def describe(self) -> str:
-        """Say in a few words where the model runs."""
+        """Describe in a few words where the model runs."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
@@ -71,8 +71,8 @@ def choose_runtime(
     from compute capability 8.0, AMD from CDNA, and CPUs with AMX or AVX512-BF16.
 
     Raises:
-        ValueError: torch does not know the device, or cannot reach it; or it is none that each of
-            several processes can have one of.
+        ValueError: torch does not know the device or cannot reach it, or several processes cannot
+            each have one.
     """
     world = World() if world is None else world
     if device == "auto":
@@ -93,7 +93,7 @@ def choose_runtime(
 
 
 def _take_device(flag: str, device: torch.device, world: World) -> None:
-    """Have each of several processes take a GPU of its own; the CPU they share."""
+    """Give each of several processes a GPU of its own; the CPU they share."""
     if world.size == 1 or device.type == "cpu":
         return
     if device.type != "cuda" or device.index is not None:
@@ -120,7 +120,7 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 
 def require(*modules: str) -> None:
-    """Raise where a package that is needed later cannot be found: better now than after hours.
+    """Check now for packages that are needed only later, perhaps hours later.
 
     Raises:
         ModuleNotFoundError: names the package and what to install.
@@ -144,7 +144,7 @@ def make_deterministic() -> None:
 
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
-    """Collect what a reader needs to make a result again: versions, machine, commit."""
+    """Collect what it takes to reproduce a result: versions, machine, commit."""
     device = runtime.device
     return {
         "tritoncaps": tritoncaps.__version__,

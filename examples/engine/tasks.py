@@ -1,8 +1,10 @@
-"""What a network is asked about an image, and when its answer counts as right.
+"""What a network is asked about an image: its answer, when that is right, and the loss.
 
-`Trainer` asks one `Task` for all that differs between one class an image and two.
+`Trainer` asks a `Task` for all that differs between one class an image and two, or between capsules
+and a plain classifier.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -12,12 +14,12 @@ from torch.nn import functional as F
 
 from tritoncaps import ops
 from tritoncaps.data import ImageSet, Originals
-from tritoncaps.losses import reconstruction_error
+from tritoncaps.losses import CapsuleLoss, reconstruction_error
 from tritoncaps.models import CapsuleOutput
 
 
 class Source(Protocol):
-    """Batches of images with their targets: `Batches`, `Overlays` or their like."""
+    """Batches of images with their targets: `Batches`, `Overlays` or the like."""
 
     images: ImageSet
     batch_size: int
@@ -32,29 +34,60 @@ class Source(Protocol):
 
 
 class Task:
-    """One class an image: the longest capsule is the answer."""
+    """One class an image, by margin loss and reconstruction: the longest capsule is the answer.
 
-    def run(self, model: Callable[..., Any], images: Tensor, target: Any = None) -> Any:
-        """Run the model, in training with the target, (B,), and in a test without one."""
+    A task of your own overrides what differs.
+
+    Args:
+        reconstruction_weight: the weight of the squared error, for a network with a decoder.
+    """
+
+    def __init__(self, reconstruction_weight: float = 0.0005) -> None:
+        if not 0 <= reconstruction_weight < math.inf:
+            raise ValueError(
+                f"Task: reconstruction_weight must be >= 0 and finite, got {reconstruction_weight}"
+            )
+        self.capsule_loss = CapsuleLoss(reconstruction_weight)
+
+    def run(self, model: Callable[..., Any], images: Tensor, target: Any = None) -> CapsuleOutput:
+        """Run the model: in training with the target, (B,), and in a test without one."""
         return model(images) if target is None else model(images, target)
 
-    def predictions(self, activations: Tensor) -> Tensor:
-        """Read the answer off the lengths: (B, K) → (B,)."""
-        return activations.argmax(dim=1)
+    def loss(self, output: CapsuleOutput, target: Any, images: Tensor) -> Tensor:
+        """Compute the mean loss of a batch, a scalar."""
+        return self.capsule_loss(output.activations, target, output.reconstruction, images)
 
-    def correct(self, activations: Tensor, target: Any) -> Tensor:
+    def predictions(self, output: CapsuleOutput) -> Tensor:
+        """Read the answer off the activations: (B, K) → (B,)."""
+        return output.activations.argmax(dim=1)
+
+    def correct(self, output: CapsuleOutput, target: Any) -> Tensor:
         """Say which images are answered right, (B,), bool."""
-        return self.predictions(activations) == target
+        return self.predictions(output) == target
+
+
+class CrossEntropy(Task):
+    """One class an image, by the cross entropy of `output.logits`."""
+
+    def loss(self, output: CapsuleOutput, target: Tensor, images: Tensor) -> Tensor:
+        """Compute the mean cross entropy, a scalar."""
+        assert output.logits is not None, "the model returns no logits"
+        return F.cross_entropy(output.logits, target)
 
 
 class TwoClasses(Task):
     """Two classes an image: the two longest capsules are the answer, each decoded on its own.
 
+    The target is `Originals`: two labels and the two images that lie over each other. Each
+    reconstruction is compared with the original of its own class, not with the overlay.
+
     Args:
         decoder: called as decoder(poses, labels), draws the image of one capsule.
+        reconstruction_weight: the weight of both squared errors.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, reconstruction_weight: float = 0.0005) -> None:
+        super().__init__(reconstruction_weight)
         self.decoder = decoder
 
     def run(
@@ -64,40 +97,28 @@ class TwoClasses(Task):
 
         `reconstruction` is (B, 2, C, H, W), in the order of the classes.
         """
-        output = model(images)
-        chosen = self.predictions(output.activations) if target is None else target.labels
+        output: CapsuleOutput = model(images)
+        chosen = self.predictions(output) if target is None else target.labels
         both = [self.decoder(output.poses, labels) for labels in chosen.unbind(1)]
-        return CapsuleOutput(output.activations, output.poses, torch.stack(both, dim=1))
+        return output._replace(reconstruction=torch.stack(both, dim=1))
 
-    def predictions(self, activations: Tensor) -> Tensor:
-        """Return the classes of the two longest capsules, ascending: (B, K) → (B, 2)."""
-        return activations.topk(2, dim=1).indices.sort(dim=1).values
-
-    def correct(self, activations: Tensor, target: Originals) -> Tensor:
-        """Say of which images both classes are found, (B,), bool."""
-        return (self.predictions(activations) == target.labels).all(dim=1)
-
-
-class TwoClassesLoss(nn.Module):
-    """Margin loss of two classes at once + `reconstruction_weight` × both squared errors.
-
-    Each reconstruction is compared with the original of its own class, not with the overlay.
-    """
-
-    def __init__(self, reconstruction_weight: float = 0.0005) -> None:
-        super().__init__()
-        self.reconstruction_weight = reconstruction_weight
-
-    def forward(
-        self, activations: Tensor, target: Originals, reconstruction: Tensor, images: Tensor
-    ) -> Tensor:
-        """Compute the loss, a scalar; activations (B, K), reconstruction (B, 2, C, H, W)."""
-        present = F.one_hot(target.labels, activations.shape[1]).sum(dim=1)
-        error = reconstruction_error(reconstruction.float(), target.images)
-        loss = ops.margin_loss(activations, present)
+    def loss(self, output: CapsuleOutput, target: Originals, images: Tensor) -> Tensor:
+        """Compute the margin loss of both classes + the weighted squared errors, a scalar."""
+        assert output.reconstruction is not None
+        present = F.one_hot(target.labels, output.activations.shape[1]).sum(dim=1)
+        error = reconstruction_error(output.reconstruction.float(), target.images)
         # Of an empty batch the mean is 0.
         mean = error.sum() / max(1, error.numel())
-        return torch.add(loss, mean, alpha=self.reconstruction_weight)
+        loss = ops.margin_loss(output.activations, present)
+        return torch.add(loss, mean, alpha=self.capsule_loss.reconstruction_weight)
+
+    def predictions(self, output: CapsuleOutput) -> Tensor:
+        """Return the classes of the two longest capsules, ascending: (B, K) → (B, 2)."""
+        return output.activations.topk(2, dim=1).indices.sort(dim=1).values
+
+    def correct(self, output: CapsuleOutput, target: Originals) -> Tensor:
+        """Say of which images both classes are found, (B,), bool."""
+        return (self.predictions(output) == target.labels).all(dim=1)
 
 
 def per_class_rate(predictions: Tensor, labels: Tensor) -> float:

@@ -3,27 +3,26 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from engine import baseline, checkpoint
-from engine.run_directory import RunDirectoryError, has_checkpoint
+from engine.run_directory import BEST, RunDirectoryError, has_checkpoint, latest
 from engine.runtime import Runtime
+from tritoncaps.data import Dataset
 
 
 @dataclass
 class Trained:
     """A trained network, ready to be tested.
 
-    `args` are the flags of its run, `epoch` the one that the validation set chose, and `digest`
-    tells its weights from those of any other.
+    `epoch` is the one that the validation set chose. `digest` tells its weights from all others.
     """
 
     directory: Path
     network: str
     model: nn.Module
-    args: dict[str, Any]
+    dataset: str
     epoch: int
     digest: str
 
@@ -31,6 +30,11 @@ class Trained:
     def title(self) -> str:
         """What the network is called in pictures."""
         return baseline.TITLES.get(self.network, self.network)
+
+    @property
+    def trains_logits(self) -> bool:
+        """Whether it was trained by the cross entropy of its logits."""
+        return self.network == baseline.CNN
 
 
 def check_trained(directory: str | Path) -> Path:
@@ -42,38 +46,49 @@ def check_trained(directory: str | Path) -> Path:
     path = Path(directory)
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory: give the directory of a run")
-    names = ("model_best.pt", "model_best.previous.pt")
-    if not any((path / name).is_file() for name in names):
+    if not has_checkpoint(path, BEST):
         if has_checkpoint(path):
             raise RunDirectoryError(f"the run in {path} has not finished an epoch: go on with it")
-        inside = sorted(entry.parent.name for entry in path.glob("*/model_best.pt"))
+        inside = sorted(entry.parent.name for entry in path.glob(f"*/{BEST}"))
         hint = f"; did you mean one of those in it: {', '.join(inside)}?" if inside else ""
         raise RunDirectoryError(
-            f"{path} holds no model_best.pt: give a directory that train_mnist.py wrote, or a "
-            f"cell of compare_models.py{hint}"
+            f"{path} holds no {BEST}: give a directory that train_mnist.py wrote, or a run of "
+            f"compare_models.py{hint}"
         )
     return path
 
 
 def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
-    """Load the best model of a run of train_mnist.py or of one cell of an experiment.
+    """Load the best model of a run of train_mnist.py or of an experiment.
 
     Raises:
         RunDirectoryError: the directory is not that of a run, or the run has not come so far.
-        CheckpointError: its checkpoint is damaged.
+        CheckpointError: its weights are damaged.
     """
     path = check_trained(directory)
-    state, _, _ = checkpoint.load_latest(path, "model_best.pt")
-    args = state["args"]
-    model = baseline.create_network(args["model"], **args["model_kwargs"])
-    model.load_state_dict(state["model"])
+    weights, header = latest(checkpoint.load_latest_weights(path))
+    model = baseline.create_network(header["model"], **header["model_kwargs"])
+    model.load_state_dict(weights)
     model = runtime.place(model).eval().requires_grad_(False)
-    epoch = state["progress"]["best_epoch"]
-    return Trained(path, args["model"], model, args, epoch, _digest(state["model"]))
+    digest = _digest(weights)
+    return Trained(path, header["model"], model, header["dataset"], header["epoch"], digest)
+
+
+def check_data(trained: Trained, dataset: Dataset) -> None:
+    """Refuse to test a network on other images than it was trained on.
+
+    Raises:
+        ValueError: names both data sets.
+    """
+    if trained.dataset != dataset.name:
+        raise ValueError(
+            f"{trained.directory} was trained on {trained.dataset}, but the test images are "
+            f"{dataset.name}: add --dataset {trained.dataset}"
+        )
 
 
 def _digest(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in weights.values():
-        digest.update(tensor.contiguous().numpy().tobytes())
+    for name in sorted(weights):  # a file gives them in any order
+        digest.update(weights[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

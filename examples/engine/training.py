@@ -1,19 +1,18 @@
-"""The training loop that all examples share.
+"""The training loop of all examples, for models of your own too (docs/own-model.md).
 
-`Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when it is asked
-to. A run that was interrupted anywhere and resumed gives the same bits as one that was not: the
-order of the images and their shifts depend on (seed, epoch) alone, the learning rate on the step
-alone, and what remains is in the checkpoint. Several processes (see distributed.py) run the same
-loop, each on its share of every batch, and add up their sums wherever one is read.
+`Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when asked to. A
+run that is interrupted anywhere and resumed ends with the same bits as one that is not: the order
+and the shifts of the images depend on (seed, epoch) alone, the learning rate on the step alone, and
+all else is in the checkpoint. Several processes (see distributed.py) run the same loop, each on its
+share of every batch, and add up their sums wherever one is read.
 """
 
-import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +24,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.run_directory import MetricsLog, write_json, write_summary
-from engine.runtime import Runtime
+from engine.run_directory import (
+    BEST,
+    LAST,
+    MetricsLog,
+    has_checkpoint,
+    latest,
+    write_json,
+    write_summary,
+)
+from engine.runtime import Runtime, choose_runtime
+from engine.tables import counted
 from engine.tasks import Source, Task
 from tritoncaps.data import Batches, ImageSet
-from tritoncaps.losses import CapsuleLoss
 
-# Several processes agree every so many batches whether they are asked to stop.
+# Several processes agree on a stop every so many batches.
 _AGREE_EVERY = 10
 
 # How much of a run passes before its duration is estimated.
@@ -58,13 +65,13 @@ class Evaluation:
 class Schedule:
     """The learning rate: a linear warm-up over the first steps, then `gamma` an epoch.
 
-    The first steps push every capsule the same way, since too long and too short are common to all
-    classes then; at the full rate they saturate the capsules, and training stalls.
+    In the first steps the capsules of all classes are too long or too short together, so all are
+    pushed the same way. At the full rate that saturates them, and training stalls.
     """
 
-    lr: float
-    gamma: float
-    warmup_steps: int
+    lr: float = 1e-3
+    gamma: float = 0.9
+    warmup_steps: int = 50
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
@@ -82,9 +89,9 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint holds beside the model and the optimiser.
+    """How far a run has come.
 
-    `loss_sum` and `correct` are the sums over the batches of the epoch so far.
+    `loss_sum` and `correct` are sums over the batches of the epoch so far.
     """
 
     epoch: int = 0
@@ -97,59 +104,79 @@ class Progress:
     best_accuracy: float = -1.0
     best_loss: float = math.inf
 
+    def __str__(self) -> str:
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.batch, 'batch', 'batches')}"
+
 
 class Trainer:
     """Trains one model in one run directory.
 
     Args:
-        model: called as model(images, target), returns `.activations` and `.reconstruction`.
-        optimizer: any torch optimiser over the model's parameters.
+        model: called as model(images, target), returns a `CapsuleOutput` or the like.
+        directory: where the run's files go; made if it is not there.
+        task: loss and answer; by default one class an image, by the capsule loss.
         schedule: the learning rate of each step.
-        runtime: device and precision.
-        directory: where the run's files go.
-        args: the flags of the run, plain values; written to every checkpoint.
-        loss: called as loss(activations, target, reconstruction, images); by default `CapsuleLoss`.
-        task: what is asked about an image; by default its class.
+        optimizer: any torch optimiser over the model's parameters; by default Adam.
+        runtime: device and precision; by default the best there is.
+        args: the flags of the run, plain values, kept in every checkpoint.
+        config: what describes the model to others, plain values: written to config.json and into
+            the weights. `tritoncaps.models.load_model` needs "model" and "model_kwargs".
         test_batch_size: images a batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
-        checkpoint_interval: steps between two writings of last.pt within an epoch; None: it is
-            written after every epoch alone.
-        compile_model: train with torch.compile.
+        checkpoint_interval: steps between two checkpoints within an epoch; None: there is one after
+            each epoch only.
+
+    Attributes:
+        call: what a training step calls, the model at first; may be replaced by a compiled one. An
+            evaluation calls the model itself: it is not worth another compilation.
         on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
+        rows: one dict an epoch, as in summary.csv.
+
+    Example:
+        >>> import tempfile
+        >>> from engine.training import Trainer
+        >>> from tritoncaps.data import Batches, load_dataset
+        >>> from tritoncaps.models import CapsNet
+        >>> digits = load_dataset("digits")
+        >>> trainer = Trainer(CapsNet(channels=8, capsule_types=2), tempfile.mkdtemp())
+        >>> batches = Batches(digits.train.subset(range(64)), batch_size=32, seed=1)
+        >>> trainer.fit(batches, digits.test.subset(range(32)), epochs=1)  # doctest: +ELLIPSIS
+        epoch 1/1: loss ..., accuracy ... %; validation ... % (... s, best so far)
+        True
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        runtime: Runtime,
-        directory: Path,
-        args: dict[str, Any],
+        directory: str | Path,
         *,
-        loss: nn.Module | None = None,
         task: Task | None = None,
+        schedule: Schedule | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        runtime: Runtime | None = None,
+        args: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         test_batch_size: int = 500,
         log_interval: int = 10,
         checkpoint_interval: int | None = None,
-        compile_model: bool = False,
-        on_metrics: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
-        self.model = model
-        self.world = runtime.world
-        call = self.world.wrap(model, runtime.device)
-        self.call: Callable[..., Any] = torch.compile(call) if compile_model else call
-        self.loss = CapsuleLoss() if loss is None else loss
+        self.runtime = choose_runtime() if runtime is None else runtime
+        self.model = self.runtime.place(model)
+        self.world = self.runtime.world
+        self.call: Callable[..., Any] = self.world.wrap(model, self.runtime.device)
         self.task = Task() if task is None else task
+        self.schedule = Schedule() if schedule is None else schedule
+        if optimizer is None:
+            optimizer = torch.optim.Adam(model.parameters(), lr=self.schedule.lr, fused=True)
         self.optimizer = optimizer
-        self.schedule = schedule
-        self.runtime = runtime
-        self.directory = directory
-        self.args = args
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.args = dict(args or {})
+        self.config = dict(config or {})
         self.test_batch_size = test_batch_size
         self.log_interval = log_interval
         self.checkpoint_interval = checkpoint_interval
-        self.on_metrics = on_metrics or (lambda step, values: None)
+        self.on_metrics: Callable[[int, dict[str, float]], None] = lambda step, values: None
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
         self._stop_requested = False
@@ -171,47 +198,95 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state`.
+        """Continue from what `state` returned.
 
         Raises:
-            CheckpointError: it is that of another model or optimiser, or of another program.
+            CheckpointError: it is of another model, optimiser or program.
         """
-        try:
+        with self._refusing():
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self._match_layouts()
             self.progress = Progress(**state["progress"])
             self.rows = state["rows"]
-            # A process that was not there before keeps the state that it was seeded with.
+            # A process that was not there before keeps the seed it has.
             generators = [state["rng"], *state.get("rng_of_others", [])]
             if self.world.rank < len(generators):
                 checkpoint.set_rng_state(generators[self.world.rank])
+
+    def _match_layouts(self) -> None:
+        """Lay out the optimiser's tensors like their parameters: a file holds all contiguous.
+
+        A fused optimiser goes through memory in order, whatever the strides. Where a weight is
+        channels-last and its momentum is not, it would silently pair the wrong elements.
+        """
+        for parameter, entries in self.optimizer.state.items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights to evaluate.
+
+        Raises:
+            CheckpointError: they are those of another model.
+        """
+        with self._refusing():
+            self.model.load_state_dict(weights)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what goes wrong with a foreign checkpoint into one line."""
+        try:
+            yield
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(
                 f"the checkpoint in {self.directory} does not fit {type(self.model).__name__} and "
                 f"this program: {str(error).splitlines()[-1].strip()}"
             ) from error
 
+    def resume(self) -> bool:
+        """Continue from the last checkpoint in the directory; returns False if there is none.
+
+        Collective.
+
+        Raises:
+            CheckpointError: none that is there can be used.
+        """
+        if not self.world.from_main(lambda: has_checkpoint(self.directory)):
+            return False
+        self.load_state(
+            self.world.from_main(lambda: latest(checkpoint.load_latest(self.directory)))
+        )
+        return True
+
     # training
 
     def fit(
         self,
         train: Source,
-        validation: ImageSet | Source | None,
-        test: ImageSet | Source | None,
+        validation: ImageSet | Source | None = None,
+        test: ImageSet | Source | None = None,
+        *,
         epochs: int,
     ) -> bool:
         """Train up to `epochs` epochs; returns False if a signal stopped it before. Collective.
 
-        `validation` chooses model_best; without it nothing is chosen, and the last epoch is taken.
-        `test`, where given, is evaluated after every epoch for the curve, and nothing is chosen by
-        it.
+        Args:
+            train: the batches of an epoch.
+            validation: chooses the best epoch; without it the last one counts as the best.
+            test: evaluated after every epoch for the curve; nothing is chosen by it.
+            epochs: counted from the beginning of the run, resumed or not.
+
+        Raises:
+            TrainingError: the loss or a weight is not finite.
         """
         with self._open_log() as log, self._stop_on_signals():
             if self.progress.step == 0:
-                # A run that is killed in its first epoch can be resumed like any other.
+                # So a run that is killed in its first epoch can be resumed too.
                 self._save_last()
             while self.progress.epoch < epochs:
-                if self.world.any(self._stop_requested):  # since the epoch before was saved
+                if self.world.any(self._stop_requested):  # during the last evaluation
                     return False
                 if not self._train_epoch(train, epochs, log):
                     return False
@@ -224,7 +299,7 @@ class Trainer:
         return closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
 
     def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
-        """Train what is left of an epoch; returns False if it was stopped, and saved, before."""
+        """Train the rest of an epoch; returns False if it was stopped, and saved, before."""
         progress = self.progress
         self.model.train()
         sums = _Sums(progress, self.runtime)
@@ -276,13 +351,13 @@ class Trainer:
         totals = self.world.sum(torch.stack([sums.loss, sums.correct]))
         progress.loss_sum, correct = totals.tolist()
         if not math.isfinite(progress.loss_sum):
-            # Once the weights are spoilt, every process counts no further.
+            # Each process counted its finite losses; the smallest count ends at the bad batch.
             first = min(self.world.gather(int(sums.finite.item()))) + 1
             raise self._not_finite(f"the loss of batch {first} of {batches} is {progress.loss_sum}")
         progress.correct = int(correct)
 
     def _step(self, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
-        """Take one step; returns this process's share: the loss's sum, and how many were right."""
+        """Take one step; returns the sum of the loss and the number right, of this process."""
         rate = self.schedule(self.progress.step, self.progress.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -291,13 +366,13 @@ class Trainer:
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
             output = self.task.run(self.call, images, labels)
-        loss: Tensor = self.loss(output.activations, labels, output.reconstruction, images)
+        loss = self.task.loss(output, labels, images)
         self.optimizer.zero_grad(set_to_none=True)
-        # The mean over the whole batch is the mean of the shares' means, weighted by their sizes.
+        # DDP averages over processes, whose shares may differ in size: weight each by its size.
         share = len(images) * self.world.size / count
         (loss if share == 1 else loss * share).backward()
         self.optimizer.step()
-        correct = self.task.correct(output.activations.detach(), labels).sum()
+        correct = self.task.correct(output, labels).sum()
         return loss.detach().to(self.runtime.sum_dtype) * len(images), correct
 
     def _finish_epoch(
@@ -332,7 +407,7 @@ class Trainer:
             progress.best_epoch = row["epoch"]
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
-        # last.pt comes last: whatever is cut off before it, the resumed run writes again.
+        # The full state comes last: a resumed run writes anew whatever was cut off before it.
         if self.world.is_main:
             write_summary(self.directory / "summary.csv", self.rows)
         if is_best:
@@ -348,22 +423,19 @@ class Trainer:
     def _save_last(self) -> None:
         state = self.state()
         if self.world.is_main:
-            checkpoint.save(self.directory / "last.pt", state)
+            checkpoint.save(self.directory / LAST, state)
 
     def _save_best(self) -> None:
-        state = self.state()
         if not self.world.is_main:
             return
-        checkpoint.save(self.directory / "model_best.pt", state)
-        weights = self.directory / "model_best.safetensors"
-        checkpoint.save_weights(weights, self.model.state_dict(), {"format": "pt"})
-        config = {"model": self.args["model"], "model_kwargs": self.args["model_kwargs"]}
         validated = self.progress.best_accuracy if self.progress.best_accuracy >= 0 else None
         best = {"epoch": self.progress.best_epoch, "validation": validated}
-        write_json(self.directory / "config.json", {**config, "best": best})
+        header = {**self.config, **best}
+        checkpoint.save_weights(self.directory / BEST, self.model.state_dict(), header)
+        write_json(self.directory / "config.json", {**self.config, "best": best})
 
     def _check_parameters(self) -> None:
-        """Refuse to save what the last step may have spoilt, and no loss has shown yet.
+        """Refuse to save weights that the last step spoilt, which no loss has shown yet.
 
         Raises:
             TrainingError: a parameter is not finite.
@@ -374,7 +446,7 @@ class Trainer:
 
     @torch.inference_mode()
     def evaluate(self, images: ImageSet | Source) -> Evaluation:
-        """Evaluate a set, or the first epoch of a source; the decoder sees no label. Collective."""
+        """Evaluate a set, or the first epoch of a source; the model sees no label. Collective."""
         self.model.eval()
         sums = _Sums(Progress(), self.runtime)
         predictions = []
@@ -384,11 +456,10 @@ class Trainer:
             count = len(batch)
             batch, labels = self.world.share(batch), self.world.share(labels)
             output = self.predict(batch)
-            loss = self.loss(output.activations, labels, output.reconstruction, batch)
-            correct = self.task.correct(output.activations, labels).sum()
+            loss = self.task.loss(output, labels, batch)
+            correct = self.task.correct(output, labels).sum()
             sums.add(loss.to(self.runtime.sum_dtype) * len(batch), correct)
-            share = self.task.predictions(output.activations)
-            predictions.append(self.world.reassemble(share, count))
+            predictions.append(self.world.reassemble(self.task.predictions(output), count))
         predicted = torch.cat(predictions).cpu()
         count = len(predicted)
         loss_sum, correct = self.world.sum(torch.stack([sums.loss, sums.correct])).tolist()
@@ -396,7 +467,7 @@ class Trainer:
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Any:
-        """Run the model on float images, (B, C, H, W), as in an evaluation: without a label."""
+        """Run the model on float images, (B, C, H, W), without a label, as `evaluate` does."""
         self.model.eval()
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
@@ -448,7 +519,7 @@ class Trainer:
 
     @contextmanager
     def _bar(self, title: str, total: int, first: int) -> Iterator[Any]:
-        """Show a progress bar on a terminal, and nothing elsewhere: there each epoch is a line."""
+        """Show a progress bar on a terminal; elsewhere each epoch is a line."""
         with tqdm(
             total=total,
             initial=first,
@@ -475,13 +546,13 @@ class Trainer:
         def request_stop(number: int, frame: FrameType | None) -> None:
             self._stop_requested = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not with print: the signal may have come in the middle of one, and that is an error.
+            # Not with print, which may be what the signal interrupted.
             message = f"\n{signal.Signals(number).name}: finishing the batch, then saving\n"
             with suppress(OSError):
                 os.write(2, message.encode())
 
         numbers = [signal.SIGINT, signal.SIGTERM]
-        # Windows has none, and nohup wants it ignored.
+        # Windows has no SIGHUP, and nohup wants it ignored.
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, request_stop) for number in numbers}
@@ -493,10 +564,10 @@ class Trainer:
 
 
 class _Sums:
-    """Sums over the batches of an epoch, kept on the device: to read them is to wait for it.
+    """Sums over the batches of an epoch. They stay on the device, since reading them waits for it.
 
-    Each process sums up its own shares; the main one begins with what the checkpoint holds.
-    `finite` counts the batches until the loss of one is not finite.
+    Each process sums its own shares; the main one begins with what the checkpoint holds. `finite`
+    counts the batches before the first loss that is not finite.
     """
 
     def __init__(self, progress: Progress, runtime: Runtime) -> None:
@@ -511,12 +582,6 @@ class _Sums:
         self.loss += loss
         self.correct += correct
         self.finite += self.loss.isfinite()
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read the config.json of a run: `model` and `model_kwargs` for `create_model`."""
-    content: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    return content
 
 
 def _epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:

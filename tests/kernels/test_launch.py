@@ -148,8 +148,13 @@ def test_smaller_tiles_where_products_keep_operands_in_registers(architecture, h
     assert _launch.holds_operands(target) == holds
     shape = (1152, 8, 10, 16, torch.float32, target)
     assert routing_pass.weight_gradient_launch(*shape)["BLOCK_B"] == (16 if holds else 32)
+
+
+@pytest.mark.parametrize(("target", "block_i"), [(SM80, 2), (SM90, 2), (GFX942, 4)])
+def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block_i):
+    shape = (1152, 8, 10, 16, torch.float32, target)
     launch, *_ = routing_pass.pass_launch("any", *shape, backward=True)
-    assert launch["BLOCK_I"] == (2 if holds else 4)
+    assert launch["BLOCK_I"] == block_i
     launch, *_ = routing_pass.pass_launch("any", *shape, backward=True, prologue=True)
     assert launch["BLOCK_I"] == 4
 

@@ -69,7 +69,7 @@ class ReconstructionDecoder(nn.Module):
 
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask all but one capsule and decode it."""
-        poses = capsules.poses if isinstance(capsules, Capsules) else capsules
+        poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
         _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
         if poses.shape[1:] != (self.num_classes, self.dim):
             raise ValueError(
@@ -77,8 +77,7 @@ class ReconstructionDecoder(nn.Module):
                 f"got {_checks.shape_of(poses)}"
             )
         if target is None:
-            is_vector = not isinstance(capsules, Capsules)
-            activations = capsule_lengths(poses) if is_vector else capsules.activations
+            activations = capsule_lengths(poses) if activations is None else activations
             target = activations.argmax(dim=1)
         else:
             _checks.check_class_indices(

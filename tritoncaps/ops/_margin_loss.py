@@ -18,15 +18,16 @@ def margin_loss(
     down_weight: float = 0.5,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Push the capsules of present classes to lengths over `m_pos`, the others under `m_neg`.
+    """Push the activations of present classes over `m_pos`, those of the others under `m_neg`.
 
-    L = Σ_k T_k·max(0, m⁺ − |v_k|)² + λ·(1 − T_k)·max(0, |v_k| − m⁻)², summed over the classes k.
+    L = Σ_k T_k·max(0, m⁺ − a_k)² + λ·(1 − T_k)·max(0, a_k − m⁻)², summed over the classes k.
 
     Args:
-        lengths: lengths of the class capsules, shape (B, K).
+        activations: how present each class is, in [0, 1], shape (B, K): the lengths of vector
+            capsules, or the activations of matrix capsules.
         target: class indices, shape (B,), int64; or multi-hot, shape (B, K), values in [0, 1].
-        m_pos: m⁺, the length from which a present class costs nothing.
-        m_neg: m⁻, the length up to which an absent class costs nothing.
+        m_pos: m⁺, the activation from which a present class costs nothing.
+        m_neg: m⁻, the activation up to which an absent class costs nothing.
         down_weight: λ, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
 

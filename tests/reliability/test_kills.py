@@ -13,12 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from test_train_mnist import NEW, assert_same_training, few_digits, patch_program
+from example_runs import NEW, assert_same_run, few_digits, make_small
 from tqdm import tqdm
 
 import train_mnist
@@ -31,18 +29,18 @@ needs_fork = pytest.mark.skipif(
 )
 
 
-def run_program(directory: Path) -> None:
+def run_program(directory):
     """Run the program to its end, silently; what a process of the tests below does."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
     # The semaphore of its default lock would be left behind by a process that is killed.
     tqdm.set_lock(threading.RLock())
-    patch_program(setattr, few_digits())
+    make_small(setattr, few_digits())
     sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}"]))
 
 
 @pytest.fixture(scope="module")
-def processes() -> Iterator[multiprocessing.context.ForkServerContext]:
+def processes():
     context = multiprocessing.get_context("forkserver")
     # What torch and the program import late, as well.
     late = ["torch._dynamo", "sklearn.datasets", "safetensors.torch", "filelock"]
@@ -57,12 +55,10 @@ def processes() -> Iterator[multiprocessing.context.ForkServerContext]:
 
 
 @needs_fork
-def test_killed_again_and_again_it_ends_with_the_same_bits(
-    tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
     """SIGKILL at twenty random moments of several runs, from their first lines to their last."""
 
-    def start(directory: Path) -> multiprocessing.context.ForkServerProcess:
+    def start(directory):
         process = processes.Process(target=run_program, args=(directory,))
         process.start()
         return process
@@ -74,7 +70,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
     again = start(tmp_path / "again")
     again.join(120)
     duration = time.perf_counter() - begun
-    assert_same_training(tmp_path / "again", tmp_path / "whole")
+    assert_same_run(tmp_path / "again", tmp_path / "whole", in_one_process=False)
 
     moments = random.Random(0)
     kills = in_training = runs = 0
@@ -92,14 +88,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
             if process.exitcode != -signal.SIGKILL:  # it had just come to its end
                 break
             kills += 1
-            in_training += (directory / "last.pt").exists()
+            in_training += (directory / "last.safetensors").exists()
         assert process.exitcode == 0
-        assert_same_training(directory, tmp_path / "whole")
+        assert_same_run(directory, tmp_path / "whole", in_one_process=False)
     assert in_training >= KILLS / 2, "most kills came before the training: they prove little"
     print(f"{kills} kills in {runs} runs, {in_training} of them in training")
 
 
-def mounted(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
+def mounted(script, directory):
     """Run shell commands where file systems can be mounted, and nobody else sees them."""
     unshare = shutil.which("unshare")
     if unshare is None:
@@ -127,7 +123,7 @@ class TestDisks:
 
     PROGRAM = "from test_kills import run_loudly; run_loudly"
 
-    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path: Path) -> None:
+    def test_a_full_disk_keeps_the_last_checkpoint(self, tmp_path):
         script = f"""
             mkdir disk
             mount -t tmpfs -o size=32m tmpfs disk
@@ -142,12 +138,14 @@ class TestDisks:
         """
         done = mounted(script, tmp_path)
         assert "exit status 2" in done.stdout, done.stderr
-        assert "error: [Errno 28] No space left on device: 'disk/run/last.pt'" in done.stderr
-        state = checkpoint.load(tmp_path / "kept" / "last.pt")
+        assert (
+            "error: [Errno 28] No space left on device: 'disk/run/last.safetensors'" in done.stderr
+        )
+        state = checkpoint.load(tmp_path / "kept" / "last.safetensors")
         assert state["progress"]["epoch"] == 1
         assert not list((tmp_path / "kept").glob("*.tmp"))
 
-    def test_a_read_only_disk_is_said_to_be_one(self, tmp_path: Path) -> None:
+    def test_a_read_only_disk_is_said_to_be_one(self, tmp_path):
         script = f"""
             mkdir disk
             mount -t tmpfs tmpfs disk
@@ -164,11 +162,11 @@ class TestDisks:
         assert done.stdout.count("exit status 2") == 2, done.stderr
         assert done.stderr.count("Read-only file system") == 2
         assert "disk/run" in done.stderr and "disk/new" in done.stderr
-        assert checkpoint.load(tmp_path / "kept" / "last.pt")["progress"]["epoch"] == 1
+        assert checkpoint.load(tmp_path / "kept" / "last.safetensors")["progress"]["epoch"] == 1
 
 
-def run_loudly(directory: str, *flags: str) -> None:
+def run_loudly(directory, *flags):
     """Run the program in a process of its own, and let it print."""
     torch.set_num_threads(1)
-    patch_program(setattr, few_digits())
+    make_small(setattr, few_digits())
     sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}", *flags]))

@@ -7,7 +7,6 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import filelock
@@ -20,11 +19,11 @@ from engine.run_directory import MetricsLog, RunDirectoryError, find_run, locked
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_an_empty_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def make_run(path: str | Path, age: float = 0, name: str = "last.pt") -> Path:
+def make_run(path, age=0, name="last.safetensors"):
     """Make a directory with a file in the place of a checkpoint, written `age` seconds ago."""
     run = Path(path)
     run.mkdir(parents=True, exist_ok=True)
@@ -34,12 +33,12 @@ def make_run(path: str | Path, age: float = 0, name: str = "last.pt") -> Path:
     return run
 
 
-def contents(directory: Path) -> dict[str, bytes]:
+def contents(directory):
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 class TestLocked:
-    def test_a_second_holder_is_refused_by_name(self) -> None:
+    def test_a_second_holder_is_refused_by_name(self):
         Path("run").mkdir()
         with locked(Path("run")):
             second = locked(Path("run"))
@@ -48,9 +47,7 @@ class TestLocked:
         with locked(Path("run")):  # let go of
             pass
 
-    def test_a_file_system_without_locks_is_said_to_be_one(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_file_system_without_locks_is_said_to_be_one(self, monkeypatch, capsys):
         Path("run").mkdir()
         refused = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
         monkeypatch.setattr(filelock.FileLock, "acquire", refused)
@@ -64,7 +61,7 @@ class TestLocked:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_log_on_a_full_disk_names_its_file() -> None:
+def test_a_log_on_a_full_disk_names_its_file():
     log = MetricsLog(Path("metrics.jsonl"), 0)
     log.close()
     log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115 (closed below)
@@ -75,15 +72,15 @@ def test_a_log_on_a_full_disk_names_its_file() -> None:
 
 
 class TestNewDirectory:
-    def test_the_one_asked_for_is_created_with_its_parents(self) -> None:
+    def test_the_one_asked_for_is_created_with_its_parents(self):
         assert new_directory("a/b/c", "capsnet", "digits") == Path("a/b/c")
         assert Path("a/b/c").is_dir()
 
-    def test_an_empty_one_is_taken(self) -> None:
+    def test_an_empty_one_is_taken(self):
         Path("empty").mkdir()
         assert new_directory("empty", "capsnet", "digits") == Path("empty")
 
-    def test_one_with_a_run_is_refused_and_the_way_to_continue_named(self) -> None:
+    def test_one_with_a_run_is_refused_and_the_way_to_continue_named(self):
         run = make_run("run")
         before = contents(run)
         with pytest.raises(RunDirectoryError, match=r"run is not empty.*--resume run, or choose"):
@@ -91,7 +88,7 @@ class TestNewDirectory:
         assert contents(run) == before
 
     @pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "args.json"])
-    def test_one_with_anything_else_is_refused_without_advice_that_fails(self, name: str) -> None:
+    def test_one_with_anything_else_is_refused_without_advice_that_fails(self, name):
         Path("mine").mkdir()
         Path("mine", name).write_text("mine")
         with pytest.raises(RunDirectoryError, match="mine is not empty") as caught:
@@ -99,9 +96,9 @@ class TestNewDirectory:
         assert "--resume" not in str(caught.value)
         assert contents(Path("mine")) == {f"mine/{name}": b"mine"}
 
-    def test_a_run_cut_off_before_its_first_checkpoint_is_begun_again(self) -> None:
+    def test_a_run_cut_off_before_its_first_checkpoint_is_begun_again(self):
         Path("run").mkdir()
-        for name in ("args.json", "metrics.jsonl", ".lock", ".last.pt.0123abcd.tmp"):
+        for name in ("args.json", "metrics.jsonl", ".lock", ".last.safetensors.0123abcd.tmp"):
             Path("run", name).write_text("begun")
         assert new_directory("run", "capsnet", "digits", resuming=True) == Path("run")
         with pytest.raises(RunDirectoryError, match="run is not empty"):
@@ -111,12 +108,12 @@ class TestNewDirectory:
             new_directory("run", "capsnet", "digits", resuming=True)
 
     @pytest.mark.parametrize("path", ["file", "file/below"])
-    def test_a_file_in_its_place_is_an_error_that_names_it(self, path: str) -> None:
+    def test_a_file_in_its_place_is_an_error_that_names_it(self, path):
         Path("file").write_text("a file")
         with pytest.raises(RunDirectoryError, match=f"--output-dir {path}: "):
             new_directory(path, "capsnet", "digits")
 
-    def test_without_one_it_is_named_after_model_data_and_time(self) -> None:
+    def test_without_one_it_is_named_after_model_data_and_time(self):
         before = datetime.now().replace(microsecond=0)
         path = new_directory(None, "deep_capsnet", "fashion-mnist")
         stamp = re.fullmatch(r"runs/deep_capsnet-fashion-mnist-(\d{8}-\d{6})", path.as_posix())
@@ -124,7 +121,7 @@ class TestNewDirectory:
         assert before <= datetime.strptime(stamp[1], "%Y%m%d-%H%M%S") <= datetime.now()
         assert path.is_dir()
 
-    def test_runs_that_start_in_the_same_second_do_not_share_one(self) -> None:
+    def test_runs_that_start_in_the_same_second_do_not_share_one(self):
         moment = datetime(2024, 5, 6, 7, 8, 9)
         with mock.patch.object(run_directory, "datetime", mock.Mock(now=lambda: moment)):
             paths = [new_directory(None, "capsnet", "digits") for _ in range(3)]
@@ -136,66 +133,66 @@ class TestNewDirectory:
             make_run(path, age=10 - age)
             assert find_run("auto", None, "capsnet") == path
 
-    def test_a_file_named_runs_is_an_error(self) -> None:
+    def test_a_file_named_runs_is_an_error(self):
         Path("runs").write_text("a file")
         with pytest.raises(RunDirectoryError, match="cannot be created"):
             new_directory(None, "capsnet", "digits")
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows needs a privilege for a symbolic link")
-    def test_runs_on_a_disk_that_is_gone_is_an_error(self) -> None:
+    def test_runs_on_a_disk_that_is_gone_is_an_error(self):
         Path("runs").symlink_to("/nowhere/at/all")
         with pytest.raises(RunDirectoryError, match="cannot be created"):
             new_directory(None, "capsnet", "digits")
 
 
 class TestFindRun:
-    def test_auto_finds_nothing_where_there_is_nothing(self) -> None:
+    def test_auto_finds_nothing_where_there_is_nothing(self):
         assert find_run("auto", None, "capsnet") is None
         assert find_run("auto", "not-there", "capsnet") is None
 
-    def test_auto_takes_the_run_whose_checkpoint_is_the_newest(self) -> None:
+    def test_auto_takes_the_run_whose_checkpoint_is_the_newest(self):
         make_run("runs/capsnet-digits-20240101-000000", age=20)
         newest = make_run("runs/capsnet-mnist-20230101-000000", age=5)
         make_run("runs/capsnet-digits-20250101-000000", age=10)
         assert find_run("auto", None, "capsnet") == newest
 
-    def test_auto_takes_no_run_of_another_model(self) -> None:
+    def test_auto_takes_no_run_of_another_model(self):
         plain = make_run("runs/capsnet-digits-20240101-000000", age=20)
         deep = make_run("runs/deep_capsnet-digits-20240101-000000")
         assert find_run("auto", None, "capsnet") == plain
         assert find_run("auto", None, "deep_capsnet") == deep
 
-    def test_auto_passes_over_runs_without_a_checkpoint(self) -> None:
+    def test_auto_passes_over_runs_without_a_checkpoint(self):
         older = make_run("runs/capsnet-digits-20240101-000000")
         make_run("runs/capsnet-digits-20240102-000000", name="args.json")
         assert find_run("auto", None, "capsnet") == older
 
-    def test_auto_finds_a_run_that_has_its_previous_checkpoint_alone(self) -> None:
-        run = make_run("runs/capsnet-digits-20240101-000000", name="last.previous.pt")
+    def test_auto_finds_a_run_that_has_its_previous_checkpoint_alone(self):
+        run = make_run("runs/capsnet-digits-20240101-000000", name="last.previous.safetensors")
         assert find_run("auto", None, "capsnet") == run
 
-    def test_auto_looks_in_the_output_directory_alone_if_one_is_given(self) -> None:
+    def test_auto_looks_in_the_output_directory_alone_if_one_is_given(self):
         make_run("runs/capsnet-digits-20240101-000000")
         assert find_run("auto", "mine", "capsnet") is None
         mine = make_run("mine", age=1000)
         assert find_run("auto", "mine", "capsnet") == mine
 
-    def test_a_path_is_a_run_or_a_file_in_one(self) -> None:
+    def test_a_path_is_a_run_or_a_file_in_one(self):
         run = make_run("run")
         assert find_run("run", None, "capsnet") == run
-        assert find_run("run/last.pt", None, "capsnet") == run
-        make_run("shared", name="model_best.pt")
-        assert find_run("shared/model_best.pt", None, "capsnet") == Path("shared")
+        assert find_run("run/last.safetensors", None, "capsnet") == run
+        make_run("shared", name="model_best.safetensors")
+        assert find_run("shared/model_best.safetensors", None, "capsnet") == Path("shared")
 
-    @pytest.mark.parametrize("path", ["not-there", "empty", "not-there/last.pt"])
-    def test_a_path_without_a_checkpoint_is_an_error(self, path: str) -> None:
+    @pytest.mark.parametrize("path", ["not-there", "empty", "not-there/last.safetensors"])
+    def test_a_path_without_a_checkpoint_is_an_error(self, path):
         Path("empty").mkdir()
         with pytest.raises(RunDirectoryError, match=f"--resume {path}: there is no checkpoint"):
             find_run(path, None, "capsnet")
 
 
 class TestTables:
-    def test_summary_gives_back_every_number_exactly(self) -> None:
+    def test_summary_gives_back_every_number_exactly(self):
         rows = [
             {"epoch": 1, "train_loss": 1 / 3, "seconds": 0.25},
             {"epoch": 2, "train_loss": 1e-17, "seconds": 12.0},
@@ -207,7 +204,7 @@ class TestTables:
         assert Path("summary.csv").read_text().startswith("epoch,train_loss,seconds\n1,")
 
     @pytest.mark.parametrize("name", ["summary.csv", "config.json"])
-    def test_a_failed_write_leaves_what_stood_there(self, name: str) -> None:
+    def test_a_failed_write_leaves_what_stood_there(self, name):
         Path(name).write_text("the old one")
         with (
             mock.patch("os.replace", side_effect=OSError("disk failed")),
@@ -219,7 +216,7 @@ class TestTables:
                 run_directory.write_json(Path(name), {"epoch": 1})
         assert contents(Path()) == {name: b"the old one"}
 
-    def test_json_is_indented_and_ends_its_last_line(self) -> None:
+    def test_json_is_indented_and_ends_its_last_line(self):
         run_directory.write_json(Path("config.json"), {"model": "capsnet", "sides": (28, 28)})
         text = Path("config.json").read_text()
         assert text.startswith('{\n  "model": "capsnet"') and text.endswith("}\n")
@@ -229,17 +226,17 @@ class TestTables:
 class TestMetricsLog:
     PATH = Path("metrics.jsonl")
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self):
         return [json.loads(line) for line in self.PATH.read_text().splitlines()]
 
-    def test_a_record_is_in_the_file_as_soon_as_it_is_written(self) -> None:
+    def test_a_record_is_in_the_file_as_soon_as_it_is_written(self):
         log = MetricsLog(self.PATH, 0)
         log.write({"step": 0, "loss": 0.5})
         # A process that is killed here has not closed the file.
         assert self.records() == [{"step": 0, "loss": 0.5}]
         log.close()
 
-    def test_a_new_run_begins_with_an_empty_file(self) -> None:
+    def test_a_new_run_begins_with_an_empty_file(self):
         MetricsLog(self.PATH, 0).close()
         assert self.PATH.read_text() == ""
 
@@ -249,8 +246,8 @@ class TestMetricsLog:
         cut=st.integers(0, 60),
     )
     def test_after_a_crash_it_holds_the_whole_records_before_the_step(
-        self, steps: list[int], before_step: int, cut: int
-    ) -> None:
+        self, steps, before_step, cut
+    ):
         """The crash cuts off the end of the file, anywhere, in the middle of a record too."""
         self.PATH.unlink(missing_ok=True)
         log = MetricsLog(self.PATH, 0)
@@ -272,7 +269,7 @@ class TestMetricsLog:
             {"step": before_step, "loss": 1.0},
         ]
 
-    def test_what_a_power_cut_leaves_is_dropped(self) -> None:
+    def test_what_a_power_cut_leaves_is_dropped(self):
         self.PATH.write_bytes(b'{"step": 0}\n' + bytes(100) + b"\n{")
         MetricsLog(self.PATH, 10).close()
         assert self.records() == [{"step": 0}]

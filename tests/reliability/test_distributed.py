@@ -21,7 +21,8 @@ from engine.runtime import choose_runtime
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
+PATHS = (REPOSITORY, REPOSITORY / "examples", REPOSITORY / "tests/examples")
 SCRIPT = Path(small_run.__file__)
 TIMEOUT = 240
 
@@ -31,18 +32,14 @@ FIRST_STEP = {"rtol": 1e-4, "atol": 1e-6}
 LATER_STEPS = {"rtol": 2e-3, "atol": 1e-4}
 
 
-def torchrun(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments, cwd=REPOSITORY):
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", *map(str, arguments)),
         ],
         cwd=cwd,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "examples"))),
-        },
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, PATHS))},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
@@ -50,12 +47,12 @@ def torchrun(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.Compl
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def alone(tmp_path_factory):
     return small_run.train(tmp_path_factory.mktemp("alone"), World())
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directory(tmp_path_factory):
     """A run of two processes."""
     directory = tmp_path_factory.mktemp("together")
     finished = torchrun(SCRIPT, directory)
@@ -67,38 +64,32 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(directory: Path) -> dict[str, Any]:
+def results(directory):
     result: dict[str, Any] = torch.load(directory / "result.pt")
     return result
 
 
 @pytest.fixture(scope="module")
-def together(results: dict[str, Any]) -> dict[str, Any]:
+def together(results):
     whole: dict[str, Any] = results["whole"]
     return whole
 
 
 class TestAgreement:
-    def test_there_were_two(self, alone: dict[str, Any], together: dict[str, Any]) -> None:
+    def test_there_were_two(self, alone, together):
         assert (alone["world"], together["world"]) == (1, 2)
 
-    def test_gradients_are_those_of_one_process(
-        self, alone: dict[str, Any], together: dict[str, Any]
-    ) -> None:
+    def test_gradients_are_those_of_one_process(self, alone, together):
         assert len(together["gradients"]) == 12
         assert_close(together["gradients"][0], alone["gradients"][0], **FIRST_STEP)
         assert_close(together["gradients"], alone["gradients"], **LATER_STEPS)
 
-    def test_losses_are_those_of_one_process(
-        self, alone: dict[str, Any], together: dict[str, Any]
-    ) -> None:
+    def test_losses_are_those_of_one_process(self, alone, together):
         assert len(together["losses"]) == 12
         assert together["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-6)
         assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
-    def test_evaluations_count_every_image_once(
-        self, alone: dict[str, Any], together: dict[str, Any]
-    ) -> None:
+    def test_evaluations_count_every_image_once(self, alone, together):
         """In batches of 16, 16 and 1; the predictions are in the order of the images."""
         assert len(together["predictions"]) == small_run.HELD_OUT
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
@@ -113,16 +104,14 @@ class TestAgreement:
                 difference = row[f"{name}_accuracy"] - expected[f"{name}_accuracy"]
                 assert abs(difference) < 2.5 / count
 
-    def test_no_two_processes_draw_the_same_numbers(self, together: dict[str, Any]) -> None:
+    def test_no_two_processes_draw_the_same_numbers(self, together):
         assert len(set(together["random"])) == 2
 
 
 class TestFaults:
     """What befalls one process is known to both."""
 
-    def test_a_signal_to_one_stops_both_and_they_go_on_from_there(
-        self, results: dict[str, Any], together: dict[str, Any]
-    ) -> None:
+    def test_a_signal_to_one_stops_both_and_they_go_on_from_there(self, results, together):
         """Asked at step 7, agreed at step 10, in the second epoch."""
         assert not results["stopped"]["finished"] and results["resumed"]["finished"]
         assert len(results["stopped"]["losses"]) == 10
@@ -131,39 +120,35 @@ class TestFaults:
         losses = results["stopped"]["losses"] + results["resumed"]["losses"]
         assert losses == together["losses"]
 
-    def test_a_nan_in_the_share_of_one_is_named_by_both(self, results: dict[str, Any]) -> None:
+    def test_a_nan_in_the_share_of_one_is_named_by_both(self, results):
         first, second = results["spoilt"]
         assert first.startswith("the loss of batch 5 of 6 is nan, in epoch 1")
         assert first == second
 
 
 class TestFiles:
-    def test_one_process_wrote_them(self, directory: Path, together: dict[str, Any]) -> None:
+    def test_one_process_wrote_them(self, directory, together):
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == 12
-        state = checkpoint.load(directory / "last.pt")
+        state = checkpoint.load(directory / "last.safetensors")
         assert_close(state["model"], together["weights"], rtol=0, atol=0)
         assert len(state["rng_of_others"]) == 1
 
-    def test_one_process_goes_on_with_the_run_of_two(
-        self, tmp_path: Path, directory: Path, together: dict[str, Any]
-    ) -> None:
+    def test_one_process_goes_on_with_the_run_of_two(self, tmp_path, directory, together):
         """It finds nothing left to train, and evaluates the same model."""
-        shutil.copy(directory / "last.pt", tmp_path)
+        shutil.copy(directory / "last.safetensors", tmp_path)
         result = small_run.train(tmp_path, World())
         assert result["finished"]
         assert_close(result["weights"], together["weights"], rtol=0, atol=0)
         assert torch.equal(result["predictions"], together["predictions"])
 
 
-def test_a_killed_process_ends_the_run_and_it_can_be_resumed(
-    tmp_path: Path, together: dict[str, Any]
-) -> None:
+def test_a_killed_process_ends_the_run_and_it_can_be_resumed(tmp_path, together):
     """At step 9; both processes go on from the checkpoint after step 8, to the same bits."""
     killed = torchrun(SCRIPT, tmp_path, "--kill-at", "9")
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr
-    assert checkpoint.load(tmp_path / "last.pt")["progress"]["step"] == 8
+    assert checkpoint.load(tmp_path / "last.safetensors")["progress"]["step"] == 8
     assert not (tmp_path / "result.pt").exists()
 
     resumed = torchrun(SCRIPT, tmp_path, "--alone")
@@ -175,7 +160,7 @@ def test_a_killed_process_ends_the_run_and_it_can_be_resumed(
     assert result["random"] == together["random"]
 
 
-def test_the_main_job_runs_under_torchrun(tmp_path: Path) -> None:
+def test_the_main_job_runs_under_torchrun(tmp_path):
     run = tmp_path / "run"
     finished = torchrun(
         REPOSITORY / "examples" / "train_mnist.py",
@@ -192,14 +177,14 @@ def test_the_main_job_runs_under_torchrun(tmp_path: Path) -> None:
 class TestWorld:
     @pytest.mark.parametrize("size", [1, 2, 3, 8])
     @pytest.mark.parametrize("count", [0, 1, 7, 16])
-    def test_shares_are_the_whole_batch_once(self, size: int, count: int) -> None:
+    def test_shares_are_the_whole_batch_once(self, size, count):
         batch = torch.arange(count)
         shares = [World(rank, size).share(batch) for rank in range(size)]
         assert torch.equal(torch.cat(shares), batch)
         lengths = [len(share) for share in shares]
         assert max(lengths) - min(lengths) <= 1
 
-    def test_environment_without_a_rank_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_environment_without_a_rank_is_an_error(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
         monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -209,18 +194,18 @@ class TestWorld:
         ):
             pass
 
-    def test_an_experiment_refuses_torchrun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_experiment_refuses_torchrun(self, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "4")
         with pytest.raises(ValueError, match=r"WORLD_SIZE is 4: less_data\.py trains"):
             distributed.require_one_process("less_data")
 
     @pytest.mark.parametrize("device", ["cuda:0", "mps"])
-    def test_one_gpu_is_not_shared(self, device: str) -> None:
+    def test_one_gpu_is_not_shared(self, device):
         message = f"--device {device}: each of 2 processes takes a GPU of its own.* not {device}$"
         with pytest.raises(ValueError, match=message):
             choose_runtime(device, "fp32", World(0, 2))
 
-    def test_each_process_takes_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_each_process_takes_a_gpu(self, monkeypatch):
         taken: list[int] = []
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "set_device", taken.append)

@@ -3,10 +3,7 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,7 +11,6 @@ import pytest
 import torch
 from einops import rearrange
 from numpy.typing import NDArray
-from torch import Tensor
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 
@@ -23,6 +19,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
+from engine import experiment_figures as more  # noqa: E402
 from engine import figures  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -32,7 +29,7 @@ MINUS = "\N{MINUS SIGN}"
 Pixels = NDArray[np.uint8]
 
 
-def read(path: Path) -> Pixels:
+def read(path):
     """Return the picture as bytes (height, width, 3), after the checks that hold for each."""
     assert path.stat().st_size < 300_000
     pixels: Pixels = (imread(path)[..., :3] * 255).round().astype(np.uint8)
@@ -42,12 +39,12 @@ def read(path: Path) -> Pixels:
     return pixels
 
 
-def positions(pixels: Pixels, colour: tuple[int, int, int]) -> NDArray[np.intp]:
+def positions(pixels, colour):
     """Return the (row, column) of each pixel of exactly this colour."""
     return np.argwhere((pixels == colour).all(-1))
 
 
-def blobs(*shape: int, channels: int = 1, size: int = 28) -> Tensor:
+def blobs(*shape, channels=1, size=28):
     """Smooth float images (*shape, channels, size, size), each of them different."""
     axis = torch.linspace(-2, 2, size)
     number = math.prod(shape)
@@ -57,9 +54,7 @@ def blobs(*shape: int, channels: int = 1, size: int = 28) -> Tensor:
     return images.reshape(*shape, channels, size, size)
 
 
-def history(
-    train: list[float], validation: list[float], losses: list[float] | None = None
-) -> list[dict[str, Any]]:
+def history(train, validation, losses: list[float] | None = None):
     losses = losses or [1 / (index + 2) for index in range(len(train))]
     return [
         {
@@ -76,12 +71,12 @@ def history(
 
 
 @contextmanager
-def drawn_texts() -> Iterator[list[Text]]:
+def drawn_texts():
     """Collect the texts that are put inside axes."""
     texts: list[Text] = []
     add_text = Axes.text
 
-    def collect(axes: Axes, *arguments: Any, **options: Any) -> Text:
+    def collect(axes: Axes, *arguments, **options):
         texts.append(add_text(axes, *arguments, **options))
         return texts[-1]
 
@@ -106,9 +101,7 @@ class TestCurves:
         ],
         ids=["rising", "one-epoch", "text", "perfect", "nothing", "wide", "fifty-epochs"],
     )
-    def test_both_curves_are_in_both_panels(
-        self, tmp_path: Path, rows: list[dict[str, Any]]
-    ) -> None:
+    def test_both_curves_are_in_both_panels(self, tmp_path, rows):
         figures.plot_curves(rows, tmp_path / "curves.png", "DeepCapsNet")
         pixels = read(tmp_path / "curves.png")
         assert pixels.shape == (520, 1200, 3)
@@ -118,7 +111,7 @@ class TestCurves:
         assert len(positions(pixels, TRAIN)) >= 4
 
     @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0, 1e30])
-    def test_a_loss_that_cannot_be_shown_leaves_a_gap(self, tmp_path: Path, loss: float) -> None:
+    def test_a_loss_that_cannot_be_shown_leaves_a_gap(self, tmp_path, loss):
         rows = history([0.9, 0.95, 0.97], [0.91, 0.94, 0.96], [0.5, loss, 0.3])
         figures.plot_curves(rows, tmp_path / "gap.png", "A gap")
         with_gap = read(tmp_path / "gap.png")
@@ -128,16 +121,16 @@ class TestCurves:
             shown = len(positions(with_gap[:470, 600:], colour))
             assert 4 <= shown < len(positions(whole[:470, 600:], colour)) / 2
 
-    def test_nothing_but_nan(self, tmp_path: Path) -> None:
+    def test_nothing_but_nan(self, tmp_path):
         rows = history([math.nan] * 2, [math.nan] * 2, [math.nan] * 2)
         figures.plot_curves(rows, tmp_path / "curves.png", "Nothing to see")
         assert len(positions(read(tmp_path / "curves.png")[:470], TRAIN)) == 0
 
-    def test_no_epoch(self, tmp_path: Path) -> None:
+    def test_no_epoch(self, tmp_path):
         with pytest.raises(ValueError, match="no epoch"):
             figures.plot_curves([], tmp_path / "curves.png", "Empty")
 
-    def test_half_a_percent_near_the_top_is_seen_beside_a_poor_start(self, tmp_path: Path) -> None:
+    def test_half_a_percent_near_the_top_is_seen_beside_a_poor_start(self, tmp_path):
         rows = history([0.5, 0.990], [0.5, 0.995])
         figures.plot_curves(rows, tmp_path / "curves.png", "Zoom")
         accuracy = read(tmp_path / "curves.png")[:470, :600]
@@ -150,7 +143,7 @@ class TestCurves:
         [([5.0, 4.0, 3.0, 2.0, 1.0], 4), ([1.0] * 5, 3), ([1.0, 1.0, math.nan, 9.0, 1.0], 4)],
         ids=["loss-decides", "first", "nan-loss"],
     )
-    def test_the_best_epoch_is_marked(self, tmp_path: Path, losses: list[float], best: int) -> None:
+    def test_the_best_epoch_is_marked(self, tmp_path, losses, best):
         rows = history([0.9] * 5, [0.9, math.nan, 0.95, 0.95, 0.93], losses)
         with mock.patch.object(Axes, "axvline") as line:
             figures.plot_curves(rows, tmp_path / "curves.png", "Best")
@@ -158,7 +151,7 @@ class TestCurves:
         assert f"95.00 % after epoch {best}" in line.call_args.kwargs["label"]
 
 
-def as_bytes(images: Tensor) -> Tensor:
+def as_bytes(images):
     return (images * 255).round().to(torch.uint8)
 
 
@@ -171,9 +164,7 @@ class TestImages:
         [lambda x: x, as_bytes, lambda x: x.clone().requires_grad_(), lambda x: x.double()],
         ids=["float32", "uint8", "requires-grad", "float64"],
     )
-    def test_perturbations_show_every_image(
-        self, tmp_path: Path, channels: int, convert: Callable[[Tensor], Tensor]
-    ) -> None:
+    def test_perturbations_show_every_image(self, tmp_path, channels, convert):
         images = blobs(16, 11, channels=channels)
         offsets = torch.linspace(-0.25, 0.25, 11)
         figures.plot_perturbations(convert(images), offsets, tmp_path / "p.png", "A capsule")
@@ -190,7 +181,7 @@ class TestImages:
             cells[:, :, :84, :84], rearrange(enlarged, "r c rgb h w -> r c h w rgb")
         )
 
-    def test_perturbations_are_labelled(self, tmp_path: Path) -> None:
+    def test_perturbations_are_labelled(self, tmp_path):
         offsets = [-0.25, -0.1, -1e-9, 0.05]
         with (
             mock.patch.object(Axes, "set_xticks") as columns,
@@ -203,9 +194,7 @@ class TestImages:
 
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("number", [1, 10, 13])
-    def test_reconstructions_show_every_pair(
-        self, tmp_path: Path, channels: int, number: int
-    ) -> None:
+    def test_reconstructions_show_every_pair(self, tmp_path, channels, number):
         images = blobs(number, channels=channels)
         reconstructions = 0.7 * images
         labels = torch.arange(number) % 10
@@ -223,7 +212,7 @@ class TestImages:
                 expected = as_bytes(images_shown[index]).expand(3, -1, -1).numpy()
                 np.testing.assert_array_equal(shown, rearrange(expected, "c h w -> h w c"))
 
-    def test_wrong_predictions_are_framed_and_named(self, tmp_path: Path) -> None:
+    def test_wrong_predictions_are_framed_and_named(self, tmp_path):
         images, labels, predictions = blobs(12), torch.arange(12) % 10, torch.arange(12) % 10
         predictions[11] = 7
         with drawn_texts() as texts:
@@ -237,7 +226,7 @@ class TestImages:
         assert left - 4 < framed[:, 1].min() < left
         assert left + 84 <= framed[:, 1].max() < left + 84 + 4
 
-    def test_long_names_stay_below_their_own_pair(self, tmp_path: Path) -> None:
+    def test_long_names_stay_below_their_own_pair(self, tmp_path):
         images, names = blobs(3), ["Long-haired dachshund", "Lawnmower", "Aquarium fish"]
         figures.plot_reconstructions(
             images, images, [0, 1, 2], [0, 0, 2], tmp_path / "r.png", "Pairs", names
@@ -248,25 +237,23 @@ class TestImages:
             assert (below[:, pair * 90 : pair * 90 + 84] < 128).any()
 
     @pytest.mark.parametrize(("size", "scale"), [(8, 10), (36, 2), (96, 1)])
-    def test_images_are_enlarged_by_whole_numbers(
-        self, tmp_path: Path, size: int, scale: int
-    ) -> None:
+    def test_images_are_enlarged_by_whole_numbers(self, tmp_path, size, scale):
         images = blobs(2, 3, size=size)
         figures.plot_perturbations(images, [0, 1, 2], tmp_path / "p.png", "A capsule")
         pixels = read(tmp_path / "p.png")
         assert pixels.shape == (92 + 2 * (size * scale + 6), 70 + 3 * (size * scale + 6), 3)
 
-    def test_values_out_of_range_are_clipped(self, tmp_path: Path) -> None:
+    def test_values_out_of_range_are_clipped(self, tmp_path):
         image = torch.tensor([[-5.0, 5.0], [math.nan, 0.5]])[None, None, None]
         figures.plot_perturbations(image, [0.0], tmp_path / "p.png", "Out of range")
         pixels = read(tmp_path / "p.png")[40 : 40 + 84, 64 : 64 + 84, 0]
         assert pixels[::42, ::42].tolist() == [[0, 255], [0, 128]]
 
-    def test_two_channels_are_refused(self, tmp_path: Path) -> None:
+    def test_two_channels_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="C=2"):
             figures.plot_perturbations(blobs(2, 3, channels=2), [0, 1, 2], tmp_path / "p.png", "")
 
-    def test_no_images_are_refused(self, tmp_path: Path) -> None:
+    def test_no_images_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no images"):
             figures.plot_reconstructions(
                 blobs(0), blobs(0), [], [], tmp_path / "r.png", "None", DIGITS
@@ -277,14 +264,14 @@ class TestConfusion:
     @pytest.mark.parametrize(
         ("classes", "side"), [(2, 560), (10, 560), (20, 1120), (47, 1400)], ids=str
     )
-    def test_size_grows_with_the_classes(self, tmp_path: Path, classes: int, side: int) -> None:
+    def test_size_grows_with_the_classes(self, tmp_path, classes, side):
         names = [f"class {index}" for index in range(classes)]
         matrix = 980 * torch.eye(classes, dtype=torch.int64)
         matrix += torch.ones_like(matrix).triu(1).tril(3)
         figures.plot_confusion(matrix, tmp_path / "c.png", "Test", names)
         assert read(tmp_path / "c.png").shape == (side + 150, side + 260, 3)
 
-    def test_every_count_is_written_and_zeros_are_not(self, tmp_path: Path) -> None:
+    def test_every_count_is_written_and_zeros_are_not(self, tmp_path):
         matrix = [[1135, 0, 2], [0, 0, 0], [31, 1, 12345]]
         with drawn_texts() as texts:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS[:3])
@@ -292,7 +279,7 @@ class TestConfusion:
         # Across is the predicted class, down the true one.
         assert cells == {(0, 0): "1135", (2, 0): "2", (0, 2): "31", (1, 2): "1", (2, 2): "12345"}
 
-    def test_numbers_fit_their_cells(self, tmp_path: Path) -> None:
+    def test_numbers_fit_their_cells(self, tmp_path):
         matrix = 1234567 * torch.eye(10, dtype=torch.int64)
         with drawn_texts() as texts:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS)
@@ -307,17 +294,15 @@ class TestConfusion:
             ([[0, 0], [0, 0]], "Digits: 0 of 0 right, accuracy 0.00 %"),
         ],
     )
-    def test_the_title_tells_the_accuracy(
-        self, tmp_path: Path, matrix: list[list[int]], accuracy: str
-    ) -> None:
+    def test_the_title_tells_the_accuracy(self, tmp_path, matrix, accuracy):
         with mock.patch.object(
             Figure, "suptitle", autospec=True, side_effect=Figure.suptitle
         ) as title:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Digits", ["3", "8"])
         assert title.call_args.args[1] == accuracy
 
-    def test_colours_tell_the_share_of_the_true_class(self, tmp_path: Path) -> None:
-        def darkness(*matrix: list[int]) -> int:
+    def test_colours_tell_the_share_of_the_true_class(self, tmp_path):
+        def darkness(*matrix):
             """Draw a matrix, and measure its upper right cell beside the number."""
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", ["3", "8"])
             return int(255 - read(tmp_path / "c.png")[100, 600, 0])
@@ -329,21 +314,21 @@ class TestConfusion:
         assert darkness([99, 1], [50, 2]) == ten
 
 
-def draw_curves(path: Path) -> None:
+def draw_curves(path):
     figures.plot_curves(RISING, path, "DeepCapsNet on MNIST")
 
 
-def draw_reconstructions(path: Path) -> None:
+def draw_reconstructions(path):
     figures.plot_reconstructions(
         blobs(12), blobs(12), [3] * 12, [3, 8] * 6, path, "Reconstructions", DIGITS
     )
 
 
-def draw_perturbations(path: Path) -> None:
+def draw_perturbations(path):
     figures.plot_perturbations(blobs(3, 5), [-0.2, -0.1, 0, 0.1, 0.2], path, "A capsule")
 
 
-def draw_confusion(path: Path) -> None:
+def draw_confusion(path):
     figures.plot_confusion([[90, 10], [3, 97]], path, "Test", ["T-shirt/top", "Ankle boot"])
 
 
@@ -351,9 +336,7 @@ def draw_confusion(path: Path) -> None:
     "draw", [draw_curves, draw_reconstructions, draw_perturbations, draw_confusion]
 )
 class TestEveryPicture:
-    def test_same_input_same_bytes_whatever_the_settings(
-        self, tmp_path: Path, draw: Callable[[Path], None]
-    ) -> None:
+    def test_same_input_same_bytes_whatever_the_settings(self, tmp_path, draw):
         draw(tmp_path / "first.png")
         settings = {"text.color": "red", "savefig.bbox": "tight", "savefig.dpi": 37}
         with matplotlib.rc_context(settings):
@@ -362,9 +345,7 @@ class TestEveryPicture:
         read(tmp_path / "first.png")
         assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
 
-    def test_a_failed_drawing_keeps_the_old_picture(
-        self, tmp_path: Path, draw: Callable[[Path], None]
-    ) -> None:
+    def test_a_failed_drawing_keeps_the_old_picture(self, tmp_path, draw):
         (tmp_path / "picture.png").write_bytes(b"old")
         with (
             mock.patch("os.fsync", side_effect=OSError("No space left on device")),
@@ -375,12 +356,10 @@ class TestEveryPicture:
             ("picture.png", b"old")
         ]
 
-    def test_long_titles_stay_in_the_picture(
-        self, tmp_path: Path, draw: Callable[[Path], None]
-    ) -> None:
+    def test_long_titles_stay_in_the_picture(self, tmp_path, draw):
         suptitle = Figure.suptitle
 
-        def longer(figure: Figure, title: str, **options: Any) -> Any:
+        def longer(figure: Figure, title, **options):
             return suptitle(figure, title + ", and what else there is to say" * 3, **options)
 
         with mock.patch.object(Figure, "suptitle", longer):
@@ -388,14 +367,14 @@ class TestEveryPicture:
         read(tmp_path / "picture.png")
 
 
-def run_python(code: str) -> str:
+def run_python(code):
     """Run code in a fresh interpreter that finds the same modules, and return its output."""
     paths = f"import sys; sys.path[:] = {sys.path!r}; "
     command = [sys.executable, "-c", paths + code]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def test_pyplot_is_never_loaded_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
+def test_pyplot_is_never_loaded_and_matplotlib_only_to_draw(tmp_path):
     output = run_python(
         "from engine import figures\n"
         "print('matplotlib' in sys.modules)\n"
@@ -405,9 +384,108 @@ def test_pyplot_is_never_loaded_and_matplotlib_only_to_draw(tmp_path: Path) -> N
     assert output.split() == ["False", "False"]
 
 
-def test_a_machine_without_matplotlib_is_told_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_matplotlib_is_told_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r'matplotlib: pip install "tritoncaps\[train\]"'):
         draw_confusion(tmp_path / "c.png")
+
+
+# -- the pictures of the experiments
+
+
+def overlapped(count, *, wrong):
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.tensor([[3, 7]]).repeat(count, 1)
+    originals = torch.rand(count, 2, 1, 28, 28, generator=generator)
+    return more.Overlapped(
+        originals.sum(dim=1).clamp(max=1),
+        originals,
+        originals * 0.5,
+        labels,
+        torch.tensor([[1, 3]]).repeat(count, 1) if wrong else labels,
+    )
+
+
+def draw(name, path):
+    grey = torch.rand(3, 4, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    names = [str(digit) for digit in range(10)]
+    runs = [[0.9, 0.95, 0.99], [0.91, 0.96, 0.98]]
+    line = ([0.0, 0.1, 0.2], [0.99, 0.8, 0.3])
+    drawings = {
+        "curves": lambda: more.plot_model_curves(
+            {"one": runs, "two": runs[:1]}, path, "Title", "share"
+        ),
+        "one point": lambda: more.plot_model_curves({"one": [[1.0]]}, path, "Title", "share"),
+        "heat map": lambda: more.plot_heat_map(
+            [[0.9, math.nan], [0.95, 0.99]], [1, 2], [1, 2], path, "Title", ("a", "b", "c")
+        ),
+        "one cell": lambda: more.plot_heat_map([[0.9]], [1], [1], path, "T", ("a", "b", "c")),
+        "trade-off": lambda: more.plot_trade_off(
+            [("a", 1.0, 0.9), ("b", 2.0, 0.95), ("c", 3.0, 0.9)], [0, 1], path, "T", ("a", "b")
+        ),
+        "panels": lambda: more.plot_panels(
+            [more.Panel("P", "x", {"one": line, "two": line}, (0.7, "level"))] * 4,
+            path, "Title", "share",
+        ),
+        "sizes": lambda: more.plot_by_size(
+            {"one": {100: [0.8, 0.82], 1000: [0.9]}, "two": {100: [0.7]}}, path, "T", ("a", "b")
+        ),
+        "overlapped": lambda: more.plot_overlapped(
+            [overlapped(4, wrong=False), overlapped(2, wrong=True)], path, "Title", names
+        ),
+        "grids": lambda: more.plot_grids(grey, grey, ["3", "5", "8"], path, "Title"),
+        "failures": lambda: more.plot_failures(
+            grey[0], grey[1], grey[2], [1, 2, 3, 4], [5, 6, 7, 8], path, "Title", names
+        ),
+        "strips": lambda: more.plot_strips(
+            [("a", grey[0], list("abcd")), ("b", grey[1][:2], list("ab"))], path, "Title"
+        ),
+    }  # fmt: skip
+    drawings[name]()
+
+
+PICTURES = [
+    "curves", "one point", "heat map", "one cell", "trade-off", "panels", "sizes", "overlapped",
+    "grids", "failures", "strips",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_shows_something_with_nothing_cut_off(name, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
+    from matplotlib.image import imread
+
+    path = tmp_path / "picture.png"
+    draw(name, path)
+    assert path.stat().st_size < 300_000
+    picture = imread(path)[..., :3]
+    assert 0.01 < (picture != 1).any(-1).mean() < 0.98
+    for edge in (picture[:3], picture[-3:], picture[:, :3], picture[:, -3:]):
+        assert (edge == 1).all()
+    first = path.read_bytes()
+    draw(name, path)
+    assert path.read_bytes() == first
+
+
+def test_a_class_that_was_found_has_the_colour_of_its_original():
+    """3 and 7 are shown, 1 and 3 found: what 3 is decoded to stands in the place of the 3."""
+    rows = more._coloured(overlapped(2, wrong=True))
+    assert rows.shape == (7, 2, 3, 28, 28)
+    block = overlapped(2, wrong=True)
+    red = block.reconstructions[:, 1, 0] * more._FIRST[0]
+    torch.testing.assert_close(rows[4][:, 0], red)
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    path = tmp_path / "picture.png"
+    for function, arguments in (
+        (more.plot_model_curves, ({}, path, "", "")),
+        (more.plot_heat_map, ([[math.nan]], [1], [1], path, "", ("", "", ""))),
+        (more.plot_trade_off, ([], [], path, "", ("", ""))),
+        (more.plot_panels, ([], path, "", "")),
+        (more.plot_by_size, ({}, path, "", ("", ""))),
+        (more.plot_overlapped, ([], path, "", [])),
+    ):
+        with pytest.raises(ValueError, match="there is no"):
+            function(*arguments)  # type: ignore[operator]
+    assert not path.exists()

@@ -10,14 +10,11 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from example_runs import small_network, stop_after
 
 import compare_models
 import less_data
@@ -28,9 +25,7 @@ import train_mnist
 import train_overlapping
 from engine import baseline, checkpoint, training
 from engine.tasks import TwoClasses
-from tritoncaps import models
 from tritoncaps.data import ImageSet
-from tritoncaps.layers import ReconstructionDecoder
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 
@@ -40,34 +35,23 @@ TINY = (
     "--limit-train=100", "--limit-test=40", "--lr=0.003", "--warmup-steps=2", "--log-interval=1",
 )  # fmt: skip
 RESULT = {
-    "name", "model", "seed", "primary_iterations", "secondary_iterations", "train_size",
-    "parameters", "epochs", "chosen_epoch", "test_accuracy", "final_test_accuracy",
-    "highest_test_accuracy", "highest_epoch", "train_accuracy", "seconds_per_epoch", "device",
-    "threads", "precision", "commit",
+    "name", "model", "seed", "parameters", "epochs", "chosen_epoch", "test_accuracy",
+    "final_test_accuracy", "highest_test_accuracy", "highest_epoch", "train_accuracy",
+    "seconds_per_epoch", "device", "threads", "precision", "commit",
 }  # fmt: skip
+PAIR = {"primary_iterations", "secondary_iterations"}
 NETWORKS = ["capsnet", "deep_capsnet", "cnn"]
 
 
-def small_network(name: str, **kwargs: Any) -> nn.Module:
-    """The named network, a thousand times smaller."""
-    if name == baseline.CNN:
-        return baseline.ConvNet(channels=(4, 4, 4), hidden=(8, 8), **kwargs)
-    channels: dict[str, Any] = {"capsnet": 8, "deep_capsnet": (8, 8)}
-    model = models.create_model(name, channels=channels[name], capsule_types=2, **kwargs)
-    shape = (1, *kwargs["image_size"])
-    model.decoder = ReconstructionDecoder(10, 16, shape, hidden=(16, 32))
-    return model
-
-
 @pytest.fixture(autouse=True, scope="module")
-def small_and_single(one_thread: None) -> Iterator[None]:
+def small_and_single(one_thread: None):
     """Small networks in one thread, for all tests of this file."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(baseline, "create_network", small_network)
         yield
 
 
-def run(program: ModuleType, *flags: str) -> tuple[int, str]:
+def run(program, *flags):
     """Run a program; returns its exit status and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -75,23 +59,23 @@ def run(program: ModuleType, *flags: str) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
-def finish(program: ModuleType, *flags: str) -> str:
+def finish(program, *flags):
     """Run a program that must succeed; returns what it printed."""
     status, printed = run(program, *flags)
     assert status == 0, printed
     return printed
 
 
-def table(path: Path) -> list[dict[str, str]]:
+def table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def rows_of(directory: Path, name: str) -> list[dict[str, Any]]:
+def rows_of(directory, name):
     """The rows of a table, after a check that both of its forms hold the same."""
     content = json.loads((directory / f"{name}.json").read_text())
     assert content["recipe"] == json.loads((directory / "experiment.json").read_text())["recipe"]
-    rows: list[dict[str, Any]] = content["rows"]
+    rows = content["rows"]
     for row, text in zip(rows, table(directory / f"{name}.csv"), strict=True):
         assert list(row) == list(text)
         assert ["" if value is None else str(value) for value in row.values()] == list(
@@ -100,12 +84,12 @@ def rows_of(directory: Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def untimed(rows):
     """Rows without what the clock says."""
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
-def check_picture(path: Path, least: tuple[int, int] = (300, 300)) -> None:
+def check_picture(path, least=(300, 300)):
     """Assert that a picture shows something, has nothing cut off, and is small enough."""
     from matplotlib.image import imread
 
@@ -117,49 +101,36 @@ def check_picture(path: Path, least: tuple[int, int] = (300, 300)) -> None:
         assert (edge == 1).all(), f"something touches the edge of {path.name}"
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Ask a run to stop when so many steps of all its cells are done."""
-    inner, done = training.Trainer._step, [0]
-
-    def step(self: training.Trainer, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
-        result = inner(self, images, labels)
-        done[0] += 1
-        self._stop_requested |= done[0] == steps
-        return result
-
-    monkeypatch.setattr(training.Trainer, "_step", step)
-
-
-def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> None:
+def forbid_training(monkeypatch):
+    def refuse(*args):
         raise AssertionError("a finished cell is trained again")
 
     monkeypatch.setattr(training.Trainer, "fit", refuse)
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def compared(tmp_path_factory):
     """All networks with two seeds: the directory, and what was printed."""
     directory = tmp_path_factory.mktemp("compared") / "out"
     return directory, finish(compare_models, *TINY, "--seeds=2", f"--output-dir={directory}")
 
 
 @pytest.fixture
-def a_comparison(compared: tuple[Path, str], tmp_path: Path) -> Path:
+def a_comparison(compared, tmp_path):
     """A copy of it, to be changed."""
     shutil.copytree(compared[0], tmp_path / "copy")
     return tmp_path / "copy"
 
 
 class TestCompareModels:
-    def test_it_writes_runs_tables_and_a_picture(self, compared: tuple[Path, str]) -> None:
+    def test_it_writes_runs_tables_and_a_picture(self, compared):
         directory, _ = compared
         cells = {f"{model}-seed{seed}" for model in NETWORKS for seed in (1, 2)}
         files = {"experiment.json", "runs.csv", "runs.json", "networks.csv", "networks.json"}
         assert {path.name for path in directory.iterdir()} == cells | files | {"curves.png"}
         check_picture(directory / "curves.png", (600, 960))
 
-    def test_a_row_a_run_with_what_its_own_table_says(self, compared: tuple[Path, str]) -> None:
+    def test_a_row_a_run_with_what_its_own_table_says(self, compared):
         directory, _ = compared
         rows = rows_of(directory, "runs")
         assert len(rows) == 6 and all(set(row) == RESULT for row in rows)
@@ -177,7 +148,7 @@ class TestCompareModels:
         losses = {(directory / row["name"] / "metrics.jsonl").read_text() for row in rows}
         assert len(losses) == 6
 
-    def test_a_row_a_network_with_mean_and_spread(self, compared: tuple[Path, str]) -> None:
+    def test_a_row_a_network_with_mean_and_spread(self, compared):
         directory, printed = compared
         runs, networks = rows_of(directory, "runs"), rows_of(directory, "networks")
         assert [row["model"] for row in networks] == NETWORKS
@@ -189,18 +160,14 @@ class TestCompareModels:
             assert row["test_accuracy_spread"] == pytest.approx(spread)
         assert re.search(r"CNN .*chosen by validation .* ± .* %", printed)
 
-    def test_the_same_command_again_trains_nothing(
-        self, a_comparison: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_same_command_again_trains_nothing(self, a_comparison, monkeypatch):
         before = (a_comparison / "runs.csv").read_bytes()
         forbid_training(monkeypatch)
         printed = finish(compare_models, *TINY, "--seeds=2", f"--output-dir={a_comparison}")
         assert printed.count("finished before") == 6
         assert (a_comparison / "runs.csv").read_bytes() == before
 
-    def test_a_stopped_one_goes_on_as_if_it_had_not_been(
-        self, tmp_path: Path, compared: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_stopped_one_goes_on_as_if_it_had_not_been(self, tmp_path, compared, monkeypatch):
         """Stopped in the middle of an epoch of the second network, and once more in the third."""
         flags = (*TINY, "--seeds=2", f"--output-dir={tmp_path / 'out'}")
         for steps in (8, 9):
@@ -214,7 +181,7 @@ class TestCompareModels:
         assert "finished before" in printed and "resuming    after " in printed
         assert untimed(rows_of(tmp_path / "out", "runs")) == untimed(rows_of(compared[0], "runs"))
 
-    def test_more_epochs_go_on_with_every_run(self, a_comparison: Path, tmp_path: Path) -> None:
+    def test_more_epochs_go_on_with_every_run(self, a_comparison, tmp_path):
         longer = ("--epochs=3", "--seeds=1", "--models", "cnn", "capsnet")
         printed = finish(compare_models, *TINY, *longer, f"--output-dir={a_comparison}")
         assert printed.count("resuming    after 2 epochs and 0 batches") == 2
@@ -222,9 +189,7 @@ class TestCompareModels:
         went_on, fresh = (rows_of(path, "runs") for path in (a_comparison, tmp_path / "fresh"))
         assert untimed(went_on) == untimed(fresh) and fresh[0]["epochs"] == 3
 
-    def test_an_unfinished_run_cannot_go_back(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_unfinished_run_cannot_go_back(self, tmp_path, monkeypatch):
         flags = (*TINY, "--models=cnn", f"--output-dir={tmp_path / 'out'}")
         stop_after(monkeypatch, 8)  # in the third epoch
         assert run(compare_models, *flags, "--epochs=4")[0] == 130
@@ -240,22 +205,18 @@ class TestCompareModels:
             (("--epochs=1",), "was trained for 2 epochs, not 1: give --epochs 2"),
         ],
     )
-    def test_another_recipe_is_refused(
-        self, compared: tuple[Path, str], flags: tuple[str, ...], message: str
-    ) -> None:
+    def test_another_recipe_is_refused(self, compared, flags, message):
         status, printed = run(compare_models, *TINY, *flags, f"--output-dir={compared[0]}")
         assert status == 2 and message in printed
         assert printed.splitlines()[-1].startswith("compare_models.py: error: ")
 
-    def test_a_recipe_that_no_run_was_made_by_can_be_corrected(self, tmp_path: Path) -> None:
+    def test_a_recipe_that_no_run_was_made_by_can_be_corrected(self, tmp_path):
         output = f"--output-dir={tmp_path / 'out'}"
         status, printed = run(compare_models, *TINY, "--validation-fraction=2", output)
         assert status == 2 and "holds out 200 of 100 images" in printed
         finish(compare_models, *TINY, "--models=cnn", "--epochs=1", output)
 
-    def test_directories_of_others_are_not_touched(
-        self, compared: tuple[Path, str], tmp_path: Path
-    ) -> None:
+    def test_directories_of_others_are_not_touched(self, compared, tmp_path):
         (tmp_path / "mine.txt").write_text("mine")
         status, printed = run(compare_models, *TINY, f"--output-dir={tmp_path}")
         assert status == 2 and "is not empty and holds no experiment" in printed
@@ -272,9 +233,7 @@ class TestCompareModels:
             (("--limit-test=2000",), "--limit-test 2000: scikit-learn's digits has 360"),
         ],
     )
-    def test_what_is_missing_is_a_line(
-        self, tmp_path: Path, flags: tuple[str, ...], message: str
-    ) -> None:
+    def test_what_is_missing_is_a_line(self, tmp_path, flags, message):
         out = tmp_path / "out"
         status, printed = run(
             compare_models, *TINY, "--data-dir=nowhere", f"--output-dir={out}", *flags
@@ -282,7 +241,7 @@ class TestCompareModels:
         assert status == 2 and message in printed and len(printed.splitlines()) == 1
         assert not out.exists()
 
-    def test_without_a_validation_set_the_last_epoch_counts(self, tmp_path: Path) -> None:
+    def test_without_a_validation_set_the_last_epoch_counts(self, tmp_path):
         flags = ("--validation-fraction=0", "--models=capsnet", f"--output-dir={tmp_path / 'out'}")
         finish(compare_models, *TINY, *flags)
         (row,) = rows_of(tmp_path / "out", "runs")
@@ -293,29 +252,26 @@ class TestCompareModels:
         config = json.loads((tmp_path / "out/capsnet-seed1/config.json").read_text())
         assert config["best"] == {"epoch": 2, "validation": None}
 
-    def test_a_loss_that_is_not_finite_names_the_cell(self, tmp_path: Path) -> None:
+    def test_a_loss_that_is_not_finite_names_the_cell(self, tmp_path):
         flags = ("--lr=1e30", "--models=cnn", f"--output-dir={tmp_path / 'out'}")
         status, printed = run(compare_models, *TINY, *flags)
         assert status == 2 and "error: cnn-seed1: " in printed and "a lower --lr" in printed
 
-    def test_a_cell_is_a_run_like_any_other(
-        self, compared: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(train_mnist, "create_model", small_network)
+    def test_a_cell_is_a_run_like_any_other(self, compared, monkeypatch):
         cell = compared[0] / "capsnet-seed1"
         printed = finish(train_mnist, "--eval-only", f"--resume={cell}", "--device=cpu")
         assert re.search(r"test of epoch \d: test accuracy .* of 360 wrong", printed)
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def swept(tmp_path_factory):
     directory = tmp_path_factory.mktemp("swept") / "out"
     grid = ("--main", "1", "2", "--secondary", "1", "2", "--epochs=1")
     return directory, finish(routing_sweep, *TINY, *grid, f"--output-dir={directory}")
 
 
 class TestRoutingSweep:
-    def test_it_writes_the_grid(self, swept: tuple[Path, str]) -> None:
+    def test_it_writes_the_grid(self, swept):
         directory, printed = swept
         rows = rows_of(directory, "grid")
         assert [(row["main"], row["secondary"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -326,21 +282,22 @@ class TestRoutingSweep:
         ]  # fmt: skip
         assert any(row["pareto_front"] for row in rows)
         runs = rows_of(directory, "runs")
-        assert len(runs) == 4 and all(set(row) == RESULT for row in runs)
+        assert len(runs) == 4 and all(set(row) == RESULT | PAIR for row in runs)
         for row in runs:
-            kwargs = checkpoint.load(directory / row["name"] / "last.pt")["args"]["model_kwargs"]
+            args = checkpoint.load(directory / row["name"] / "last.safetensors")["args"]
+            kwargs = args["model_kwargs"]
             assert kwargs["primary_iterations"] == row["primary_iterations"]
             assert kwargs["secondary_iterations"] == row["secondary_iterations"]
         assert "most accurate: main " in printed and "Pareto front" in printed
 
-    def test_it_draws_three_pictures(self, swept: tuple[Path, str]) -> None:
+    def test_it_draws_three_pictures(self, swept):
         assert {path.name for path in swept[0].glob("*.png")} == {
             "grid.png", "time.png", "equal.png",
         }  # fmt: skip
         for path in swept[0].glob("*.png"):
             check_picture(path)
 
-    def test_a_larger_grid_adds_to_it(self, swept: tuple[Path, str], tmp_path: Path) -> None:
+    def test_a_larger_grid_adds_to_it(self, swept, tmp_path):
         shutil.copytree(swept[0], tmp_path / "out")
         grid = ("--main", "1", "2", "3", "--secondary", "1", "--epochs=1")
         printed = finish(routing_sweep, *TINY, *grid, f"--output-dir={tmp_path / 'out'}")
@@ -358,19 +315,19 @@ class TestRoutingSweep:
             ([(3.0, 0.9), (1.0, 0.5), (2.0, 0.7), (2.5, 0.6)], [0, 1, 2]),
         ],
     )
-    def test_the_pareto_front(self, points: list[tuple[float, float]], front: list[int]) -> None:
+    def test_the_pareto_front(self, points, front):
         assert routing_sweep.pareto_front(points) == front
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(tmp_path_factory):
     directory = tmp_path_factory.mktemp("overlapping") / "out"
     flags = ("--mode=shifted", "--partners=3", f"--output-dir={directory}")
     return directory, finish(train_overlapping, *TINY, *flags)
 
 
 class TestOverlapping:
-    def test_it_writes_both_rates_of_both_networks(self, trained: tuple[Path, str]) -> None:
+    def test_it_writes_both_rates_of_both_networks(self, trained):
         directory, printed = trained
         rows = rows_of(directory, "pairs")
         assert [row["model"] for row in rows] == ["capsnet", "deep_capsnet"]
@@ -384,15 +341,15 @@ class TestOverlapping:
         for name in ("curves.png", "capsnet.png", "deep_capsnet.png"):
             check_picture(directory / name)
 
-    def test_the_network_is_made_for_the_padded_images(self, trained: tuple[Path, str]) -> None:
-        args = checkpoint.load(trained[0] / "capsnet-seed1/last.pt")["args"]
+    def test_the_network_is_made_for_the_padded_images(self, trained):
+        args = checkpoint.load(trained[0] / "capsnet-seed1/last.safetensors")["args"]
         assert args["model_kwargs"]["image_size"] == (36, 36)
         assert args["mode"] == "shifted"
 
-    def test_coincident_pairs_stay_28x28_and_a_stopped_run_goes_on(self, tmp_path: Path) -> None:
+    def test_coincident_pairs_stay_28x28_and_a_stopped_run_goes_on(self, tmp_path):
         flags = (*TINY, "--models=deep_capsnet")
         finish(train_overlapping, *flags, f"--output-dir={tmp_path / 'whole'}")
-        kwargs = checkpoint.load(tmp_path / "whole/deep_capsnet-seed1/last.pt")["args"]
+        kwargs = checkpoint.load(tmp_path / "whole/deep_capsnet-seed1/last.safetensors")["args"]
         assert kwargs["model_kwargs"]["image_size"] == (28, 28)
         with pytest.MonkeyPatch.context() as patch:
             stop_after(patch, 4)
@@ -400,15 +357,15 @@ class TestOverlapping:
         finish(train_overlapping, *flags, f"--output-dir={tmp_path / 'parts'}")
         whole, parts = (rows_of(tmp_path / name, "pairs") for name in ("whole", "parts"))
         assert untimed(whole) == untimed(parts)
-        last = [checkpoint.load(tmp_path / f"{name}/deep_capsnet-seed1/last.pt")["model"]
+        last = [checkpoint.load(tmp_path / f"{name}/deep_capsnet-seed1/last.safetensors")["model"]
                 for name in ("whole", "parts")]  # fmt: skip
         assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
-    def test_another_mode_needs_another_directory(self, trained: tuple[Path, str]) -> None:
+    def test_another_mode_needs_another_directory(self, trained):
         status, printed = run(train_overlapping, *TINY, f"--output-dir={trained[0]}")
         assert status == 2 and "was made with --mode shifted, not --mode coincident" in printed
 
-    def test_it_learns_to_read_pairs(self, tmp_path: Path) -> None:
+    def test_it_learns_to_read_pairs(self, tmp_path):
         """Chance finds one pair in 45, and two digits in ten."""
         flags = (
             *MACHINE, "--precision=fp32", "--models=capsnet", "--epochs=6", "--batch-size=16",
@@ -421,9 +378,7 @@ class TestOverlapping:
 
 
 @pytest.fixture(scope="module")
-def measured(
-    compared: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
+def measured(compared, tmp_path_factory):
     directory = tmp_path_factory.mktemp("robustness") / "out"
     cells = [str(compared[0] / f"{model}-seed1") for model in NETWORKS]
     flags = (*MACHINE, "--limit-test=40", f"--output-dir={directory}")
@@ -431,9 +386,7 @@ def measured(
 
 
 class TestRobustness:
-    def test_a_row_for_every_network_and_condition(
-        self, measured: tuple[Path, str], compared: tuple[Path, str]
-    ) -> None:
+    def test_a_row_for_every_network_and_condition(self, measured, compared):
         rows = rows_of(measured[0], "robustness")
         conditions = sum(len(kind.amounts) for kind in robustness.KINDS)
         assert len(rows) == 3 * conditions
@@ -446,17 +399,12 @@ class TestRobustness:
                 assert row["accuracy"] == runs[Path(row["run"]).name]["test_accuracy"]
             assert (row["no_gradient"] is None) == (not row["kind"].startswith("fgsm"))
 
-    def test_its_pictures(self, measured: tuple[Path, str]) -> None:
+    def test_its_pictures(self, measured):
         check_picture(measured[0] / "robustness.png", (600, 1000))
         check_picture(measured[0] / "examples.png")
 
-    def test_what_was_measured_is_not_measured_again(
-        self,
-        measured: tuple[Path, str],
-        compared: tuple[Path, str],
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        def refuse(*args: Any) -> None:
+    def test_what_was_measured_is_not_measured_again(self, measured, compared, monkeypatch):
+        def refuse(*args):
             raise AssertionError("measured again")
 
         before = (measured[0] / "robustness.csv").read_bytes()
@@ -465,18 +413,14 @@ class TestRobustness:
         finish(robustness, *cells, *MACHINE, "--limit-test=40", f"--output-dir={measured[0]}")
         assert (measured[0] / "robustness.csv").read_bytes() == before
 
-    def test_two_networks_of_a_kind_are_told_apart(
-        self, compared: tuple[Path, str], tmp_path: Path
-    ) -> None:
+    def test_two_networks_of_a_kind_are_told_apart(self, compared, tmp_path):
         cells = [str(compared[0] / f"cnn-seed{seed}") for seed in (1, 2)]
         flags = ("--limit-test=20", "--kinds=shift", f"--output-dir={tmp_path / 'out'}")
         finish(robustness, *cells, *MACHINE, *flags)
         names = {row["network"] for row in rows_of(tmp_path / "out", "robustness")}
         assert names == {"CNN (cnn-seed1)", "CNN (cnn-seed2)"}
 
-    def test_a_directory_without_a_network_is_a_line(
-        self, compared: tuple[Path, str], tmp_path: Path
-    ) -> None:
+    def test_a_directory_without_a_network_is_a_line(self, compared, tmp_path):
         status, printed = run(robustness, str(compared[0]), *MACHINE)
         assert status == 2 and "did you mean one of those in it: capsnet-seed1, " in printed
         status, printed = run(robustness, str(tmp_path / "no"), *MACHINE)
@@ -484,7 +428,7 @@ class TestRobustness:
 
 
 class TestLessData:
-    def test_every_size_takes_the_same_steps(self, tmp_path: Path) -> None:
+    def test_every_size_takes_the_same_steps(self, tmp_path):
         out = tmp_path / "out"
         flags = ("--sizes", "20", "100", "--epochs=1", f"--output-dir={out}")
         printed = finish(less_data, *TINY, *flags)
@@ -512,27 +456,24 @@ class TestLessData:
         assert status == 2 and "was made with --epoch-size 100, not --epoch-size 50" in printed
         finish(less_data, *TINY, *more, "--epoch-size=100", "--models=cnn")
 
-    def test_the_default_sizes_are_those_that_there_are(self) -> None:
-        args = less_data.parse_arguments([])
-        assert less_data.choose_sizes(args, 1437) == [100, 300, 1000, 1437]
-        assert less_data.choose_sizes(args, 60_000) == less_data.SIZES
+    def test_the_default_sizes_are_those_that_there_are(self):
+        assert less_data.choose_sizes(None, 1437) == [100, 300, 1000, 1437]
+        assert less_data.choose_sizes(None, 60_000) == less_data.SIZES
 
-    def test_a_set_is_repeated_whole(self) -> None:
+    def test_a_set_is_repeated_whole(self):
         images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1)
         repeated = less_data.repeated(ImageSet(images, torch.tensor([0, 1, 2])), 8)
         assert repeated.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
         assert repeated.images.flatten().tolist() == repeated.labels.tolist()
 
-    def test_a_size_that_there_is_not_is_a_line(self, tmp_path: Path) -> None:
+    def test_a_size_that_there_is_not_is_a_line(self, tmp_path):
         flags = ("--sizes", "200", f"--output-dir={tmp_path / 'out'}")
         status, printed = run(less_data, *TINY, *flags)
         assert status == 2 and "--sizes 200: there are 100 training images" in printed
 
 
 class TestReconstruct:
-    def test_it_draws_and_measures_the_named_classes(
-        self, compared: tuple[Path, str], tmp_path: Path
-    ) -> None:
+    def test_it_draws_and_measures_the_named_classes(self, compared, tmp_path):
         out = tmp_path / "out"
         flags = ("--classes", "3", "8", "5", "--limit-test=100", f"--output-dir={out}")
         printed = finish(reconstruct, str(compared[0] / "deep_capsnet-seed1"), *MACHINE, *flags)
@@ -547,7 +488,7 @@ class TestReconstruct:
         check_picture(out / "grids.png", (200, 900))
         check_picture(out / "failures.png", (200, 200))
 
-    def test_by_default_it_writes_into_the_run(self, a_comparison: Path) -> None:
+    def test_by_default_it_writes_into_the_run(self, a_comparison):
         cell = a_comparison / "capsnet-seed1"
         finish(reconstruct, str(cell), *MACHINE, "--limit-test=50", "--per-class=2")
         assert (cell / "reconstruct/grids.png").is_file()
@@ -560,40 +501,33 @@ class TestReconstruct:
             ("capsnet-seed1", ("--classes", "x"), "--classes x: there are 0, 1, 2"),
         ],
     )
-    def test_what_cannot_be_drawn_is_a_line(
-        self,
-        compared: tuple[Path, str],
-        tmp_path: Path,
-        cell: str,
-        flags: tuple[str, ...],
-        message: str,
-    ) -> None:
+    def test_what_cannot_be_drawn_is_a_line(self, compared, tmp_path, cell, flags, message):
         status, printed = run(
             reconstruct, str(compared[0] / cell), *MACHINE, *flags, f"--output-dir={tmp_path / 'o'}"
         )
         assert status == 2 and message in printed
 
 
-def test_total_variation_of_a_small_image() -> None:
+def test_total_variation_of_a_small_image():
     image = torch.tensor([[[[0.0, 1.0], [0.5, 0.5]]]])
     assert reconstruct.total_variation(image).tolist() == [2.0]
 
 
-def test_the_test_set_of_overlaps_does_not_leak_its_labels() -> None:
+def test_the_test_set_of_overlaps_does_not_leak_its_labels():
     """What is decoded in a test depends on the image alone."""
     torch.manual_seed(0)
     model = small_network("capsnet", num_classes=10, in_channels=1, image_size=(28, 28))
     task = TwoClasses(model.decoder)  # type: ignore[arg-type]
     images = torch.rand(4, 1, 28, 28)
     output = task.run(model, images)
-    chosen = task.predictions(output.activations)
+    chosen = task.predictions(output)
     assert output.reconstruction is not None
     for place in range(2):
         expected = model.decoder(output.poses, chosen[:, place])  # type: ignore[operator]
         assert torch.equal(output.reconstruction[:, place], expected)
 
 
-DRY_RUNS: list[tuple[ModuleType, list[str]]] = [
+DRY_RUNS = [
     (compare_models, NETWORKS),
     (routing_sweep, ["main1-secondary1-seed1", "main4-secondary4-seed1"]),
     (train_overlapping, ["capsnet-seed1", "deep_capsnet-seed1"]),
@@ -604,12 +538,7 @@ DRY_RUNS: list[tuple[ModuleType, list[str]]] = [
 @pytest.mark.parametrize(
     ("program", "cells"), DRY_RUNS, ids=lambda value: getattr(value, "__name__", "")
 )
-def test_a_dry_run_tries_everything_and_keeps_nothing(
-    program: ModuleType,
-    cells: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_dry_run_tries_everything_and_keeps_nothing(program, cells, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = finish(program, *MACHINE, "--dry-run")
     assert all(cell in printed for cell in cells)
@@ -618,18 +547,14 @@ def test_a_dry_run_tries_everything_and_keeps_nothing(
 
 
 @pytest.mark.parametrize("program", [robustness, reconstruct], ids=lambda module: module.__name__)
-def test_a_dry_run_of_a_test_keeps_nothing(
-    program: ModuleType, a_comparison: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_of_a_test_keeps_nothing(program, a_comparison, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(path for path in tmp_path.rglob("*"))
     finish(program, str(a_comparison / "capsnet-seed1"), *MACHINE, "--dry-run")
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-def test_the_embedded_digits_stand_in_for_mnist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_embedded_digits_stand_in_for_mnist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ("--dataset=auto", "--no-download", "--dry-run", "--device=cpu", "--models=cnn")
     printed = finish(compare_models, *flags)
@@ -642,9 +567,7 @@ def test_the_embedded_digits_stand_in_for_mnist(
     ids=lambda module: module.__name__,
 )
 class TestHelp:
-    def test_it_names_the_flags(
-        self, program: ModuleType, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_it_names_the_flags(self, program, capsys):
         with pytest.raises(SystemExit) as stop:
             program.main(["--help"])
         assert stop.value.code == 0
@@ -652,18 +575,16 @@ class TestHelp:
         for flag in ("--dataset", "--data-dir", "--device", "--precision", "--dry-run"):
             assert flag in printed
 
-    def test_its_docstring_begins_with_commands(self, program: ModuleType) -> None:
+    def test_its_docstring_begins_with_commands(self, program):
         name = program.__name__.rpartition(".")[2]
         assert program.__doc__ is not None
         assert f"\n    python examples/{name}.py" in program.__doc__
 
 
-def test_ctrl_c_outside_of_training_is_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
+def test_ctrl_c_outside_of_training_is_no_traceback(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.experiment.load_dataset", interrupt)
+    monkeypatch.setattr("engine.runner.load_dataset", interrupt)
     status, printed = run(compare_models, *TINY, f"--output-dir={tmp_path / 'out'}")
     assert status == 130 and "the same command goes on" in printed

@@ -1,0 +1,68 @@
+"""What tritoncaps is measured against: the forms in which others write the same mathematics.
+
+Every operator has two rivals from the operator table: `eager`, its reference, and `compile`, the
+same through `torch.compile`. A file here that is named after an operator adds to them:
+
+- `RIVALS`, functions by name that are called like the operator, tensors and options by name;
+- `flops(case, phase)`, the fewest operations of "forward" and "backward", where what torch's FLOP
+  counter finds is not the least that a fused operator has to do.
+
+The oracle checks every rival before it is timed.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case
+from tritoncaps import _operators
+
+# A function of the tensors of a call by name. It returns all outputs, also a single one, as a
+# tuple.
+Rival = Callable[..., tuple[Tensor, ...]]
+
+
+def ours(device: torch.device) -> str:
+    """Name the path that `tritoncaps.ops` takes on a device."""
+    return "triton" if device.type == "cuda" or _operators.INTERPRETED else "torch path"
+
+
+def rival_names(op: str, device: torch.device) -> list[str]:
+    """List the rivals of an operator, tritoncaps last."""
+    others = [name for name in _own_rivals(op) if name != ours(device)]
+    return ["eager", "compile", *others, ours(device)]
+
+
+def op_rival(name: str, case: Case, device: torch.device) -> Rival:
+    """Build one rival of an operator, with the case's options."""
+    if name == ours(device):
+        return case.operator.bound(case.options)
+    if name in ("eager", "compile"):
+        rival = case.operator.bound(case.options, case.operator.reference)
+        return _compiled(rival) if name == "compile" else rival
+    return case.operator.bound(case.options, _own_rivals(case.op)[name])
+
+
+def flops_formula(op: str) -> Callable[[Case, str], int] | None:
+    """The operator's own count of the operations of a phase, if its file has one."""
+    return getattr(_file_of(op), "flops", None)
+
+
+def _own_rivals(op: str) -> dict[str, Callable[..., Any]]:
+    return getattr(_file_of(op), "RIVALS", {})
+
+
+def _file_of(op: str) -> ModuleType | None:
+    name = f"{__name__}.{op}"
+    return import_module(name) if find_spec(name) else None
+
+
+def _compiled(rival: Rival) -> Rival:
+    # What was compiled for other shapes counts against a limit, beyond which torch gives up.
+    torch.compiler.reset()
+    return torch.compile(rival, fullgraph=True, dynamic=False)

@@ -1,0 +1,447 @@
+"""The one runner: it trains recipes, each in a run directory of its own.
+
+train_mnist.py runs one recipe. An experiment runs many that share most of it, below one directory;
+each leaves a result.json when it is finished. The same command again leaves finished runs alone,
+goes on with one that was stopped, and adds those that are new: more seeds, a larger grid, more
+epochs. It refuses a directory that was made by another recipe.
+
+experiment.json     what all recipes share
+<name>/             what a run writes, see run_directory.py, and result.json
+*.csv, *.json       the tables
+*.png               the pictures
+"""
+
+import csv
+import inspect
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import baseline, checkpoint
+from engine.distributed import World, require_one_process
+from engine.flags import Machine, Output, Recipe, as_dict
+from engine.run_directory import (
+    RunDirectoryError,
+    check_directory,
+    locked,
+    open_experiment,
+    write_json,
+    write_summary,
+)
+from engine.runtime import choose_runtime, describe_environment, make_deterministic, require
+from engine.tables import accuracies, percent
+from engine.tasks import CrossEntropy, Source, Task
+from engine.training import Schedule, Trainer, TrainingError
+from tritoncaps.data import (
+    Batches,
+    Dataset,
+    DatasetError,
+    ImageSet,
+    load_dataset,
+    split_validation,
+    stratified_subset,
+)
+
+# What an experiment says after a Ctrl-C.
+AGAIN = "what was saved stays, the same command goes on"
+
+# A dry run of an experiment takes batches of this many images at most.
+DRY_RUN_BATCH = 16
+
+# Arguments of a network that the images decide.
+FROM_DATA = ("num_classes", "in_channels", "image_size")
+
+
+@dataclass
+class Job:
+    """What one run trains: a network, what it is asked, and the images.
+
+    `config` describes the network, see `Trainer`. `curve` says whether the test set is evaluated
+    after every epoch, or once at the end.
+    """
+
+    model: nn.Module
+    config: dict[str, Any]
+    task: Task
+    train: Source
+    validation: ImageSet | Source | None
+    test: ImageSet | Source
+    curve: bool = True
+
+
+def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted: str) -> int:
+    """Tell the story of a program; returns the exit status: 0, 2 (error), 130 (interrupted).
+
+    `tell` is called with `flags`, which `parse` returned, `Output` last; in a dry run it gets a
+    directory that is removed afterwards. `interrupted` is what to say after a Ctrl-C.
+    """
+    *others, output = flags
+    try:
+        if not output.dry_run:
+            return tell(*flags)
+        check_directory(output.output_dir)
+        with tempfile.TemporaryDirectory() as directory:
+            output = replace(output, output_dir=str(Path(directory) / "run"))
+            status = tell(*others, output)
+        if status == 0:
+            print("dry run: everything works; nothing was kept")
+        return status
+    except (
+        DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
+        OSError, ModuleNotFoundError,
+    ) as error:  # fmt: skip
+        print(f"{program}.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}.py: interrupted; {interrupted}", file=sys.stderr)
+        return 130
+
+
+class Runner:
+    """Device and images, and the training of a recipe on them.
+
+    `recipe` becomes that of the flags with the data set and the number of epochs that were chosen.
+    `largest_batch` bounds the batches of a dry run.
+
+    Raises:
+        DatasetError, ValueError: the data or the device are not there.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        machine: Machine,
+        output: Output,
+        world: World | None = None,
+        largest_batch: int | None = None,
+    ) -> None:
+        require("matplotlib")
+        if machine.deterministic:
+            make_deterministic()
+        self.machine, self.output = machine, output
+        self.runtime = choose_runtime(machine.device, machine.precision, world)
+        world = self.runtime.world
+        if recipe.batch_size < world.size:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
+            )
+        with world.first_on_each_machine():
+            dataset = load_dataset(recipe.dataset, machine.data_dir, download=machine.download)
+        if len(set(found := world.gather(dataset.name))) > 1:
+            raise DatasetError(
+                f"--dataset {recipe.dataset}: the {world.size} processes found {', '.join(found)}; "
+                "name one, and put it where all of them find it"
+            )
+        if output.dry_run:
+            recipe = _shortened(recipe, dataset, largest_batch)
+        self.epochs = recipe.epochs or dataset.epochs
+        self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
+        self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
+        self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
+        self.train_images = self.dataset.train.to(self.runtime.device)
+        self.test_images = self.dataset.test.to(self.runtime.device)
+
+    def describe(self, *sizes: str) -> None:
+        """Print where it runs and on what."""
+        print(f"device      {self.runtime.describe()}")
+        print(f"data        {self.dataset.note}")
+        print(f"            {', '.join([*sizes, f'{len(self.test_images):,} to test'])}")
+
+    # what is trained
+
+    def split(self, recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
+        """Hold out the validation set."""
+        return split_validation(self.train_images, recipe.validation_fraction, recipe.seed)
+
+    def build(self, recipe: Recipe, image_shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]:
+        """Build a network from its seed, for images (C, H, W); returns it and its description.
+
+        Raises:
+            ValueError: an argument of --model-kwargs is not one of the network's, or is wrong.
+        """
+        check_model_kwargs(recipe)
+        names = list(self.dataset.class_names)
+        kwargs = {
+            "num_classes": len(names),
+            "in_channels": image_shape[0],
+            "image_size": tuple(image_shape[1:]),
+            **recipe.model_kwargs,
+        }
+        torch.manual_seed(recipe.seed)
+        try:
+            model = baseline.create_network(recipe.model, **kwargs)
+        except (TypeError, ValueError) as error:
+            if not recipe.model_kwargs:
+                raise
+            given = " ".join(f"{key}={value}" for key, value in recipe.model_kwargs.items())
+            raise ValueError(f"--model-kwargs {given}: {error}") from error
+        config = {
+            "model": recipe.model,
+            "model_kwargs": kwargs,
+            "dataset": self.dataset.name,
+            "class_names": names,
+            "scaling": "pixels / 255",
+        }
+        return self.runtime.place(model), config
+
+    def classification(
+        self, recipe: Recipe, images: ImageSet | None = None, *, curve: bool = True
+    ) -> Job:
+        """Build a job of classification: on the images given, or on all that are not held out."""
+        validation = None
+        if images is None:
+            images, validation = self.split(recipe)
+        batches = Batches(images, recipe.batch_size, seed=recipe.seed, max_shift=recipe.max_shift)
+        model, config = self.build(recipe, images.images.shape[1:])
+        task = Task(recipe.reconstruction_weight)
+        if recipe.model == baseline.CNN:
+            task = CrossEntropy()
+        return Job(model, config, task, batches, validation, self.test_images, curve)
+
+    def trainer(
+        self, recipe: Recipe, job: Job, directory: Path, args: Mapping[str, Any]
+    ) -> Trainer:
+        """Build the trainer of a job; `args` are its flags."""
+        # The arguments of the network in full, as `load_model` needs them.
+        args = {**args, "model_kwargs": job.config["model_kwargs"]}
+        trainer = Trainer(
+            job.model,
+            directory,
+            task=job.task,
+            schedule=self.schedule,
+            runtime=self.runtime,
+            args=args,
+            config=job.config,
+            test_batch_size=self.machine.test_batch_size,
+            log_interval=self.output.log_interval,
+            checkpoint_interval=self.output.checkpoint_interval,
+        )
+        if self.machine.torchcompile:
+            trainer.call = torch.compile(trainer.call)
+        return trainer
+
+    def train(self, job: Job, trainer: Trainer) -> bool:
+        """Train a job to its last epoch; returns False if it was stopped before. Collective."""
+        if self.runtime.world.is_main:
+            content = {"args": trainer.args, "environment": describe_environment(self.runtime)}
+            write_json(trainer.directory / "args.json", content)
+        curve = job.test if job.curve else None
+        return trainer.fit(job.train, job.validation, curve, epochs=self.epochs)
+
+
+class Experiment(Runner):
+    """Runs of many recipes, below one directory.
+
+    `what` are the flags of this program alone, for args.json. `varied` are the fields in which the
+    recipes differ, or that decide nothing here.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        recipe: Recipe,
+        machine: Machine,
+        output: Output,
+        what: Any,
+        varied: Collection[str] = ("model", "model_kwargs", "seed"),
+    ) -> None:
+        require_one_process(program)
+        super().__init__(recipe, machine, output, largest_batch=DRY_RUN_BATCH)
+        self.program, self.what, self.varied = program, what, {*varied, "epochs"}
+        self.shared: dict[str, Any] = {}
+        self.directory = Path()
+
+    def split(self, recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
+        """Hold out the validation set: all images and None where its share is 0."""
+        if recipe.validation_fraction == 0:
+            return self.train_images, None
+        return super().split(recipe)
+
+    def open(self, variant: str = "", *, trains: bool = True, **shared: Any) -> None:
+        """Create the output directory, or check that it was made by the same recipe.
+
+        `variant` is a part of its default name, and `shared` decides the results beside the recipe.
+
+        Raises:
+            RunDirectoryError: it cannot be used, or belongs to another recipe.
+        """
+        recipe = {k: v for k, v in as_dict(self.recipe).items() if k not in self.varied}
+        self.shared = {**recipe, "precision": self.runtime.precision, **shared}
+        name = "-".join(filter(None, (self.program, variant, self.dataset.name)))
+        self.directory = Path(self.output.output_dir or f"runs/{name}")
+        open_experiment(self.directory, self.program, self.shared)
+        self.describe(*([f"{len(self.train_images):,} to train on"] if trains else []))
+        print(f"results     {self.directory}", flush=True)
+
+    def run(
+        self, recipes: Mapping[str, Recipe], make_job: Callable[[Any], Job] | None = None
+    ) -> list[dict[str, Any]] | None:
+        """Train every recipe in the directory of its name; returns a result each.
+
+        A result is what result.json holds: the recipe, its accuracies and times, and where it ran.
+        None is returned where a signal stopped the training.
+
+        Raises:
+            TrainingError: a run cannot go on; the message names it.
+            RunDirectoryError: a run was trained for more epochs than are asked for now.
+        """
+        if self.output.dry_run:
+            # One of each network, and the last one, which is often the largest.
+            kinds = {recipe.model: name for name, recipe in reversed([*recipes.items()])}
+            kept = {*kinds.values(), [*recipes][-1]}
+            recipes = {name: recipe for name, recipe in recipes.items() if name in kept}
+        results = []
+        for number, (name, recipe) in enumerate(recipes.items(), 1):
+            title = f"[{number}/{len(recipes)}] {name}"
+            result = self._finished(name)
+            if result is not None:
+                print(f"{title}: finished before, {_result_line(result)}", flush=True)
+            else:
+                print(f"{title}: training to epoch {self.epochs}", flush=True)
+                job = (make_job or self.classification)(recipe)
+                (self.directory / name).mkdir(exist_ok=True)
+                try:
+                    with locked(self.directory / name):
+                        result = self._train(name, recipe, job)
+                except TrainingError as error:
+                    raise TrainingError(f"{name}: {error}") from error
+                if result is None:
+                    if not self.output.dry_run:
+                        print("stopped and saved; go on with the same command:")
+                        print(f"  {shlex.join(['python', *sys.argv])}")
+                    return None
+                print(f"{title}: {_result_line(result)}", flush=True)
+            results.append(result)
+        return results
+
+    def curves(self, results: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+        """Return the test accuracy of every epoch of finished runs."""
+        curves = []
+        for result in results:
+            with (self.directory / result["name"] / "summary.csv").open(newline="") as file:
+                tested = [float(row["test_accuracy"]) for row in csv.DictReader(file)]
+            curves.append(tested[: result["epochs"]])
+        return curves
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table twice: <name>.csv, and <name>.json with the recipe that made it."""
+        write_summary(self.directory / f"{name}.csv", rows)
+        content = {"experiment": self.program, "recipe": self.shared, "rows": rows}
+        write_json(self.directory / f"{name}.json", content)
+
+    def _finished(self, name: str) -> dict[str, Any] | None:
+        path = self.directory / name / "result.json"
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text())
+        self._check_epochs(name, result["epochs"])
+        return result if result["epochs"] == self.epochs else None
+
+    def _check_epochs(self, name: str, trained: int) -> None:
+        """Refuse a run that is past the epochs that are asked for: it cannot go back."""
+        if trained > self.epochs:
+            raise RunDirectoryError(
+                f"{name} in {self.directory} was trained for {trained} epochs, not "
+                f"{self.epochs}: give --epochs {trained} or another --output-dir"
+            )
+
+    def _train(self, name: str, recipe: Recipe, job: Job) -> dict[str, Any] | None:
+        """Train a recipe, from where it was stopped; returns None if it is stopped again."""
+        directory = self.directory / name
+        output = replace(self.output, output_dir=str(directory))
+        args = {**as_dict(self.what, recipe, self.machine, output), **self.shared}
+        trainer = self.trainer(recipe, job, directory, args)
+        if trainer.resume():
+            self._check_epochs(name, trainer.progress.epoch)
+            print(f"resuming    after {trainer.progress}")
+        if not self.train(job, trainer):
+            return None
+        if not job.curve:
+            trainer.rows[-1]["test_accuracy"] = trainer.evaluate(job.test).accuracy
+        environment = describe_environment(self.runtime)
+        result = {
+            "name": name,
+            **{k: v for k, v in as_dict(recipe).items() if k in self.varied - {"model_kwargs"}},
+            **recipe.model_kwargs,
+            "parameters": count_parameters(job.model),
+            **accuracies(trainer.rows, trainer.progress.best_epoch),
+            "device": environment["gpu"] or environment["processor"],
+            "threads": environment["threads"],
+            "precision": environment["precision"],
+            "commit": environment["commit"],
+        }
+        write_json(directory / "result.json", result)
+        # A second generation is as large as the first, and there are many runs. The first is
+        # enough to go on for more epochs.
+        for path in directory.glob("*.previous.safetensors"):
+            path.unlink()
+        return result
+
+
+def check_model_kwargs(recipe: Recipe) -> None:
+    """Refuse arguments that the network does not have, or that are not the user's to choose.
+
+    Raises:
+        ValueError: names the argument, the network and the arguments it has.
+    """
+    if not recipe.model_kwargs:
+        return
+    with torch.device("meta"):
+        network = type(baseline.create_network(recipe.model))
+    known = inspect.signature(network).parameters
+    for name in recipe.model_kwargs:
+        if name in FROM_DATA:
+            raise ValueError(f"--model-kwargs {name}: the images decide it, leave it out")
+        if name not in known:
+            free = ", ".join(name for name in known if name not in FROM_DATA)
+            raise ValueError(
+                f"--model-kwargs {name}: {recipe.model} has no such argument, it has {free}"
+            )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the numbers that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _result_line(result: Mapping[str, Any]) -> str:
+    return (
+        f"test accuracy {percent(result['test_accuracy'])} after epoch {result['chosen_epoch']} "
+        f"of {result['epochs']}, {result['seconds_per_epoch']:.3g} s an epoch"
+    )
+
+
+def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> Recipe:
+    """Change a recipe to that of a dry run: two batches to train, one to validate, two to test."""
+    batch_size = min(recipe.batch_size, largest_batch or recipe.batch_size)
+    fraction = recipe.validation_fraction
+    return replace(
+        recipe,
+        limit_train=min(3 * batch_size, len(dataset.train)),
+        limit_test=min(2 * batch_size, len(dataset.test)),
+        validation_fraction=1 / 3 if 0 < fraction < 1 else fraction,
+        batch_size=batch_size,
+        epochs=1,
+        warmup_steps=1,
+    )
+
+
+def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
+    """Keep so many images of a data set; the same ones whatever the seed."""
+    parts: dict[str, Any] = {}
+    for part, limit in (("train", limit_train), ("test", limit_test)):
+        images: ImageSet = getattr(dataset, part)
+        if limit is not None and limit > len(images):
+            raise ValueError(
+                f"--limit-{part} {limit}: {dataset.title} has {len(images):,} such images"
+            )
+        parts[part] = images if limit is None else stratified_subset(images, limit, seed=0)
+    return replace(dataset, **parts)

@@ -1,0 +1,143 @@
+"""What is measured: inputs, rivals, floors and sweeps, all from the operator table."""
+
+import pytest
+import torch
+
+from benchmarks import rivals, roofline, scaling
+from benchmarks.cases import SHAPES, Case, Shape, operator_names
+from benchmarks.roofline import Ceilings, Floor, floor, measure_ceilings
+from benchmarks.timing import CpuClock
+from tritoncaps import testing
+
+CPU = torch.device("cpu")
+
+
+def test_every_operator_of_the_table_is_measured_the_main_one_first():
+    assert operator_names()[0] == "fused_dynamic_routing"
+    assert {*operator_names()} == testing.OPERATORS.keys() >= {"routing_pass"}
+
+
+@pytest.mark.parametrize("op", operator_names())
+def test_a_case_draws_what_the_table_says(op):
+    case = Case(op, Shape(7, 3, 4, 5), B=6, precision="bf16")
+    inputs, grads = case.arguments(CPU), case.output_gradients(CPU)
+    outputs = case.operator.call(inputs, case.options)
+    assert [grad.shape for grad in grads.values()] == [output.shape for output in outputs]
+    assert {tensor.dtype for tensor in [*inputs.values(), *grads.values()]} == {torch.bfloat16}
+    # What has the batch of 6 among its axes has it first.
+    assert {name for name, tensor in inputs.items() if tensor.shape[0] != 6} == (
+        case.shared & inputs.keys()
+    )
+
+
+def test_a_case_is_named_after_all_that_it_is():
+    case = Case("fused_dynamic_routing", SHAPES["mnist"], B=64, name="mnist")
+    assert str(case) == "fused_dynamic_routing mnist 1152x8->10x16 B=64 r=3 fp32"
+    case = Case(
+        *("dynamic_routing", Shape(7, 3, 4, 5), 6),
+        iterations=2,
+        precision="bf16",
+        chosen={"gradient": "last"},
+        optional=("prior",),
+    )
+    assert str(case) == "dynamic_routing 7x3->4x5 B=6 r=2 bf16 with prior gradient=last"
+    assert case.options == {"iterations": 2, "gradient": "last", "return_coupling": False}
+    assert case.arguments(CPU).keys() == {"u_hat", "prior"}
+
+
+# The two largest with shorter input poses, on which the size of û does not depend.
+SCALED = {**SHAPES, "classes1000": Shape(1152, 2, 1000, 16), "large": Shape(4608, 2, 32, 16)}
+
+
+@pytest.mark.parametrize("shape", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize("op", ["fused_dynamic_routing", "routing_pass"])
+def test_couplings_are_far_from_uniform_but_not_saturated(op, shape):
+    case = Case(op, shape, B=1, chosen={"return_coupling": True})
+    _, coupling = case.operator.call(case.arguments(CPU), case.options, case.operator.reference)
+    largest = coupling.amax(dim=-1).mean().item()
+    assert 1.3 / shape.J < largest < 0.76
+
+
+def test_a_rival_of_its_own_is_a_function_in_the_file_of_the_operator():
+    cuda = torch.device("cuda")
+    own = ["broadcast", "torch path"]
+    assert rivals.rival_names("fused_dynamic_routing", cuda) == ["eager", "compile", *own, "triton"]
+    assert rivals.rival_names("routing_pass", cuda) == ["eager", "compile", "triton"]
+    with pytest.raises(KeyError, match="broadcast"):
+        rivals.op_rival("broadcast", Case("squash", Shape(7, 3, 4, 5), B=2), CPU)
+
+
+# Floors -------------------------------------------------------------------------------------------
+
+
+def test_floor_of_the_mnist_shape():
+    case = Case("fused_dynamic_routing", SHAPES["mnist"], B=128)
+    forward, both = floor(case, "forward"), floor(case, "both")
+    assert round(forward.bytes / 1e6, 1) == 10.7
+    assert round(forward.flops / 1e9, 2) == 1.32
+    assert round((both.flops - forward.flops) / 1e9, 1) == 2.4
+    ceilings = Ceilings(4.3e12, {"fp32": 67e12})
+    assert round(1e6 * ceilings.seconds(forward, "fp32"), 1) == 19.7  # arithmetic decides
+    squash = Case("squash", SHAPES["mnist"], B=128)
+    moved = 2 * 4 * 128 * 1152 * 8
+    assert ceilings.seconds(floor(squash, "forward"), "fp32") == pytest.approx(moved / 4.3e12)
+
+
+B, I, P, J, D = 6, 7, 3, 4, 5
+PAIRS = B * I * J * D  # values of û
+FLOORS = {
+    # Values moved and multiply-adds: forward, then backward.
+    "prediction_vectors": (
+        (B * I * P + I * P * J * D + PAIRS, P * PAIRS),
+        (2 * (B * I * P + I * P * J * D) + PAIRS, 2 * P * PAIRS),
+    ),
+    "dynamic_routing": ((PAIRS + B * J * D, 5 * PAIRS), (2 * PAIRS + B * J * D, 11 * PAIRS)),
+    "routing_pass": (
+        (B * I * P + I * P * J * D + 2 * B * J * D, (P + 2) * PAIRS),
+        (2 * (B * I * P + I * P * J * D + B * J * D) + B * J * D, 2 * (P + 2) * PAIRS),
+    ),
+    "squash": ((2 * B * I * P, 0), (3 * B * I * P, 0)),
+    "margin_loss": ((B * J + B, 0), (2 * B * J + B, 0)),
+}
+
+
+@pytest.mark.parametrize("op", FLOORS)
+def test_floor_is_what_the_axes_say(op):
+    """The FLOPs are those of the operator's file, or else those that torch counts."""
+    case = Case(op, Shape(I, P, J, D), B)
+    for phase, (values, products) in zip(("forward", "backward"), FLOORS[op], strict=True):
+        assert floor(case, phase) == Floor(4 * values, 2 * products)
+
+
+def test_torch_counts_no_more_than_an_operators_own_formula():
+    """Which counts what has to be computed again on top of the mathematics."""
+    for op in ("dynamic_routing", "fused_dynamic_routing"):
+        case = Case(op, Shape(I, P, J, D), B)
+        for phase in ("forward", "backward"):
+            counted = roofline.counted_flops(case, phase)
+            assert 0 < counted <= floor(case, phase).flops
+
+
+def test_ceilings_are_those_of_a_copy_and_a_product():
+    ceilings = measure_ceilings(CPU, CpuClock(), ["fp32"])
+    # From the slowest computer that runs torch to ten times the fastest there is.
+    assert 1e8 < ceilings.copy_bytes_per_second < 1e14
+    assert 1e8 < ceilings.gemm_flops_per_second["fp32"] < 1e16
+
+
+# Sweeps -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-1.0, 0.0, 1.5])
+def test_growth_is_fitted(exponent):
+    points = [(x, 3 * x**exponent) for x in (1.0, 2.0, 8.0, 40.0)]
+    assert scaling.fitted_exponent(points) == exponent
+    assert scaling.fitted_exponent(points[:1]) is None
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_sweep_spans_a_decade(device, quick):
+    swept = scaling.sweeps(torch.device(device), quick)
+    assert swept.keys() == {"I", "J", "B", "r"}
+    assert all(max(values) >= 10 * min(values) for values in swept.values())

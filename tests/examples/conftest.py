@@ -1,0 +1,16 @@
+"""The images of the small runs."""
+
+import pytest
+from example_runs import few_digits
+
+from tritoncaps.data import Dataset, ImageSet, load_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset() -> Dataset:
+    return few_digits()
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageSet:
+    return load_dataset("digits").train

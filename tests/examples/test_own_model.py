@@ -1,0 +1,75 @@
+"""docs/own-model.md: the program on the page trains, and goes on where it was stopped."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from example_runs import assert_same, small_model
+
+from engine.tasks import Task
+from engine.training import Trainer
+from tritoncaps import ops
+from tritoncaps.data import Batches
+
+REPOSITORY = Path(__file__).parents[2]
+PAGE = (REPOSITORY / "docs/own-model.md").read_text()
+
+
+@pytest.fixture
+def program(tmp_path):
+    found = re.search(r"<!-- program: own-model -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    path = tmp_path / "small_net.py"
+    path.write_text(found[1])
+
+    def run():
+        paths = (REPOSITORY / "examples", *sys.path)
+        done = subprocess.run(
+            [sys.executable, path],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(map(str, paths)),
+            },
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_program_on_the_page_learns_and_goes_on(program, tmp_path):
+    printed = program()
+    accuracy = re.search(r"test accuracy ([\d.]+)%", printed)
+    assert accuracy is not None and float(accuracy[1]) > 90, printed
+    assert printed.count("epoch ") >= 4
+    files = {path.name for path in (tmp_path / "runs/small-net").iterdir()}
+    assert {"last.safetensors", "model_best.safetensors", "summary.csv"} <= files
+    # Nothing is left to train: the checkpoint alone gives the same accuracy.
+    again = program()
+    assert again == f"test accuracy {accuracy[1]}%\n"
+
+
+def test_a_loss_of_ones_own(tmp_path, digits):
+    """As on the page: without the reconstruction, nothing reaches the decoder."""
+
+    class LengthsOnly(Task):
+        def loss(self, output, target, images):
+            return ops.margin_loss(output.activations, target)
+
+    model = small_model()
+    before = {name: value.clone() for name, value in model.decoder.state_dict().items()}
+    trainer = Trainer(model, tmp_path, task=LengthsOnly())
+    assert trainer.fit(Batches(digits.subset(range(64)), 32, seed=1), epochs=1)
+    assert_same(before, {name: value.cpu() for name, value in model.decoder.state_dict().items()})
+    assert not torch.equal(model.routing.weight, small_model().routing.weight)
+    text = "return ops.margin_loss(output.activations, target)"
+    assert text in PAGE

@@ -37,13 +37,17 @@ def test_any_shape_and_axis_agrees(device, shape, dim, form, grad_layout, scale,
         # leaves the operator no more than roundings.
         return reference.squash(s.double(), **options).to(s.dtype)
 
+    largest = min(scale, torch.finfo(case["dtype"]).max / 64)
+    if form == "exponential" and shape[dim % len(shape)] == 1:
+        # The gradient is e⁻ⁿ alone, which the reference loses to cancellation where n is large.
+        largest = min(largest, 1.0)
     axes = "BXYZ"[: len(shape)]
     operator = Operator(
         ops.squash,
         rounded_reference,
         inputs={"s": " ".join(axes)},
         outputs={"v": " ".join(axes)},
-        domain={"s": lambda s: s * min(scale, torch.finfo(case["dtype"]).max / 64)},
+        domain={"s": lambda s: s * largest},
     )
     sizes = dict(zip(axes, shape, strict=True))
     compare(operator, Case(sizes, options, grad_layout=grad_layout, **case), device)

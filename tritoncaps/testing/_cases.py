@@ -74,7 +74,7 @@ def draw_inputs(
         if name in operator.domain:
             tensor = operator.domain[name](tensor)
         elif "B" not in named and "P" in named:
-            tensor = tensor * (scale / sizes["P"] ** 0.5)
+            tensor = tensor * (scale / max(sizes["P"], 1) ** 0.5)
         elif "I" in named and "D" in named:
             tensor = tensor * scale
         how = "strided" if layout == "expanded" and "B" not in named else layout

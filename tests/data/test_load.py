@@ -309,7 +309,7 @@ def test_a_named_data_set_is_insisted_on(tiny, name, folder):
 def test_an_incomplete_set_is_an_error_that_names_what_is_missing(tiny, name, missing):
     tiny.write()
     (tiny.folder / missing).unlink()
-    assert_refused(tiny, f"it lacks {missing}, and was not downloaded", name=name)
+    assert_refused(tiny, f"it lacks {missing} and was not downloaded", name=name)
 
 
 def test_files_that_another_process_brings_meanwhile_are_read(tiny, monkeypatch):

@@ -27,7 +27,7 @@ def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
-    """The weighted sum of an iteration from its slots. UNIFORM ones still lack the factor 1/J."""
+    """The weighted sum of an iteration from its slots, times the coupling 1/J if UNIFORM."""
     s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
     if UNIFORM:
         s = s / J

@@ -349,7 +349,7 @@ def test_gpu_begins_no_part_that_has_no_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "GPU_TOTAL", 10)
     monkeypatch.setattr(command_line, "run_limited", None)
     assert command_line.run_all(torch.device("cuda"), tmp_path, quick=False, threads=None) == 1
-    assert capsys.readouterr().out.count("not begun") == len(command_line.BENCHMARKS)
+    assert capsys.readouterr().out.count("not started") == len(command_line.BENCHMARKS)
 
 
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="who still runs is read from /proc")

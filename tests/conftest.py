@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import create_model
 
-# Deadlines are off, because a first call compiles or interprets a kernel. CI draws the same
-# examples every time. HYPOTHESIS_PROFILE=nightly draws many new ones. The interpreter takes about a
-# millisecond per program of a kernel's grid, so it gets fewer.
+# Deadlines are off, because a first call compiles or interprets a kernel. The same examples are drawn
+# every time, so no test fails by chance. HYPOTHESIS_PROFILE=nightly draws many new ones. The
+# interpreter takes about a millisecond per program of a kernel's grid, so it gets fewer.
 EXAMPLES = 8 if INTERPRETED else 25
-settings.register_profile("dev", max_examples=EXAMPLES, deadline=None)
+settings.register_profile("dev", max_examples=EXAMPLES, deadline=None, derandomize=True)
 settings.register_profile(
     "ci",
     max_examples=EXAMPLES,
@@ -53,6 +53,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[FUZZED] = {}
+    config.addinivalue_line("markers", "fuzz: draws cases by the clock; see --fuzz-seconds")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "fuzz" in getattr(item, "fixturenames", ()):
+            item.add_marker("fuzz")
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -91,7 +91,7 @@ def test_the_function_and_its_reference_are_called_alike(name):
         assert parameter.kind == theirs.parameters[argument].kind, argument
     row = OPERATORS[name]
     unnamed = set(ours.parameters) - set(row.axes) - set(row.options)
-    # Not in the table. tests/ops/test_squash.py and tests/ops/test_margin_loss.py test these.
+    # Not in the table. test_squash_operator.py and test_margin_loss.py test these.
     special = {"squash": {"dim"}, "margin_loss": {"target", "m_pos", "m_neg", "down_weight"}}
     assert unnamed == special.get(name, set())
 

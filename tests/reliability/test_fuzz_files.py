@@ -2,7 +2,7 @@
 
     pytest tests/reliability/test_fuzz_files.py --fuzz-seconds 120 --fuzz-seed 1000
 
-tests/test_fuzz.py says how cases are drawn.
+tests/reliability/test_fuzz.py says how cases are drawn.
 """
 
 import json

@@ -24,7 +24,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
     dim=st.integers(0, 3),
     form=st.sampled_from(FORMS),
     dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e3]),
+    scale=st.sampled_from([1e-30, 1e-3, 1.0, 100.0]),
     layout=st.sampled_from(LAYOUTS),
     grad_layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**16),
@@ -37,13 +37,16 @@ def test_any_shape_and_axis_agrees(device, shape, dim, form, grad_layout, scale,
         # rounded, so the operator may be off by no more than roundings.
         return reference.squash(s.double(), **options).to(s.dtype)
 
+    # The derivative along s is e⁻ⁿ, or about 2/n³. The reference takes it as the difference of
+    # terms of size 1/n and loses it to cancellation where n is large; the next test goes there.
+    largest = min(scale, {"exponential": 1.0, "quadratic": 100.0}[form])
     axes = "BXYZ"[: len(shape)]
     operator = Operator(
         ops.squash,
         rounded_reference,
         inputs={"s": " ".join(axes)},
         outputs={"v": " ".join(axes)},
-        domain={"s": lambda s: s * min(scale, torch.finfo(case["dtype"]).max / 64)},
+        domain={"s": lambda s: s * largest},
     )
     sizes = dict(zip(axes, shape, strict=True))
     compare(operator, Case(sizes, options, grad_layout=grad_layout, **case), device)

@@ -1,4 +1,4 @@
-"""Print the oldest requirements that the installed package allows, for pip: each `>=` as `==`."""
+"""Print the oldest requirements that the installed package allows: for pip, with `==` for `>=`."""
 
 from importlib.metadata import requires
 

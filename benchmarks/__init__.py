@@ -1,1 +1,1 @@
-"""Measurements of tritoncaps beside its rivals: `python -m benchmarks --help`, and README.md."""
+"""Measure tritoncaps beside its rivals. See README.md and `python -m benchmarks --help`."""

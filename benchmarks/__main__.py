@@ -2,7 +2,7 @@
 
     python -m benchmarks ops                     # each operator, forward, backward and both
     python -m benchmarks all                     # everything, with results in benchmarks/results/
-    python -m benchmarks all --quick             # does everything still run? under two minutes
+    python -m benchmarks all --quick             # check that everything runs, under two minutes
     python -m benchmarks gpu --output results    # everything on a GPU, in under eight minutes
     python -m benchmarks plot                    # draw the results
     python -m benchmarks table [--check]         # write them into the pages, or compare
@@ -36,7 +36,7 @@ BENCHMARKS = {
     "scaling": scaling.run_scaling,
     "launch": launch.run_launch,
 }
-# Seconds after which each part of `gpu` begins nothing new. After 30 more it is stopped.
+# Seconds after which each part of `gpu` starts nothing new. After 30 more it is stopped.
 GPU_SECONDS = {
     "compile": 80,
     "check": 50,
@@ -49,11 +49,11 @@ GPU_SECONDS = {
 }
 ONLY_ON_GPU = ("compile", "launch")
 GPU_TOTAL = 460
-_LEAST_SECONDS = 15  # with less, a part would not get to its first result
+_LEAST_SECONDS = 15  # with less, a part would not reach its first result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns its exit status."""
+    """Run the command line, and return its exit status."""
     args = parse_arguments(arguments)
     if args.command == "plot":
         return run_plot(args.directories, args.speed)
@@ -85,16 +85,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     measure.add_argument(
         "--output", type=Path, metavar="DIR", help="default: benchmarks/results/<device>"
     )
-    measure.add_argument("--quick", action="store_true", help="a few calls: does it still run?")
-    measure.add_argument("--threads", type=int, help="of the CPU (default: torch's choice)")
+    measure.add_argument("--quick", action="store_true", help="a few calls, to see that it runs")
+    measure.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     either = argparse.ArgumentParser(add_help=False, parents=[measure])
     either.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     for name, run in BENCHMARKS.items():
         command = commands.add_parser(name, parents=[either], help=first_line(run))
         command.add_argument(
-            "--seconds", type=float, default=float("inf"), help="begin nothing new after that many"
+            "--seconds", type=float, default=float("inf"), help="start nothing new after so many"
         )
-    commands.add_parser("all", parents=[either], help="Run all of these, each in its own process.")
+    commands.add_parser("all", parents=[either], help="Run all these, each in its own process.")
     commands.add_parser("gpu", parents=[measure], help="The same on a GPU, within 8 minutes.")
 
     plot = commands.add_parser("plot", help="Draw the results as PNG files, and the README's plot.")
@@ -127,12 +127,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def default_output(device: torch.device, quick: bool) -> Path:
-    """Choose the folder of results. A quick run measures nothing, and must not replace them."""
+    """Choose the folder of results. A quick run measures nothing and must not replace them."""
     return Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else directory_of(device)
 
 
 def run_all(device: torch.device, output: Path, quick: bool, threads: int | None) -> int:
-    """Run each benchmark in a process of its own, so that a crash of one does not stop the rest."""
+    """Run each benchmark in its own process, so one crash does not stop the rest."""
     on_gpu = device.type == "cuda"
     names = [name for name in BENCHMARKS if on_gpu or name not in ONLY_ON_GPU]
     start = time.monotonic()
@@ -145,7 +145,7 @@ def run_all(device: torch.device, output: Path, quick: bool, threads: int | None
         if on_gpu:
             left = GPU_TOTAL / (4 if quick else 1) - (time.monotonic() - start)
             if left < _LEAST_SECONDS:
-                failed.append(f"{name} (not begun: no time was left)")
+                failed.append(f"{name} (not started: no time was left)")
                 continue
             seconds = max(0.0, min(GPU_SECONDS[name] / (4 if quick else 1), left - 10))
             command += ["--seconds", f"{seconds:.0f}"]
@@ -163,12 +163,12 @@ def run_all(device: torch.device, output: Path, quick: bool, threads: int | None
         f"\nResults of {len(names)} benchmarks are in {output}, {time.monotonic() - start:.0f} s."
     )
     if failed:
-        print(f"Not all went well: {', '.join(failed)}.")
+        print(f"Something went wrong: {', '.join(failed)}.")
     return 1 if failed else 0
 
 
 def run_limited(command: list[str], limit: float | None) -> int:
-    """Run a command; return its exit status. Whatever it leaves running is ended.
+    """Run a command and return its exit status. Whatever it leaves running is killed.
 
     Raises:
         TimeoutExpired: it took longer than `limit` seconds.
@@ -185,7 +185,7 @@ def run_limited(command: list[str], limit: float | None) -> int:
 
 
 def run_plot(directories: list[Path], speed: Path) -> int:
-    # A machine that only measures may lack matplotlib, which nothing else needs.
+    # A machine that only measures may lack matplotlib. Nothing else here needs it.
     from benchmarks import plots
 
     for directory in directories or sorted(path for path in RESULTS.iterdir() if path.is_dir()):

@@ -1,6 +1,6 @@
 """What is measured: the operators, the named shapes and the inputs.
 
-All that is known of an operator comes from its row in `tritoncaps.testing.OPERATORS`.
+Everything about an operator comes from its row in `tritoncaps.testing.OPERATORS`.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tritoncaps import testing
 
-# The operator that this package is about: measured first, and at every named shape.
+# The operator that matters most: measured first, and at every named shape.
 MAIN = "fused_dynamic_routing"
 DTYPES = {
     "fp32": torch.float32,
@@ -24,7 +24,7 @@ DTYPES = {
 
 
 class Shape(NamedTuple):
-    """Axes of a routing without the batch: input capsules and pose, output capsules and pose."""
+    """The axes of a routing, except the batch: capsules and pose dimension, input and output."""
 
     I: int
     P: int
@@ -42,9 +42,9 @@ SHAPES = {
     "classes100": Shape(1152, 8, 100, 16),
     "classes1000": Shape(1152, 8, 1000, 16),
     "tiny": Shape(5, 3, 2, 4),
-    "large": Shape(4608, 8, 32, 16),  # û takes 604 MB at B=64, and routing it several times that
+    "large": Shape(4608, 8, 32, 16),  # û takes 604 MB at B=64, routing it takes several times that
 }
-# On a CPU the slowest rival needs 20 times the size of û, and the machine may have few gigabytes.
+# On a CPU the slowest rival needs 20 times the size of û, and memory may be a few gigabytes.
 _CPU_BATCH = {"classes100": 16, "classes1000": 2}
 _CUDA_BATCH = {"classes1000": 32}
 
@@ -55,7 +55,7 @@ def operator_names() -> list[str]:
 
 
 def batch_size(shape: str, device: torch.device, quick: bool = False) -> int:
-    """Choose the batch for a named shape."""
+    """Choose the batch size for a named shape."""
     if quick:
         return 1 if shape == "classes1000" else 4
     if device.type == "cuda":
@@ -69,13 +69,13 @@ class Case:
 
     Attributes:
         op: its name in the operator table.
-        shape: its axes without the batch.
-        B: the batch.
+        shape: its axes, except the batch.
+        B: the batch size.
         iterations: r, for an operator that has iterations.
         precision: a key of `DTYPES`.
-        name: that of the shape, where it has one.
-        chosen: options that are not the usual ones.
-        optional: the optional inputs that are given.
+        name: the name of the shape, if it has one.
+        chosen: options that differ from the usual ones.
+        optional: the optional inputs to give.
     """
 
     op: str
@@ -114,7 +114,7 @@ class Case:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of every axis. One that no named shape has is as small as in the tests."""
+        """The size of every axis. An axis that no named shape has is as small as in the tests."""
         sizes = {**testing.SIZES, **self.shape._asdict(), "B": self.B, "K": self.shape.J}
         if self.op == "squash":  # squashes the primary capsules
             sizes |= {"J": self.shape.I, "D": self.shape.P}
@@ -132,7 +132,7 @@ class Case:
 
     @property
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each output that is asked for."""
+        """The shape of each requested output."""
         axes = {name.removesuffix("?"): of for name, of in self.operator.outputs.items()}
         return {name: self._shape(axes[name]) for name in self.operator.output_names(self.options)}
 
@@ -147,12 +147,12 @@ class Case:
     def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """Draw the tensors of a call by name.
 
-        The scale of the prediction vectors makes couplings far from uniform, but not saturated.
+        Prediction vectors are scaled so that couplings are far from uniform, but not saturated.
         """
         I, _, J, D = self.shape
         if "pose" in self.input_shapes:  # its length is about √D, so logits are about 2
             scale = 2 / math.sqrt(D)
-        else:  # the second term counts with hundreds of classes, whose poses start out short
+        else:  # the second term matters with hundreds of classes, whose poses start out short
             scale = max(0.7, J / (4 * math.sqrt(I * D)))
         return testing.draw_inputs(
             self.operator,
@@ -173,7 +173,7 @@ class Case:
 
 
 def train_images(B: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Draw a batch of MNIST's size: images in [0, 1], (B, 1, 28, 28), and their classes, (B,)."""
+    """Draw a batch of the size of MNIST: images in [0, 1], (B, 1, 28, 28), and classes, (B,)."""
     generator = torch.Generator(device).manual_seed(0)
     images = torch.rand((B, 1, 28, 28), generator=generator, device=device)
     return images, torch.randint(10, (B,), generator=generator, device=device)

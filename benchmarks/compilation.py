@@ -1,8 +1,8 @@
 """First calls of the operators that the other benchmarks time.
 
-A kernel or a compiled rival is compiled when it is first called. One after the other, that would
-take most of a short run. Here processes on all cores make the first calls side by side; the other
-benchmarks then find the code in the caches of Triton and inductor on disk.
+A kernel or a compiled rival is compiled when it is first called. One after the other, these calls
+would take most of a short run. Here processes on all cores make the first calls in parallel. The
+other benchmarks then find the code in the caches of Triton and inductor on disk.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ from benchmarks.session import Session, reason
 
 # Each process holds a context on the device and the tensors of a case.
 _MOST_PROCESSES = 14
-# Where no limit is given, a run gives up after this: a process that was killed never answers.
+# Without a given limit, a run gives up after this, because a killed process never answers.
 _MOST_SECONDS = 600.0
 
 
@@ -43,7 +43,7 @@ def run_compile(session: Session) -> None:
                 break
             missing.remove(call)
             session.report.add([_facts(call) | outcome], "case", "rival")
-    why = NO_TIME if session.is_over() else {"left_out": "its process died or hangs"}
+    why = NO_TIME if session.is_over() else {"left_out": "its process died or hung"}
     session.report.add([_facts(call) | why for call in missing], "case", "rival")
 
 
@@ -67,7 +67,7 @@ def compiled_calls(device: torch.device, quick: bool) -> list[Call]:
 
 
 def first_call(device: torch.device, call: Call) -> tuple[Call, Row]:
-    """Call a rival as the benchmarks do; return how many seconds it took, or what went wrong."""
+    """Call a rival as the benchmarks do. Return how many seconds it took, or what went wrong."""
     rival, case = call
     start = time.monotonic()
     try:
@@ -77,7 +77,7 @@ def first_call(device: torch.device, call: Call) -> tuple[Call, Row]:
             function(**arguments)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    except Exception as error:  # a benchmark that needs this call will say the same
+    except Exception as error:  # a benchmark that needs this call will report the same
         return call, {"left_out": reason(error)}
     return call, {"first_call_s": time.monotonic() - start}
 

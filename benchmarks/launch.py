@@ -1,6 +1,6 @@
 """A search for launch configurations of the Triton kernels that beat those of the rules.
 
-The result is `launch_table.json`: the configurations of this architecture that were right and
+The result is `launch_table.json`, with the configurations for this architecture that were right and
 faster. The kernels load it if the environment variable TRITONCAPS_LAUNCH_TABLE names it.
 """
 
@@ -22,8 +22,8 @@ from benchmarks.timing import Task, replayed
 
 Config = dict[str, int]
 
-# What a search tries, one after the other, each on top of the best so far: a launch keyword, and
-# what it is multiplied with. One that is 1, or that the kernel does not have, is left alone.
+# What a search tries, one after the other, each on top of the best so far: a launch keyword and the
+# factor for it. A keyword that is 1, or that the kernel does not have, stays unchanged.
 _CHOICES = (
     ("MAX_SPLITS", 2),
     ("MAX_SPLITS", 0.5),
@@ -43,7 +43,7 @@ _WORTHWHILE = 1.03
 
 
 class _Table(dict[str, Config]):
-    """A launch table that also knows what the rules choose for each entry that was asked for."""
+    """A launch table that also records what the rules choose for each requested entry."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def run_launch(session: Session) -> None:
                     entries |= search(session, case, oracle, table, name, phase)
                     path = session.report.path.with_name("launch_table.json")
                     path.write_text(json.dumps(entries, indent=1) + "\n")
-            except Exception as error:  # the other cases go on
+            except Exception as error:  # the other cases continue
                 session.report.add([{"case": str(case), "left_out": reason(error)}])
     session.report.note(table=entries)
 
@@ -111,7 +111,7 @@ def launch_cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
-    """Name the entries that a case asks for, and the phase in which each matters."""
+    """Name the entries that a case requests, and the phase in which each matters."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in oracle.arguments.items()}
     function = op_rival("triton", case, next(iter(leaves.values())).device)
     table.rules.clear()
@@ -132,7 +132,7 @@ def tuned_rules(case: Case, oracle: Oracle, table: _Table) -> dict[str, str]:
 def search(
     session: Session, case: Case, oracle: Oracle, table: _Table, name: str, phase: str
 ) -> dict[str, Config]:
-    """Tune one entry in one phase; return it, or nothing if the choice of the rule is best."""
+    """Tune one entry in one phase. Return it, or nothing if the rule's choice is best."""
     print(f"  {name}", flush=True)
     rule = table.rules[name]
     best: Config = {}
@@ -152,10 +152,10 @@ def search(
                 "candidate": _task(session, case, table, name, phase, candidate),
             }
             timings = session.time(tasks, seconds=2.0)
-        except FallbackError as error:  # no room for it on this device, which is a result too
+        except FallbackError as error:  # it does not fit on this device, which is a result too
             session.report.add([row | {"refused": reason(error)}], "phase", "config")
             continue
-        except Exception as error:  # the other candidates go on
+        except Exception as error:  # the other candidates continue
             session.report.add([row | {"left_out": reason(error)}], "phase", "config")
             continue
         speedup = timings["best"].median / timings["candidate"].median
@@ -171,7 +171,7 @@ def search(
 def _task(
     session: Session, case: Case, table: _Table, name: str, phase: str, config: Config
 ) -> Task:
-    """Run a phase with a configuration. On a GPU, the graph is captured with it."""
+    """Make a task that runs a phase with a configuration. On a GPU, its graph is captured too."""
     sets, grads = input_sets(case, phase, session.device), case.output_gradients(session.device)
     task = phase_task(op_rival("triton", case, session.device), phase, sets, grads)
 

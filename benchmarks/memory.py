@@ -1,11 +1,11 @@
 """Peak memory of the routing: how far a call raises it above what its inputs take.
 
-On a GPU the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU the kernel does:
-the peak of a process's resident memory (VmHWM) includes everything that a machine has to have, also
-the scratch space of libraries, while torch's profiler sees tensors alone. The process is a new one,
-so that the figure holds no memory of other benchmarks. In it glibc returns freed memory at once;
-otherwise the call could reuse, unseen, what a warm-up left behind. `ru_maxrss` would not do, since
-a new process inherits it from the one that started it.
+On a GPU the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU the operating
+system does. The peak of a process's resident memory (VmHWM) includes everything that a machine
+needs, even the scratch space of libraries. torch's profiler only sees tensors. The process is a new
+one, so the figure includes no memory of other benchmarks. In it, glibc returns freed memory at
+once. Otherwise the call could reuse memory of the warm-up, unnoticed. `ru_maxrss` would not do,
+because a new process inherits it from its parent.
 """
 
 import os
@@ -60,7 +60,7 @@ def run_memory_grid(session: Session) -> None:
     """Measure how the peaks of the routing grow with I and J, forward alone and with backward."""
     cases = grid(session.quick)
     for rival in ("eager", ours(session.device)):
-        for phase in ("both", "forward"):  # the more important first
+        for phase in ("both", "forward"):  # the more important one first
             rows: list[Row] = [
                 {"case": str(case), **axes(case), "phase": phase, "rival": rival} for case in cases
             ]
@@ -79,13 +79,13 @@ def run_memory_grid(session: Session) -> None:
 
 
 def grid(quick: bool) -> list[Case]:
-    """List the routings of the grid: input and output capsules around MNIST's, two batches."""
+    """List the routings of the grid: capsule counts around MNIST's, with two batch sizes."""
     sizes, P, D = (((32, 64), (2, 4)), 4, 4) if quick else (((288, 1152, 4608), (10, 40)), 8, 16)
     return [Case(MAIN, Shape(I, P, J, D), B) for B in (64, 1) for I in sizes[0] for J in sizes[1]]
 
 
 def _bytes_of(case: Case) -> dict[str, int]:
-    """Sizes of the tensors of a routing, in the type in which it adds up."""
+    """Sizes in bytes of the tensors of a routing, in the accumulation type."""
     (I, P, J, D), B = case.shape, case.B
     values = {"u": B * I * P, "weight": I * P * J * D, "u_hat": B * I * J * D, "v": B * J * D}
     width = accumulation_dtype(case.dtype).itemsize
@@ -95,13 +95,13 @@ def _bytes_of(case: Case) -> dict[str, int]:
 def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
     """Add up what a path of tritoncaps holds at its peak beyond the inputs, with gradient="full".
 
-    - Both paths keep r weighted sums of the size of v and a few more such tensors; the backward
+    - Both paths keep r weighted sums of the size of v and a few more such tensors. The backward
       also keeps V and ds of each iteration, and the gradients of u and the weight.
-    - The torch path adds, n images at a time, their prediction vectors with 2 couplings each, in
-      the backward 2r couplings and a chunk. Or, a chunk at a time, u and its gradient with the
-      batch last, and a few buffers of one chunk.
-    - The kernels add at most 16 slots of each kind, and in the backward 2·(r − 1) values for each
-      pair of image and input capsule.
+    - If the torch path takes n images at a time, it adds their prediction vectors and 2 couplings
+      for each, or 2r couplings and a chunk in the backward. If it takes a chunk at a time, it adds
+      u and its gradient with the batch last, and a few buffers of one chunk.
+    - The kernels add at most 16 slots of each kind. In the backward they add 2·(r − 1) values for
+      each pair of image and input capsule.
     """
     size, r = _bytes_of(case), case.iterations
     forward = phase == "forward"
@@ -123,13 +123,13 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
 
 
 def peaks(cases: list[Case], rival: str, device: torch.device, phase: str = "both") -> list[int]:
-    """Measure cases in one process: bytes beyond what is in use before the call.
+    """Measure cases in one process, in bytes beyond what is in use before the call.
 
     Gradients count, inputs do not. The phase is "both", or "forward" without autograd.
 
     Raises:
         OSError: a CPU without Linux's /proc.
-        BrokenExecutor: the process was killed, as happens when memory runs out.
+        BrokenExecutor: the process was killed, which happens when memory runs out.
     """
     if device.type == "cuda":
         return [_peak(case, rival, device, phase) for case in cases]
@@ -162,12 +162,12 @@ def _peak(case: Case, rival: str, device: torch.device, phase: str) -> int:
     call()  # loads libraries, compiles
     before = _start(device)
     call()
-    # A rise below the accuracy of the kernel's count may come out negative.
+    # A rise smaller than the accuracy of the system's count may come out negative.
     return max(0, _highest(device) - before)
 
 
 def _start(device: torch.device) -> int:
-    """Reset the peak; return the memory in use."""
+    """Reset the peak and return the memory in use."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -52,7 +52,7 @@ class EinsumCapsNet(nn.Module):
         return v
 
     def copy_weights(self, model: CapsNet) -> None:
-        """Take over the parameters of a `tritoncaps.models.CapsNet`."""
+        """Copy the parameters of a `tritoncaps.models.CapsNet`."""
         names = {"primary.conv": "primary", "routing.weight": "weight", "decoder.layers": "decoder"}
         state = {}
         for name, tensor in model.state_dict().items():
@@ -65,7 +65,7 @@ class EinsumCapsNet(nn.Module):
 def einsum_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
     """Margin loss plus 0.0005 times the squared error, averaged over the batch."""
     lengths, reconstruction = model(images, target)
-    # Under autocast the network gives 16-bit results; the loss is computed in float32.
+    # Under autocast the network returns 16-bit results. The loss is computed in float32.
     lengths, reconstruction = lengths.to(images.dtype), reconstruction.to(images.dtype)
     present = F.one_hot(target, 10)
     margin = present * F.relu(0.9 - lengths) ** 2 + 0.5 * (1 - present) * F.relu(lengths - 0.1) ** 2
@@ -82,7 +82,7 @@ def tritoncaps_loss(model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
 
 
 def check_networks() -> None:
-    """Compare the einsum port with `CapsNet` in float64 on the CPU: one loss, one gradient.
+    """Compare the einsum port with `CapsNet` in float64 on the CPU: same loss, same gradients.
 
     Raises:
         WrongResultError: they are not the same network.

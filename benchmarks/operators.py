@@ -1,4 +1,4 @@
-"""The operators one by one: whether they are right (`check`), and how fast they are (`ops`)."""
+"""The operators one by one: whether they are right (`check`) and how fast they are (`ops`)."""
 
 import math
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ def run_check(session: Session) -> None:
             worst = max(errors, key=lambda name: errors[name])
             eager = oracle.relative_error(worst)
             row |= {"tensor": worst, "error": errors[worst], "eager_error": eager}
-        except Exception as error:  # the other cases go on
+        except Exception as error:  # the other cases continue
             row |= {"left_out": reason(error)}
         session.report.add([row], "tensor")
 
@@ -117,7 +117,7 @@ def ops_cases(device: torch.device, quick: bool) -> list[Case]:
 def checked_rivals(
     case: Case, names: list[str], device: torch.device
 ) -> tuple[dict[str, Rival], list[Row]]:
-    """Build the rivals whose results are right; return them, and a row for each of the others."""
+    """Build the rivals whose results are right. Return them, and a row for each of the others."""
     rivals: dict[str, Rival] = {}
     left_out: list[Row] = []
     try:
@@ -165,11 +165,11 @@ def phase_task(
 
 
 def input_sets(case: Case, phase: str, device: torch.device) -> list[dict[str, Tensor]]:
-    """Draw enough sets of inputs that the last cache has lost each when its turn comes again.
+    """Draw enough sets of inputs that the last cache has lost each by the time its turn returns.
 
-    At most 16: what is smaller than a sixteenth of the cache stays there in a network as well. On
-    a CPU the backward alone has one set. Its graph, built just before, has gone through the cache,
-    and the graphs of all sets would fill the memory.
+    There are at most 16 sets: inputs smaller than a sixteenth of the cache stay there in a network
+    too. On a CPU, `backward` has one set. Building its graph just before has gone through the
+    cache, and the graphs of all sets would fill the memory.
     """
     first = case.arguments(device)
     if phase == "backward" and device.type == "cpu":
@@ -208,7 +208,7 @@ def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: st
 
 
 def _figures(row: Row, rows: list[Row], work: Floor, least: float) -> Row:
-    """What follows from a row's time, the eager form's time, and the floor."""
+    """Compute the figures that follow from a row's time, the eager form's time and the floor."""
     if "median_s" not in row:
         return {}
     median = row["median_s"]

@@ -13,29 +13,30 @@ from benchmarks.rivals import Rival
 from tritoncaps._operators import _dispatch
 from tritoncaps.testing import assert_agrees
 
-# If the eager form's own error is a larger share of the largest value, nothing can be judged by it.
+# The largest error of the eager form, as a share of the largest value. With a larger error,
+# nothing can be judged by it.
 _LIMIT = {
     torch.float64: 1e-10,
     torch.float32: 1e-3,
     torch.float16: 0.05,
     torch.bfloat16: 0.2,
 }
-# The reference is evaluated for as many images at a time as have this many bytes of û.
+# The reference is evaluated for a few images at a time, whose û has this many bytes.
 _SLICE_BYTES = 1 << 28
 
 
 class WrongResultError(Exception):
-    """A result is further from the truth than rounding explains."""
+    """A result is further from the exact one than rounding explains."""
 
 
 class FallbackError(RuntimeError):
-    """A kernel refused a shape, and the operator went to the torch path."""
+    """A kernel refused a shape, and the operator fell back to the torch path."""
 
 
 def gradients(
     function: Rival, arguments: Mapping[str, Tensor], grads: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Call a rival; return its outputs, and as "grad_<input>" the gradients of its inputs.
+    """Call a rival. Return its outputs, and the gradients of its inputs as "grad_<input>".
 
     Args:
         function: the rival.
@@ -56,7 +57,7 @@ def gradients(
 
 
 class Oracle:
-    """The truth of a case, computed once, and the 2x rule (`testing.assert_agrees`)."""
+    """The exact results of a case, computed once, and the 2x rule (`testing.assert_agrees`)."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.arguments = case.arguments(device)
@@ -72,7 +73,7 @@ class Oracle:
                 )
 
     def _evaluate(self, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Evaluate the reference in a dtype, a slice of the batch at a time: û may be large."""
+        """Evaluate the reference in a dtype, by slices of the batch, because û may be large."""
         function = case.operator.bound(case.options, case.operator.reference)
         axes = {axis for of in case.operator.axes.values() for axis in of.split()}
         elements = math.prod(case.sizes[axis] for axis in axes - {"B", "P"})  # of û, for a routing
@@ -88,7 +89,7 @@ class Oracle:
             parts.append(gradients(function, arguments, grads))
         of_shared = {f"grad_{name}" for name in case.shared}
         return {
-            # Each image adds to the gradient of what all of them share.
+            # Each image adds to the gradients of the inputs that all images share.
             name: sum((p[name].double() for p in parts[1:]), parts[0][name].double()).to(dtype)
             if name in of_shared
             else torch.cat([p[name] for p in parts])
@@ -96,7 +97,7 @@ class Oracle:
         }
 
     def relative_error(self, name: str, result: Tensor | None = None) -> float:
-        """The largest error of a result, the eager one if None, over the largest value."""
+        """The largest error of a result (the eager one if None) divided by the largest value."""
         exact = self._exact[name]
         error = _largest((self._eager[name] if result is None else result).double() - exact)
         scale = _largest(exact)
@@ -105,7 +106,7 @@ class Oracle:
         return error / scale if scale else math.inf
 
     def check(self, function: Rival) -> dict[str, float]:
-        """Apply the rule to a rival's results and gradients, and to its results without autograd.
+        """Apply the rule to a rival's results with and without autograd, and to its gradients.
 
         Returns:
             The relative error of each.
@@ -137,7 +138,7 @@ def _largest(tensor: Tensor) -> float:
 
 @contextmanager
 def _no_other_path() -> Iterator[None]:
-    """Turn the warning that an operator falls back to the torch path into an error."""
+    """Turn the warning about a fallback to the torch path into an error."""
 
     def refuse(message: str) -> None:
         raise FallbackError(message)

@@ -21,7 +21,7 @@ _MARKS = {
     "torch path": ("#0072b2", "^", "tritoncaps (torch path)"),
     "triton": ("#009e73", "v", "tritoncaps (Triton)"),
 }
-_OTHER = ("#cc79a7", "P")  # a rival that has no mark of its own
+_OTHER = ("#cc79a7", "P")  # a rival without its own mark
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -31,7 +31,7 @@ _STYLE = {
 
 
 def draw(directory: Path) -> Iterator[Path]:
-    """Draw what a device has results of; yield the files."""
+    """Draw all results that a device has, and yield the files."""
     results = load_results(directory)
     drawings = {
         "ops": draw_ops,
@@ -77,7 +77,7 @@ def _legend(figure: Figure, rivals: list[str], extra: list[Any] | None = None) -
 
 
 def _in_order(rivals: list[str]) -> list[str]:
-    """Each rival once, in the order of the marks; others come last."""
+    """Each rival once, in the order of the marks. Others come last."""
     others = [name for name in dict.fromkeys(rivals) if name not in _MARKS]
     return [*(name for name in _MARKS if name in rivals), *others]
 
@@ -113,7 +113,7 @@ def draw_ops(data: dict[str, Any]) -> Figure:
 
 
 def _point(axes: Axes, row: Row, y: float, number: int) -> None:
-    """A median with its p20 to p80; rivals a little apart so that none hides another."""
+    """Draw a median with its p20 to p80. Rivals are a little apart, so none hides another."""
     colour, marker, _ = _mark(row["rival"])
     y += 0.13 * (number - 1.5)
     median, p20, p80 = (1e3 * row[name] for name in ("median_s", "p20_s", "p80_s"))
@@ -242,8 +242,8 @@ def draw_scaling(data: dict[str, Any]) -> Figure:
 def draw_speed(devices: list[dict[str, Any]], path: Path) -> None:
     """Draw the README's plot: its rows, one panel for each device.
 
-    The bars of a row are relative to einsum, so that milliseconds and seconds can stand side by
-    side on a linear axis. Their labels are the times.
+    The bars of a row are relative to einsum, so milliseconds and seconds fit on one linear axis.
+    The labels of the bars are the times.
     """
     panels = [(device, rows) for device in devices if (rows := chosen_rows(device))]
     with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "font.size": 10}):

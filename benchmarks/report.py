@@ -20,12 +20,12 @@ RESULTS = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
 
-# What a row has in the place of figures if nothing is wrong.
+# What a row has in place of figures if nothing is wrong.
 NO_TIME: Row = {"left_out": "no time was left"}
 
 
 class Report:
-    """The rows of one benchmark. Each is saved at once, so that a killed run keeps what it has."""
+    """The rows of one benchmark. Each is saved at once, so a killed run keeps what it has."""
 
     def __init__(
         self, benchmark: str, device: torch.device, settings: dict[str, Any], directory: Path
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether all went well that there was time for."""
+        """Whether everything that there was time for went well."""
         return all(row.get("left_out") in (None, NO_TIME["left_out"]) for row in self.rows)
 
     def note(self, **facts: Any) -> None:
@@ -74,7 +74,7 @@ class Report:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Collect what a reader needs to repeat a measurement: versions, device, commit."""
+    """Collect what is needed to repeat a measurement: versions, device, commit."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": device_name(device),
@@ -126,7 +126,7 @@ def seconds(value: float) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Name the device of a result, a CPU with the threads that were used."""
+    """Name the device of a result. For a CPU, add the number of threads."""
     if environment["device_type"] != "cpu":
         return str(environment["device"])
     threads = environment["threads"]
@@ -154,7 +154,7 @@ def _three_digits(value: float) -> str:
 
 
 def describe(row: Row, columns: Sequence[str]) -> str:
-    """Write a row of any benchmark as one line."""
+    """Write a row of any benchmark as a line of text."""
     words = [f"{row.get(column, '')!s:<13}" for column in columns]
     for key in ("left_out", "refused"):
         if key in row:

@@ -1,4 +1,4 @@
-"""The least that a computation must move and compute, and how fast the machine does either."""
+"""The least that a computation must move and compute, and how fast the machine does both."""
 
 import math
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches: in a large copy, and in large products of each precision."""
+    """The rates that this machine reaches in a large copy, and in large products by precision."""
 
     copy_bytes_per_second: float
     gemm_flops_per_second: dict[str, float]
@@ -53,7 +53,7 @@ def floor(case: Case, phase: str) -> Floor:
 
 
 def counted_flops(case: Case, phase: str) -> int:
-    """Count what torch's FLOP counter knows of the operator; shapes are enough for it."""
+    """Return what torch's FLOP counter knows about the operator. It needs only shapes."""
     inputs = {
         name: torch.empty(shape, dtype=case.dtype, device="meta", requires_grad=True)
         for name, shape in case.input_shapes.items()

@@ -77,7 +77,7 @@ def swept_case(axis: str, value: int, device: torch.device, quick: bool) -> Case
 
 
 def _add_peaks(session: Session, rows: list[Row]) -> None:
-    """Measure the memory of the points that were timed; if that fails, the times stay."""
+    """Measure the memory of the points that were timed. If that fails, the times stay."""
     for rival in dict.fromkeys(row["rival"] for row in rows):
         own = [row for row in rows if row["rival"] == rival]
         cases = [
@@ -100,7 +100,7 @@ def _exponents(rows: list[Row], axis: str, rival: str) -> Row:
 
 
 def fitted_exponent(points: list[tuple[float, float]]) -> float | None:
-    """Fit k of y ~ xᵏ by least squares of the logarithms; None with fewer than two points."""
+    """Fit k of y ~ xᵏ by least squares of the logarithms. None with fewer than two points."""
     if len(points) < 2:
         return None
     logs = [(math.log(x), math.log(y)) for x, y in points]

@@ -17,9 +17,9 @@ class Session:
 
     Attributes:
         device: where everything runs.
-        quick: a few calls of everything, which show that it works and measure nothing.
+        quick: make only a few calls of everything, to show that it works. Nothing is measured.
         report: takes the rows.
-        end: the time, by `time.monotonic`, from which nothing new begins.
+        end: the time, by `time.monotonic`, after which nothing new starts.
     """
 
     device: torch.device
@@ -28,7 +28,7 @@ class Session:
     end: float = math.inf
 
     def is_over(self) -> bool:
-        """Tell whether the time for this benchmark is used up."""
+        """Whether the time for this benchmark is used up."""
         return time.monotonic() >= self.end
 
     def time(self, tasks: dict[str, Task], seconds: float) -> dict[str, Timing]:
@@ -45,14 +45,14 @@ def reason(error: Exception) -> str:
 
 
 def timed(timing: Timing) -> Row:
-    """Name the figures of a timing."""
+    """Return the figures of a timing by name."""
     return {f"{name}_s": value for name, value in asdict(timing).items() if name != "samples"} | {
         "samples": timing.samples
     }
 
 
 def axes(case: Case) -> Row:
-    """Name the sizes of a case."""
+    """Return the sizes of a case by name."""
     iterations = {"iterations": case.iterations} if "iterations" in case.options else {}
     return {
         "op": case.op,

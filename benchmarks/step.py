@@ -1,7 +1,7 @@
 """Whole training steps: forward, loss, backward, Adam.
 
-On CUDA each is timed twice: as Python launches it, and as the replay of a CUDA graph, which is the
-time of the device alone.
+On CUDA each step is timed twice: as Python launches it, and as the replay of a CUDA graph, which
+shows the time of the device alone.
 """
 
 import copy
@@ -21,7 +21,7 @@ from tritoncaps.models import CapsNet, DeepCapsNet
 
 
 class Trainer:
-    """A model, its loss and Adam; the same for all rivals."""
+    """A model, its loss and Adam, the same for all rivals."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Trainer:
         self.optimizer.step()
 
     def check(self) -> None:
-        """Compare the loss with that of the same network in float64 on the CPU.
+        """Compare the loss with the loss of the same network in float64 on the CPU.
 
         Raises:
             WrongResultError: they differ by more than rounding explains.
@@ -69,7 +69,7 @@ class Trainer:
         error = abs(self.loss().item() / self._exact - 1)
         # Convolutions on a GPU may use TF32 in fp32, and have 8 bits in bf16.
         if not error <= {"fp32": 1e-3, "bf16": 3e-2}[self.precision]:
-            raise WrongResultError(f"the loss is off by {100 * error:.2f} % of that in float64")
+            raise WrongResultError(f"the loss is off by {100 * error:.2f} % of its float64 value")
 
 
 def run_step(session: Session) -> None:
@@ -97,7 +97,7 @@ def run_step(session: Session) -> None:
                     tasks[name] = Task(trainer.step)
                 else:
                     tasks[name] = replayed(Task(trainer.step))
-            except Exception as error:  # the other trainers go on
+            except Exception as error:  # the other trainers continue
                 session.report.add([facts[name] | {"left_out": reason(error)}], *_COLUMNS)
                 break
     timings = session.time(tasks, seconds=100.0)
@@ -117,7 +117,7 @@ _STEPS = (
     ("CapsNet", "tritoncaps", "bf16"),
     ("DeepCapsNet", "tritoncaps", "fp32"),
     ("DeepCapsNet", "tritoncaps", "bf16"),
-    ("CapsNet", "compiled port", "fp32"),  # last, as it takes the longest to get ready
+    ("CapsNet", "compiled port", "fp32"),  # last, because it takes the longest to compile
 )
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/speed.md and docs/memory.md, made from the results in JSON."""
+"""The tables of README.md, docs/speed.md and docs/memory.md, written from the JSON results."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,18 +11,18 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 # What the README and its picture show: rows of `ops` by shape and phase, all in fp32 with the
-# usual batch, then training steps of CapsNet by precision.
+# usual batch size, then training steps of CapsNet by precision.
 README_CALLS = (("mnist", "forward"), ("mnist", "both"), ("cifar", "both"), ("classes100", "both"))
 README_STEPS = ("fp32", "bf16")
 PHASES = {"forward": "forward", "backward": "backward", "both": "forward + backward"}
-# The titles of rivals. Another rival has its name as title.
+# The titles of rivals. For other rivals, the name is the title.
 TITLES = {"eager": "einsum", "compile": "compiled einsum"}
 
 Times = dict[str, float]  # median seconds by rival
 
 
 def readme_block(results: Path) -> str:
-    """Write six rows for each device, and in how many others tritoncaps is slower."""
+    """Write six rows for each device, and say how often tritoncaps is slower in all rows."""
     parts = []
     for device in load_devices(results):
         rows = [[name, *_cells(times, TITLES)] for name, times in chosen_rows(device)]
@@ -58,7 +58,7 @@ def memory_block(results: Path) -> str:
     return "\n\n".join([BEGIN, *parts, END])
 
 
-# The pages, and what stands between their markers.
+# The pages, and what to write between their markers.
 PAGES: dict[Path, Callable[[Path], str]] = {
     Path("README.md"): readme_block,
     Path("docs/speed.md"): speed_block,
@@ -67,7 +67,7 @@ PAGES: dict[Path, Callable[[Path], str]] = {
 
 
 def replace_block(text: str, block: str) -> str:
-    """Put a block between the markers, in the place of the one that is there.
+    """Replace the block between the markers.
 
     Raises:
         ValueError: the text does not have exactly one pair of markers.
@@ -82,14 +82,14 @@ def replace_block(text: str, block: str) -> str:
 
 
 def chosen_rows(device: dict[str, Any]) -> list[tuple[str, Times]]:
-    """The rows of the README that a device has, with the time of each rival."""
+    """Return the README's rows that a device has, with the time of each rival."""
     rows = []
     calls = [
         row for row in _rows(device, "ops") if row["op"] == MAIN and row["precision"] == "fp32"
     ]
     for shape, phase in README_CALLS:
         group = [row for row in calls if (row["shape"], row["phase"]) == (shape, phase)]
-        # A shape that was also timed with one image has the larger batch here.
+        # If a shape was also timed with one image, take the larger batch.
         batch = max((row["B"] for row in group), default=0)
         times = _by_rival([row for row in group if row["B"] == batch], "median_s")
         if "eager" in times and own(times) in times:
@@ -111,7 +111,7 @@ def chosen_rows(device: dict[str, Any]) -> list[tuple[str, Times]]:
 
 
 def load_devices(results: Path) -> list[dict[str, Any]]:
-    """Read the results of every device: the content of each file by the name of the benchmark."""
+    """Read the results of every device, each file's content under the name of its benchmark."""
     devices = [load_results(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
     return [device for device in devices if device]
 
@@ -126,7 +126,7 @@ def _rows(device: dict[str, Any], benchmark: str) -> list[Row]:
 
 
 def _origin(results: list[dict[str, Any]]) -> str:
-    """Say where figures come from."""
+    """Say which device, version, commit and date the figures come from."""
     environment = results[0]["environment"]
     commits = sorted({str(data["environment"]["commit"]) for data in results})
     return (
@@ -136,7 +136,7 @@ def _origin(results: list[dict[str, Any]]) -> str:
 
 
 def _slower(device: dict[str, Any]) -> str:
-    """Say in how many of the calls of operators that were timed."""
+    """Say in how many timed operator calls tritoncaps is slower."""
     groups = [times for _, times in _call_times(_rows(device, "ops"))]
     counts = []
     for rival, title in TITLES.items():
@@ -170,7 +170,7 @@ def _cells(times: Times, rivals: Iterable[str]) -> list[str]:
 
 
 def _ratio(times: Times, rival: str) -> str:
-    """How many times as fast as a rival tritoncaps is; in bold where it is slower."""
+    """The rival's time divided by that of tritoncaps, in bold where tritoncaps is slower."""
     if rival not in times:
         return ""
     ratio = times[rival] / times[own(times)]
@@ -205,7 +205,7 @@ def _ops_tables(rows: list[Row]) -> list[str]:
 
 
 def _others(groups: list[dict[str, float]]) -> list[str]:
-    """All rivals of tritoncaps that have a figure; those with a title come first."""
+    """All rivals of tritoncaps that have a figure. Those with a title come first."""
     names = dict.fromkeys(name for group in groups for name in group if name != own(group))
     return sorted(names, key=lambda name: list(TITLES).index(name) if name in TITLES else 9)
 
@@ -264,7 +264,7 @@ def _memory_grid_tables(rows: list[Row]) -> list[str]:
 
 
 def _peak(value: float | None) -> str:
-    """Write a size; the kernel, which counts pages in batches, cannot tell one under 1 MB."""
+    """Write a size. The system counts pages in batches, so less than 1 MB cannot be resolved."""
     if value is None:
         return ""
     return quantity(value, "B") if value >= 1e6 else "< 1 MB"

@@ -1,4 +1,4 @@
-"""Timing: rivals take turns in one process; what counts are the median and two percentiles."""
+"""Timing: rivals take turns in one process. The result is the median and two percentiles."""
 
 import gc
 import random
@@ -17,9 +17,9 @@ class Task:
     """Something to time.
 
     Attributes:
-        run: what is timed. It takes what `prepare` returned.
+        run: the function to time. It takes what `prepare` returned.
         prepare: called before each run, and not timed.
-        calls: how many calls a run makes, each on inputs of its own. A timing is that of one call.
+        calls: how many calls a run makes, each on its own inputs. A timing is per call.
     """
 
     run: Callable[[Any], object]
@@ -108,7 +108,7 @@ def replayed(task: Task) -> Task:
     pool = torch.cuda.graph_pool_handle()
     state, preparation = None, None
     graph = torch.cuda.CUDAGraph()
-    with _no_collection():  # which might free memory, and a capture forbids that
+    with _no_collection():  # a collection might free memory, which a capture forbids
         if task.prepare is not None:
             preparation = torch.cuda.CUDAGraph()
             with torch.cuda.graph(preparation, pool=pool):
@@ -132,15 +132,15 @@ def time_alternately(
 ) -> dict[str, Timing]:
     """Time tasks side by side, so that a drift of the machine affects all of them alike.
 
-    Every round runs each task once, in a new random order, so that no task always follows the same
-    one. A first round warms up and does not count.
+    Every round runs each task once, in a new random order, so no task always follows the same one.
+    A first round warms up and does not count.
 
     Args:
         tasks: by name.
         clock: measures a run.
-        rounds: the fewest, at least 2, and the most.
-        seconds: after so many no round starts, once the fewest are done.
-        now: tells the time.
+        rounds: the fewest rounds, at least 2, and the most.
+        seconds: after this time no round starts, once the fewest are done.
+        now: returns the time.
     """
     order = list(tasks)
     shuffle = random.Random(0).shuffle
@@ -160,7 +160,7 @@ def time_alternately(
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Stop the garbage collector."""
+    """Pause the garbage collector."""
     gc.collect()
     gc.disable()
     try:

@@ -16,7 +16,7 @@ from tritoncaps.kernels.prediction_vectors import prediction_vectors_bwd, predic
 from tritoncaps.kernels.routing_pass import routing_pass_bwd, routing_pass_fwd
 from tritoncaps.kernels.squash import squash_bwd, squash_fwd
 
-# What a launcher raises where another backend should take over. Nothing has been written then.
+# A launcher raises this before it writes anything. Another backend should take over.
 REFUSALS = (UnsupportedShape, OutOfResources)
 
 __all__ = [

@@ -1,9 +1,9 @@
 """What every launch needs to know: the target, the types, the precision and the measured table.
 
-Each kernel's launch rule stands at the top of its own file: a pure function of shape, dtype and
+Each kernel's launch rule is at the top of its own file. It is a pure function of shape, dtype and
 target that returns launch keywords. No kernel is autotuned, because a choice by timing would change
-the order of additions from run to run. A measured table can replace what a rule chooses for a
-shape, see `load_table`.
+the order of additions from run to run. A measured table can replace a rule's choice for a shape.
+See `load_table`.
 
 No rule looks at the batch size. The tiling decides the order of additions, so a kernel gives a
 batch row the same bits whatever else is in the batch.
@@ -21,13 +21,13 @@ import triton
 from torch import Tensor
 
 
-class UnsupportedShape(Exception):  # noqa: N818 - the shape is refused; nothing has gone wrong
+class UnsupportedShape(Exception):  # noqa: N818 - a refusal, not an error
     """No launch fits the shape. Raised before anything is launched."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the rules know of a device: its architecture and a program's shared memory in bytes."""
+    """A device as the rules see it: its architecture and a program's shared memory in bytes."""
 
     architecture: str
     shared_memory: int
@@ -46,7 +46,7 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def target_of(tensor: Tensor) -> Target:
     """The target that a tensor's kernels are compiled for."""
     if not tensor.is_cuda:
-        # Interpreted. Nothing limits a tile there, so take what every target has.
+        # Interpreted: nothing limits a tile here, so assume what every target has.
         return Target("interpreter", 65536)
     return _cuda_target(tensor.device.index)
 
@@ -63,10 +63,10 @@ def _cuda_target(index: int) -> Target:
 def dot_precision(dtype: torch.dtype, target: Target) -> str:
     """How products of `dtype` inputs are formed.
 
-    float32 follows `torch.get_float32_matmul_precision()`. "highest" means float32, which NVIDIA
-    forms from three TF32 products at a third of the instructions of float32 multiply-adds. "high"
-    and "medium" allow one TF32 product. TF32 holds every 16-bit input exactly. AMD's matrix units
-    multiply float32 directly.
+    float32 follows `torch.get_float32_matmul_precision()`. "highest" means float32. On NVIDIA it is
+    formed from three TF32 products, with a third of the instructions of float32 multiply-adds.
+    "high" and "medium" allow one TF32 product. TF32 holds every 16-bit input exactly. AMD's matrix
+    units multiply float32 directly.
     """
     if dtype == torch.float64 or not target.architecture.startswith("sm"):
         return "ieee"
@@ -78,8 +78,8 @@ def dot_precision(dtype: torch.dtype, target: Target) -> str:
 def holds_operands(target: Target) -> bool:
     """Whether a matrix product keeps its operands in registers, which leaves fewer for the rest.
 
-    The matrix units of Hopper and of the larger Blackwells read shared memory; other NVIDIA ones do
-    not. AMD has twice the registers.
+    The matrix units of Hopper and of the larger Blackwells read shared memory. Those of other
+    NVIDIA GPUs do not. AMD has twice the registers.
     """
     return target.architecture.startswith("sm") and not target.architecture.startswith(
         ("sm90", "sm10")
@@ -92,7 +92,7 @@ def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
 
 
 def divide(I: int, tile: int, max_splits: int) -> tuple[int, int]:
-    """Splits, and tiles in each split: as few tiles as `max_splits` allows, then as few splits."""
+    """Splits and tiles per split: as few tiles as `max_splits` allows, then as few splits."""
     tiles = triton.cdiv(I, tile)
     tiles_each = triton.cdiv(tiles, max_splits)
     return triton.cdiv(tiles, tiles_each), tiles_each
@@ -112,21 +112,21 @@ def with_all_registers(launch: dict[str, int], target: Target) -> dict[str, int]
 
 _table: dict[str, dict[str, int]] = {}
 
-# What a table may choose. BLOCK_P and BLOCK_D are not choices: they hold a whole pose.
+# The keywords that a table may set. BLOCK_P and BLOCK_D are not choices: they hold a whole pose.
 _POWERS = ("num_warps", "GROUPS", "BLOCK_B", "BLOCK_I", "BLOCK_J", "BLOCK_ROWS")
 _TUNABLE = (*_POWERS, "num_stages", "MAX_SPLITS")
 
 
 def load_table(path: str | Path) -> None:
-    """Let measured launches replace what the rules choose.
+    """Let measured launches replace the rules' choices.
 
-    The file is JSON: {"<rule> <architecture> <dtype> I1152 P8 J10 D16": {"BLOCK_I": 8, …}, …}. The
-    keywords given there replace the rule's. Any tiling gives the right result. MAX_SPLITS limits
-    the programs that share the input capsules of a batch tile.
+    The file is JSON: {"<rule> <architecture> <dtype> I1152 P8 J10 D16": {"BLOCK_I": 8, …}, …}. Its
+    keywords replace the rule's. Any tiling gives the right result. MAX_SPLITS limits the programs
+    that share the input capsules of a batch tile.
 
     Raises:
         ValueError: an entry sets a keyword that is not a choice, such as BLOCK_D, which follows
-            from the shape; or a value that is not a power of two (num_stages and MAX_SPLITS: not an
+            from the shape. Or a value is not a power of two (num_stages and MAX_SPLITS: not an
             int ≥ 1).
     """
     table = json.loads(Path(path).read_text())
@@ -152,10 +152,10 @@ if "TRITONCAPS_LAUNCH_TABLE" in os.environ:
 def measured(
     rule: str, launch: dict[str, int], target: Target, dtype: torch.dtype, **extents: int
 ) -> dict[str, int]:
-    """What the rule chose, replaced by the table's entry for this shape where there is one.
+    """Return the rule's choice, replaced by the table's entry for this shape if there is one.
 
     Raises:
-        ValueError: the entry sets a keyword that this rule has no use for.
+        ValueError: the entry sets a keyword that this rule does not use.
     """
     shape = " ".join(f"{axis}{extent}" for axis, extent in extents.items())
     name = f"{rule} {target.architecture} {str(dtype).removeprefix('torch.')} {shape}"

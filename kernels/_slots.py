@@ -1,10 +1,11 @@
 """Sums over the input capsules that cross programs.
 
-Each program of a pass leaves its share of a weighted sum in a slot of its own, in a buffer
-(slots, B, J, D). The next launch first adds the slots up, in slot order. The order never depends on
-timing, so a result is the same to the last bit on every run, and no float is ever added atomically.
+Each program of a pass writes its share of a weighted sum to its own slot of a buffer
+(slots, B, J, D). The next launch first adds up the slots, in slot order. No float is ever added
+atomically, and the order never depends on timing, so a result is the same to the last bit on every
+run.
 
-A row is one vector over D of a contiguous (B, J, D) tensor; row n belongs to b = n // J.
+A row is one vector over D of a contiguous (B, J, D) tensor. Row n belongs to b = n // J.
 """
 
 import triton
@@ -26,7 +27,7 @@ def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
-    """The weighted sum of an iteration from its slots; UNIFORM ones still lack the coupling 1/J."""
+    """The weighted sum of an iteration from its slots, times the coupling 1/J if UNIFORM."""
     s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
     if UNIFORM:
         s = s / J
@@ -35,7 +36,7 @@ def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFOR
 
 @triton.jit
 def running_sum(sums_ptr, offsets, mask, slot_size, count):
-    """V after `count` iterations: the squashed sums of iterations 1 to `count`, in that order."""
+    """V after `count` iterations: squashed sums of iterations 1 to `count`, added in that order."""
     total = tl.zeros(offsets.shape, dtype=sums_ptr.dtype.element_ty)
     for k in range(count):
         total += squash_rows(tl.load(sums_ptr + k * slot_size + offsets, mask=mask, other=0.0))
@@ -66,7 +67,7 @@ def advance_running_sum(
         tl.store(V_ptr + offsets, V, mask=mask)
         if is_writer:
             tl.store(sums_ptr + (iteration - 2) * slot_size + offsets, s, mask=mask)
-    # The pass reads V where other threads of the program have written it.
+    # The pass reads V that other threads of the program have written.
     tl.debug_barrier()
 
 
@@ -82,8 +83,8 @@ def pull_back(
     """Open backward pass t = `iteration`: ds⁽ᵗ⁾ from the slots of dv⁽ᵗ⁾, and V⁽ᵗ⁻¹⁾, of some rows.
 
     `V_ptr` and `ds_ptr` are this program's own copies. One writer saves both for the kernel that
-    contracts them with û. The slot that the pass adds to starts at zero. Where dv⁽ᵗ⁾ is dV⁽ᵗ⁾
-    (CARRY), the writer's slot starts at dv⁽ᵗ⁾ instead, so that the next slots add up to dV⁽ᵗ⁻¹⁾.
+    contracts them with û. The slot that the pass adds to starts at zero. If dv⁽ᵗ⁾ is dV⁽ᵗ⁾ (CARRY),
+    the writer's slot starts at dv⁽ᵗ⁾ instead, and the next slots then add up to dV⁽ᵗ⁻¹⁾.
     """
     d = tl.arange(0, BLOCK_D)[None, :]
     for row in range(first_row, last_row, BLOCK_ROWS):
@@ -133,7 +134,7 @@ def _squash_slots_kernel(
     # meta-parameters
     SLOTS: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Close a routing: the last weighted sum s from its slots, and the output v = squash(s)."""
+    """Finish a routing: the last weighted sum s from its slots, and the output v = squash(s)."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (n < N) & (d < D)
@@ -160,7 +161,7 @@ def write_squashed_sum(slots: Tensor, uniform: bool, s: Tensor, v: Tensor) -> No
 
     Args:
         slots: contiguous, shape (slots, B, J, D).
-        uniform: whether the slots hold Σ_i û_ij, still without the uniform coupling 1/J.
+        uniform: whether the slots hold Σ_i û_ij, which still lacks the uniform coupling 1/J.
         s, v: contiguous outputs, shape (B, J, D).
     """
     B, J, D = s.shape

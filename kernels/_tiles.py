@@ -1,18 +1,18 @@
-"""Arithmetic on the tiles of a program, used unchanged by several kernels."""
+"""Arithmetic on the tiles of a program, shared by several kernels."""
 
 import torch
 import triton
 import triton.language as tl
 
-# The least finite values. A running maximum starts here: below any logit, and a logit of minus
-# infinity does not make it form inf - inf.
+# The lowest finite values. A running maximum starts here, below any logit. Unlike minus infinity,
+# it does not lead to inf - inf with a logit of minus infinity.
 _LOWEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
 _LOWEST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
 
 
 @triton.jit
 def full_of_lowest(shape: tl.constexpr, dtype: tl.constexpr):
-    """A tensor of the least finite value of its type, where a maximum starts."""
+    """A tensor of the lowest finite value of its type, where a maximum starts."""
     if dtype == tl.float64:
         filled = tl.full(shape, _LOWEST_FLOAT64, dtype)
     else:
@@ -29,10 +29,10 @@ def _round_to_tf32(x):
 
 @triton.jit
 def _tf32_operand(x):
-    """Round an operand of one TF32 product, and make every NaN one that the multiplier sees.
+    """Round an operand of one TF32 product, and make every NaN visible to the multiplier.
 
-    An NVIDIA GPU writes NaN as all ones, and rounding that up would give -0. A NaN whose ones are
-    all in the 13 bits that the multiplier does not read would be infinity.
+    An NVIDIA GPU writes NaN as all ones, and rounding that up would give -0. The multiplier does
+    not read 13 bits. A NaN whose ones are all in these would be infinity to it.
     """
     return tl.where(x == x, _round_to_tf32(x), float("nan"))
 
@@ -44,9 +44,9 @@ def dot(a, b, PRECISION: tl.constexpr):
     A TF32 multiplier drops the bits that it does not read, which would make every product too
     small. So "tf32" rounds the operands first.
 
-    "tf32x3" forms float32 from three TF32 products. Split a = a₀ + a₁ with a₀ in TF32; then a₁ fits
-    too, except for its last bit, and only a₁ b₁, at most 2⁻²² of a b, is left out. The splitting is
-    written out because it takes three instructions a value, a third of what Triton's own takes.
+    "tf32x3" forms float32 from three TF32 products. Split a = a₀ + a₁ with a₀ in TF32. Then a₁ fits
+    too, except for its last bit. Only a₁ b₁, at most 2⁻²² of a b, is left out. The split is written
+    out because it takes three instructions per value, a third of what Triton's own split takes.
     Where a is NaN, so is a₁, whatever a₀ is.
     """
     if PRECISION == "tf32x3":
@@ -64,10 +64,10 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _length_and_direction(s):
-    """Length (ROWS, 1) and unit vector (ROWS, BLOCK_D) of each row; a zero row has direction 0.
+    """Length (ROWS, 1) and unit vector (ROWS, BLOCK_D) of each row. A zero row has direction 0.
 
-    Rows are divided by their largest component first, so that no square overflows or vanishes. The
-    maximum ignores NaN; the root carries it to the other components.
+    Rows are first divided by their largest component, so no square overflows or vanishes. The
+    maximum ignores NaN, and the root carries it to the other components.
     """
     peak = tl.max(tl.abs(s), axis=1)[:, None]
     scaled = s / tl.where(peak > 0, peak, 1.0)
@@ -80,8 +80,8 @@ def _length_and_direction(s):
 def squash_rows(s):
     """squash(s) = n² / (1 + n²) e of each row, n its length and e its direction.
 
-    With m = max(n, 1) and k = min(n, 1) this is k² / (1/m² + k²) e. No square overflows, and it
-    does no harm if n itself does.
+    With m = max(n, 1) and k = min(n, 1) this is k² / (1/m² + k²) e. No square overflows. If n
+    itself overflows, the result is still right.
     """
     length, direction = _length_and_direction(s)
     inverse = 1.0 / tl.maximum(length, 1.0)
@@ -93,10 +93,11 @@ def squash_rows(s):
 def squash_rows_grad(s, dv):
     """Gradient of squash at each row s.
 
-    With e = s / n, the part of dv across s is scaled by f = n / (1 + n²) and the part along it,
-    ρ = e·dv, by f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The two are kept
-    apart, because one sum would lose the second to cancellation where n is large. With m and k as
-    in `squash_rows`, 1 / (1 + n²) = (1/m)² / ((1/m)² + k²) and f = (1/m) k / ((1/m)² + k²).
+    Let e = s / n. The part of dv perpendicular to s is scaled by f = n / (1 + n²). The part along
+    s, ρ = e·dv, is scaled by f + n f' = 2f / (1 + n²): ds = f ((dv - ρe) + 2 / (1 + n²) ρe). The
+    two are kept separate, because one sum would lose the second to cancellation where n is large.
+    With m and k as in `squash_rows`, 1 / (1 + n²) = (1/m)² / ((1/m)² + k²) and
+    f = (1/m) k / ((1/m)² + k²).
     """
     length, direction = _length_and_direction(s)
     along = tl.sum(direction * dv, axis=1)[:, None] * direction
@@ -110,9 +111,9 @@ def squash_rows_grad(s, dv):
 def _exponential_scale(length):
     """f = (1 - e⁻ⁿ) / n, which is 1 at n = 0.
 
-    Below n = 1 the difference would lose digits, so f is summed as a series from its last term,
-    f = 1 - n/2 (1 - n/3 (1 - …)). At n = 1 the first term left out is 1/20!, less than a rounding
-    of float64.
+    Below n = 1 the difference would lose digits. So f is summed as a series from its last term,
+    f = 1 - n/2 (1 - n/3 (1 - …)). At n = 1 the first term left out is 1/20!, less than a float64
+    rounding.
     """
     small = tl.minimum(length, 1.0)
     series = tl.full(length.shape, 1.0, length.dtype)
@@ -125,7 +126,7 @@ def _exponential_scale(length):
 def squash_rows_exponential(s):
     """squash(s) = (1 - e⁻ⁿ) e = f s of each row, with f as in `_exponential_scale`.
 
-    f s is exact where n vanishes, and (1 - e⁻ⁿ) e stays finite where n overflows.
+    f s is exact where n underflows to 0, and (1 - e⁻ⁿ) e stays finite where n overflows.
     """
     length, direction = _length_and_direction(s)
     return tl.where(
@@ -137,8 +138,8 @@ def squash_rows_exponential(s):
 def squash_rows_exponential_grad(s, dv):
     """Gradient of the exponential squash at each row s.
 
-    The part of dv across s is scaled by f and the part along it, ρ = e·dv, by f + n f' = e⁻ⁿ:
-    ds = f (dv - ρe) + e⁻ⁿ ρe. At s = 0, where e = 0 and f = 1, this is dv.
+    The part of dv perpendicular to s is scaled by f. The part along s, ρ = e·dv, is scaled by
+    f + n f' = e⁻ⁿ: ds = f (dv - ρe) + e⁻ⁿ ρe. At s = 0, where e = 0 and f = 1, this is dv.
     """
     length, direction = _length_and_direction(s)
     along = tl.sum(direction * dv, axis=1)[:, None] * direction
@@ -149,7 +150,7 @@ def squash_rows_exponential_grad(s, dv):
 def load_grad_coupling(
     ptrs, mask, steps_after, DTYPE: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr
 ):
-    """The coupling's own gradient, which belongs to the last step; zero in the others."""
+    """The coupling's own gradient, which belongs to the last step. Zero in the others."""
     grad_coupling = tl.zeros(mask.shape, DTYPE)
     if HAS_GRAD_COUPLING:
         is_last = tl.zeros(mask.shape, tl.int32) == steps_after

@@ -1,9 +1,9 @@
-"""Routing of given prediction vectors û, (B, I, J, D): memory-bound, one read of û a pass.
+"""Routing of given prediction vectors û, (B, I, J, D): memory-bound, one read of û per pass.
 
-A program owns one batch row and walks over tiles of input capsules. As in `routing_pass` it sweeps
-twice over the output capsules, first for the softmax's normaliser, then to apply it. A tile is
-sized so that the second sweep finds it in the first-level cache. In a kernel, `u_hat` is the û of
-one tile.
+A program owns one batch row and walks over tiles of input capsules. As in `routing_pass`, it sweeps
+twice over the output capsules: first to find the softmax's normaliser, then to apply it. A tile is
+small enough that the second sweep finds it in the first-level cache. In a kernel, `u_hat` is the û
+of one tile.
 """
 
 import torch
@@ -30,11 +30,11 @@ def dynamic_routing_launch(
 ) -> tuple[dict[str, int], int, int]:
     """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
 
-    BLOCK_I: the BLOCK_I·J·D values of a tile stay under 32 KiB, so that the tiles of all programs
-    on a processor are still in its first-level cache when the second sweep asks for them.
+    BLOCK_I: the BLOCK_I·J·D values of a tile stay under 32 KiB. The tiles of all programs on a
+    processor are then still in its first-level cache when the second sweep needs them.
     BLOCK_J: 2048 values in the registers of 8 warps (1024 of float64), at most a quarter of them
     beyond the last j.
-    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values;
+    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values.
     16 keeps this far below û.
     """
     block_d = triton.next_power_of_2(max(D, 1))
@@ -161,7 +161,7 @@ def _dynamic_fwd_kernel(
             s = tl.load(next_slots_ptr + offs_jd, mask_jd & (j < started)[:, None], other=0.0)
             s += tl.sum(c[:, :, None] * u_hat, axis=0)
             tl.store(next_slots_ptr + offs_jd, s, mask_jd)
-        # The next tile adds to what other threads of the program have written.
+        # The next tile adds to values that other threads of the program have written.
         tl.debug_barrier()
 
 
@@ -172,9 +172,9 @@ def _dynamic_fwd_kernel(
 #     dc = û·ds⁽ᵗ⁾ (+ grad_coupling in the last iteration),  δ = Σ_j c dc,  db = c (dc - δ)
 #     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db û,  dû = Σ_t (c ds⁽ᵗ⁾ + db V⁽ᵗ⁻¹⁾),  dprior = Σ_t Σ_b db
 #
-# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue, adds to dV⁽ᵗ⁻¹⁾ and
-# leaves log Σ_j exp and δ of every (b, i). A last kernel then evaluates all iterations at once for
-# each û and writes dû. In all, û is read r + 1 times and dû written once.
+# Passes run from the last iteration to the first. Pass t finishes dv⁽ᵗ⁾ in its prologue, adds to
+# dV⁽ᵗ⁻¹⁾, and saves log Σ_j exp and δ for every (b, i). A last kernel then evaluates all iterations
+# at once for each û and writes dû. In total, û is read r + 1 times and dû is written once.
 
 
 @triton.jit
@@ -204,10 +204,10 @@ def _dynamic_bwd_kernel(
     HAS_GRAD_COUPLING: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾, leave log Σ_j exp and δ of every (b, i).
+    """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾, save log Σ_j exp and δ for every (b, i).
 
-    Unless FULL the coupling is a constant: db = 0. Without V and prior it is 1/J, and there is
-    nothing to do beyond the prologue: such a pass is launched with no tiles.
+    Unless FULL, the coupling is a constant: db = 0. Without V and prior it is 1/J, and nothing is
+    left to do after the prologue. Such a pass is launched with no tiles.
     """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
@@ -284,7 +284,7 @@ def _dynamic_bwd_kernel(
                 dv = tl.load(next_slots_ptr + offs_jd, mask_jd, other=0.0)
                 dv += tl.sum(db[:, :, None] * u_hat, axis=0)
                 tl.store(next_slots_ptr + offs_jd, dv, mask_jd)
-            # The next tile adds to what other threads of the program have written.
+            # The next tile adds to values that other threads of the program have written.
             tl.debug_barrier()
 
 
@@ -326,9 +326,9 @@ def _u_hat_gradient_kernel(
     HAS_GRAD_COUPLING: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dû of one tile; with a prior also Σ_t db, whose sum over the batch is dprior.
+    """dû of one tile. With a prior also Σ_t db, whose sum over the batch is dprior.
 
-    Step t - 1 is iteration t. Step 0 has no V; it is WITH_FIRST or left out.
+    Step t - 1 is iteration t. Step 0 has no V. It runs only if WITH_FIRST.
     """
     dtype: tl.constexpr = V_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64) // tiles
@@ -395,8 +395,8 @@ def dynamic_routing_fwd(
         return_coupling: whether to write the coupling of the last iteration.
 
     Returns:
-        v (B, J, D); the coupling (B, I, J), or an empty tensor; every weighted sum (iterations, B,
-        J, D) in the accumulation type, for `dynamic_routing_bwd`.
+        v (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
+        (iterations, B, J, D) in the accumulation type, for `dynamic_routing_bwd`.
     """
     B, I, J, D = u_hat.shape
     dtype = accumulation_dtype(u_hat.dtype)
@@ -408,7 +408,7 @@ def dynamic_routing_fwd(
 
     target = target_of(u_hat)
     launch, splits, tiles = dynamic_routing_launch(I, J, D, u_hat.dtype, target)
-    # Read and written alternately: a pass reads every slot of the iteration before it.
+    # Two buffers take turns, because a pass reads every slot of the previous iteration.
     slots = u_hat.new_empty((2, splits, B, J, D), dtype=dtype)
     V = u_hat.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u_hat):
@@ -444,8 +444,8 @@ def dynamic_routing_bwd(
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
         u_hat, prior: as given to `dynamic_routing_fwd`.
         sums: as returned by `dynamic_routing_fwd`.
-        gradient: "full" differentiates through every iteration; to "last" the last coupling is a
-            constant.
+        gradient: "full" differentiates through every iteration. "last" treats the last coupling as
+            a constant.
     """
     B, I, J, D = u_hat.shape
     iterations = sums.shape[0]
@@ -467,7 +467,7 @@ def dynamic_routing_bwd(
     normaliser = sums.new_empty(iterations, B, I)
     delta = torch.empty_like(normaliser)
     has_grad_coupling = grad_coupling is not None and full
-    # A kernel gets u_hat in place of what is not given, and does not touch it.
+    # In place of a missing tensor, a kernel gets u_hat, which it does not touch.
     inputs = (u_hat, *(u_hat if x is None else x for x in (prior, grad_coupling)))
     all_strides = (*u_hat.stride(), *strides(prior, 2), *strides(grad_coupling, 3))
     with device_of(u_hat):
@@ -493,7 +493,7 @@ def dynamic_routing_bwd(
             filled = next_slots
         sum_logits = prior is not None and full
         grad_logits = sums.new_empty((B, I, J) if sum_logits else (0,))
-        del launch["BLOCK_ROWS"]  # what a prologue finishes at a time; the last kernel has none
+        del launch["BLOCK_ROWS"]  # only a prologue uses it, and the last kernel has none
         all_tiles = triton.cdiv(I, launch["BLOCK_I"])
         _u_hat_gradient_kernel[(B * all_tiles,)](
             *inputs, saved_V, saved_ds, normaliser, delta, grad_u_hat, grad_logits,

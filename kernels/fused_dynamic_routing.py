@@ -1,7 +1,7 @@
-"""Fused routing by agreement: r passes over (u, W), the prediction vectors û = W u never stored.
+"""Fused routing by agreement: r passes over (u, W). The prediction vectors û = W u are not stored.
 
-Each pass is that of `routing_pass`, with the running sum V⁽ᵗ⁻¹⁾ as its pose. This file adds the
-prologue of each launch, which finishes the sums of the pass before and turns them into V.
+Each pass is a `routing_pass` with the running sum V⁽ᵗ⁻¹⁾ as its pose. This file adds the prologue
+of each launch, which finishes the sums of the previous pass and turns them into V.
 """
 
 import torch
@@ -70,15 +70,15 @@ def _routing_fwd_kernel(
 
 # Backward -----------------------------------------------------------------------------------------
 #
-# With dv⁽ʳ⁾ = grad_v, dV⁽ʳ⁾ = 0, ds⁽ᵗ⁾ the gradient of squash at s⁽ᵗ⁾ for dv⁽ᵗ⁾, and db⁽ᵗ⁾ and c⁽ᵗ⁾
-# as `routing_pass` derives them for the pose V⁽ᵗ⁻¹⁾,
+# Start with dv⁽ʳ⁾ = grad_v and dV⁽ʳ⁾ = 0. ds⁽ᵗ⁾ is the gradient of squash at s⁽ᵗ⁾ for dv⁽ᵗ⁾, and
+# `routing_pass` derives db⁽ᵗ⁾ and c⁽ᵗ⁾ for the pose V⁽ᵗ⁻¹⁾. Then
 #
 #     dV⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁾ + Σ_i db⁽ᵗ⁾_ij û_ij,  dv⁽ᵗ⁻¹⁾ = dV⁽ᵗ⁻¹⁾   v⁽ᵗ⁻¹⁾ is in every later V
 #     dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j)
 #     dprior_ij = Σ_t Σ_b db⁽ᵗ⁾_ij
 #
-# Pass t, from the last iteration to the first, finishes dv⁽ᵗ⁾ in its prologue and adds to dV⁽ᵗ⁻¹⁾
-# and to du. One kernel then sums dW and dprior over all passes.
+# Passes run from the last iteration to the first. Pass t finishes dv⁽ᵗ⁾ in its prologue and adds to
+# dV⁽ᵗ⁻¹⁾ and to du. One kernel then sums dW and dprior over all passes.
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _routing_bwd_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾ and du, leave log Σ_j exp and δ of every (b, i)."""
+    """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾ and du, save log Σ_j exp and δ for every (b, i)."""
     first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
     split = tl.program_id(1).to(tl.int64)
     slot_size = tl.cast(B, tl.int64) * J * D
@@ -128,7 +128,7 @@ def _routing_bwd_kernel(
 
 
 def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
-    """Σ_i û_ij, still without 1/J: one (B, I·P) × (I·P, J·D) product of the vendor's library."""
+    """Σ_i û_ij, not yet times 1/J: one (B, I·P) × (I·P, J·D) product of the vendor's library."""
     B, I, P = u.shape
     _, _, J, D = weight.shape
     dtype = accumulation_dtype(u.dtype)
@@ -155,8 +155,8 @@ def fused_dynamic_routing_fwd(
         return_coupling: whether to write the coupling of the last iteration.
 
     Returns:
-        v (B, J, D); the coupling (B, I, J), or an empty tensor; every weighted sum (iterations, B,
-        J, D) in the accumulation type, for `fused_dynamic_routing_bwd`.
+        v (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
+        (iterations, B, J, D) in the accumulation type, for `fused_dynamic_routing_bwd`.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
@@ -171,7 +171,7 @@ def fused_dynamic_routing_fwd(
     launch, splits, tiles = pass_launch(
         "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=False, prologue=True
     )
-    # Read and written alternately: a pass reads every slot of the iteration before it.
+    # Two buffers take turns, because a pass reads every slot of the previous iteration.
     slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
     V = u.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u):
@@ -216,8 +216,8 @@ def fused_dynamic_routing_bwd(
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
         u, weight, prior: as given to `fused_dynamic_routing_fwd`.
         sums: as returned by `fused_dynamic_routing_fwd`.
-        gradient: "full" differentiates through every iteration; to "last" the last coupling is a
-            constant.
+        gradient: "full" differentiates through every iteration. "last" treats the last coupling as
+            a constant.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
@@ -244,9 +244,9 @@ def fused_dynamic_routing_bwd(
     unlogged = 1 if prior is None else 0
     normaliser = sums.new_empty(iterations - unlogged, B, I)
     delta = torch.empty_like(normaliser)
-    # du is summed over the passes in the accumulation type; the last one writes it in u's dtype.
+    # du is summed over the passes in the accumulation type. The last pass writes it in u's dtype.
     du = grad_u if u.dtype == sums.dtype else torch.empty_like(grad_u, dtype=sums.dtype)
-    # Copied where it is not contiguous: its own strides would cost the registers that are left.
+    # Copied if it is not contiguous, because its strides would cost the last free registers.
     grad_coupling = grad_coupling.contiguous() if grad_coupling is not None and full else None
     with device_of(u):
         filled = grad_v.contiguous().view(1, B, J, D)
@@ -257,7 +257,7 @@ def fused_dynamic_routing_bwd(
             next_slots = slots[iteration % 2]
             _routing_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
                 u, weight,
-                # A kernel gets u in place of what is not given, and does not touch it.
+                # In place of a missing tensor, a kernel gets u, which it does not touch.
                 *(u if tensor is None else tensor for tensor in (prior, grad_coupling)),
                 filled, next_slots, V, ds,
                 sums, saved_V[step], saved_ds[step], normaliser[pairs:], delta[pairs:],

@@ -1,6 +1,6 @@
-"""Prediction vectors û_ij = W_ij u_i, (B, I, J, D): for each i one product (B, P) × (P, J·D).
+"""Prediction vectors û_ij = W_ij u_i, (B, I, J, D): one product (B, P) × (P, J·D) for each i.
 
-A product has only P terms, so the time goes into writing û and into reading its gradient twice. The
+A product sums only P terms, so most time is spent writing û and reading its gradient twice. The
 columns n of a product run over (j, d).
 """
 
@@ -24,7 +24,7 @@ from tritoncaps.kernels._tiles import dot
 def prediction_vectors_launch(
     P: int, J: int, D: int, dtype: torch.dtype, target: Target
 ) -> dict[str, int]:
-    """Tiles of 64 × 64 values of û, which 128 threads hold 32 each (16 for float64)."""
+    """Tiles of 64 × 64 values of û. Each of 128 threads holds 32 of them (16 for float64)."""
     block = 64 if accumulation_dtype(dtype) == torch.float32 else 32
     if 65535 * block < J * D:
         raise UnsupportedShape(f"J·D = {J * D} columns; a grid covers at most {65535 * block}")
@@ -76,8 +76,8 @@ def _prediction_vectors_kernel(
 
 # Backward -----------------------------------------------------------------------------------------
 #
-# With g = dû: du_i = Σ_n g_in W_in, a reduction over the columns, and dW_in = Σ_b u_bi ⊗ g_bin, one
-# over the batch. Each has a kernel that owns its output and runs the reduction from first to last.
+# With g = dû: du_i = Σ_n g_in W_in is a reduction over the columns, and dW_in = Σ_b u_bi ⊗ g_bin is
+# one over the batch. Each has its own kernel, which owns its output and runs the whole reduction.
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def _grad_weight_kernel(
 
 
 def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
-    """û, shape (B, I, J, D), from u (B, I, P) and weight (I, P, J, D), both of any strides."""
+    """û, shape (B, I, J, D), from u (B, I, P) and weight (I, P, J, D), both with any strides."""
     B, I, P = u.shape
     _, _, J, D = weight.shape
     u_hat = u.new_empty(B, I, J, D)
@@ -177,7 +177,7 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def prediction_vectors_bwd(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u and of the weight; grad_u_hat is (B, I, J, D) of any strides."""
+    """Gradients of u and of the weight. grad_u_hat is (B, I, J, D) with any strides."""
     B, I, P = u.shape
     _, _, J, D = weight.shape
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)

@@ -5,16 +5,16 @@
 The prediction vectors û = W u are computed where they are needed and never stored.
 
 A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules
-twice. The first sweep finds the softmax's normaliser for each pair (b, i), the second applies it.
-Nothing in the program grows with J.
+twice. The first sweep finds the softmax's normaliser for each pair (b, i), and the second applies
+it. Nothing in the program grows with J.
 
-For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p: one small product, x W_jᵀ, for
-all pairs of the tile, then a sum over p against u. Products are batched over groups of input
-capsules, one group a warp, so that no warp repeats another's product. The warps meet only in the
-sum over groups at the end of a step. Columns of a product run over (p, i), i fastest, so that the
-sum over p stays in a thread.
+For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p. This takes one small product,
+x W_jᵀ, for all pairs of the tile, then a sum over p against u. Products are batched over groups of
+input capsules, one group per warp, so no warp repeats another's product. The warps meet only in the
+sum over groups at the end of a step. Columns of a product run over (p, i) with i fastest, which
+keeps the sum over p in a thread.
 
-`fused_dynamic_routing` is several such passes; it calls the device functions of this file.
+`fused_dynamic_routing` runs several such passes. It calls the device functions of this file.
 """
 
 import torch
@@ -63,20 +63,20 @@ def pass_launch(
 ) -> tuple[dict[str, int], int, int]:
     """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
 
-    BLOCK_ROWS: what a prologue finishes at a time; a pass with a given pose has none.
+    BLOCK_ROWS: the rows that a prologue finishes at a time. A pass with a given pose has none.
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
-    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). That is the most for
-    which the backward, which also holds du and two projections, keeps everything in registers. The
-    backward of a single pass, which may hold a bias too, takes half of that on NVIDIA. A pair P × D
-    with more values spills, the more the larger it is, until it is refused.
-    GROUPS: 8 warps with a group each; few input capsules are spread over them.
-    num_stages: the first sweep fetches the weight of the next j during this one, if the buffers fit
-    into shared memory. The second sweep, which uses the weight in two products, does not; nor does
-    the backward, where the addresses no longer fit into registers.
-    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values;
-    16 keeps this far below û. The MNIST shape gets 12 splits of 3 tiles, 96 programs at B = 128; no
-    device has shown yet whether more, smaller ones would be faster.
+    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, the backward,
+    which also holds du and two projections, no longer keeps everything in registers. The backward
+    of a single pass, which may also hold a bias, takes half of that on NVIDIA. A pair P × D with
+    more values spills. The larger it is, the more it spills, until it is refused.
+    GROUPS: 8 warps with one group each. If there are few input capsules, they are spread over them.
+    num_stages: the first sweep fetches the weight of the next j while it works on the current one,
+    if the buffers fit into shared memory. The second sweep does not, because it uses the weight in
+    two products. Neither does the backward, where the addresses no longer fit into registers.
+    MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values.
+    16 keeps this far below û. The MNIST shape gets 12 splits of 3 tiles, 96 programs at B = 128.
+    Whether more and smaller ones would be faster has not been measured on any device.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     is_tight = backward and not prologue and target.architecture.startswith("sm")
@@ -107,11 +107,11 @@ def pass_launch(
 def weight_gradient_launch(
     I: int, P: int, J: int, D: int, dtype: torch.dtype, target: Target
 ) -> dict[str, int]:
-    """Launch keywords of dW: one tile and one j a program, 1024 values (512 of float64).
+    """Launch keywords of dW: one tile and one j per program, 1024 values (512 of float64).
 
-    I·P·J·D/1024 programs are work for every processor. BLOCK_B: 32 batch rows at a time are what
-    the two projections beside dW leave room for in 4 warps; 16 where operands take registers too,
-    and for a tile of fewer rows, whose warps hold parts of the projections twice.
+    I·P·J·D/1024 programs are enough work for every processor. BLOCK_B: with dW and two projections
+    in 4 warps, there is room for 32 batch rows at a time. It is 16 where operands take registers
+    too, and for a tile of fewer rows, whose warps hold parts of the projections twice.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _weight_tile(P, D, 512 if is_wide else 1024)
@@ -132,7 +132,7 @@ def weight_gradient_launch(
 
 @triton.jit
 def _tile_axes(tile, GROUPS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr):
-    """i, (GROUPS, BLOCK_I); i along the columns, (GROUPS, BLOCK_P * BLOCK_I); and p along them."""
+    """i, (GROUPS, BLOCK_I), and along the columns i and p, each (GROUPS, BLOCK_P * BLOCK_I)."""
     k = tl.arange(0, BLOCK_P * BLOCK_I)
     group_i = tile * GROUPS * BLOCK_I + tl.arange(0, GROUPS)[:, None] * BLOCK_I
     i = group_i + tl.arange(0, BLOCK_I)[None, :]
@@ -145,7 +145,7 @@ def _load_tile(
     stride_weight_i, stride_weight_p, stride_weight_d,
     DTYPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), where the weight of j = 0 lies, and the masks.
+    """u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), pointers to the weight of j = 0, and the masks.
 
     The masks are over (GROUPS, BLOCK_B, columns) and (GROUPS, columns, BLOCK_D).
     """
@@ -261,7 +261,7 @@ def pass_forward(
             slot_ptrs = slot_ptr + offs_bd + j * D
             s = tl.load(slot_ptrs, mask_started, other=0.0)
             tl.store(slot_ptrs, s + _weighted_sum(c, u, w, PRECISION), mask_bd)
-        # The next tile adds to what other threads of the program have written.
+        # The next tile adds to values that other threads of the program have written.
         tl.debug_barrier()
 
 
@@ -307,10 +307,10 @@ def _pass_fwd_kernel(
 #     dW_ij = Σ_b u_i ⊗ dû_ij = Σ_b ((c_ij u_i) ⊗ ds_j + (db_ij u_i) ⊗ pose_j)
 #     dprior_ij = Σ_b db_ij,  dbias_ij = Σ_b dc_ij
 #
-# The first kernel adds to dpose and to du, which costs no product beyond the projections, and
-# leaves log Σ_j exp and δ of every (b, i). With these two a pair can be evaluated for one j alone.
-# So the second kernel gives each (input tile, j) to a program of its own, which sums dW over the
-# batch in registers and writes it once.
+# The first kernel adds to dpose and to du, which costs no product beyond the projections. It saves
+# log Σ_j exp and δ for every (b, i). With these two, a pair can be evaluated for a single j. So the
+# second kernel gives each (input tile, j) to its own program, which sums dW over the batch in
+# registers and writes it once.
 
 
 @triton.jit
@@ -343,11 +343,11 @@ def pass_backward(
     PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add dpose over a run of tiles to a slot; write du; leave log Σ_j exp and δ of every (b, i).
+    """Add dpose over a run of tiles to a slot, write du, save log Σ_j exp and δ for every (b, i).
 
-    `pose_ptr`, `ds_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). With ADD_DU the du of
-    a later pass, at `du_ptr`, is added. Unless FULL the coupling is a constant: db = 0. Without
-    pose and prior it is 1/J, and nothing is left.
+    `pose_ptr`, `ds_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). With ADD_DU, the du
+    of a later pass, at `du_ptr`, is added. Unless FULL, the coupling is a constant: db = 0. Without
+    pose and prior it is 1/J, and log Σ_j exp and δ are not saved.
     """
     b = first_b + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -394,7 +394,7 @@ def pass_backward(
         du = tl.zeros((GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), DTYPE)
         for j in range(tl.cast(J, tl.int64)):
             w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
-            # The gradient before the logits: in this order everything fits into registers.
+            # The gradient comes before the logits: in this order everything fits into registers.
             ds_projected, dc = _coupling_gradient(
                 w, u, ds_ptr + j * D + offs_bd, mask_bd,
                 grad_coupling_ptr + j + offs_bi * J, mask_bi, HAS_GRAD_COUPLING, PRECISION,
@@ -464,12 +464,12 @@ def _add_pairs(
     """Add a pass over one batch tile to dW_j, (K, BLOCK_D), dprior_j and dbias_j.
 
     u is (BLOCK_P, BLOCK_I, BLOCK_B), w is (K, BLOCK_D) with K = BLOCK_P * BLOCK_I, and dprior_j
-    and dbias_j are (BLOCK_I, BLOCK_B). dW sums over the batch, so a row past its end must have
-    coupling 0, whatever its logit.
+    and dbias_j are (BLOCK_I, BLOCK_B). dW sums over the batch, so a row past the end of the batch
+    must have coupling 0, whatever its logit.
     """
     K: tl.constexpr = w.shape[0]
     ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
-    # The gradient before the logits, as in `pass_backward`: it takes fewer registers.
+    # The gradient comes before the logits, as in `pass_backward`: this takes fewer registers.
     if (HAS_POSE or HAS_PRIOR) and FULL:
         projected = dot(w, tl.trans(ds), PRECISION)
         dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
@@ -518,8 +518,8 @@ def _weight_gradient_kernel(
 ):  # fmt: skip
     """dW, (BLOCK_I, P, D), dprior and dbias, (BLOCK_I,), of one tile of input capsules and one j.
 
-    A step is a pass. Steps from `first_step` on have poses. WITHOUT_POSE adds step 0 as one that
-    has none. The first UNLOGGED steps have no logits, so normaliser and δ have no rows for them.
+    A step is a pass. Steps from `first_step` on have poses. WITHOUT_POSE adds step 0, which has
+    none. The first UNLOGGED steps have no logits, so normaliser and δ have no rows for them.
     """
     DTYPE: tl.constexpr = normaliser_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64) // J
@@ -551,7 +551,7 @@ def _weight_gradient_kernel(
         b = first_b + tl.arange(0, BLOCK_B).to(tl.int64)
         mask_bd = (b < B)[:, None] & (d < D)[None, :]
         mask_ib = (i < I)[:, None] & (b < B)[None, :]
-        # Loaded along the capsules, which are neighbours in memory; batch rows are not.
+        # Loaded along the capsules, which are adjacent in memory. Batch rows are not.
         offs_u = (b * stride_u_b)[:, None] + (ki * stride_u_i + p * stride_u_p)[None, :]
         u = tl.load(u_ptr + offs_u, (b < B)[:, None] & mask_k[None, :], other=0.0).to(DTYPE)
         u = tl.reshape(tl.trans(u), (BLOCK_P, BLOCK_I, BLOCK_B))
@@ -608,13 +608,13 @@ def write_weight_gradient(
     without_pose: bool = False,
     unlogged: int = 0,
 ) -> None:
-    """Write dW, dprior and dbias of one pass or, with steps, of several.
+    """Write dW, dprior and dbias of one pass or of several steps.
 
     Args:
         u, weight, prior, bias: as given to the forward.
         grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
-        saved: poses and ds, (steps, B, J, D); log Σ_j exp and δ, (steps - unlogged, B, I).
-        grads: contiguous outputs dW, dprior and dbias; None where there is no prior or no bias.
+        saved: poses and ds, (steps, B, J, D), then log Σ_j exp and δ, (steps - unlogged, B, I).
+        grads: contiguous outputs dW, dprior and dbias, or None if there is no prior or no bias.
         first_step, steps, full, without_pose, unlogged: see `_weight_gradient_kernel`.
     """
     B, I, P = u.shape
@@ -648,12 +648,12 @@ def routing_pass_fwd(
     bias: Tensor | None,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One pass: s_j = Σ_i c_ij û_ij with c = softmax_j(û·pose + prior) + bias.
+    """Run one pass: s_j = Σ_i c_ij û_ij with c = softmax_j(û·pose + prior) + bias.
 
     Args:
         u: input poses, shape (B, I, P), any strides.
         weight: shape (I, P, J, D), any strides, dtype of `u`.
-        pose: what û is compared with, shape (B, J, D), any strides, dtype of `u`.
+        pose: vectors that û is compared with, shape (B, J, D), any strides, dtype of `u`.
         prior: added to the logits, shape (I, J), or None for zeros.
         bias: added to the softmax, shape (I, J), or None for zeros.
         return_coupling: whether to write the coupling c.
@@ -674,7 +674,7 @@ def routing_pass_fwd(
     with device_of(u):
         _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
             u, weight, pose.contiguous(),
-            # A kernel gets u in place of what is not given, and does not touch it.
+            # In place of a missing tensor, a kernel gets u, which it does not touch.
             *(u if tensor is None else tensor for tensor in (prior, bias)),
             slots, coupling,
             B, I, P, J, D, tiles,
@@ -722,7 +722,7 @@ def routing_pass_bwd(
     normaliser = u.new_empty((B, I), dtype=dtype)
     delta = torch.empty_like(normaliser)
     pose, grad_s = pose.contiguous(), grad_s.contiguous()
-    # Copied where it is not contiguous: its own strides would cost the registers that are left.
+    # Copied if it is not contiguous, because its strides would cost the last free registers.
     grad_coupling = None if grad_coupling is None else grad_coupling.contiguous()
     with device_of(u):
         _pass_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](

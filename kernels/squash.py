@@ -1,10 +1,10 @@
 """Squash of rows: one read of s, one write of v.
 
 "quadratic":   v = n² / (1 + n²) e     (Sabour 2017, equation 1)
-"exponential": v = (1 − e⁻ⁿ) e         (Mazzia 2021)
+"exponential": v = (1 − e⁻ⁿ) e         (Mazzia 2021, equation 4)
 
-Here n is a row's length and e its direction. A program holds BLOCK_ROWS whole rows, so a row's
-length never leaves the program.
+Here n is a row's length and e its direction. A program holds BLOCK_ROWS whole rows, so it needs
+nothing from other programs.
 """
 
 import torch
@@ -22,7 +22,7 @@ from tritoncaps.kernels._tiles import (
 
 
 def row_launch(D: int) -> dict[str, int]:
-    """Whole rows, about 1024 values a program: 8 a thread, for every slot that is added up."""
+    """Whole rows, about 1024 values per program: 8 per thread, for every slot that is added up."""
     block_d = triton.next_power_of_2(max(D, 1))
     if block_d > 16384:
         raise UnsupportedShape(f"a row of D={D} values; a program holds at most 16384")
@@ -44,7 +44,7 @@ def _squash_fwd_kernel(
     # meta-parameters
     FORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Squash BLOCK_ROWS rows; WIDE computes in float64."""
+    """Squash BLOCK_ROWS rows. WIDE computes in float64."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
@@ -68,7 +68,7 @@ def _squash_bwd_kernel(
     # meta-parameters
     FORM: tl.constexpr, WIDE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of squash at BLOCK_ROWS rows; `squash_rows_grad` derives the formula."""
+    """Gradient of squash at BLOCK_ROWS rows. `squash_rows_grad` derives the formula."""
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
@@ -84,11 +84,14 @@ def _squash_bwd_kernel(
 
 
 def squash_fwd(s: Tensor, form: str) -> Tensor:
-    """Squash each row of s, shape (N, D), any strides; a new contiguous tensor of s's dtype.
+    """Squash each row of s.
 
     Args:
         s: rows, shape (N, D), any strides.
         form: "quadratic" or "exponential".
+
+    Returns:
+        A new contiguous tensor with the shape and dtype of `s`.
     """
     N, D = s.shape
     v = torch.empty_like(s, memory_format=torch.contiguous_format)

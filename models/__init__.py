@@ -25,16 +25,22 @@ _MODELS: dict[str, type[nn.Module]] = {"capsnet": CapsNet, "deep_capsnet": DeepC
 
 
 def list_models() -> list[str]:
-    """List the names that `create_model` knows."""
+    """Return the names that `create_model` knows.
+
+    Example:
+        >>> list_models()
+        ['capsnet', 'deep_capsnet']
+    """
     return sorted(_MODELS)
 
 
 def create_model(name: str, **kwargs: Any) -> nn.Module:
-    """Build a model by name; `kwargs` go to its class.
+    """Build a model by name. The `kwargs` are arguments of its class.
 
     Raises:
         TypeError: the name is not a str.
         ValueError: no model has this name.
+        TypeError, ValueError: an argument that the class refuses.
 
     Example:
         >>> model = create_model("deep_capsnet", num_classes=10)

@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 from tritoncaps._files import CheckpointError, read_sealed
 
-# In a run directory: the best weights, or else those of the last checkpoint.
+# In a run directory: the best weights, and the last checkpoint.
 _BEST, _LAST = "model_best.safetensors", "last.safetensors"
-_SHOWN = 3  # names of weights in an error
+_SHOWN = 3  # the most names of weights in an error
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
     """Load a trained model, in eval mode.
 
     Args:
-        path: a run directory of ``examples/train_mnist.py``, of which ``model_best.safetensors`` is
-            taken, or else ``last.safetensors``; or one of these files; or any safetensors file
-            that holds the state dict of a model. What to build stands in the file, or else in a
-            ``config.json`` beside it: ``model`` and ``model_kwargs``, the arguments of
-            `create_model`.
-        device: where the model goes.
+        path: a run directory of ``examples/train_mnist.py``, one of its weight files, or any
+            safetensors file with the state dict of a model. In a directory,
+            ``model_best.safetensors`` is read, or ``last.safetensors`` if there is no such file.
+            The file says which model to build, or else a ``config.json`` beside it. Its entries
+            ``model`` and ``model_kwargs`` are the arguments of `create_model`.
+        device: where to put the model.
 
     Raises:
         TypeError: `path` is neither a str nor a Path.
-        CheckpointError: there is no such path or no such file in the directory, the file is
-            damaged, nothing says which model to build, or the weights do not fit that model.
+        CheckpointError: the path or the directory's file does not exist, the file is damaged,
+            nothing says which model to build, or the weights do not fit that model.
 
     Example:
         >>> import json, tempfile
@@ -87,8 +87,8 @@ def _recipe(file: Path, config: Any) -> tuple[Any, Any]:
             config = json.loads(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"load_model: {file} does not say which model it is of, and there is no config.json"
-                ' beside it; write one, such as {"model": "capsnet", "model_kwargs": {}}'
+                f"load_model: {file} does not say which model it belongs to, and there is no "
+                'config.json beside it; write one, such as {"model": "capsnet", "model_kwargs": {}}'
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"load_model: {source} cannot be read: {error}") from error
@@ -102,26 +102,26 @@ def _recipe(file: Path, config: Any) -> tuple[Any, Any]:
 
 def _build(file: Path, name: Any, kwargs: Any, weights: dict[str, Tensor]) -> nn.Module:
     """Create the model and give it its weights."""
-    from tritoncaps.models import create_model  # which imports this module
+    from tritoncaps.models import create_model  # imported late, because it imports this module
 
     try:
-        # First without memory: a file may claim a model of any size.
+        # Build it first without memory, because a file may claim a model of any size.
         with torch.device("meta"):
             expected = create_model(name, **kwargs).state_dict()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"load_model: {file} needs create_model({name!r}, **{kwargs!r}), which fails: {error}"
+            f"load_model: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
         ) from error
     if problems := _misfits(expected, weights):
         raise CheckpointError(f"load_model: {file} does not fit {name}: {'; '.join(problems)}")
-    with torch.random.fork_rng(devices=[]):  # loading a model leaves the caller's draws alone
+    with torch.random.fork_rng(devices=[]):  # loading must not change the caller's random numbers
         model = create_model(name, **kwargs)
     model.load_state_dict(weights)
     return model
 
 
 def _misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Say which weights are missing, unexpected or of another shape."""
+    """Say which weights are missing, unexpected or have the wrong shape."""
     shapes = [
         f"{name} is {tuple(weights[name].shape)} and must be {tuple(tensor.shape)}"
         for name, tensor in expected.items()

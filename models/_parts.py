@@ -1,4 +1,4 @@
-"""What the networks share: their output, their first convolution, the checks of their arguments."""
+"""What the networks share: their output, their first convolution and the argument checks."""
 
 from typing import NamedTuple
 
@@ -17,10 +17,10 @@ from tritoncaps._checks import (
 class CapsuleOutput(NamedTuple):
     """What a capsule network returns.
 
-    `activations` (B, K): how present each class is, in [0, 1]; of vector capsules their lengths.
+    `activations` (B, K): how present each class is, in [0, 1]. For vector capsules, their lengths.
     `poses` (B, K, D): the class capsules.
-    `reconstruction` (B, C, H, W), or None for a model without a decoder.
-    `logits` (B, K), where a model trains on them, or None.
+    `reconstruction` (B, C, H, W): the decoded image, or None for a model without a decoder.
+    `logits` (B, K): scores, for a model that trains on them, or None.
     """
 
     activations: Tensor
@@ -30,9 +30,9 @@ class CapsuleOutput(NamedTuple):
 
 
 def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
-    """Build a convolution for a ReLU to follow, with He's initialisation, which keeps its scale.
+    """Build a convolution that a ReLU follows, with He initialisation, which keeps the scale.
 
-    With torch's default each convolution cuts the power of the features to about a third, and the
+    With torch's default, each convolution cuts the power of the features to about a third, and the
     squashed primary capsules start with lengths of a few hundredths.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size)
@@ -45,7 +45,7 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
 def check_arguments(
     model: str, sizes: dict[str, object], gradient: object, reconstruction: object
 ) -> None:
-    """Raise for an argument of the wrong kind or range, under the name the model gives it."""
+    """Raise an error, which names the model, for an argument of the wrong type or range."""
     for name, size in sizes.items():
         check_size(model, name, size)
     check_choice(model, "gradient", gradient, ("full", "last"))
@@ -53,7 +53,7 @@ def check_arguments(
 
 
 def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Read a side or a (height, width)."""
+    """Return (height, width), given one side or both."""
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     check_pair(model, "image_size", sides, "an int or (height, width)")
     return sides
@@ -69,7 +69,7 @@ def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smalles
 
 
 def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise if the images are not of the kind or shape that the model was built for."""
+    """Raise if the images do not have the type or shape that the model was built for."""
     check_floating(model, "images", images)
     if images.shape[1:] != image_shape:
         raise ValueError(

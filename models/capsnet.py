@@ -1,7 +1,7 @@
 """CapsNet: one convolution, primary capsules, one routing, a decoder.
 
-Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), section 4. With the defaults it is
-the baseline of the deep capsule network's Table I, with 8,215,568 parameters.
+Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), section 4. With the defaults it has
+8,215,568 parameters and is the baseline in Table I of the deep capsule network's paper.
 """
 
 from torch import Tensor, nn
@@ -30,17 +30,17 @@ class CapsNet(nn.Module):
     Args:
         num_classes: class capsules, K.
         in_channels: channels of the images.
-        image_size: side of square images, or (height, width); at least 17.
+        image_size: side of square images, or (height, width). At least 17.
         iterations: routing iterations.
         channels: feature maps of the first convolution.
         capsule_types: primary capsules at each position, 8-dimensional.
         class_dim: components of a class capsule, D.
-        gradient: "full" or "last", see `ops.fused_dynamic_routing`.
+        gradient: "full" or "last". See `ops.fused_dynamic_routing`.
         reconstruction: build the decoder.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or range, an image that is too small
-            for the convolutions, and in `forward` images of another kind or shape.
+        TypeError, ValueError: an argument has the wrong type or range, or the images are too small
+            for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Example:
         >>> import torch
@@ -97,8 +97,8 @@ class CapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), that choose the capsule to decode, as in training;
-                without it the longest capsule is decoded.
+            target: class indices, (B,), of the capsules to decode, as in training. Without it the
+                longest capsule of each image is decoded.
         """
         check_images("CapsNet", images, self.image_shape)
         features = F.relu(self.conv(images))  # (B, channels, H-8, W-8)

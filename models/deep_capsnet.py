@@ -1,9 +1,9 @@
 """DeepCapsNet: two convolutions, primary capsules, two routings in series, a decoder.
 
 Tan, Yao: Deep Capsule Network Handwritten Digit Recognition (2020), Table I. The paper does not
-print the size of the capsules between the two routes; it claims fewer parameters than CapsNet,
-which with everything else fixed forces hidden_capsules × hidden_dim ≤ 196. The default is 10 × 16,
-which gives 7,869,200 parameters.
+print the size of the capsules between the two routes. It claims fewer parameters than CapsNet. With
+everything else fixed, this forces hidden_capsules × hidden_dim ≤ 196. The default is 10 × 16, which
+gives 7,869,200 parameters.
 """
 
 from torch import Tensor, nn
@@ -33,20 +33,20 @@ class DeepCapsNet(nn.Module):
     Args:
         num_classes: class capsules, K.
         in_channels: channels of the images.
-        image_size: side of square images, or (height, width); at least 17.
+        image_size: side of square images, or (height, width). At least 17.
         hidden_capsules: capsules between the two routes.
-        hidden_dim: their components.
+        hidden_dim: components of a capsule between the two routes.
         primary_iterations: iterations of the main route, from primary to hidden capsules.
         secondary_iterations: iterations of the secondary route, from hidden to class capsules.
         channels: feature maps of the two convolutions.
         capsule_types: primary capsules at each position, 8-dimensional.
         class_dim: components of a class capsule, D.
-        gradient: "full" or "last", see `ops.fused_dynamic_routing`.
+        gradient: "full" or "last". See `ops.fused_dynamic_routing`.
         reconstruction: build the decoder.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or range, an image that is too small
-            for the convolutions, and in `forward` images of another kind or shape.
+        TypeError, ValueError: an argument has the wrong type or range, or the images are too small
+            for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Example:
         >>> import torch
@@ -117,8 +117,8 @@ class DeepCapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), that choose the capsule to decode, as in training;
-                without it the longest capsule is decoded.
+            target: class indices, (B,), of the capsules to decode, as in training. Without it the
+                longest capsule of each image is decoded.
         """
         check_images("DeepCapsNet", images, self.image_shape)
         features = F.relu(self.conv1(images))  # (B, 512, H-8, W-8)

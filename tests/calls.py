@@ -1,8 +1,8 @@
-"""The calls that tests of the whole table make: every operator, with all of its results."""
+"""The calls that tests of the whole table make: every operator, with all its results."""
 
 from tritoncaps.testing import OPERATORS
 
-# (operator, options) by name; an operator with several forms is there once in each.
+# (operator, options) by name. An operator with several forms appears once for each.
 CALLS = {}
 for _operator in OPERATORS.values():
     _options = {

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import create_model
 
-# Deadlines are off: a first call compiles or interprets a kernel. The same examples are drawn every
-# time, so that a test does not fail by chance; HYPOTHESIS_PROFILE=nightly draws many new ones. The
-# interpreter takes about a millisecond a program of a kernel's grid, so it gets fewer.
+# Deadlines are off, because a first call compiles or interprets a kernel. The same examples are drawn
+# every time, so no test fails by chance. HYPOTHESIS_PROFILE=nightly draws many new ones. The
+# interpreter takes about a millisecond per program of a kernel's grid, so it gets fewer.
 EXAMPLES = 8 if INTERPRETED else 25
 settings.register_profile("dev", max_examples=EXAMPLES, deadline=None, derandomize=True)
 settings.register_profile(
@@ -28,8 +28,8 @@ settings.register_profile(
 settings.register_profile(
     "nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
-# Shrinking takes many minutes interpreted, and on a GPU, where each new size is compiled. There the
-# first example that fails is printed as it is.
+# Shrinking takes many minutes in the interpreter, and on a GPU, which compiles each new size. There
+# the first failing example is printed as it is.
 IS_SLOW = INTERPRETED or torch.cuda.is_available()
 phases = [phase for phase in Phase if not (IS_SLOW and phase in (Phase.shrink, Phase.explain))]
 for _profile in ("dev", "ci", "nightly"):
@@ -41,7 +41,7 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if "CI" in os.environ else "dev"))
 
 CASES_A_SEED = 50
-# How many cases each fuzz test has tried.
+# The number of cases that each fuzz test has tried.
 FUZZED = pytest.StashKey()
 
 
@@ -72,9 +72,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def fuzz(request, tmp_path):
-    """Draw cases from consecutive seeds and check them until the time of --fuzz-seconds is over.
+    """Draw cases from consecutive seeds and check them, for --fuzz-seconds.
 
-    A case that ends the process is left in the file `case` of the test's temporary directory.
+    A case that crashes the process is left in the file `case` of the test's temporary directory.
     """
     config = request.config
     options = settings(
@@ -109,9 +109,9 @@ def fuzz(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Have torch compute in one thread, so that bits do not depend on the machine.
+    """Let torch compute in one thread, so that bits do not depend on the machine.
 
-    It holds for a whole module, and so for the module's other fixtures too.
+    This applies to a whole module, including its other fixtures.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -121,9 +121,9 @@ def one_thread():
 
 @pytest.fixture
 def device(monkeypatch):
-    """The device under test: CUDA where there is one, which runs the kernels compiled.
+    """The device under test: CUDA if there is one, which runs the compiled kernels.
 
-    Convolutions compute in full float32 there, as they do on a CPU.
+    There, convolutions compute in full float32, as they do on a CPU.
     """
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -144,7 +144,7 @@ def small_model():
 
 @pytest.fixture
 def without_shrinking():
-    """For a test that expects a hypothesis test to fail: the first failing example will do."""
+    """For tests that expect a hypothesis test to fail: the first failing example is enough."""
     before = settings.get_current_profile_name()
     settings.load_profile("mutants")
     yield

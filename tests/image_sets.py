@@ -20,7 +20,7 @@ def assert_same_set(actual, expected):
 
 
 def pixels_of(images):
-    """Return the images as a set of bytes."""
+    """Return the images as a set of byte strings."""
     return {bytes(image.flatten().tolist()) for image in images}
 
 

@@ -1,4 +1,4 @@
-"""Where Triton's interpreter runs."""
+"""Whether Triton's interpreter works here."""
 
 import numpy as np
 import pytest
@@ -12,5 +12,5 @@ else:
     _HAS_FAULT = triton.__version__.startswith("3.6.") and _NUMPY >= (2, 4)
 
 runs_the_interpreter = pytest.mark.skipif(
-    _HAS_FAULT, reason="Triton 3.6 interprets kernels with numpy below 2.4 alone"
+    _HAS_FAULT, reason="Triton 3.6 interprets kernels only with numpy below 2.4"
 )

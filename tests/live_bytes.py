@@ -1,4 +1,4 @@
-"""How much memory the tensors of a call take at most, counted as they come and go."""
+"""The most memory that the tensors of a call take, counted as they come and go."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """The bytes of all tensors made inside that are alive, and their peak.
+    """Count the bytes of all live tensors that were made inside, and their peak.
 
-    Unlike the peak of a process it depends on no allocator, so a test can hold it to a formula.
-    Scratch space inside an operator of torch is not a tensor and not seen.
+    Unlike the peak of a process this depends on no allocator, so a test can compare it with a
+    formula. Scratch space inside a torch operator is not a tensor and does not count.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Count what an operator returns; what it is given was there before, unless counted."""
+        """Count what an operator returns. Its inputs were there before, or are counted already."""
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 storage = StorageWeakRef(tensor.untyped_storage())

@@ -2,9 +2,9 @@
 
     python tools/compile_report.py [--target sm90] [--dtype float32]
 
-The launchers run on tensors without storage, and every launch is recorded instead of made. Each
-distinct launch is then compiled ahead of time, with the specialisation that Triton would give it,
-on all cores. tests/kernels/test_kernels_compile.py checks the same launches.
+The launchers run on tensors without storage, and every launch is only recorded. Each distinct
+launch is then compiled ahead of time on all cores, with the specialisation that Triton would give
+it. tests/kernels/test_kernels_compile.py checks the same launches.
 """
 
 import argparse
@@ -68,7 +68,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as a launcher would start it: enough to compile it, hashable and picklable."""
+    """A kernel as a launcher would start it. Holds enough to compile it, hashable and picklable."""
 
     module: str
     name: str
@@ -85,10 +85,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a compiled kernel takes.
+    """The resources that a compiled kernel takes.
 
-    Registers and stack (bytes) of a thread, shared memory (bytes) of a program, and machine
-    instructions where they were counted.
+    Registers and stack (bytes) per thread, shared memory (bytes) per program, and the number of
+    machine instructions if they were counted.
     """
 
     registers: int
@@ -136,7 +136,7 @@ def record_launches(
     with_coupling: bool = False,
     gradient: str = "full",
 ) -> Iterator[Launch]:
-    """Every distinct launch of every operator, forward and backward."""
+    """Return every distinct launch of every operator, forward and backward."""
     I, P, J, D = shape
     found: dict[Launch, None] = {}
 
@@ -177,9 +177,10 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
 
 
 def footprint(compiled: Any, *, instructions: bool = False) -> Footprint:
-    """Read the footprint off what the compiler made, a cubin or an AMD assembly.
+    """Read the footprint from the compiler's output, a cubin or AMD assembly.
 
-    Instructions are counted on demand: disassembling a cubin takes as long as compiling it.
+    Instructions are counted only on demand, because disassembling a cubin takes as long as
+    compiling it.
     """
     if "cubin" in compiled.asm:
         text = _cuobjdump(compiled.asm["cubin"], "-res-usage")
@@ -189,7 +190,7 @@ def footprint(compiled: Any, *, instructions: bool = False) -> Footprint:
         registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
         stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
     if registers is None or stack is None:
-        raise ValueError(f"no count of registers in {text[-1000:]!r}")
+        raise ValueError(f"no register count in {text[-1000:]!r}")
     count = _count_instructions(compiled) if instructions else None
     return Footprint(int(registers[1]), int(stack[1]), compiled.metadata.shared, count)
 
@@ -202,7 +203,7 @@ def _count_instructions(compiled: Any) -> int:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
-    """Compile ahead of time, as Triton would just in time."""
+    """Compile ahead of time what Triton would compile just in time."""
     kernel = launch.kernel
     position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -219,8 +220,8 @@ def _footprint_of(launch: Launch, target: GPUTarget, instructions: bool) -> Foot
 
 
 def compilers() -> ProcessPoolExecutor:
-    """Start one process a core to compile in; a context manager."""
-    # Spawned, not forked: torch has threads by now.
+    """Start one compiling process per core. The result is a context manager."""
+    # Spawned, not forked, because torch has threads by now.
     return ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn"))
 
 

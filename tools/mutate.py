@@ -6,16 +6,16 @@
     python tools/mutate.py --only kernels/squash.py:31
 
 A mutant that no test notices survives: either a test is missing or the change makes no difference.
-It takes as long as all tests of its file, for a kernel some minutes; a killed one takes seconds.
-Mutants are drawn at random from all places of the files. Each is written into a copy of the
-project, never into the working tree, and tested by a process of its own: Triton reads the source of
-a kernel from its file, so a kernel cannot be changed in memory. A mutant that exceeds --cpu-seconds
+A survivor takes as long as all tests of its file, which is minutes for a kernel. A killed one takes
+seconds. Mutants are drawn at random from all places in the files. Each is written to a copy of the
+project, never to the working tree, and tested in its own process. (Triton reads the source of a
+kernel from its file, so a kernel cannot be changed in memory.) A mutant that exceeds --cpu-seconds
 or the memory limit counts as killed.
 
-Two libraries were tried instead. mutmut 3.8 skips decorated functions, so no kernel at all, and
+Two libraries were tried instead. mutmut 3.8 skips decorated functions, and so every kernel. It also
 looks for tests of `kernels.squash`, which is imported as `tritoncaps.kernels.squash`. cosmic-ray
-8.7 draws no sample, needs a configuration for each file, edits the working tree, where a killed run
-leaves its mutant behind, and never removes a `raise`.
+8.7 draws no sample, needs a configuration for each file, and never removes a `raise`. It edits the
+working tree, and a killed run leaves its mutant behind.
 """
 
 import argparse
@@ -39,8 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("tritoncaps", "kernels", "models", "examples", "tests", "pyproject.toml")
 MEMORY_BYTES = 12 << 30
 
-# What is mutated, and the tests that must notice. Kernels run interpreted; nobody asks what the
-# compiler says of a changed kernel.
+# The files to mutate, and the tests that must notice. Kernels run interpreted. Whether a changed
+# kernel compiles does not matter.
 TESTS = {
     "kernels": ["tests/kernels"],
     "tritoncaps/_checks.py": ["tests/ops", "tests/layers"],
@@ -60,7 +60,7 @@ FILES = [
 
 
 def selection(file: str) -> list[str]:
-    """Return the tests that must notice a change of a file."""
+    """Return the tests that must notice a change to a file."""
     return next(tests for place, tests in TESTS.items() if file.startswith(place))
 
 
@@ -119,7 +119,7 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
         starts.append(starts[-1] + len(line))
     mutants = []
     for node in _code(ast.parse(source)):
-        # Expressions go in brackets: their surroundings may bind more tightly.
+        # Expressions get brackets, because their surroundings may bind more tightly.
         form = "({})" if isinstance(node, ast.expr) else "{}"
         assert node.end_lineno is not None and node.end_col_offset is not None
         start = starts[node.lineno - 1] + node.col_offset
@@ -132,7 +132,7 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
 
 
 def _code(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Yield the nodes that run: no annotations, decorators or docstrings, nothing in f-strings."""
+    """Yield the nodes that run, without annotations, decorators, docstrings and f-strings."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list"):
             continue
@@ -184,20 +184,20 @@ def _changes(node: ast.expr | ast.stmt) -> Iterator[ast.AST]:
 
 
 def copy_project(folder: Path) -> None:
-    """Copy the project into a folder from which everything can be imported."""
+    """Copy the project to a folder from which everything can be imported."""
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
     for name in COPIED:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
         else:
             shutil.copy(ROOT / name, folder / name)
-    # Found here before the installed package, which leads to the original.
+    # These are found before the installed package, which leads to the original.
     for name in ("kernels", "models"):
         (folder / "tritoncaps" / name).symlink_to(folder / name)
 
 
 def run_tests(folder: Path, file: str, cpu_seconds: int) -> str:
-    """Run the tests of a file in the copy; return why they fail, or "" if they pass."""
+    """Run the tests of a file in the copy. Return why they fail, or "" if they pass."""
 
     def limit() -> None:
         # A mutant may ask for any amount of memory, or never end.
@@ -206,7 +206,7 @@ def run_tests(folder: Path, file: str, cpu_seconds: int) -> str:
 
     environment = os.environ | {
         "PYTHONPATH": str(folder),
-        # Two mutants may share size and second, and then a compiled file would pass for both.
+        # Two mutants may share size and time stamp, and would then share a compiled file.
         "PYTHONDONTWRITEBYTECODE": "1",
         "HYPOTHESIS_PROFILE": "mutants",
         "OMP_NUM_THREADS": "1",
@@ -224,7 +224,7 @@ def run_tests(folder: Path, file: str, cpu_seconds: int) -> str:
             preexec_fn=limit,
         )
         status = process.wait()
-    with suppress(ProcessLookupError):  # what the tests have started
+    with suppress(ProcessLookupError):  # end what the tests have started
         os.killpg(process.pid, signal.SIGKILL)
     if status == 0:
         return ""
@@ -236,7 +236,7 @@ def run_tests(folder: Path, file: str, cpu_seconds: int) -> str:
 
 
 def check(mutants: list[Mutant], cpu_seconds: int) -> list[Mutant]:
-    """Test the mutants, print what becomes of each, and return those that survive."""
+    """Test the mutants, print the outcome of each, and return the survivors."""
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
@@ -258,12 +258,12 @@ def check(mutants: list[Mutant], cpu_seconds: int) -> list[Mutant]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the mutants and test them; return 1 if fewer than `--least` of them are killed."""
+    """Draw the mutants and test them. Return 1 if fewer than `--least` of them are killed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=100, help="mutants to test")
-    parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--count", type=int, default=100, help="number of mutants to test")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the draw")
     parser.add_argument("--files", nargs="+", default=FILES, help="files to change")
     parser.add_argument("--only", nargs="+", metavar="FILE:LINE", help="all mutants of these lines")
     parser.add_argument("--list", action="store_true", help="print the mutants and run none")
@@ -275,14 +275,14 @@ def main(arguments: list[str] | None = None) -> int:
     if args.only is not None:
         mutants = [mutant for mutant in mutants if f"{mutant.file}:{mutant.line}" in args.only]
     elif args.count < total:
-        # Kept in the order of the draw: a run that is stopped has seen a fair sample.
+        # Kept in the order of the draw, so a run that is stopped has seen a fair sample.
         mutants = random.Random(args.seed).sample(mutants, args.count)
     if args.list:
         print(*mutants, sep="\n")
         return 0
     survivors = check(mutants, args.cpu_seconds)
     killed = len(mutants) - len(survivors)
-    print(f"\n{killed} of {len(mutants)} mutants killed, of {total} that there are")
+    print(f"\n{killed} of {len(mutants)} mutants killed, of {total} in all")
     print(*(f"survived {mutant}" for mutant in survivors), sep="\n")
     return int(killed < args.least * len(mutants))
 

@@ -1,8 +1,8 @@
 """Capsule-network operators, layers and models, accelerated with Triton.
 
 `ops` holds the functional operators, `reference` the same mathematics in einsum, `layers` and
-`losses` the modules, `models` the networks, `data` the data sets. `testing` checks a routing of
-your own as those here are checked.
+`losses` the modules, `models` the networks and `data` the data sets. `testing` runs this package's
+own checks on a routing that you wrote.
 """
 
 from tritoncaps import layers, losses, ops, reference

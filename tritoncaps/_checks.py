@@ -1,7 +1,7 @@
 """Checks of the arguments of the public functions, and all of their error messages.
 
-A message names the function, the argument and both numbers. TypeError is for the kind of a value
-and its dtype, ValueError for shape, device and range. No check reads the elements of a tensor on an
+A message names the function, the argument and both numbers. TypeError means a wrong type or dtype,
+ValueError a wrong shape, device or range. No check reads the elements of a tensor on an
 accelerator, so none waits for the device, and all can be traced.
 """
 
@@ -22,12 +22,12 @@ _LARGEST = 2**31 - 1
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape as a plain tuple, to print it without `torch.Size`."""
+    """The shape as a plain tuple, which prints without `torch.Size`."""
     return tuple(tensor.shape)
 
 
 def shown(value: object) -> str:
-    """A value for a message. A tensor, which could fill a page, is named by its kind."""
+    """A value as a message shows it. A tensor could fill a page, so only its type is named."""
     return f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
 
 
@@ -44,7 +44,7 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
 
 
 def check_no_tangent(function: str, name: str, value: Tensor) -> None:
-    """Not a dual number: without a forward-mode formula torch would silently return zeros."""
+    """Not a dual number: without a forward-mode formula, torch would silently return zeros."""
     if torch.compiler.is_compiling():
         return
     if forward_ad.unpack_dual(value).tangent is not None:
@@ -66,9 +66,10 @@ def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
 
 
 def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
-    """Everything that an operator asks of its tensors.
+    """Everything that an operator requires of its tensors.
 
-    `axes` declares them, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?" may be None.
+    `axes` declares them: {"u": "B I P", "prior?": "I J"}. A tensor may be None if its name ends
+    in "?".
     """
     tensors = []
     for declared, named in axes.items():
@@ -118,7 +119,7 @@ def check_not_empty(function: str, name: str, tensor: Tensor, axes: str) -> None
 
 
 def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """All on one device and in one dtype; under autocast 16-bit types count as float32."""
+    """All on one device and in one dtype. Under autocast, 16-bit types count as float32."""
     first_name, first = tensors[0]
     for name, tensor in tensors[1:]:
         if tensor.device != first.device:
@@ -133,7 +134,7 @@ def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> Non
 
 
 def routed_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which an operator sees a tensor: autocast raises 16-bit types to float32."""
+    """The dtype that an operator sees: autocast raises 16-bit types to float32."""
     device_type = tensor.device.type
     if (
         tensor.dtype in (torch.float16, torch.bfloat16)
@@ -155,7 +156,7 @@ def check_iterations(function: str, iterations: object, name: str = "iterations"
 
 
 def check_number(function: str, name: str, value: object) -> None:
-    """An int or a float; an int that torch's 64 bits hold."""
+    """An int or a float. An int must fit into torch's 64 bits."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -197,7 +198,7 @@ def check_pair(function: str, name: str, value: object, expected: str) -> None:
 
 
 def check_dim(function: str, dim: object, ndim: int) -> None:
-    """An axis that the tensor has."""
+    """The number of an axis that the tensor has."""
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"{function}: dim must be an int, got {type(dim).__name__}")
     if not -ndim <= dim < ndim:
@@ -207,8 +208,8 @@ def check_dim(function: str, dim: object, ndim: int) -> None:
 def check_target(function: str, target: Tensor, activations: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
-    Values are read on a CPU only. On an accelerator the read would make every step wait; there an
-    index out of range fails inside `one_hot`.
+    Values are read only on a CPU. On an accelerator the read would make every step wait, and an
+    index out of range fails inside `one_hot` instead.
     """
     B, K = activations.shape
     if isinstance(target, Tensor) and target.ndim not in (1, 2):
@@ -236,7 +237,7 @@ def check_target(function: str, target: Tensor, activations: Tensor) -> None:
 def check_class_indices(
     function: str, target: Tensor, B: int, K: int, device: torch.device
 ) -> None:
-    """Class indices (B,), int64, in [0, K); values are read on a CPU only."""
+    """Class indices (B,), int64, in [0, K). Values are read only on a CPU."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{function}: target must be a torch.Tensor, got {type(target).__name__}")
     _check_device(function, target, device)
@@ -266,7 +267,7 @@ def _check_range(function: str, what: str, target: Tensor, limit: int) -> None:
         return
     try:
         low, high = target.min().item(), target.max().item()
-    except RuntimeError:  # under vmap, or a fake tensor: there is no value to read
+    except RuntimeError:  # under vmap, or for a fake tensor, there is no value to read
         return
     if low < 0 or high > limit:
         raise ValueError(

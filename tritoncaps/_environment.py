@@ -1,4 +1,4 @@
-"""Where a result comes from: the processor, and the commit of a checkout."""
+"""Where a result comes from: the processor and the commit of a checkout."""
 
 import os
 import platform
@@ -17,10 +17,10 @@ def processor_name() -> str:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a checkout, with a + where files differ from it.
+    """The commit of a checkout, followed by + if files differ from it.
 
-    Results of benchmarks do not count: the first of several writes them while the others are to
-    come. Outside of git it is what TRITONCAPS_COMMIT says, or None.
+    Benchmark results do not count, because one benchmark writes them before the next one runs.
+    Outside git it is what TRITONCAPS_COMMIT says, or None.
     """
 
     def git(*arguments: str) -> str:

@@ -1,19 +1,19 @@
-"""Files that survive a crash, and one file format in which damage shows.
+"""Files that survive a crash, and a file format that reveals damage.
 
 `atomic_write` replaces a file as a whole or not at all. `write_sealed` and `read_sealed` keep
 tensors and plain values in an ordinary safetensors file, which any safetensors reader opens. Its
-metadata holds three texts beside ``"format": "pt"``:
+metadata holds three strings beside ``"format": "pt"``:
 
 - ``tritoncaps``: the version of this format
 - ``header``: the plain values, as JSON
-- ``sha256``: the seal, a hash of all the rest: the metadata, the name, dtype, shape and place of
-  each tensor, and the bytes of the tensors
+- ``sha256``: the seal, a hash of everything else: the metadata, the name, dtype, shape and offset
+  of each tensor, and the bytes of the tensors
 
-JSON has no tuple, no infinity and no key but text. These, and tensors, are written as an object
-with one key: ``{"$tuple": [1, 2]}``, ``{"$float": "nan"}``, ``{"$dict": [[0, "value"]]}`` and
-``{"$tensor": "name in the file"}``.
+JSON has no tuples and no infinity, and its keys must be strings. So tuples, such floats, dicts with
+other keys, and tensors are written as an object with one key: ``{"$tuple": [1, 2]}``,
+``{"$float": "nan"}``, ``{"$dict": [[0, "value"]]}`` and ``{"$tensor": "name in the file"}``.
 
-Reading executes nothing and allocates no more than a small multiple of what the file holds.
+Reading executes nothing. It allocates no more than a small multiple of what the file holds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 class CheckpointError(RuntimeError):
-    """A file that cannot be used; the message names it and says what is wrong and what to do."""
+    """A file cannot be used. The message names it and says what is wrong and what to do."""
 
 
 # replacing files ----------------------------------------------------------------------------------
@@ -72,13 +72,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
             sync_directory(path.parent)
     finally:
-        with suppress(OSError):  # a disk that has just become read-only keeps it
+        with suppress(OSError):  # a disk that has just become read-only keeps the file
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an `OSError` that has none, such as that of a write to a full disk."""
+    """Add the file's name to an `OSError` without one, such as that of writing to a full disk."""
     try:
         yield
     except OSError as error:
@@ -91,7 +91,7 @@ def temporary_name(path: Path) -> Path:
     """Return a new hidden name beside `path`, and remove what a killed process left there.
 
     If another process is still writing there, it loses its temporary file and fails with an error.
-    The bytes of the two never mix.
+    Their bytes never mix.
     """
     for leftover in path.parent.glob(f".{escape(path.name)}.*.tmp"):
         with suppress(OSError):
@@ -105,7 +105,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring a rename to the disk. Windows cannot open a directory and needs no such step."""
+    """Flush a rename to the disk. Windows cannot open a directory and does not need this."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -141,9 +141,9 @@ def write_sealed(
     Raises:
         TypeError: the file could not give an entry back as it was.
         ValueError: a tensor is called ``__metadata__``, a name that safetensors reserves.
-        OSError: the file cannot be written. What stood there is untouched.
+        OSError: the file cannot be written. An existing file there is untouched.
     """
-    from safetensors.torch import save  # importing the package must not wait for it
+    from safetensors.torch import save  # imported late, so that importing the package stays fast
 
     stored = {name: _copied(value, f"{function}: {name}") for name, value in tensors.items()}
     encoded = _encode(dict(header), f"{function}: {argument}", (), stored)
@@ -156,7 +156,7 @@ def write_sealed(
         "header": json.dumps(encoded, allow_nan=False),
     }
     metadata["sha256"] = _seal(metadata, table, data)
-    # Written here and not by safetensors, which orders metadata differently in every process.
+    # Written here, because safetensors orders metadata differently in every process.
     start = json.dumps({"__metadata__": metadata, **table}).encode()
     start += b" " * (-len(start) % 8)
     with atomic_write(path) as file:
@@ -173,10 +173,10 @@ def read_sealed(
     Args:
         path: the file.
         allow_unsealed: also accept safetensors files of other programs. Their header is empty, and
-            nothing tells whether a bit in them has changed.
+            a changed bit in them goes unnoticed.
 
     Returns:
-        The tensors, on the CPU, without those that are part of the header; and the header.
+        The tensors, on the CPU, except those that are part of the header; and the header.
 
     Raises:
         CheckpointError: the file is missing, empty, unreadable, truncated, damaged, foreign or of
@@ -192,7 +192,7 @@ def read_sealed(
     except Exception as error:  # a foreign file can fail in any way
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     metadata = table.pop("__metadata__", {})
-    # Two keys, so that a damaged one does not turn the file into one of another program.
+    # There are two keys, so that damage to one does not make the file look like another program's.
     if not metadata.keys() & {"tritoncaps", "sha256"}:
         if allow_unsealed:
             return tensors, {}
@@ -220,7 +220,7 @@ def _damaged(path: Path, problem: str) -> CheckpointError:
 
 
 def _read(path: Path) -> bytes:
-    """Return the content of a file that may be safetensors; others are refused unread."""
+    """Return the content of a file that may be safetensors. Refuse others unread."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -241,7 +241,7 @@ def _read(path: Path) -> bytes:
 
 
 def _split(content: bytes) -> tuple[dict[str, Any], memoryview]:
-    """Return what stands at the head of a safetensors file, and the bytes of its tensors."""
+    """Return the header of a safetensors file, and the bytes of its tensors."""
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), memoryview(content)[end:]
 
@@ -297,14 +297,14 @@ def _encode(value: Any, where: str, path: tuple[str, ...], tensors: dict[str, Te
             "convert it to a tensor, a number, a str, a list or a dict"
         )
     name = ".".join(path)
-    while name in tensors:  # "a.b" in "c", and "b" in "a" in "c"
+    while name in tensors:  # key "a.b" in "c" collides with key "b" in "a" in "c"
         name += "'"
     tensors[name] = _copied(value, where)
     return {"$tensor": name}
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo `_encode`; the tensors that it puts back are taken out of `tensors`."""
+    """Undo `_encode`, and take the tensors that it puts back out of `tensors`."""
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -10,10 +10,22 @@ __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
 
 
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Sum the squared error over each image; (B, C, H, W) twice → (B,) (Sabour 2017, section 4.1).
+    """Sum the squared error over each image (Sabour 2017, section 4.1).
+
+    Args:
+        reconstruction: shape (B, C, H, W).
+        images: shape (B, C, H, W).
+
+    Returns:
+        The sums, shape (B,).
 
     Raises:
         ValueError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> reconstruction_error(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
+        tensor([16., 16.])
     """
     if reconstruction.shape != images.shape:
         raise ValueError(
@@ -24,7 +36,13 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 class MarginLoss(nn.Module):
-    """`ops.margin_loss` as a module, with the same arguments."""
+    """`ops.margin_loss` as a module, with the same arguments.
+
+    Example:
+        >>> import torch
+        >>> MarginLoss()(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
+        tensor(0.0200)
+    """
 
     def __init__(
         self,
@@ -59,7 +77,18 @@ class CapsuleLoss(nn.Module):
     """Margin loss + `reconstruction_weight` × summed squared error, mean over the batch.
 
     Args:
-        reconstruction_weight: 0.0005 in Sabour 2017, small enough that the margin dominates.
+        reconstruction_weight: 0.0005 in Sabour 2017 (section 4.1), small enough that the margin
+            loss dominates.
+
+    Raises:
+        TypeError, ValueError: the weight is not a number. In `forward`, whatever `ops.margin_loss`
+            and `reconstruction_error` raise.
+
+    Example:
+        >>> import torch
+        >>> images = torch.rand(2, 1, 28, 28)
+        >>> CapsuleLoss()(torch.rand(2, 10), torch.tensor([3, 7]), images, images).shape
+        torch.Size([])
     """
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
@@ -70,7 +99,7 @@ class CapsuleLoss(nn.Module):
     def forward(
         self, activations: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
     ) -> Tensor:
-        """Compute the loss, a scalar; without a reconstruction the margin loss alone."""
+        """Compute the loss, a scalar. Without a reconstruction it is the margin loss alone."""
         loss = ops.margin_loss(activations, target)
         if reconstruction is None:
             return loss

@@ -1,9 +1,10 @@
-"""The mathematics of capsule routing in einsum. Read it here; every test compares with it.
+"""The mathematics of capsule routing in einsum. Every test compares with it.
 
-Nothing here is fast, and the prediction vectors û are written to memory in full. Evaluated in
-float64 it is the measuring stick: `reference.fused_dynamic_routing(u.double(), weight.double())`.
+Read it to learn what the operators compute. Nothing here is fast, and the prediction vectors û are
+written to memory in full. In float64 it is the standard that results are measured against:
+`reference.fused_dynamic_routing(u.double(), weight.double())`.
 
-Numbers after "Sabour 2017" are those of its equations.
+A number after "Sabour 2017" is that of an equation.
 
 Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
 """
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 
 def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
-    """Squash vectors of length n = |s| to a length in [0, 1), keeping their direction.
+    """Scale vectors of length n = |s| to a length in [0, 1), keeping their direction.
 
     "quadratic": v = n² / (1 + n²) · s / n (Sabour 2017, 1).
     "exponential": v = (1 − e⁻ⁿ) · s / n (Mazzia, Salvetti, Chiaberge 2021, 4).
@@ -23,7 +24,7 @@ def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
     n = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
     if form == "quadratic":
         return n / (1 + n**2) * s
-    # 1 is the limit at n = 0; the clamp keeps the branch that is not taken there finite.
+    # 1 is the limit at n = 0. The clamp keeps the branch that is not taken there finite.
     limit = torch.ones_like(n)
     return torch.where(n > 0, -torch.expm1(-n) / n.clamp(min=torch.finfo(n.dtype).tiny), limit) * s
 
@@ -42,7 +43,7 @@ def routing_pass(
     bias: Tensor | None = None,
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One pass of routing by agreement with given poses; (B, I, P), (I, P, J, D) → (B, J, D).
+    """Run one pass of agreement with given poses; (B, I, P), (I, P, J, D) → (B, J, D).
 
     c = softmax_j(û·pose + prior) + bias and s_j = Σ_i c_ij û_{j|i}. `pose` is (B, J, D), `prior`
     and `bias` are (I, J), the coupling c is (B, I, J).
@@ -66,8 +67,8 @@ def dynamic_routing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route by agreement (Sabour 2017, procedure 1); (B, I, J, D) → (B, J, D).
 
-    `iterations` counts weighted sums. With `gradient="last"` the coupling of the last iteration is
-    a constant to autograd. With `return_coupling` the last coupling, (B, I, J), is returned too.
+    `iterations` counts weighted sums. With `gradient="last"`, autograd treats the coupling of the
+    last iteration as a constant. With `return_coupling`, that coupling, (B, I, J), is returned too.
     """
     B, I, J, _ = u_hat.shape
     b = u_hat.new_zeros(B, I, J) if prior is None else repeat(prior, "I J -> B I J", B=B)
@@ -111,7 +112,7 @@ def margin_loss(
 ) -> Tensor:
     """Sum T_k·max(0, m⁺−|v_k|)² + λ(1−T_k)·max(0, |v_k|−m⁻)² over classes k (Sabour 2017, 4).
 
-    `activations` is (B, K); `target` is (B,) class indices or (B, K) multi-hot.
+    `activations` is (B, K). `target` is (B,) class indices or (B, K) multi-hot.
     """
     is_index = target.ndim == 1
     present = F.one_hot(target, activations.shape[1]) if is_index else target

@@ -1,11 +1,11 @@
-"""What tritoncaps is measured against: the forms in which others write the same mathematics.
+"""What tritoncaps is measured against: other ways to write the same mathematics.
 
 Every operator has two rivals from the operator table: `eager`, its reference, and `compile`, the
-same through `torch.compile`. A file here that is named after an operator adds to them:
+same through `torch.compile`. A file here that is named after an operator can define:
 
-- `RIVALS`, functions by name that are called like the operator, tensors and options by name;
-- `flops(case, phase)`, the fewest operations of "forward" and "backward", where what torch's FLOP
-  counter finds is not the least that a fused operator has to do.
+- `RIVALS`, more rivals by name, which take tensors and options by name, like the operator;
+- `flops(case, phase)`, the fewest operations that a fused operator needs for "forward" and
+  "backward", if torch's FLOP counter finds another number.
 
 The oracle checks every rival before it is timed.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from tritoncaps import _operators
 
-# A function of the tensors of a call by name. It returns all outputs, also a single one, as a
-# tuple.
+# A function that takes the tensors of a call by name. It returns all outputs as a tuple, even a
+# single one.
 Rival = Callable[..., tuple[Tensor, ...]]
 
 
@@ -49,7 +49,7 @@ def op_rival(name: str, case: Case, device: torch.device) -> Rival:
 
 
 def flops_formula(op: str) -> Callable[[Case, str], int] | None:
-    """The operator's own count of the operations of a phase, if its file has one."""
+    """Return the operator's own count of the operations of a phase, if its file has one."""
     return getattr(_file_of(op), "flops", None)
 
 
@@ -63,6 +63,6 @@ def _file_of(op: str) -> ModuleType | None:
 
 
 def _compiled(rival: Rival) -> Rival:
-    # What was compiled for other shapes counts against a limit, beyond which torch gives up.
+    # Code compiled for other shapes counts against a limit beyond which torch gives up.
     torch.compiler.reset()
     return torch.compile(rival, fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""The broadcast form, and on a device with kernels the torch path of tritoncaps."""
+"""The broadcast form and, on a device with kernels, the torch path of tritoncaps."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tritoncaps import _torch_path
 
 
 def broadcast(u: Tensor, weight: Tensor, iterations: int, **_: Any) -> Tensor:
-    """Route as most implementations do, with broadcast products."""
+    """Route with broadcast products, as most implementations do."""
     u_hat = prediction_vectors.broadcast(u, weight)
     b = torch.zeros_like(u_hat[..., :1])  # (B, I, J, 1)
     for iteration in range(iterations):
@@ -29,7 +29,7 @@ def squash(s: Tensor) -> Tensor:
 
 
 def torch_path(u: Tensor, weight: Tensor, iterations: int, **_: Any) -> Tensor:
-    """The torch path of tritoncaps, where `tritoncaps.ops` would run the kernels."""
+    """Route by the torch path of tritoncaps where `tritoncaps.ops` would run the kernels."""
     return _TorchPath.apply(u, weight, iterations)
 
 
@@ -53,7 +53,7 @@ RIVALS = {"broadcast": broadcast, "torch path": torch_path}
 
 
 def flops(case: Case, phase: str) -> int:
-    """Of a routing without û in memory: it computes û again in each iteration."""
+    """Count a routing without û in memory, which recomputes û in each iteration."""
     (I, P, J, D), r = case.shape, case.iterations
     product = 2 * case.B * I * J * D
     project = P * product  # û = W u; du or dW takes as much
@@ -61,5 +61,5 @@ def flops(case: Case, phase: str) -> int:
     if phase == "forward":
         # The sum of the first iteration is part of the product that gives û.
         return r * project + loop - product
-    # û once for each iteration but the first and once for dû; then du and dW.
+    # û is computed once for each iteration but the first and once for dû. Then come du and dW.
     return (r + 2) * project + loop

@@ -1,4 +1,4 @@
-"""What is measured: inputs, rivals, floors and sweeps, all from the operator table."""
+"""What the benchmarks measure: inputs, rivals, floors and sweeps, all from the operator table."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tritoncaps import testing
 CPU = torch.device("cpu")
 
 
-def test_every_operator_of_the_table_is_measured_the_main_one_first():
+def test_every_operator_is_measured_and_the_main_one_comes_first():
     assert operator_names()[0] == "fused_dynamic_routing"
     assert {*operator_names()} == testing.OPERATORS.keys() >= {"routing_pass"}
 
@@ -24,13 +24,13 @@ def test_a_case_draws_what_the_table_says(op):
     outputs = case.operator.call(inputs, case.options)
     assert [grad.shape for grad in grads.values()] == [output.shape for output in outputs]
     assert {tensor.dtype for tensor in [*inputs.values(), *grads.values()]} == {torch.bfloat16}
-    # What has the batch of 6 among its axes has it first.
+    # The batch of 6, if a tensor has it, is the first axis.
     assert {name for name, tensor in inputs.items() if tensor.shape[0] != 6} == (
         case.shared & inputs.keys()
     )
 
 
-def test_a_case_is_named_after_all_that_it_is():
+def test_the_name_of_a_case_tells_everything_about_it():
     case = Case("fused_dynamic_routing", SHAPES["mnist"], B=64, name="mnist")
     assert str(case) == "fused_dynamic_routing mnist 1152x8->10x16 B=64 r=3 fp32"
     case = Case(
@@ -45,7 +45,7 @@ def test_a_case_is_named_after_all_that_it_is():
     assert case.arguments(CPU).keys() == {"u_hat", "prior"}
 
 
-# The two largest with shorter input poses, on which the size of û does not depend.
+# The two largest have shorter input poses, which do not change the size of û.
 SCALED = {**SHAPES, "classes1000": Shape(1152, 2, 1000, 16), "large": Shape(4608, 2, 32, 16)}
 
 
@@ -58,7 +58,7 @@ def test_couplings_are_far_from_uniform_but_not_saturated(op, shape):
     assert 1.3 / shape.J < largest < 0.76
 
 
-def test_a_rival_of_its_own_is_a_function_in_the_file_of_the_operator():
+def test_an_operators_own_rival_is_a_function_in_its_file():
     cuda = torch.device("cuda")
     own = ["broadcast", "torch path"]
     assert rivals.rival_names("fused_dynamic_routing", cuda) == ["eager", "compile", *own, "triton"]
@@ -103,14 +103,14 @@ FLOORS = {
 
 @pytest.mark.parametrize("op", FLOORS)
 def test_floor_is_what_the_axes_say(op):
-    """The FLOPs are those of the operator's file, or else those that torch counts."""
+    """The FLOPs come from the operator's file, or else from torch's counter."""
     case = Case(op, Shape(I, P, J, D), B)
     for phase, (values, products) in zip(("forward", "backward"), FLOORS[op], strict=True):
         assert floor(case, phase) == Floor(4 * values, 2 * products)
 
 
 def test_torch_counts_no_more_than_an_operators_own_formula():
-    """Which counts what has to be computed again on top of the mathematics."""
+    """The formula adds what has to be recomputed to the mathematics."""
     for op in ("dynamic_routing", "fused_dynamic_routing"):
         case = Case(op, Shape(I, P, J, D), B)
         for phase in ("forward", "backward"):
@@ -118,9 +118,9 @@ def test_torch_counts_no_more_than_an_operators_own_formula():
             assert 0 < counted <= floor(case, phase).flops
 
 
-def test_ceilings_are_those_of_a_copy_and_a_product():
+def test_ceilings_come_from_a_copy_and_a_product():
     ceilings = measure_ceilings(CPU, CpuClock(), ["fp32"])
-    # From the slowest computer that runs torch to ten times the fastest there is.
+    # From the slowest computer that runs torch to ten times the fastest one.
     assert 1e8 < ceilings.copy_bytes_per_second < 1e14
     assert 1e8 < ceilings.gemm_flops_per_second["fp32"] < 1e16
 

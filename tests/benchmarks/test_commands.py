@@ -1,4 +1,4 @@
-"""That every command runs, at toy sizes, and what the command line does with its parts."""
+"""Every command runs at toy sizes, and the command line handles its parts."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_peaks_show_who_stores_the_prediction_vectors():
     small = Case("fused_dynamic_routing", Shape(10, 8, 16, 16), B=4)
     own, little = memory.peaks([case, small], rivals.ours(CPU), CPU)
     assert grad_bytes < own < u_hat_bytes
-    assert little < 2_000_000  # each peak starts anew
+    assert little < 2_000_000  # each peak starts from zero
 
 
 # The commands -------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def test_peaks_show_who_stores_the_prediction_vectors():
 
 @pytest.fixture
 def toy(monkeypatch):
-    """The commands at toy sizes, without the half minute that torch.compile takes for C++."""
+    """Run the commands at toy sizes, without the half minute that torch.compile takes for C++."""
     names = rivals.rival_names
     monkeypatch.setattr(
         operators,
@@ -243,7 +243,7 @@ def test_a_wrong_rival_is_left_out_and_the_others_are_timed(tmp_path, monkeypatc
 
 
 def test_compile_command(tmp_path, monkeypatch):
-    """In processes of its own; a call that fails does not stop the others."""
+    """It uses its own processes. A call that fails does not stop the others."""
     calls = [(rivals.ours(CPU), SMALL), ("broadcast", Case("squash", SMALL.shape, B=2))]
     monkeypatch.setattr(compilation, "compiled_calls", lambda device, quick: calls)
     status, data = run("compile", tmp_path)
@@ -255,7 +255,7 @@ def test_compile_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_all_is_compiled_that_is_called(quick):
+def test_everything_that_is_called_is_compiled(quick):
     device = torch.device("cuda")
     calls = compilation.compiled_calls(device, quick)
     assert len(set(calls)) == len(calls)
@@ -270,7 +270,7 @@ def test_all_is_compiled_that_is_called(quick):
 @pytest.mark.parametrize(
     "command", ["compile", "check", "ops", "memory", "memory-grid", "step", "scaling"]
 )
-def test_without_time_nothing_is_begun(command, tmp_path):
+def test_without_time_nothing_is_started(command, tmp_path):
     status, data = run(command, tmp_path, "--seconds", "0")
     assert status == 0
     assert data["rows"]
@@ -306,7 +306,7 @@ sys.exit(status)
 @runs_the_interpreter
 def test_launch_search_writes_a_table_that_the_kernels_ask_for(tmp_path):
     pytest.importorskip("triton", reason="the search is about Triton kernels")
-    # Triton decides at import whether its kernels are interpreted, so in a process of its own.
+    # Triton decides at import whether its kernels are interpreted, so this needs its own process.
     result = subprocess.run(
         [sys.executable, "-c", LAUNCH, str(tmp_path)],
         cwd=tables.ROOT,
@@ -322,7 +322,7 @@ def test_launch_search_writes_a_table_that_the_kernels_ask_for(tmp_path):
     assert all(type(value) is int for config in table.values() for value in config.values())
 
 
-def test_all_goes_on_after_a_failure(tmp_path, monkeypatch):
+def test_all_continues_after_a_failure(tmp_path, monkeypatch):
     calls = []
     limits = []
 
@@ -345,16 +345,16 @@ def test_all_goes_on_after_a_failure(tmp_path, monkeypatch):
     assert sum(command_line.GPU_SECONDS.values()) < command_line.GPU_TOTAL
 
 
-def test_gpu_begins_no_part_that_has_no_time(tmp_path, monkeypatch, capsys):
+def test_gpu_starts_no_part_without_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "GPU_TOTAL", 10)
     monkeypatch.setattr(command_line, "run_limited", None)
     assert command_line.run_all(torch.device("cuda"), tmp_path, quick=False, threads=None) == 1
-    assert capsys.readouterr().out.count("not begun") == len(command_line.BENCHMARKS)
+    assert capsys.readouterr().out.count("not started") == len(command_line.BENCHMARKS)
 
 
 @pytest.mark.skipif(not memory._STATUS.exists(), reason="who still runs is read from /proc")
 @pytest.mark.parametrize("limit", [None, 5.0])
-def test_nothing_that_a_part_has_started_outlives_it(limit, tmp_path):
+def test_nothing_outlives_the_part_that_started_it(limit, tmp_path):
     code = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
@@ -375,7 +375,7 @@ time.sleep(float(sys.argv[2]))
         time.sleep(0.01)
 
 
-def test_gpu_says_that_there_is_none(tmp_path, monkeypatch):
+def test_gpu_without_a_gpu_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA device"):
         command_line.main(["gpu", "--output", str(tmp_path)])

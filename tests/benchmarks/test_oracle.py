@@ -1,4 +1,4 @@
-"""What the gate lets pass, and what it does not."""
+"""What the gate accepts and what it refuses."""
 
 from functools import partial
 
@@ -120,7 +120,7 @@ def test_another_shape_is_refused():
         truth.check(lambda **tensors: (right(**tensors).unsqueeze(0),))
 
 
-def test_an_eager_form_that_is_far_off_is_no_measure(monkeypatch):
+def test_an_eager_form_that_is_far_off_is_refused_as_a_measure(monkeypatch):
     monkeypatch.setitem(oracle._LIMIT, torch.float32, 1e-9)
     with pytest.raises(WrongResultError, match="the eager form is off in"):
         Oracle(SMALL, CPU)

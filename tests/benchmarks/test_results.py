@@ -1,4 +1,4 @@
-"""Where results go: JSON, the tables of the pages, pictures."""
+"""Where results go: JSON files, the tables of the pages, and pictures."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_sizes_have_three_digits(value: float, text):
 
 @pytest.fixture
 def results(tmp_path):
-    """Results of a device, with figures that nobody can mistake for true ones."""
+    """Results of a device, with figures that are obviously made up."""
     folder = tmp_path / "results"
     made_up_results(folder / "slide-rule")
     return folder
@@ -50,7 +50,7 @@ def timing(median):
 
 
 def call(op, shape, B=64):
-    """What a row says of the call that it is about."""
+    """The part of a row that describes its call."""
     case = Case(op, SHAPES[shape], B, name=shape)
     return {**axes(case), "shape": shape, "case": str(case)}
 
@@ -127,7 +127,7 @@ def test_the_readme_shows_six_rows_and_how_many_are_slower(results):
     assert "commit abc" in block
 
 
-def test_the_page_on_speed_shows_every_row_also_where_tritoncaps_is_slower(results):
+def test_the_page_on_speed_shows_every_row_even_if_tritoncaps_is_slower(results):
     block = tables.speed_block(results)
     for line in (
         "| mnist 1152x8->10x16, B=64, fp32, forward "
@@ -146,7 +146,7 @@ def test_the_page_on_speed_shows_every_row_also_where_tritoncaps_is_slower(resul
 
 
 def test_the_page_on_speed_has_all_committed_figures():
-    """Each call and phase that was timed is a row, with the time of every rival."""
+    """Each timed call and phase is a row, with the time of every rival."""
     page = (tables.ROOT / "docs" / "speed.md").read_text()
     for path in sorted(report.RESULTS.glob("*/ops.json")):
         for row in json.loads(path.read_text())["rows"]:
@@ -261,7 +261,7 @@ def test_the_plot_of_the_readme_shows_its_rows_on_white(results, monkeypatch):
     path = results / "speed.png"
     plots.draw_speed(tables.load_devices(results), path)
     pixels = check_picture(path)
-    assert pixels.shape[1] == 1600  # twice as sharp as the 800 pixels that it takes in the README
+    assert pixels.shape[1] == 1600  # twice the 800 pixels that it takes in the README
     assert texts == [*(4 * ["400 ms", "200 ms", "100 ms"]), *(2 * ["1.00 s", "500 ms"])]
     before = path.read_bytes()
     changed = json.loads((results / "slide-rule" / "step.json").read_text())

@@ -1,4 +1,4 @@
-"""The clock: turns, rounds, medians; and the inputs that rotate."""
+"""The clock: turns, rounds and medians, and the inputs that rotate."""
 
 import gc
 import weakref
@@ -33,7 +33,7 @@ def now():
 
 
 def test_timing_is_the_median_and_the_percentiles_of_the_runs(now):
-    durations = iter([1000.0, 5.0, 1.0, 4.0, 2.0, 3.0, 6.0])  # the first warms up
+    durations = iter([1000.0, 5.0, 1.0, 4.0, 2.0, 3.0, 6.0])  # the first is the warm-up
     task = Task(lambda _: now.sleep(next(durations)))
     timings = time_alternately({"a": task}, CpuClock(now), rounds=(6, 6), seconds=0, now=now)
     assert timings == {"a": Timing(median=3.5, p20=2.0, p80=5.0, samples=6)}
@@ -70,7 +70,7 @@ def test_rounds_end_with_the_time_but_not_before_the_fewest(now, seconds, expect
     assert timings["a"].samples == expected
 
 
-def test_the_garbage_collector_rests_only_while_timing():
+def test_the_garbage_collector_pauses_only_while_timing():
     def fail(_):
         assert not gc.isenabled()
         raise RuntimeError("this task fails")
@@ -81,7 +81,7 @@ def test_the_garbage_collector_rests_only_while_timing():
 
 
 def test_a_replay_keeps_the_tensors_of_its_task(monkeypatch):
-    """A graph holds only their addresses."""
+    """The graph itself holds only their addresses."""
     for name in ("Stream", "stream", "current_stream", "synchronize", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     for name in ("CUDAGraph", "graph"):
@@ -115,7 +115,7 @@ def test_a_replayed_phase_is_timed_on_the_device(phase):
 
 @pytest.mark.parametrize("name", ["tiny", "mnist"])
 def test_inputs_outgrow_the_last_cache(monkeypatch, name):
-    """They take twice its size, so that a set is lost when its turn comes; 16 sets at most."""
+    """They take twice its size, so a set is lost by the time its turn returns. At most 16 sets."""
     monkeypatch.setattr(operators, "cache_bytes", lambda level: {3: 10 << 20}[level])
     case = Case("prediction_vectors", SHAPES[name], B=2, name=name)
     assert len(operators.input_sets(case, "backward", CPU)) == 1

@@ -24,13 +24,13 @@ def generator(seed=1):
 
 
 def numbered_set(count):
-    """Make images whose pixels number them: those of image i are all i + 1."""
+    """Make images that are numbered by their pixels: all pixels of image i are i + 1."""
     numbers = torch.arange(1, count + 1, dtype=torch.uint8)
     return ImageSet(numbers.reshape(-1, 1, 1, 1).repeat(1, 1, 4, 4), torch.arange(count) % 3)
 
 
 def numbers_of(images):
-    """Return which images of a `numbered_set` these are; a shift by 2 leaves one pixel at least."""
+    """Return the numbers of images from a `numbered_set`. A shift by 2 leaves at least a pixel."""
     return ((images.amax((1, 2, 3)) * 255).round().long() - 1).tolist()
 
 
@@ -97,7 +97,7 @@ BYTES, INDICES = torch.zeros(3, 1, 4, 4).byte(), torch.zeros(3).long()
         ),
     ],
 )
-def test_image_set_refuses_what_does_not_fit(images, labels, error, fragment):
+def test_image_set_refuses_images_and_labels_that_do_not_fit(images, labels, error, fragment):
     with pytest.raises(error) as caught:
         ImageSet(images, labels)
     assert fragment in str(caught.value)
@@ -197,7 +197,7 @@ def test_to_float_maps_bytes_to_the_unit_interval():
 
 
 def shifted(image, down, right):
-    """Shift one image (C, H, W) pixel by pixel, by the definition."""
+    """Shift one image (C, H, W) pixel by pixel, following the definition."""
     result = torch.zeros_like(image)
     _, height, width = image.shape
     for row in range(height):
@@ -278,7 +278,7 @@ def test_a_shift_of_zero_leaves_the_images():
     ],
     ids=["negative", "float", "three axes"],
 )
-def test_shift_refuses_what_it_cannot_take(shape, max_shift, error, message):
+def test_shift_refuses_wrong_arguments(shape, max_shift, error, message):
     with pytest.raises(error, match=message):
         random_shift(torch.zeros(shape), max_shift, generator())
 
@@ -371,7 +371,7 @@ def test_batches_leave_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_batches_refuse_what_they_cannot_take():
+def test_batches_refuse_wrong_arguments():
     images = make_set(10)
     with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
         Batches(images, 0, seed=1)

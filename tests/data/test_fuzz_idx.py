@@ -1,4 +1,4 @@
-"""Damaged IDX files: read as documented, or refused with a documented error."""
+"""Damaged IDX files are read as documented, or refused with a documented error."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ damages = st.builds(
 
 
 def test_idx_files(fuzz, tmp_path):
-    """With verify only the published content passes, else whatever well-formed files say."""
+    """With verify, only the published content passes. Without it, any well-formed file does."""
     expected = make_set(6, height=4, width=3)
     images = idx_bytes(expected.images.squeeze(1))
     labels = idx_bytes(expected.labels.to(torch.uint8))

@@ -1,6 +1,6 @@
 """Which files are read, which are refused and how, and what is downloaded.
 
-No test here leaves this machine: the mirrors are servers on 127.0.0.1.
+No test here uses the network: the mirrors are servers on 127.0.0.1.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ NAMES = [TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS]
 
 @dataclasses.dataclass
 class TinyMnist:
-    """A published "MNIST" of 30 and 10 images of 6x5 pixels, not yet in its folder."""
+    """A published "MNIST" with 30 and 10 images of 6x5 pixels, not yet in its folder."""
 
     data_dir: Path
     train: ImageSet
@@ -88,7 +88,7 @@ class TinyMnist:
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """The tiny MNIST in place of the real one, on a machine that must not try to download."""
+    """The tiny MNIST in place of the real one, where a download must not be attempted."""
     tiny = TinyMnist(tmp_path / "data", make_set(30, seed=1), make_set(10, seed=2))
     entry = dataclasses.replace(REGISTRY["mnist"], files=tiny.files)
     monkeypatch.setitem(REGISTRY, "mnist", entry)
@@ -111,7 +111,7 @@ def offline(tiny, monkeypatch):
 
 
 def assert_refused(tiny, *fragments, name="mnist", **options):
-    """Loading is an error, and its message contains the fragments."""
+    """Loading raises an error, and its message contains the fragments."""
     with pytest.raises(DatasetError) as caught:
         tiny.load(name, **options)
     for fragment in fragments:
@@ -211,7 +211,7 @@ def test_a_damaged_gz_is_named(tiny, damage, verify):
     assert_refused(tiny, str(archive), "Delete it", *fragments, verify=verify)
 
 
-def test_what_an_interrupted_unpacking_left_is_an_error_until_it_is_deleted(tiny):
+def test_the_rest_of_an_interrupted_unpacking_is_an_error_until_it_is_deleted(tiny):
     tiny.write()
     (tiny.folder / f"{TRAIN_IMAGES}.gz").write_bytes(tiny.packed[f"{TRAIN_IMAGES}.gz"])
     tiny.edit(TRAIN_IMAGES, lambda content: content[:300])
@@ -309,10 +309,10 @@ def test_a_named_data_set_is_insisted_on(tiny, name, folder):
 def test_an_incomplete_set_is_an_error_that_names_what_is_missing(tiny, name, missing):
     tiny.write()
     (tiny.folder / missing).unlink()
-    assert_refused(tiny, f"it lacks {missing}, and was not downloaded", name=name)
+    assert_refused(tiny, f"it lacks {missing} and was not downloaded", name=name)
 
 
-def test_files_that_another_process_brings_meanwhile_are_read(tiny, monkeypatch):
+def test_files_that_another_process_downloads_meanwhile_are_read(tiny, monkeypatch):
     def fetch(*_):
         tiny.write()
         raise download.DownloadError("too late")
@@ -323,7 +323,7 @@ def test_files_that_another_process_brings_meanwhile_are_read(tiny, monkeypatch)
     assert dataset.note == f"MNIST, found in {tiny.folder}"
 
 
-def test_names_are_listed_and_others_refused(tmp_path):
+def test_names_are_listed_and_unknown_ones_refused(tmp_path):
     assert list_datasets() == ["mnist", "fashion-mnist", "digits"]
     with pytest.raises(ValueError, match=r'"auto" or "mnist" or .*cifar'):
         load_dataset("cifar", tmp_path)
@@ -365,7 +365,7 @@ def test_importing_the_package_imports_neither_pooch_nor_scikit_learn():
 
 
 class Mirror(http.server.ThreadingHTTPServer):
-    """A mirror on this machine that serves `contents`, and lists what was asked of it."""
+    """A local mirror that serves `contents` and records the requests."""
 
     def __init__(self, contents):
         super().__init__(("127.0.0.1", 0), MirrorHandler)
@@ -377,7 +377,7 @@ class Mirror(http.server.ThreadingHTTPServer):
 
 
 class MirrorHandler(http.server.BaseHTTPRequestHandler):
-    """Serve a file, or its first half and then nothing if the mirror falls silent."""
+    """Serve a file. If the mirror falls silent, serve its first half and then nothing."""
 
     def do_GET(self):
         name = self.path.rpartition("/")[2]
@@ -388,7 +388,7 @@ class MirrorHandler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self.send_error(404)
             return
-        # A probe is answered in full, as by a server that knows no ranges.
+        # A probe gets the whole file, as from a server that does not support ranges.
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -434,7 +434,7 @@ def mirror(tiny, use_mirrors):
 
 @pytest.fixture
 def silent_url():
-    """The URL of a mirror that accepts connections and never says a word."""
+    """The URL of a mirror that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
 
@@ -574,7 +574,7 @@ def test_one_mirror_that_answers_is_enough(tiny, mirror, use_mirrors, silent_url
     ],
     ids=["not found", "captive portal"],
 )
-def test_a_mirror_without_the_file_is_called_that(tiny, mirror, contents, reason):
+def test_a_mirror_without_the_file_is_reported_as_such(tiny, mirror, contents, reason):
     mirror.contents = contents
     assert_refused(tiny, f"127.0.0.1: {reason}")
 

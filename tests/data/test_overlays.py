@@ -1,4 +1,4 @@
-"""Overlapping images and nested subsets: what they promise of every image they make."""
+"""Overlapping images and nested subsets: what they promise for every image they make."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def plain_set(value, labels, size=4):
 
 
 def whole_epoch(overlays, epoch, start=0):
-    """Return overlays, originals and labels of an epoch, from a batch on."""
+    """Return overlays, originals and labels of an epoch, starting with a batch."""
     parts = [
         (images, originals.images, originals.labels)
         for images, originals in overlays.epoch(epoch, start)
@@ -42,8 +42,8 @@ sets = st.builds(random_set, st.integers(2, 40), st.integers(2, 12), seed=st.int
 
 class TestOverlays:
     @given(sets, st.integers(0, 3), st.integers(0, 4), st.integers(0, 4))
-    def test_what_holds_for_every_overlay(self, images, epoch, padding, max_shift):
-        """Two classes, in order; in range; and the sum of two images, clipped."""
+    def test_every_overlay_keeps_its_promises(self, images, epoch, padding, max_shift):
+        """Two classes, in order. Pixels in range. The sum of two images, clipped."""
         overlays = Overlays(images, 7, seed=1, padding=padding, max_shift=max_shift)
         made, originals, labels = whole_epoch(overlays, epoch)
         assert made.shape == (len(images), *overlays.image_shape)
@@ -109,7 +109,7 @@ class TestOverlays:
             assert torch.equal(resumed, part[8 * start :])
 
     def test_an_overlay_depends_only_on_seed_epoch_and_index(self):
-        """Not on the size of the batches, nor on the global random state."""
+        """It does not depend on the batch size or the global random state."""
         images = random_set(30)
         first = whole_epoch(Overlays(images, 4, seed=1, shuffle=False, max_shift=1), 1)
         torch.manual_seed(123)
@@ -139,7 +139,7 @@ class TestOverlays:
         for one, other in itertools.combinations(drawn, 2):
             assert (one == other).all(dim=1).double().mean() < 0.2
 
-    def test_partners_are_drawn_from_all_other_images_alike(self):
+    def test_partners_are_drawn_from_all_other_images_equally(self):
         """Over many epochs each image of the other classes is drawn equally often."""
         images = plain_set(0, [0] * 6 + [1] * 3 + [2] * 1)
         overlays = Overlays(images, 10, seed=0)

@@ -1,4 +1,4 @@
-"""Calls of the launchers, and what watches them: allocations, guard bands, launches."""
+"""Calls of the launchers, and tools that watch them: allocations, guard bands, launches."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ def draw(
 ) -> Call:
     """The inputs of a call by name, with the gradients of its output and of its coupling."""
     operator = testing.OPERATORS[name]
-    # The weight is divided by √P, so a P of 0 is cut from a P of 1.
+    # The weight is divided by √P, so P = 0 is made by cutting P = 1.
     drawn = {**sizes, "P": max(sizes["P"], 1)}
     call = testing.draw_inputs(operator, drawn, dtype=dtype, device=device, optional=optional)
     for key, tensor in call.items():
@@ -50,7 +50,7 @@ def run(
     with_coupling: bool = True,
     form: str = "quadratic",
 ) -> Call:
-    """Results of both launchers by name; those of the inputs' gradients begin with "d_"."""
+    """Results of both launchers by name. Names of the inputs' gradients begin with "d_"."""
     operator = testing.OPERATORS[name]
     forward, backward = (getattr(kernels, f"{name}_{way}") for way in ("fwd", "bwd"))
     inputs = {key: call.get(key) for key in operator.axes}
@@ -87,7 +87,7 @@ def exact(
     form: str = "quadratic",
     dtype: torch.dtype = torch.float64,
 ) -> Call:
-    """The reference's results and gradients, by autograd of the einsum form in `dtype`."""
+    """The reference's results and gradients, from autograd of the einsum form in `dtype`."""
     operator = testing.OPERATORS[name]
     leaves = {
         key: call[key].to(dtype).detach().requires_grad_() for key in operator.axes if key in call
@@ -116,7 +116,7 @@ def exact(
 
 
 def assert_exact(actual: Call, expected: Call) -> None:
-    """float64 results of `run` against those of `exact`."""
+    """Compare float64 results of `run` with those of `exact`."""
     assert expected.keys() <= actual.keys()
     for key, exactly in expected.items():
         assert actual[key].is_contiguous()
@@ -126,14 +126,14 @@ def assert_exact(actual: Call, expected: Call) -> None:
 
 
 def assert_same_bits(actual: Call, expected: Call) -> None:
-    """Every result, to the last bit."""
+    """Compare every result to the last bit."""
     assert actual.keys() == expected.keys()
     for key, bits in expected.items():
         assert torch.equal(actual[key], bits), key
 
 
 class Allocations(TorchDispatchMode):
-    """Gives every new tensor a guard band on both sides and NaN inside; counts matrix products."""
+    """Give every new tensor guard bands on both sides and NaN inside, and count matrix products."""
 
     BAND = 64
     SENTINEL = 12345.0
@@ -152,7 +152,7 @@ class Allocations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "mm":
             self.products += 1
-        # What is not floating-point are the interpreter's own copies, made of bytes.
+        # Tensors that are not floating-point are the interpreter's own copies, as bytes.
         if isinstance(result, Tensor) and not func.is_view and result.is_floating_point():
             self.shapes.append(result.shape)
         is_empty = name in ("empty", "empty_like", "new_empty")
@@ -165,7 +165,7 @@ class Allocations(TorchDispatchMode):
         return inside.fill_(float("nan") if is_empty else 0.0).view(result.shape)
 
     def assert_bands_untouched(self) -> None:
-        """No kernel wrote beside a tensor."""
+        """Assert that no kernel wrote outside a tensor."""
         assert self.storages
         for storage in self.storages:
             bands = torch.cat([storage[: self.BAND], storage[-self.BAND :]])
@@ -174,7 +174,7 @@ class Allocations(TorchDispatchMode):
 
 @contextmanager
 def counted_launches() -> Iterator[list[str]]:
-    """The names of the kernels that are launched inside, interpreted or compiled."""
+    """Collect the names of the kernels that are launched inside, interpreted or compiled."""
     launched: list[str] = []
     kernel_type = type(kernels.squash._squash_fwd_kernel)
     run: Callable[..., Any] = kernel_type.run

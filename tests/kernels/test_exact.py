@@ -1,7 +1,7 @@
-"""The launchers against the reference in float64, interpreted on a CPU or on a GPU.
+"""The launchers agree with the reference in float64, interpreted on a CPU or run on a GPU.
 
-tests/ops draws the operators at random on every backend. Here is what the launchers alone can show:
-every mode is exact in float64, at edge shapes and in any tiling.
+tests/ops draws random calls of the operators on every backend. This file tests what only the
+launchers can show: every mode is exact in float64, at edge shapes and with any tiling.
 """
 
 import json
@@ -73,13 +73,13 @@ def test_axes_of_no_and_of_one_element(device, name, optional, extent, axis):
     ids=str,
 )
 def test_shapes_of_several_blocks(device, name, sizes):
-    """More rows, columns, components or input capsules than a program holds, both ways."""
+    """More rows, columns, components or input capsules than a program holds."""
     check(name, device, sizes, iterations=2)
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_any_tiling_of_a_table(device, name, tmp_path, monkeypatch):
-    """Several tiles to a split, several splits, and the blocks of a measured table."""
+    """Several tiles per split, several splits, and the blocks of a measured table."""
     architecture = _launch.target_of(torch.empty(0, device=device)).architecture
     tiling = {"BLOCK_I": 4, "GROUPS": 1, "num_warps": 1, "MAX_SPLITS": 3}
     fused = f"{architecture} float64 I53 P4 J3 D2"
@@ -119,7 +119,7 @@ def test_any_tiling_of_a_table(device, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("B", [3, 17])
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_large_prior_stays_within_the_batch(device, name, B):
-    """exp(prior) is beyond float32: a row past the end of the batch must not form it."""
+    """exp(prior) overflows float32, so a row past the end of the batch must not compute it."""
     call = draw(name, device, sized(B, 5, 4, 3, 6), dtype=torch.float32)
     call["prior"][0, 0] = 100.0
     actual = run(name, call)
@@ -129,8 +129,8 @@ def test_large_prior_stays_within_the_batch(device, name, B):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_the_least_prior_is_a_logit_like_any_other(device, name, dtype):
-    """A row of the value that masks are made of still sums to 1."""
+def test_the_lowest_prior_is_a_logit_like_any_other(device, name, dtype):
+    """Masks use this value, but a row that is full of it still sums to 1."""
     call = draw(name, device, dtype=dtype, optional=("prior",))
     call["prior"][1] = torch.finfo(dtype).min
     coupling = run(name, call)["coupling"]
@@ -157,7 +157,7 @@ def test_large_agreement_stays_finite(device, name):
 
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_float16_agrees(device, name):
-    """Sums are float32, so a half-precision result is at least as good as the einsum form's."""
+    """Sums are float32, so a half-precision result is at least as good as that of einsum."""
     call = draw(name, device, dtype=torch.float16)
     actual = run(name, call, with_coupling=False)
     if "sums" in actual:

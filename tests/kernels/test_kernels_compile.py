@@ -1,7 +1,7 @@
-"""Every kernel, in every configuration that the rules choose for the named shapes, compiles for
-every target without a GPU, fits into shared memory and keeps its values in registers.
+"""Every kernel compiles for every target, without a GPU.
 
-float64, which serves to check gradients, may spill.
+This covers every configuration that the rules choose for the named shapes. A kernel must fit into
+shared memory and keep its values in registers. float64 may spill: it serves to check gradients.
 """
 
 import inspect
@@ -43,13 +43,13 @@ MODULES = (
     squash,
 )
 FP32 = torch.float32
-# The tilings of these are the largest; the other named shapes need no more than they do.
+# These have the largest tilings. The other named shapes need no more.
 LARGE = ("MNIST", "1000 classes")
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    """Compile each launch once, and anew: whatever earlier versions have left in a cache."""
+    """Compile each launch once, and without a cache that earlier versions may have filled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with compile_report.compilers() as pool:
@@ -116,7 +116,7 @@ def every_mode(target_name):
     found = {}
     for iterations, with_prior, with_coupling, with_bias in product((3, 1, 2), *flags):
         for gradient in ("full", "last"):
-            # With fewer iterations there are fewer steps to unroll, of the same modes.
+            # Fewer iterations would unroll fewer steps, of the same modes.
             if iterations < 3 and not (with_prior == with_coupling == with_bias):
                 continue
             of_mode = launches(
@@ -139,7 +139,7 @@ def test_every_mode_compiles(pool, target_name):
 
 
 def test_extents_of_one_compile(pool):
-    """Triton makes an argument of 1 a constant, which not every operation on a tensor takes."""
+    """Triton turns an argument of 1 into a constant, which not every tensor operation accepts."""
     _, target = TARGETS["sm90"]
     found = compile_report.record_launches(
         (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_bias=True, with_coupling=True
@@ -159,7 +159,7 @@ def test_no_jit_function_is_forgotten():
     }
     assert {name for _, name in functions if name.endswith("_kernel")} == launched
     for module, name in functions:
-        # A private helper serves its own module, the others any.
+        # A private helper serves only its own module, the others serve any.
         callers = [sources[module]] if name.startswith("_") else sources.values()
         calls = sum(len(re.findall(rf"(?<!def )\b{name}[\(\[]", text)) for text in callers)
         assert calls > 0, f"{module.__name__}.{name} is never called"
@@ -192,5 +192,5 @@ def test_footprint_is_read_off_the_compiled_kernel(target_name, tmp_path, monkey
 
 def test_a_footprint_that_cannot_be_read_is_an_error():
     assembly = SimpleNamespace(asm={"amdgcn": ".vgpr_count: 12"})
-    with pytest.raises(ValueError, match=r"no count of registers in '\.vgpr_count: 12'"):
+    with pytest.raises(ValueError, match=r"no register count in '\.vgpr_count: 12'"):
         compile_report.footprint(assembly)

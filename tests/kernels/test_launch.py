@@ -1,4 +1,4 @@
-"""The launch rules, the measured table and the facts that they use. Needs Triton alone."""
+"""The launch rules, the measured table and the facts that they use. Needs only Triton."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_a_table_that_would_give_wrong_results_is_refused(tmp_path, monkeypatch,
     assert not _launch._table
 
 
-def test_a_table_with_a_keyword_that_the_rule_has_no_use_for_is_refused(monkeypatch):
+def test_a_table_with_a_keyword_that_the_rule_does_not_use_is_refused(monkeypatch):
     name = "weight_gradient sm90 float32 I5 P4 J3 D2"
     monkeypatch.setattr(_launch, "_table", {name: {"BLOCK_J": 2}})
     with pytest.raises(ValueError, match=r"sets \['BLOCK_J'\], but this rule sets \['BLOCK_B'"):
@@ -95,7 +95,7 @@ def test_launches_cover_the_capsules_and_fit(I, P, J, D, dtype, architecture, sh
     ("backend", "arch", "architecture"), [("cuda", 90, "sm90"), ("hip", "gfx942", "gfx942")]
 )
 def test_target_is_that_of_the_tensors_device(monkeypatch, backend, arch, architecture):
-    """Not of the current one: the architecture and the shared memory are asked for by index."""
+    """Not that of the current device: architecture and shared memory are requested by index."""
     current = []
 
     class Device:
@@ -173,7 +173,7 @@ def test_a_block_of_output_capsules_is_at_most_a_quarter_empty(J, block_j):
     assert launch["BLOCK_J"] == block_j
 
 
-def test_the_forward_alone_fetches_ahead_where_the_buffers_fit():
+def test_only_the_forward_prefetches_and_only_if_the_buffers_fit():
     def stages(shared_memory, backward):
         target = _launch.Target("sm90", shared_memory)
         launch, *_ = routing_pass.pass_launch(

@@ -1,4 +1,4 @@
-"""What the launchers touch and start: layouts, guard bands, batch rows, launches, devices."""
+"""What the launchers read, write and start: layouts, guard bands, batch rows, launches, devices."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ EVERY = ("squash", "prediction_vectors", *ROUTINGS)
     gradient=st.sampled_from(["full", "last"]),
 )
 def test_layout_changes_no_bit(device, name, layouts, iterations, gradient):
-    """Inputs and gradients of any strides, NaN beside their values, give contiguous ones' bits."""
+    """Strided inputs and gradients, with NaN between the values, give the contiguous bits."""
     call = draw(name, device, {"B": 3, "I": 7, "P": 2, "J": 3, "D": 5}, dtype=torch.float32)
     views = {
         key: testing.with_layout(tensor, layout)
@@ -69,7 +69,7 @@ def test_equal_bits_from_run_to_run(device, name):
     assert_same_bits(run(name, call), run(name, call))
 
 
-# The interpreter's maximum of a row of NaN is numpy's, which warns and returns NaN.
+# The interpreter uses numpy's maximum, which warns about a row of NaN and returns NaN.
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("name", "optional"),
@@ -82,10 +82,10 @@ def test_equal_bits_from_run_to_run(device, name):
     ],
 )
 def test_batch_rows_do_not_depend_on_the_batch(device, name, optional):
-    """A slice of the batch, or one row alone, gives the bits of the batch; NaN stays in its row.
+    """A slice of the batch, or a single row, gives the bits of the batch. NaN stays in its row.
 
-    Without a prior the first sums of the fused routing come from the vendor's matrix product, whose
-    order of additions may depend on the batch. There is no such promise there.
+    Without a prior, the first sums of the fused routing come from the vendor's matrix product. Its
+    order of additions may depend on the batch, so nothing is promised there.
     """
     sizes = {"B": 19, "I": 9, "P": 3, "J": 4, "D": 5}
     call = draw(name, device, sizes, dtype=torch.float32, optional=optional)
@@ -105,7 +105,7 @@ def test_batch_rows_do_not_depend_on_the_batch(device, name, optional):
 @pytest.mark.parametrize("gradient", ["full", "last"])
 @pytest.mark.parametrize("optional", [(), None], ids=["", "all"])
 @pytest.mark.parametrize("name", EVERY)
-def test_nothing_beside_a_tensor_is_written_and_all_of_it_is(device, name, optional, gradient):
+def test_a_tensor_is_written_completely_and_nothing_outside_it(device, name, optional, gradient):
     sizes = {"B": 3, "I": 11, "P": 2, "J": 3, "D": 7}
     call = draw(name, device, sizes, optional=optional)
     before = {key: tensor.clone() for key, tensor in call.items()}
@@ -162,7 +162,7 @@ def test_a_pass_launches_few_kernels_and_stores_no_u_hat(device):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_launch_is_made_on_the_tensors_device(device, monkeypatch, name):
-    """Triton launches on the current device, whichever the tensors are on."""
+    """Triton launches on the current device, whatever device the tensors are on."""
     entered = []
 
     class Guard:

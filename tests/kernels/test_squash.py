@@ -1,4 +1,4 @@
-"""Both forms of squash, value and gradient, at every length that a float has."""
+"""Both forms of squash, value and gradient, at every length that a float can have."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_forms_are_exact(device, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exponent", [-300, -150, -40, -20, -8, -3, -1, 0, 1, 2, 5, 8, 30, 37, 300])
 def test_exponential_is_accurate_at_every_length(device, dtype, exponent):
-    """Each row has length 5, 3·10^exponent or a little beside 1; the error is a few roundings."""
+    """Rows have length 5, 3·10^exponent or close to 1. The error is a few roundings."""
     finfo = torch.finfo(dtype)
     lengths = [n for n in (3.0 * 10.0**exponent, 0.999, 1.0, 1.001, 5.0) if n < finfo.max]
     lengths = [n for n in lengths if n > finfo.tiny * 64]
@@ -56,7 +56,7 @@ def test_exponential_of_a_zero_row_is_zero_and_its_gradient_the_identity(device,
     assert torch.equal(kernels.squash_bwd(grad, s, "exponential"), grad)
 
 
-# A length beyond the largest float is infinity, which does no harm; numpy warns of it.
+# A length beyond the largest float is infinity. This does no harm, but numpy warns about it.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", FORMS)

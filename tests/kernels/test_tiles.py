@@ -48,8 +48,8 @@ def _product_kernel(a_ptr, b_ptr, product_ptr, PRECISION: tl.constexpr, N: tl.co
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3", "ieee"])
-def test_no_rounding_makes_a_number_of_nan(device, precision, bits):
-    """Arithmetic on an NVIDIA GPU makes NaN of all ones, to which one cannot add as to a number."""
+def test_rounding_never_turns_nan_into_a_number(device, precision, bits):
+    """An NVIDIA GPU writes NaN as all ones. Adding to these bits, as rounding does, overflows."""
     a, b = (random(16, 16, dtype=torch.float32, seed=seed).to(device) for seed in (0, 1))
     for operand, lost in ((a, (3, slice(None))), (b, (slice(None), 3))):
         product = torch.empty_like(a)
@@ -66,8 +66,8 @@ def _operand_kernel(x_ptr, operand_ptr, N: tl.constexpr):
     tl.store(operand_ptr + offsets, _tf32_operand(tl.load(x_ptr + offsets)))
 
 
-def test_what_a_tf32_multiplier_reads_of_nan_is_nan(device):
-    """It does not read the 13 lowest bits, in which a NaN may have all its ones."""
+def test_a_tf32_multiplier_reads_nan_as_nan(device):
+    """It does not read the 13 lowest bits, which may hold all ones of a NaN."""
     x = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32, device=device)
     operand = torch.empty_like(x)
     _operand_kernel[(1,)](x.view(torch.float32), operand.view(torch.float32), N=4)

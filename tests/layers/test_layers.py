@@ -12,7 +12,7 @@ from tritoncaps import (
     reference,
 )
 
-# Every argument has another value than its default.
+# Every argument differs from its default.
 BUILDS = [
     PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1),
     RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True, input_length=0.25),

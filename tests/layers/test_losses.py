@@ -1,4 +1,4 @@
-"""Losses as modules: the functions behind them, their defaults, empty batches, dtypes."""
+"""Losses as modules: the functions behind them, defaults, empty batches and dtypes."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_modules_are_the_functions():
     torch.testing.assert_close(loss, expected)
 
 
-def test_of_an_empty_batch_is_zero(device):
+def test_an_empty_batch_gives_zero(device):
     images = torch.empty(0, 1, 4, 4, device=device, requires_grad=True)
     target = torch.empty(0, dtype=torch.int64, device=device)
     loss = CapsuleLoss()(torch.empty(0, 10, device=device), target, images, images.detach())

@@ -1,4 +1,4 @@
-"""`load_model`: what it takes from a directory or a file, and what it says where it finds none."""
+"""`load_model`: what it reads from a directory or a file, and its errors if there is none."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture
 def run(tmp_path, model):
-    """A run directory as training leaves it; the weights of its last epoch are zeros."""
+    """A run directory as training leaves it. The weights of its last epoch are zeros."""
     write_sealed(tmp_path / "model_best.safetensors", model.state_dict(), HEADER)
     zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     state = {"model": zeros, "args": {"model": "capsnet", "model_kwargs": KWARGS, "lr": 0.1}}
@@ -31,7 +31,7 @@ def run(tmp_path, model):
 
 @pytest.fixture
 def foreign(tmp_path, model):
-    """The same weights as another program wrote them, and what says which model they are of."""
+    """The same weights as another program would write them, with a config that names the model."""
     path = tmp_path / "foreign.safetensors"
     save_file(model.state_dict(), path)
     config = {"model": "capsnet", "model_kwargs": KWARGS}
@@ -91,7 +91,7 @@ class TestWhatIsLoaded:
 
 
 def assert_refused(path, *parts):
-    """The error names the function and every part."""
+    """The error names the function and contains every part."""
     with pytest.raises(CheckpointError) as error:
         load_model(path)
     message = str(error.value)
@@ -121,7 +121,7 @@ class TestRefusal:
     def test_neither_a_header_nor_a_config(self, foreign):
         (foreign.parent / "config.json").unlink()
         advice = 'write one, such as {"model": "capsnet", "model_kwargs": {}}'
-        assert_refused(foreign, foreign, "does not say which model it is of", advice)
+        assert_refused(foreign, foreign, "does not say which model it belongs to", advice)
 
     @pytest.mark.parametrize(
         ("content", "message"),

@@ -1,4 +1,4 @@
-"""Models: parameters and layers of the papers, names, any images, one bad image, autocast."""
+"""Models: the papers' parameters and layers, names, any images, one bad image, autocast."""
 
 import pytest
 import torch

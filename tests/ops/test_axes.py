@@ -1,4 +1,4 @@
-"""What every operator promises of its axes: their order carries over, and images stay apart."""
+"""What every operator promises about its axes: order carries over, and images do not mix."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tritoncaps.testing import OPERATORS, cases
 
 same_device = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-# Interpreted kernels compute with NumPy, which warns of the NaN that a test feeds it.
+# Interpreted kernels compute with NumPy, which warns about the NaN that a test passes in.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # The target of margin_loss tells its classes and images apart.
@@ -19,7 +19,7 @@ SYMMETRIC = [row for row in OPERATORS.values() if row.name != "margin_loss"]
 @same_device
 @given(data=st.data())
 def test_order_along_an_axis_carries_over(device, operator, data):
-    """Whatever has the axis comes out in its new order, and all else unchanged.
+    """Reordering an input reorders the results with that axis and changes nothing else.
 
     This holds for images, for input and output capsules, and for the dimensions of a pose.
     """
@@ -45,7 +45,7 @@ def test_order_along_an_axis_carries_over(device, operator, data):
 @same_device
 @given(data=st.data())
 def test_another_image_changes_nothing(device, operator, data):
-    """Not even one of NaN, whose own result is NaN."""
+    """Not even an image of NaN, whose own result is NaN."""
     case = data.draw(cases(operator, (torch.float64,)))
     inputs = case.inputs(operator, device)
     batched = [key for key, axes in operator.axes.items() if axes.startswith("B") and key in inputs]

@@ -1,4 +1,4 @@
-"""How a call finds its backend, and what torch makes of several operators together."""
+"""How a call finds its backend, and how torch handles several operators together."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from tritoncaps._operators import _dispatch
 from tritoncaps.testing import OPERATORS, draw_inputs
 
 
-def test_a_missing_triton_leaves_no_kernels_and_any_other_gap_is_an_error(monkeypatch):
+def test_a_missing_triton_means_no_kernels_and_other_missing_modules_are_errors(monkeypatch):
     def missing(name):
         def import_module(module):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
@@ -45,7 +45,7 @@ def test_a_refused_shape_takes_the_torch_path_with_one_warning(monkeypatch):
         ops.squash(s)
 
 
-def test_vmap_over_no_slice_is_an_error(device):
+def test_vmap_over_an_empty_axis_is_an_error(device):
     inputs = draw_inputs(OPERATORS["fused_dynamic_routing"], device=device)
     no_weight = inputs["weight"].new_empty(0, *inputs["weight"].shape)
     with pytest.raises(ValueError, match="has 0 slices"):
@@ -63,7 +63,7 @@ def whole(u, weight, prior, pose):
 
 
 def test_all_operators_compile_into_one_graph_with_inductor(device):
-    """A dynamic batch; inductor asserts the strides of what it goes on computing with."""
+    """The batch is dynamic. Inductor asserts the strides of every result that it uses."""
     torch._dynamo.reset()
     compiled = torch.compile(whole, fullgraph=True, dynamic=True)
     for batch in (3, 5):
@@ -72,7 +72,7 @@ def test_all_operators_compile_into_one_graph_with_inductor(device):
         leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
         results = []
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # inductor's dependencies deprecate what it uses
+            warnings.simplefilter("ignore")  # inductor uses deprecated functions
             for function in (compiled, whole):
                 loss = function(**leaves)
                 results.append([loss, *torch.autograd.grad(loss, list(leaves.values()))])

@@ -1,4 +1,4 @@
-"""Routing by agreement, of prediction vectors in memory and fused with their computation."""
+"""Routing by agreement: of prediction vectors in memory, and fused with their computation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A row of the table has one name on every floor, and torch knows what the row says."""
+"""An operator has one name on every floor, and is registered with torch as its row says."""
 
 import inspect
 from pathlib import Path
@@ -14,17 +14,17 @@ PACKAGE = Path(tritoncaps.__file__).parent
 ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path")}
 REGISTERED = {name: row for name, row in OPERATORS.items() if row.registered is not None}
 DIRECTIONS = ("fwd", "bwd")
-# Of the torch path: what several operators share.
+# Files of the torch path that several operators share.
 SHARED = {"_chunks", "_images", "_loop", "_precision", "_slices"}
 
 
 def modules(room):
-    """The files of a room, without what they share."""
+    """The files of a room, except those that the others share."""
     return {path.stem for path in ROOMS[room].glob("*.py")} - SHARED - {"__init__"}
 
 
 def exported(module):
-    """The operators of which a backend has functions."""
+    """The operators for which a backend has functions."""
     functions = [name for name in module.__all__ if name.endswith(("_fwd", "_bwd"))]
     names = {name[:-4] for name in functions}
     assert sorted(functions) == sorted(f"{name}_{way}" for name in names for way in DIRECTIONS)
@@ -56,7 +56,7 @@ def test_the_torch_path_has_each_operator_and_no_more():
 
 
 def test_the_kernels_are_those_of_the_torch_path():
-    """Names and arguments: a call goes to one or the other."""
+    """Names and arguments match, because a call goes to one or the other."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     from tritoncaps import kernels
 
@@ -71,7 +71,7 @@ def test_the_kernels_are_those_of_the_torch_path():
 
 
 @pytest.mark.parametrize("name", REGISTERED)
-def test_the_row_says_what_torch_was_told(name):
+def test_the_row_agrees_with_the_registration(name):
     row = REGISTERED[name]
     assert row.registered.forward._qualname == f"tritoncaps::{name}"
     assert row.registered.backward._qualname == f"tritoncaps::{name}_backward"
@@ -83,7 +83,7 @@ def test_the_row_says_what_torch_was_told(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_function_and_its_reference_are_called_alike(name):
-    """Same arguments in the same order, and same defaults; the row names them all."""
+    """They have the same arguments, order and defaults, and the row names them all."""
     ours, theirs = (inspect.signature(getattr(module, name)) for module in (ops, reference))
     assert list(ours.parameters) == list(theirs.parameters)
     for argument, parameter in ours.parameters.items():
@@ -91,7 +91,7 @@ def test_the_function_and_its_reference_are_called_alike(name):
         assert parameter.kind == theirs.parameters[argument].kind, argument
     row = OPERATORS[name]
     unnamed = set(ours.parameters) - set(row.axes) - set(row.options)
-    # test_squash_operator.py and test_margin_loss.py have what is beyond the table.
+    # Not in the table. test_squash_operator.py and test_margin_loss.py test these.
     special = {"squash": {"dim"}, "margin_loss": {"target", "m_pos", "m_neg", "down_weight"}}
     assert unnamed == special.get(name, set())
 

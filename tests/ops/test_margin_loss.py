@@ -1,4 +1,4 @@
-"""Margin loss: every kind of target and reduction, and what torch does with a function."""
+"""Margin loss: every kind of target and reduction, vmap and fake tensors."""
 
 from functools import partial
 
@@ -43,7 +43,7 @@ def test_every_target_and_reduction_agrees(device, reduction, B, K, target, seed
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_of_an_empty_batch_is_zero(device, reduction):
+def test_an_empty_batch_gives_zero(device, reduction):
     activations = torch.empty(0, 10, device=device, requires_grad=True)
     target = torch.empty(0, dtype=torch.int64, device=device)
     loss = ops.margin_loss(activations, target, reduction=reduction)
@@ -59,7 +59,7 @@ def test_vmap_over_activations_and_targets(device):
     torch.testing.assert_close(each, ops.margin_loss(activations, target, reduction="none"))
 
 
-def test_of_fake_tensors():
+def test_fake_tensors_work():
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.margin_loss(torch.rand(3, 10), torch.zeros(3, dtype=torch.int64))
     assert fake.shape == ()

@@ -1,4 +1,4 @@
-"""One pass of routing with a given pose: what it is made of, and what is made of it."""
+"""One pass of routing with a given pose: its parts, and the routings built from it."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_prior_and_bias_are_not_mistaken_for_each_other(device):
 
 
 def test_it_takes_the_poses_of_attention_routing(device):
-    """Efficient-CapsNet's self-attention is one pass: pose = Σ_i û/√D, and a learned bias."""
+    """Efficient-CapsNet's self-attention is one pass with pose = Σ_i û/√D and a learned bias."""
     inputs = drawn(device, "bias")
     votes = ops.prediction_vectors(inputs["u"], inputs["weight"])
     inputs["pose"] = votes.sum(dim=1) / SIZES["D"] ** 0.5
@@ -99,7 +99,7 @@ def test_it_takes_the_poses_of_attention_routing(device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 def test_strides_change_no_bit(device, layout, grad_layout):
-    """NaN beside the values is not read, and gradients are contiguous."""
+    """NaN between the values is not read, and gradients are contiguous."""
     views = drawn(device, "prior", "bias", dtype=torch.float32, layout=layout)
     copies = {name: view.contiguous().clone() for name, view in views.items()}
     options = {"return_coupling": True}
@@ -110,14 +110,14 @@ def test_strides_change_no_bit(device, layout, grad_layout):
         assert result.is_contiguous(), name
         if INTERPRETED or result.is_cuda:
             assert torch.equal(result, bits[name]), name
-        else:  # a product of other strides may take another path in the library
+        else:  # a product with other strides may take another path in the library
             torch.testing.assert_close(result, bits[name])
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_an_image_has_the_same_bits_in_any_batch(device):
     if not (INTERPRETED or device.type == "cuda"):
-        pytest.skip("torch's own products may add in another order for another batch")
+        pytest.skip("torch's own products may add in a different order for another batch size")
     inputs = drawn(device, "prior", "bias", sizes=SIZES | {"B": 19}, dtype=torch.float32)
     inputs["u"][3] = float("nan")
     options = {"return_coupling": True}
@@ -128,7 +128,7 @@ def test_an_image_has_the_same_bits_in_any_batch(device):
 
 
 def evaluate_rows(inputs, rows, options):
-    """Results and gradients of some images, with the same gradients of the results."""
+    """Results and gradients of some images, given the same gradients of the results."""
     batched = {name for name, axes in PASS.axes.items() if axes.startswith("B")}
     leaves = {
         n: (x[rows] if n in batched else x).clone().requires_grad_() for n, x in inputs.items()

@@ -1,4 +1,4 @@
-"""Squash: any shape and axis, and lengths from 0 to the largest number."""
+"""Squash: any shape and axis, and any length from 0 to the largest number."""
 
 from functools import partial
 
@@ -33,8 +33,8 @@ def test_any_shape_and_axis_agrees(device, shape, dim, form, grad_layout, scale,
     options = {"dim": dim % len(shape), "form": form}
 
     def rounded_reference(s, **options):
-        # In 16 or 32 bits its square under- or overflows. Evaluated in float64 and rounded, it
-        # leaves the operator no more than roundings.
+        # In 16 or 32 bits its square underflows or overflows. It is evaluated in float64 and
+        # rounded, so the operator may be off by no more than roundings.
         return reference.squash(s.double(), **options).to(s.dtype)
 
     # The derivative along s is e⁻ⁿ, or about 2/n³. The reference takes it as the difference of
@@ -55,7 +55,7 @@ def test_any_shape_and_axis_agrees(device, shape, dim, form, grad_layout, scale,
 @every_form
 @pytest.mark.parametrize("length", LENGTHS)
 def test_value_and_gradient_are_right_at_any_length(device, length, form):
-    """Each is finite and relatively accurate, also where the square of the length is not."""
+    """Both are finite and relatively accurate, even where the square of the length is not."""
     s = torch.tensor([[0.6, 0.0, -0.8]], dtype=torch.float64) * length
     s = s.float().to(device)
     results = []
@@ -70,7 +70,7 @@ def test_value_and_gradient_are_right_at_any_length(device, length, form):
 @every_form
 @every_dtype
 def test_gradient_at_zero(device, form, dtype):
-    """A dead capsule gets no gradient from "quadratic", and all of it from "exponential"."""
+    """A dead capsule gets no gradient through "quadratic", and all of it through "exponential"."""
     s = torch.zeros(2, 8, dtype=dtype, device=device)
     (v,), grads = gradients(partial(ops.squash, form=form), {"s": s})
     assert not v.any()
@@ -78,12 +78,12 @@ def test_gradient_at_zero(device, form, dtype):
     assert torch.equal(grads["s"], identity * SLOPE_AT_ZERO[form])
 
 
-# The interpreter computes the length with NumPy, which warns that it is infinite.
+# The interpreter computes the length with NumPy, which warns that it overflows.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @every_form
 @every_dtype
 def test_the_largest_components(device, dtype, form):
-    """Their length is beyond the dtype; their squash is not."""
+    """Their length overflows the dtype, but their squash does not."""
     s = torch.full((2, 8), torch.finfo(dtype).max, dtype=dtype, device=device)
     (v,), grads = gradients(partial(ops.squash, form=form), {"s": s})
     torch.testing.assert_close(v, torch.full_like(v, 8**-0.5))
@@ -95,7 +95,7 @@ def test_the_largest_components(device, dtype, form):
 @pytest.mark.parametrize("component", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("beside", [0.0, 1.0, 1e30])
 def test_one_bad_component_spoils_its_vector(device, beside, component, form):
-    """The length is unknown, so no component may pass for known."""
+    """The length is unknown, so all components must be NaN."""
     s = torch.tensor([[component, beside], [1.0, beside]], device=device)
     (v,), grads = gradients(partial(ops.squash, form=form), {"s": s})
     for result in (v, grads["s"]):
@@ -114,7 +114,7 @@ def test_shapes_without_elements_and_without_batch(device, shape, form):
 @every_form
 @every_dtype
 def test_direction_stays_and_length_is_below_one(device, dtype, form):
-    # Up to the largest length whose squash is below 1 in the dtype's own roundings.
+    # Up to the largest length whose squash does not round to 1 in the dtype.
     roundings = torch.finfo(dtype).eps
     largest = {
         "quadratic": 0.5 * roundings**-0.5,
@@ -127,14 +127,14 @@ def test_direction_stays_and_length_is_below_one(device, dtype, form):
     v = ops.squash(s, form=form).double()
     norms = v.norm(dim=-1)
     assert (norms < 1).all()
-    assert (norms.diff() > -2 * roundings).all(), "longer in, longer out"
+    assert (norms.diff() > -2 * roundings).all(), "a longer input must give a longer output"
     cosine = torch.nn.functional.cosine_similarity(v, s.double())
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=4 * roundings, atol=0)
 
 
 @every_dtype
 def test_short_vectors_pass_almost_unchanged_under_exponential(device, dtype):
-    """1 − e⁻ⁿ is n − n²/2 + …: computed as a difference it would lose every digit."""
+    """1 − e⁻ⁿ is n − n²/2 + …. Computed as a difference, it would lose every digit."""
     lengths = torch.tensor([1e-7, 1e-5, 1e-3], dtype=torch.float64)
     s = (lengths[:, None] * torch.tensor([0.6, 0.0, -0.8])).to(dtype).to(device)
     v = ops.squash(s, form="exponential")

@@ -1,4 +1,4 @@
-"""Every operator of the table passes every check."""
+"""Every operator in the table passes every check."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How the torch path slices its work: each way gives the same, and the rule chooses well."""
+"""How the torch path slices its work: every way gives the same, and the rule chooses well."""
 
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -24,21 +24,21 @@ ROUTINGS = [row for row in OPERATORS.values() if "coupling?" in row.outputs]
 
 @contextmanager
 def caches(level_2, level_3):
-    """Let all threads together have so many bytes of level-2 cache, and so many of level 3."""
+    """Set the sizes in bytes of the threads' level-2 caches together, and of level 3."""
     level_2_of_each = -(-level_2 // torch.get_num_threads())
     sizes = {2: level_2_of_each, 3: level_3}
     with mock.patch.object(_slices, "cache_bytes", sizes.__getitem__):
         yield
 
 
-# How many images at once, where the batch has as many; 0 is a chunk of input capsules at a time.
-# A single pass has no such choice. It takes the images that the cache holds.
+# The images at a time, if the batch has as many. 0 means a chunk of input capsules at a time. A
+# single pass has no such choice: it takes the images that the cache holds.
 WAYS = {"all images": 1 << 20, "two images": 2, "one image": 1, "chunks": 0}
 
 
 @contextmanager
 def sliced(way, chunk=2000):
-    """Have the routings go one way, with chunks of so many bytes."""
+    """Make the routings slice their work one way, with chunks of so many bytes."""
 
     def size_of(inputs, *args, **options):
         return min(WAYS[way], max(1, len(inputs)))
@@ -57,7 +57,7 @@ chunks = st.sampled_from([1, 2000, 50_000])
 
 @pytest.mark.parametrize("operator", ROUTINGS, ids=str)
 @given(data=st.data(), way=ways, chunk=chunks)
-def test_a_routing_agrees_whatever_is_sliced(operator, data, way, chunk):
+def test_a_routing_agrees_however_it_is_sliced(operator, data, way, chunk):
     case = data.draw(cases(operator))
     with sliced(way, chunk):
         results = compare(operator, case, CPU)
@@ -76,22 +76,22 @@ def test_prediction_vectors_in_chunks(cache, dtype):
     assert_close(actual, operator.reference(**exact).to(dtype))
 
 
-# Beyond the ways that a small batch goes by itself.
+# Ways that a small batch does not take by itself.
 SLICED = [("fused_dynamic_routing", way) for way in WAYS if way != "all images"]
 SLICED += [("dynamic_routing", "two images"), ("dynamic_routing", "one image")]
 SLICED += [("routing_pass", "one image")]
 
 
 @pytest.mark.parametrize(("operator", "way"), SLICED)
-def test_torch_knows_the_operator_whatever_is_sliced(operator, way):
-    """Results have the strides that their fakes promise to the compiler."""
+def test_registration_is_right_however_it_is_sliced(operator, way):
+    """Results have the strides that their fakes promise the compiler."""
     with sliced(way):
         CHECKS["registration"](OPERATORS[operator], CPU)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_compiles_with_inductor_whatever_is_sliced(way):
-    """Inductor asserts the strides of what it goes on computing with."""
+def test_compiles_with_inductor_however_it_is_sliced(way):
+    """Inductor asserts the strides of every result that it uses."""
     torch._dynamo.reset()
     inputs = draw_inputs(OPERATORS["fused_dynamic_routing"], optional=())
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
@@ -100,7 +100,7 @@ def test_compiles_with_inductor_whatever_is_sliced(way):
         return ops.fused_dynamic_routing(u.sin(), weight.cos()).square().sum()
 
     with warnings.catch_warnings(), sliced(way):
-        warnings.simplefilter("ignore")  # inductor's dependencies deprecate what it uses
+        warnings.simplefilter("ignore")  # inductor uses deprecated functions
         compiled = torch.compile(whole, fullgraph=True)
         results = [torch.autograd.grad(f(*leaves), leaves) for f in (compiled, whole)]
     assert_close(*results)
@@ -108,7 +108,7 @@ def test_compiles_with_inductor_whatever_is_sliced(way):
 
 @pytest.mark.parametrize("operator", ROUTINGS, ids=str)
 @given(data=st.data(), way=ways)
-def test_nan_stays_in_its_image_whatever_is_sliced(operator, data, way):
+def test_nan_stays_in_its_image_however_it_is_sliced(operator, data, way):
     case = data.draw(cases(operator, (torch.float32,)))
     inputs = {name: x.contiguous().clone() for name, x in case.inputs(operator).items()}
     first = next(iter(inputs))
@@ -138,7 +138,8 @@ def test_squash_where_float32_is_summed_in_itself(monkeypatch, length, form):
 
 # The rule -----------------------------------------------------------------------------------------
 
-# B, I, P, J, D, iterations, then images at once, forward and backward, with caches of 2 and 32 MB.
+# (B, I, P, J, D, iterations), then the images at a time, forward and backward, with caches of 2 and
+# 32 MB.
 RULE = {
     "MNIST": ((64, 1152, 8, 10, 16, 3), 11, 0),
     "MNIST, one iteration": ((64, 1152, 8, 10, 16, 1), 0, 0),
@@ -194,7 +195,7 @@ def test_a_group_is_no_larger_than_the_caches_or_the_weight(sizes, backward):
 
 
 def test_many_iterations_make_a_group_smaller():
-    """The backward keeps the couplings of all of them."""
+    """The backward keeps the couplings of every iteration."""
     with caches(2 * MB, 32 * MB):
         u, u_hat = torch.empty(16, 0), torch.empty(16, 1152, 10, 16)
         few, many = (
@@ -245,7 +246,7 @@ LISTED = (("1", "Data", "32K"), ("2", "Unified", "1024K"), ("3", "Unified", "327
 
 
 @pytest.mark.parametrize(("level", "expected"), [(2, MB), (3, 32 * MB)])
-def test_cache_sizes_are_the_systems(read, level, expected):
+def test_cache_sizes_come_from_the_system(read, level, expected):
     assert read(level, *LISTED) == expected
 
 
@@ -254,7 +255,7 @@ UNKNOWN = [(("2", "Unified", text), ("3", "Unified", text)) for text in ("", "?"
 
 @pytest.mark.parametrize(("level", "expected"), [(2, MB), (3, 8 * MB)])
 @pytest.mark.parametrize("listed", [(), LISTED[:1], *UNKNOWN])
-def test_cache_sizes_that_the_system_does_not_tell(read, level, expected, listed):
+def test_cache_sizes_that_the_system_does_not_know(read, level, expected, listed):
     assert read(level, *listed) == expected
 
 

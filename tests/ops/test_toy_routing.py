@@ -1,6 +1,6 @@
-"""A routing that the package does not have costs its own functions and one row.
+"""A routing that the package does not have takes only its own functions and one row.
 
-Here: uniform coupling, s_j = Σ_i û_ij / J. Nothing below the row is written for it.
+The toy has uniform coupling, s_j = Σ_i û_ij / J. Nothing after the row is written for it.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from tritoncaps import _checks, testing
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
-# The mathematics, its twin in plain torch, and what torch is told of it.
+# The mathematics, its twin in plain torch, and its registration with torch.
 
 
 def reference(u_hat):
@@ -45,7 +45,7 @@ registered = register(
 )
 
 
-# What a user calls, and the row.
+# The function that a user calls, and the row.
 
 
 def uniform_routing(u_hat):
@@ -64,7 +64,7 @@ TOY = testing.Operator(
 
 @pytest.fixture(autouse=True)
 def on_the_torch_path(monkeypatch):
-    """It has no Triton kernel: where kernels would be called, its torch path runs."""
+    """It has no Triton kernel, so its torch path runs where kernels would be called."""
     from tritoncaps._operators import _dispatch
 
     monkeypatch.setattr(_dispatch, "_kernels", lambda: None)

@@ -1,4 +1,4 @@
-"""The mutation check: a mutant changes one thing that runs, and never the working tree."""
+"""The mutation check: a mutant changes one piece of code that runs, never the working tree."""
 
 import ast
 
@@ -80,7 +80,7 @@ def test_every_file_has_tests():
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of one function, of which the tests notice one of two changes."""
+    """A project with one function, whose tests notice one of two changes."""
     root = tmp_path / "project"
     for folder in ("tritoncaps/data", "kernels", "models", "examples", "tests/data"):
         (root / folder).mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""The operators as torch knows them, one file an operator.
+"""The operators as torch sees them, one file per operator.
 
-`_register.py` holds what all of them share, `_dispatch.py` the rule that chooses the backend.
+`_register.py` holds what they share. `_dispatch.py` holds the rule that chooses the backend.
 """
 
 from tritoncaps._operators._dispatch import INTERPRETED

@@ -1,7 +1,7 @@
 """The one rule that chooses the backend of a call.
 
-The backends are `tritoncaps.kernels` and `tritoncaps._torch_path`. Both hold functions of the same
-names and signatures, `<operator>_fwd` and `<operator>_bwd`.
+The backends are `tritoncaps.kernels` and `tritoncaps._torch_path`. Both define functions with the
+same names and signatures, `<operator>_fwd` and `<operator>_bwd`.
 """
 
 import os
@@ -22,10 +22,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", 
 def run(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function of the torch path, or its twin among the Triton kernels.
 
-    The kernels run CUDA and ROCm tensors, and CPU tensors where TRITON_INTERPRET=1 asks for it. The
-    torch path runs every other device, any platform without Triton, and shapes that no launch fits;
-    of such a shape the user is told once. Autocast is off inside: it has cast at the operator's
-    boundary, and a backward may run where its forward did not.
+    The kernels run CUDA and ROCm tensors, and with TRITON_INTERPRET=1 also CPU tensors. The torch
+    path runs on every other device, on platforms without Triton, and for shapes that no launch
+    fits. For such a shape the user is warned once. Autocast is off inside. It has already cast at
+    the operator's boundary, and a backward may run outside the autocast block of its forward.
     """
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     device_type = tensor.device.type
@@ -45,7 +45,7 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The Triton kernels, or None on a platform that has no Triton."""
+    """The Triton kernels, or None on a platform without Triton."""
     try:
         return import_module("tritoncaps.kernels")
     except ModuleNotFoundError as error:
@@ -58,11 +58,11 @@ _warned: dict[str, object] = {}
 
 
 def _warn_once(message: str) -> None:
-    """Give each warning once in a process, also when several threads arrive together."""
+    """Give each warning once per process, even if several threads arrive together."""
     token = object()
     if _warned.setdefault(message, token) is token:
         try:
             warnings.warn(message, stacklevel=2)
-        except Warning:  # a filter turns it into an error: raise that every time
+        except Warning:  # a filter turns it into an error, which is raised every time
             del _warned[message]
             raise

@@ -1,11 +1,11 @@
-"""What torch has to be told of an operator, derived from one declaration.
+"""Everything that torch needs to know about an operator, derived from one declaration.
 
-Each operator is opaque to the compiler: one node in a graph, one boundary a call, whatever happens
-inside. `register` gives it a schema, a fake (shapes and dtypes alone), an autograd formula whose
-backward is an operator too, an autocast rule, a vmap rule and FLOP counts.
+Each operator is opaque to the compiler: one node in a graph and one boundary per call, whatever
+happens inside. `register` gives it a schema, a fake (shapes and dtypes only), an autograd formula
+whose backward is an operator too, an autocast rule, a vmap rule and FLOP counts.
 
-Axes are written as in "B I P". A name that ends in "?" is optional: an input may be None, an output
-that was not asked for is an empty tensor of shape (0,).
+Axes are written as in "B I P". A name that ends in "?" is optional: such an input may be None, and
+such an output is an empty tensor of shape (0,) if it was not asked for.
 """
 
 import inspect
@@ -21,13 +21,13 @@ from torch.utils.flop_counter import register_flop_formula
 from tritoncaps._torch_path import accumulation_dtype
 
 Axes = Mapping[str, str]
-# FLOPs from the sizes of the axes and from the call's arguments, where a tensor is its shape.
+# Counts FLOPs, given the sizes of the axes and the arguments of the call, with shapes for tensors.
 Flops = Callable[[dict[str, int], dict[str, Any]], int]
 
 
 @dataclass(frozen=True)
 class Registered:
-    """An operator that torch knows: its declaration, and what is called forward and backward."""
+    """An operator that torch knows: its declaration, and its forward and backward functions."""
 
     inputs: Axes
     outputs: Axes
@@ -48,17 +48,17 @@ def register(
     """Register `tritoncaps::<name>` and `tritoncaps::<name>_backward`.
 
     Args:
-        name: the operator's name on every floor.
-        forward: takes the inputs, in the order of `inputs`, then options; returns the outputs.
-        backward: its parameters say what it needs, by name: `grad_<output>` for a gradient (None
-            where the loss did not use an optional output), an input, an output or an option of the
-            forward. It returns a gradient for each input, or None where the input is None; for a
-            single input the gradient itself.
-        inputs: axes by name. Where "B" is among them it comes first. "..." stands for any axes
-            that the operator treats alike.
-        outputs: axes by name; an output with the axis "r" (iterations) is in the accumulation type.
+        name: the operator's name throughout the package.
+        forward: takes the inputs, in the order of `inputs`, then the options. Returns the outputs.
+        backward: its parameter names say what it needs: `grad_<output>` for a gradient (None if the
+            loss did not use an optional output), or an input, an output or an option of the
+            forward. It returns a gradient for each input, or None if the input is None. With a
+            single input it returns the gradient itself.
+        inputs: axes by name. "B", if present, comes first. "..." stands for any axes that the
+            operator treats alike.
+        outputs: axes by name. An output with the axis "r" (iterations) is in the accumulation type.
         flops: counts the products of a call, two operations for each multiply-add.
-        backward_flops: the same of the backward; its arguments have the backward's names.
+        backward_flops: the same for the backward. Its arguments have the backward's names.
     """
     formulas = _Formulas(forward, backward, inputs, outputs)
     operator = torch.library.custom_op(f"tritoncaps::{name}", forward, mutates_args=())
@@ -76,7 +76,7 @@ def register(
         operator.register_vmap(
             _batched(operator, formulas.parameters, formulas.inputs, formulas.outputs)
         )
-        # It sums over the batch, so each slice has a gradient of the weight of its own.
+        # It sums over the batch, so each slice has its own gradient of the weight.
         gradient_of.register_vmap(
             lambda info, in_dims, *args: _loop(gradient_of, info, in_dims, args)
         )
@@ -88,7 +88,7 @@ def register(
 
 
 class _Formulas:
-    """Shapes and the chain rule of one operator, by the names of its tensors.
+    """The shapes and the chain rule of one operator, by the names of its tensors.
 
     `parameters` are the arguments of the forward, `needed` those of the backward.
     """
@@ -138,7 +138,7 @@ class _Formulas:
         return grads[0] if len(grads) == 1 else grads
 
     def filled_backward(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-        """The backward with empty tensors for None, which a schema cannot say."""
+        """The backward with empty tensors in place of None, which a schema cannot express."""
 
         def backward(*args: Any) -> Any:
             grads = self.backward(*args)
@@ -164,7 +164,7 @@ class _Formulas:
         ctx.set_materialize_grads(False)
 
     def gradient(self, gradient_of: Callable[..., Any]) -> Callable[..., Any]:
-        """The autograd formula: call the backward operator with what it names."""
+        """The autograd formula: call the backward operator with the arguments that it names."""
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
@@ -204,10 +204,10 @@ def _sizes(
 
 
 def _set_autocast(operator: Any) -> None:
-    """16-bit inputs are raised: agreement adds up over iterations, and half precision loses it."""
+    """Raise 16-bit inputs to float32: agreement adds up, and half precision would lose it."""
     for device_type in ("cpu", "cuda", "mps", "xpu"):
         if torch.amp.is_autocast_available(device_type):
-            # Before torch 2.13 there were rules for "cpu" and "cuda" alone.
+            # Before torch 2.13 there were rules only for "cpu" and "cuda".
             with suppress(ValueError):
                 operator.register_autocast(device_type, torch.float32)
 
@@ -245,14 +245,14 @@ def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> t
 
 
 def _to_front(arg: Any, dim: int | None, count: int) -> Any:
-    """A tensor with the mapped axis first; one that is not mapped is repeated along it."""
+    """A tensor with the mapped axis first. One that is not mapped is repeated along it."""
     if not isinstance(arg, Tensor):
         return arg
     return arg.expand(count, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
 
 def _elementwise(operator: Any) -> Callable[..., Any]:
-    """The rule of an operator along the last axis: whatever stands before it is batch."""
+    """The rule for an operator along the last axis: all axes before it are batch."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         result = operator(
@@ -266,9 +266,9 @@ def _elementwise(operator: Any) -> Callable[..., Any]:
 def _batched(
     operator: Any, parameters: list[str], tensors: Axes, results: Axes
 ) -> Callable[..., Any]:
-    """The rule of an operator with a batch: the mapped axis becomes part of it.
+    """The rule for an operator with a batch: the mapped axis becomes part of it.
 
-    Where an input without a batch is mapped too, such as the weight, each slice is a call.
+    If an input without a batch is mapped too, such as the weight, each slice is a separate call.
     """
 
     def has_batch(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""`tritoncaps::dynamic_routing`, of prediction vectors in memory."""
+"""`tritoncaps::dynamic_routing`, for prediction vectors in memory."""
 
 from typing import Any
 
@@ -26,17 +26,17 @@ def _backward(
     return run(_torch_path.dynamic_routing_bwd, grad_v, grad_coupling, u_hat, prior, sums, gradient)
 
 
-# The floating-point operations are those of the mathematics, with the prediction vectors computed
-# once. What a backend computes again to save memory is not counted.
+# These are the operations of the mathematics, with the prediction vectors computed once. What a
+# backend recomputes to save memory is not counted.
 
 
 def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
-    """A weighted sum in each iteration, an agreement between two."""
+    """A weighted sum in each iteration, and an agreement between each two."""
     return _product(sizes) * (2 * given["iterations"] - 1)
 
 
 def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
-    """Each forward product twice, but for the constant coupling of an iteration without logits."""
+    """Two products for each forward one, less one if the first iteration has no logits."""
     if given["gradient"] == "last":
         return _product(sizes)
     iterations = given["sums"][0]

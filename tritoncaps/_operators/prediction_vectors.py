@@ -18,12 +18,12 @@ def _backward(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
-    """Those of û = W u."""
+    """The operations of û = W u."""
     return 2 * sizes["B"] * sizes["I"] * sizes["P"] * sizes["J"] * sizes["D"]
 
 
 def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
-    """Those of du and dW."""
+    """The operations of du and dW."""
     return 2 * flops(sizes, given)
 
 

@@ -18,7 +18,7 @@ def _backward(grad_v: Tensor, s: Tensor, form: str) -> Tensor:
 
 
 def _as_rows(s: Tensor) -> Tensor:
-    """(..., D) → (N, D). Not reshape(-1, D): with D = 0 that would have no answer."""
+    """(..., D) → (N, D). reshape(-1, D) would fail for D = 0."""
     return s.reshape(math.prod(s.shape[:-1]), s.shape[-1])
 
 

@@ -1,9 +1,9 @@
-"""The operators in plain torch: what a CPU runs, and any device without Triton kernels.
+"""The operators in plain torch, for CPUs and any device without Triton kernels.
 
-Every function here has a twin of the same name and signature in `tritoncaps.kernels`. Work goes
-slice after slice, so that temporaries stay in the cache: a few images through all iterations, or a
-few input capsules through one, whichever is faster (`fused_dynamic_routing.group_size`). The
-derivation of the backward is in `kernels/README.md`. In short, the logits are û·V⁽ᵗ⁻¹⁾ with
+Every function here has a twin of the same name and signature in `tritoncaps.kernels`. Work is done
+in slices, to keep temporaries in the cache. A slice is a few images through all iterations, or a
+few input capsules through one iteration, whichever is faster (`fused_dynamic_routing.group_size`).
+The derivation of the backward is in `kernels/README.md`. In short, the logits are û·V⁽ᵗ⁻¹⁾ with
 V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
 """
 

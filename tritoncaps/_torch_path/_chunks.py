@@ -1,8 +1,8 @@
 """Route a chunk of input capsules at a time, where groups of images would be slower.
 
 Each iteration, forward or backward, is one pass over (u, W) that reduces over i. The batch comes
-last in the temporaries, so that every element-wise step runs over contiguous rows of B, and a chunk
-of the weight, (C·P, J, D), needs no repacking. For each output capsule j it takes two products:
+last in the temporaries. So every element-wise step runs over contiguous rows of B, and a chunk of
+the weight, (C·P, J, D), needs no repacking. Each output capsule j takes two products:
 T_j = W_j V_j, (C·P, D) × (D, B), whose contraction with u over p is the logit, and
 s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
 """
@@ -58,7 +58,7 @@ def route_chunks(
 
 
 def _batch_last(u: Tensor) -> Tensor:
-    """(B, I, P) → (I, P, B), as a transposition of two axes, which torch does in blocks."""
+    """(B, I, P) → (I, P, B), as a transposition of two axes, which torch does block by block."""
     return u.flatten(1).t().contiguous().view(*u.shape[1:], u.shape[0])
 
 
@@ -74,12 +74,12 @@ def _product(w: Tensor, X: Tensor, out: Tensor) -> Tensor:
 
 
 def _contract(T: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Σ_p T∘u, (J, C, P, B) and (C, P, B) → (J, C, B); `out` takes the product T∘u."""
+    """Σ_p T∘u, (J, C, P, B) and (C, P, B) → (J, C, B). `out` receives the product T∘u."""
     return torch.mul(T, x, out=out).sum(dim=2)
 
 
 def _coupling(b: Tensor | None, prior: Tensor | None, chunk: slice, x: Tensor, J: int) -> Tensor:
-    """c = softmax_j(prior + b) of a chunk, (J, C, B); b is None before there are agreements."""
+    """c = softmax_j(prior + b) of a chunk, (J, C, B). b is None before there are agreements."""
     if b is None:
         b = x.new_zeros(J, len(x), x.shape[-1])
     if prior is not None:
@@ -98,9 +98,9 @@ def chunk_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
 
-    dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) never exists: iteration t contracts its share at once. A
-    term k·x, with a coefficient k and a vector x for each output capsule, adds Σ_j k∘(W_j x_j) to
-    du_i and (k∘u) x_jᵀ to dW_j.
+    dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is never stored: iteration t contracts its share at
+    once. A term k·x, with a coefficient k and a vector x for each output capsule, adds
+    Σ_j k∘(W_j x_j) to du_i and (k∘u) x_jᵀ to dW_j.
     """
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype, is_full = sums.dtype, gradient == "full"
@@ -151,7 +151,7 @@ def chunk_gradients(
                 grad_w.zero_()
             torch.mul(c, x, out=scaled)  # c∘u
             grad_w.baddbmm_(scaled.flatten(1, 2), ds.transpose(1, 2))
-            # torch batches a product only into a contiguous result, so it is added afterwards.
+            # torch batches a product only into a contiguous result, so the sum comes afterwards.
             _weight_rows(grad_weight[chunk]).add_(grad_w)
         return grad_v_sum.permute(2, 0, 1).contiguous()
 

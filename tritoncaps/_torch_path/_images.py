@@ -18,15 +18,15 @@ from tritoncaps._torch_path._slices import (
 
 
 class Group:
-    """The prediction vectors of a few images, (I, n, J, D), and the products of them.
+    """The prediction vectors of a few images, (I, n, J, D), and products with them.
 
     There is one matrix (I, D) for each image and output capsule, so agreements and weighted sums
     are batched products. A vector for each image and output capsule is (n·J, 1, D). Logits and
-    couplings are (n, J, I): torch's softmax over J is ten times as fast with I innermost as with J.
+    couplings are (n, J, I): torch's softmax over J is ten times as fast when I is innermost.
     """
 
     def __init__(self, u_hat: Tensor, prior: Tensor | None, logits: Tensor) -> None:
-        """Take the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
+        """Keep the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
         self.u_hat, self.prior, self.logits = u_hat, prior, logits
         self.columns = u_hat.flatten(1, 2).permute(1, 2, 0)  # (n·J, D, I), a view
         self.matrices = self.columns.mT  # (n·J, I, D)
@@ -53,9 +53,9 @@ class Group:
         return torch.softmax(self.logits, dim=1, out=out)
 
     def route(self, sums: Tensor, c: Tensor) -> Tensor:
-        """v, (n·J, 1, D), of the last iteration.
+        """Return v, (n·J, 1, D), of the last iteration.
 
-        `sums`, (r, n·J, 1, D), and the last coupling, `c`, (n, J, I), are filled.
+        This fills `sums`, (r, n·J, 1, D), and the last coupling `c`, (n, J, I).
         """
 
         def weighted_sum(t: int, V: Tensor | None) -> Tensor:
@@ -76,9 +76,9 @@ class Group:
     ) -> tuple[Tensor, Tensor]:
         """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
 
-        The coefficients, (n·J, I, terms), are collected in `rows`, (terms, n, J, I); the vectors
-        are (n·J, terms, D). Given are dv, (n·J, 1, D), and s, (r, n·J, 1, D). The gradient of the
-        prior is added to `grad_prior`, (J, I).
+        The inputs are dv, (n·J, 1, D), and s, (r, n·J, 1, D). The coefficients, (n·J, I, terms),
+        are collected in `rows`, (terms, n, J, I). The vectors are (n·J, terms, D). The gradient of
+        the prior is added to `grad_prior`, (J, I).
         """
         vectors: list[Tensor] = []
 
@@ -109,12 +109,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def group_width(D: int, iterations: int, backward: bool) -> int:
-    """Values that a group has at most for each pair of capsules: û, logits and couplings."""
+    """The most values that a group has for each pair of capsules: û, logits and couplings."""
     return D + 1 + (2 * iterations if backward else 1)
 
 
-# Gives the prediction vectors of some images, (I, n, J, D), which are valid until the next call and
-# must not be written to.
+# Returns the prediction vectors of some images, (I, n, J, D). They are valid until the next call
+# and must not be written to.
 PredictionVectors = Callable[[slice], Tensor]
 
 
@@ -161,8 +161,8 @@ def image_gradients(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield dû piece by piece: images, input capsules, and their dû, (C, n, J, D).
 
-    dû is in a buffer that the next piece overwrites. At the end the gradient of the prior has been
-    added to `grad_prior`, (I, J).
+    The next piece overwrites the buffer of dû. By the end, the gradient of the prior has been added
+    to `grad_prior`, (I, J).
     """
     B, I, J, D = shape
     prior = None if prior is None else prior.to(sums.dtype).T
@@ -190,7 +190,7 @@ class Expansion:
     """Multiplies the two factors of dû, a chunk of input capsules at a time, in its own buffers."""
 
     def __init__(self, most_images: int, I: int, J: int, D: int, like: Tensor) -> None:
-        """Take the sizes of the largest group."""
+        """Allocate buffers for the largest group."""
         self.J, self.D = J, D
         self.chunks = fitting_slices(I, 2 * most_images * J * D, like)  # two buffers
         self.buffers = buffers(2, most_images * longest(self.chunks) * J * D, like)
@@ -198,7 +198,7 @@ class Expansion:
     def __call__(
         self, coefficients: Tensor, vectors: Tensor, n: int
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield some input capsules and their dû, (C, n, J, D), until the next is asked for."""
+        """Yield some input capsules and their dû, (C, n, J, D), valid until the next one."""
         J, D = self.J, self.D
         made, handed_out = self.buffers
         for chunk in self.chunks:

@@ -10,7 +10,7 @@ from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 
 def route(weighted_sum: Callable[[int, Tensor | None], Tensor], sums: Tensor) -> Tensor:
-    """Run the iterations; writes every s⁽ᵗ⁾ to `sums`, (r, ..., D), and returns v⁽ʳ⁾, (..., D).
+    """Run the iterations, write every s⁽ᵗ⁾ to `sums`, (r, ..., D), and return v⁽ʳ⁾, (..., D).
 
     `weighted_sum(t, V)` returns s⁽ᵗ⁾ given V⁽ᵗ⁻¹⁾. t counts from 0, and V⁽⁰⁾ is None.
     """
@@ -28,10 +28,10 @@ def route_backward(
     gradient: str,
     step: Callable[[int, Tensor | None, Tensor], Tensor | None],
 ) -> None:
-    """Walk the iterations backwards; with `gradient="last"` the last one alone.
+    """Walk the iterations backwards, or only the last one with `gradient="last"`.
 
     `step(t, V, grad_s)` is given V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾. It adds the share of iteration t to the
-    gradients of the inputs and returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾, or None for the first
+    gradients of the inputs. It returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾, or None for the first
     iteration.
     """
     totals = [None, *accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])]

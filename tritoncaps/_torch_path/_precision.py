@@ -1,4 +1,4 @@
-"""The type that sums are added up in."""
+"""The dtype in which sums are added up."""
 
 import torch
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Caches where the system does not tell: a common desktop core's level 2, a small machine's level 3.
+# Used if the system does not say: level 2 of a common desktop core, level 3 of a small machine.
 _DEFAULT_CACHE_BYTES = {2: 1 << 20, 3: 8 << 20}
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
-# For an accelerator that runs this path: few launches matter there, not the cache.
+# For an accelerator on this path, where few launches matter more than the cache.
 _ACCELERATOR_BYTES = 1 << 28
 
 
@@ -37,7 +37,7 @@ def chunk_bytes(device: torch.device) -> int:
 def group_bytes(device: torch.device) -> int:
     """How large the temporaries of a group of images may be: 3/8 of the level-3 cache.
 
-    The weight and its gradient want a place there too.
+    The rest is left to the weight and its gradient.
     """
     if device.type != "cpu":
         return _ACCELERATOR_BYTES
@@ -45,13 +45,13 @@ def group_bytes(device: torch.device) -> int:
 
 
 def fitting_slices(count: int, elements_each: int, like: Tensor) -> list[slice]:
-    """Slices of `count` capsules, of about one size, each of which fits a chunk, or is one."""
+    """Slices of `count` capsules, about equal in size. Each fits a chunk or is a single capsule."""
     capsule_bytes = max(1, elements_each) * like.element_size()
     return slices(count, even_size(count, chunk_bytes(like.device) // capsule_bytes))
 
 
 def even_size(count: int, largest: int) -> int:
-    """The size of as few slices as can be, about equal; `largest` at most, and at least 1."""
+    """The size that makes the fewest about equal slices: at most `largest`, and at least 1."""
     return max(1, math.ceil(count / max(1, math.ceil(count / max(1, largest)))))
 
 
@@ -68,10 +68,10 @@ def longest(parts: list[slice]) -> int:
 
 
 def buffers(count: int, elements: int, like: Tensor) -> tuple[Tensor, ...]:
-    """Flat buffers for the largest slice: a fresh one for each would be paid for in page faults."""
+    """Flat buffers for the largest slice. A fresh buffer for each slice would cost page faults."""
     return like.new_empty(count, elements).unbind()
 
 
 def view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The beginning of a flat buffer in a shape."""
+    """The beginning of a flat buffer, viewed in a shape."""
     return buffer[: math.prod(shape)].view(shape)

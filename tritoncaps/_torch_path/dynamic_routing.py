@@ -51,7 +51,7 @@ def group_size(u_hat: Tensor, iterations: int, backward: bool) -> int:
 
 
 def _laid_out(u_hat: Tensor, size: int) -> PredictionVectors:
-    """Prediction vectors as a group has them, (I, n, J, D): a copy, but of a single image."""
+    """Prediction vectors in the layout of a group, (I, n, J, D): a copy, except of one image."""
     _, I, J, D = u_hat.shape
     dtype = accumulation_dtype(u_hat.dtype)
     if size == 1 and dtype == u_hat.dtype and u_hat[:1].is_contiguous():

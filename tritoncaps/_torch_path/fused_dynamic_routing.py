@@ -1,4 +1,4 @@
-"""Prediction vectors and routing fused: some images at a time, or some input capsules."""
+"""Prediction vectors and routing in one: a few images or a few input capsules at a time."""
 
 import math
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def fused_dynamic_routing_bwd(
 
 
 def predicted(u: Tensor, rows: Tensor, J: int, size: int) -> PredictionVectors:
-    """Compute the prediction vectors of up to `size` images at a time; `rows` is (I, P, J·D)."""
+    """Compute the prediction vectors of up to `size` images at a time. `rows` is (I, P, J·D)."""
     I, _, JD = rows.shape
     buffer = u.new_empty(I * size * JD)
 
@@ -83,20 +83,21 @@ def predicted(u: Tensor, rows: Tensor, J: int, size: int) -> PredictionVectors:
 
 
 def group_size(u: Tensor, weight_shape: Sequence[int], iterations: int, backward: bool) -> int:
-    """How many images to route at once; 0 where it is better to walk over the input capsules.
+    """How many images to route at once, or 0 to walk over the input capsules instead.
 
-    The temporaries of a group of images are D wide, and its prediction vectors made once; those of
-    a chunk of capsules are P wide, and made anew in each iteration. A group reads the weight, and
-    wants about P images for that; a chunk wants many images, its columns. So:
+    A group of images has temporaries that are D wide, and computes its prediction vectors once. A
+    chunk of capsules has temporaries that are P wide, and recomputes them in each iteration. A
+    group reads the whole weight, which pays off from about P images on. A chunk has the images as
+    its columns and is fast with many of them. So the rule is, in this order:
 
-    - none for a single iteration, or the gradient of the last alone, of at least P and 8 images;
-    - all images, where the level-2 caches hold the batch;
-    - up to 3P/2, or 12, where the level-3 cache holds n of them with n·r of at least 18, since
-      products of few rows are slow, but made once; and where D is at most r·P, in the backward
-      below (r − 1)·P, or there are at most 2P images;
-    - else 16 for three iterations, where P is at least 16 and D;
-    - else half of P, where there are at most P images;
-    - else none.
+    - 0 for a single iteration, or the gradient of the last one only, with at least P and 8 images.
+    - All images, if the level-2 caches hold the batch.
+    - Up to 3P/2 or 12 images, if the level-3 cache holds n of them with n·r ≥ 18, because products
+      of few rows are slow, even if computed once. This also needs D ≤ r·P (in the backward
+      D < (r − 1)·P), or at most 2P images.
+    - 16 for three iterations or more, if P is at least 16 and at least D.
+    - Half of P, if there are at most P images.
+    - Otherwise 0.
     """
     B, (I, P, J, D) = len(u), weight_shape
     wanted = max(P, 8)

@@ -7,7 +7,7 @@ from tritoncaps._torch_path._slices import buffers, fitting_slices, length, long
 
 
 def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
-    """û_{j|i} = W_ij u_i, chunk by chunk: the products lie by i and are laid out anew, by b."""
+    """û_{j|i} = W_ij u_i, chunk by chunk. Products come out i-first and are copied to b-first."""
     (B, I, _), (_, _, J, D) = u.shape, weight.shape
     u_hat = u.new_empty(B, I, J, D)
     rows = weight.flatten(2)
@@ -22,7 +22,7 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
 def predict(u: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     """û as one (B, P) × (P, J·D) product for each input capsule, written to `out`, (I, B, J, D).
 
-    `rows` is the weight, (I, P, J·D), flattened by the caller, for whom that may be a copy.
+    `rows` is the weight, (I, P, J·D). The caller flattens it once, because that may be a copy.
     """
     torch.bmm(u.transpose(0, 1), rows, out=out.flatten(2))
     return out

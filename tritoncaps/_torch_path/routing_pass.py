@@ -6,7 +6,7 @@ gradient of c:
     dc = û·ds + grad_coupling,  db = c̃ (dc − Σ_j c̃ dc),  dpose_j = Σ_i db_ij û_ij
     dprior = Σ_b db,  dbias = Σ_b dc,  dû_ij = c_ij ds_j + db_ij pose_j
 
-and dû is contracted at once: du_i = Σ_j W_ij dû_ij, dW_ij = Σ_b u_i ⊗ dû_ij.
+dû is contracted at once: du_i = Σ_j W_ij dû_ij, dW_ij = Σ_b u_i ⊗ dû_ij.
 """
 
 import torch
@@ -65,7 +65,7 @@ def routing_pass_bwd(
     prior: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of u, weight, pose, prior and bias, each None where the input is."""
+    """Gradients of u, weight, pose, prior and bias. Each is None if its input is None."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
     rows, raised = weight.to(dtype).flatten(2), u.to(dtype)
@@ -113,7 +113,7 @@ def routing_pass_bwd(
 
 
 def _columns(pairs: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What there is for each pair, (I, J), as (J, I)."""
+    """Transpose a value for each pair, (I, J), to (J, I)."""
     return None if pairs is None else pairs.to(dtype).T
 
 

@@ -1,21 +1,21 @@
-"""Squash: bring a vector's length to [0, 1) and keep its direction."""
+"""Squash: scale a vector's length to [0, 1) and keep its direction."""
 
 import torch
 from torch import Tensor
 
 from tritoncaps._torch_path._precision import accumulation_dtype
 
-# Rows are scaled by this, exactly, so that the length of finite values cannot overflow. Digits are
+# Scaling rows by this is exact, and keeps the length of finite values from overflowing. Digits are
 # lost only below 10⁻³⁵, or 10⁻³⁰⁵ in float64.
 _SCALE = 2.0**-8
 
-_SUM_IN_FLOAT64 = {"cpu"}  # devices that have float64 and lose no time by it here
+_SUM_IN_FLOAT64 = {"cpu"}  # devices that have float64, at no cost in time here
 
 
 def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of s, scaled, (..., D), and their length, (..., 1); no square overflows or vanishes.
+    """The rows of s, scaled, (..., D), and their length, (..., 1). No square overflows or vanishes.
 
-    A row with an infinite component has length NaN, so that no component passes for known.
+    A row with an infinite component has length NaN, which spoils all its components.
     """
     x = s.to(accumulation_dtype(s.dtype)) * _SCALE
     if x.dtype == torch.float32 and x.device.type in _SUM_IN_FLOAT64:
@@ -28,8 +28,8 @@ def _scaled(s: Tensor) -> tuple[Tensor, Tensor]:
 def squash_fwd(s: Tensor, form: str) -> Tensor:
     """v of each row of s, (..., D) → (..., D).
 
-    "quadratic", n² / (1 + n²) · s/n, is s / (n + 1/n), which squares nothing and at 0 is 0/∞.
-    "exponential" is (1 − e⁻ⁿ) · s/n.
+    "quadratic", n² / (1 + n²) · s/n, is written as s / (n + 1/n). This needs no square, and at 0 it
+    is 0/∞ = 0. "exponential" is (1 − e⁻ⁿ) · s/n.
     """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
@@ -44,11 +44,11 @@ def squash_fwd(s: Tensor, form: str) -> Tensor:
 def squash_bwd(grad_v: Tensor, s: Tensor, form: str) -> Tensor:
     """Gradient of squash, (..., D).
 
-    With ŝ = s/n, v = g(n)·ŝ. The part of dv across s is scaled by f = g/n, the part along it,
-    ρ = ŝ·dv, by g': ds = f·((dv − ρŝ) + g'/f·ρŝ).
+    With ŝ = s/n, v = g(n)·ŝ. The part of dv perpendicular to s is scaled by f = g/n. The part along
+    s, ρ = ŝ·dv, is scaled by g': ds = f·((dv − ρŝ) + g'/f·ρŝ).
 
     "quadratic": f = n/(1+n²) and g' = 2f/(1+n²). "exponential": f = (1−e⁻ⁿ)/n and g' = e⁻ⁿ. The two
-    parts stay apart, since where n is large their sum would lose the second to cancellation.
+    parts are kept separate: where n is large, their sum would lose the second to cancellation.
     """
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
@@ -68,6 +68,6 @@ def squash_bwd(grad_v: Tensor, s: Tensor, form: str) -> Tensor:
 
 
 def _exponential_factor(length: Tensor) -> Tensor:
-    """(1 − e⁻ⁿ) / length, where n = length / _SCALE; at 0 its limit, 1 / _SCALE."""
+    """(1 − e⁻ⁿ) / length, where n = length / _SCALE. At 0 it is the limit, 1 / _SCALE."""
     limit = torch.full_like(length, 1 / _SCALE)
     return torch.where(length == 0, limit, -torch.expm1(-length / _SCALE) / length)

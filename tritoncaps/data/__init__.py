@@ -1,4 +1,4 @@
-"""Data sets that lie as uint8 on the device, and batches of them.
+"""Data sets that stay on the device as uint8, and batches of them.
 
     dataset = load_dataset("auto", data_dir="data")
     train, validation = split_validation(dataset.train, 0.1, seed=1)
@@ -6,9 +6,9 @@
     for images, labels in batches.epoch(0):
         ...
 
-MNIST is 47 MB as uint8, so it can stay on the device: no workers, no pinned memory, no copy per
-step; a batch is one indexing operation. Importing this package needs neither pooch nor
-scikit-learn; each is imported by the one function that uses it.
+MNIST is 47 MB as uint8, so it can stay on the device. There are no workers, no pinned memory and no
+copy per step: a batch is one indexing operation. Importing this package needs neither pooch nor
+scikit-learn. Each is imported by the one function that uses it.
 """
 
 from tritoncaps.data.batches import Batches, random_shift, to_float

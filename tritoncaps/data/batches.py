@@ -18,8 +18,8 @@ def to_float(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"to_float: images must be torch.uint8, got {images.dtype}")
-    # CUDA replaces a division by a constant with a product and a CPU does not, so this is written
-    # as a product and gives the same bits on both. 255 becomes exactly 1.
+    # CUDA replaces a division by a constant with a product, but a CPU does not. Written as a
+    # product, it gives the same bits on both. 255 becomes exactly 1.
     return images.to(torch.float32) * (1 / 255)
 
 
@@ -31,10 +31,14 @@ def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> 
     Args:
         images: any dtype, shape (B, C, H, W).
         max_shift: the largest shift along each of the two axes, ≥ 0.
-        generator: draws the shifts; it may be on another device than the images.
+        generator: draws the shifts. It need not be on the device of the images.
 
     Returns:
         The shifted images, shape (B, C, H, W), in the dtype of `images`.
+
+    Raises:
+        TypeError: `max_shift` is not an int.
+        ValueError: `images` does not have 4 axes, or `max_shift` is negative.
 
     Example:
         >>> generator = torch.Generator().manual_seed(1)
@@ -52,16 +56,19 @@ class Batches:
     """The batches of an `ImageSet`, epoch by epoch.
 
     The order and the shifts of an epoch depend only on the seed and the number of the epoch, and
-    are drawn on the CPU. So they are the same on every device, no random state has to be saved, and
-    an epoch resumed in the middle continues exactly as if it had not been interrupted.
+    are drawn on the CPU. So they are the same on every device, and no random state has to be saved.
+    An epoch resumed in the middle continues exactly as if it had not been interrupted.
 
     Args:
-        images: the set to draw from; batches are made on its device.
-        batch_size: images in a batch; the last batch of an epoch may be smaller.
-        seed: fixes, with the number of the epoch, the order and the shifts.
-        shuffle: a new order in every epoch; else the order of the set.
-        max_shift: shift each image by up to this many pixels, see `random_shift`.
+        images: the set to draw from. Batches are made on its device.
+        batch_size: images in a batch. The last batch of an epoch may be smaller.
+        seed: determines the order and the shifts, together with the number of the epoch.
+        shuffle: use a new order in every epoch instead of the order of the set.
+        max_shift: shift each image by up to this many pixels. See `random_shift`.
         drop_last: leave out a last batch that is not full.
+
+    Raises:
+        TypeError, ValueError: a size is not an int, or is out of range.
 
     Example:
         >>> labels = torch.arange(10).repeat(10)
@@ -103,7 +110,7 @@ class Batches:
 
         Args:
             epoch: number of the epoch.
-            start: number of the first batch; `len(self)` yields none: the epoch is complete.
+            start: number of the first batch. With `len(self)`, no batch is left.
 
         Returns:
             Pairs of images, float32 in [0, 1], shape (B, C, H, W), and labels, shape (B,).
@@ -140,7 +147,7 @@ def _check_max_shift(function: str, max_shift: object) -> None:
 
 
 def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    # Hashed: with seed + epoch, the second epoch of one seed would repeat the first of the next.
+    # With seed + epoch, the second epoch of one seed would repeat the first of the next seed.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
@@ -157,7 +164,7 @@ def _shift(images: Tensor, offsets: Tensor, max_shift: int) -> Tensor:
         return images
     B, _, H, W = images.shape
     padded = F.pad(images, (max_shift,) * 4)
-    # All windows of the size of the image, a view: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
+    # A view of all windows of the image's size: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
     windows = padded.unfold(2, H, 1).unfold(3, W, 1)
     each = torch.arange(B, device=images.device)
     return windows[each, :, offsets[:, 0], offsets[:, 1]]

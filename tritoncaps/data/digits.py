@@ -13,10 +13,10 @@ TEST_COUNT = 360
 def read_digits() -> tuple[ImageSet, ImageSet]:
     """Read the UCI handwritten digits that scikit-learn contains, laid out like MNIST.
 
-    There are 1,797 real digits of 8×8 pixels with 17 grey levels; here they are enlarged to 20×20
-    and padded to 28×28. A fifth of each class, evenly spaced over the file, is the test set,
-    whatever the seed. The writers of the two sets are the same, so a test says nothing about an
-    unknown hand.
+    There are 1,797 real digits of 8×8 pixels with 17 grey levels. They are enlarged to 20×20 and
+    padded to 28×28. The test set is a fifth of each class, evenly spaced over the file. It does not
+    depend on a seed. Both sets come from the same writers, so a test says nothing about an unknown
+    hand.
 
     Returns:
         The training set, 1,437 images, and the test set, 360.

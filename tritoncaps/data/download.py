@@ -1,8 +1,8 @@
 """Download the files of a data set with pooch, without waiting for a dead mirror.
 
-A server may accept a connection and stay silent, and nothing bounds the time in which a host name
-is resolved. So all mirrors are first asked for the beginning of a file, at once and against one
-clock. The first to deliver it serves the download.
+A server may accept a connection and stay silent, and resolving a host name can take any amount of
+time. So all mirrors are first asked for the beginning of a file, at the same time and with one
+deadline. The first to deliver it serves the download.
 """
 
 import importlib.util
@@ -17,29 +17,29 @@ from urllib.parse import urlsplit
 
 from tritoncaps.data.files import DataFile
 
-# Users are promised an answer within 10 s; the rest is for imports.
+# Users are promised an answer within 10 s. The rest is for imports.
 ATTEMPT_SECONDS = 6.0
-# A mirror that cannot deliver this much in that time is too slow: at 44 kB/s MNIST takes 5 minutes.
+# A mirror must deliver this much in that time. At 44 kB/s, MNIST would take 5 minutes.
 PROBE_BYTES = 256 * 1024
-# Without "identity", a server may mark a .gz as compressed for transport, and it arrives unpacked.
+# Without "identity", a server may mark a .gz as compressed for transport, so it arrives unpacked.
 HEADERS = {"User-Agent": "tritoncaps", "Accept-Encoding": "identity"}
 
 
 class DownloadError(Exception):
-    """Nothing was downloaded; the message says why, in a few words."""
+    """Nothing was downloaded. The message briefly says why."""
 
 
 def fetch(mirrors: Sequence[str], files: Sequence[DataFile], folder: Path) -> None:
-    """Download files into a folder, unpacked and verified: all of them or none.
+    """Download all files into a folder, unpacked and verified, or none of them.
 
-    Gives up after `ATTEMPT_SECONDS` if no mirror answers, and later if the chosen one falls silent
-    for as long. Several processes may download at once: each works in a temporary folder of its
-    own and moves whole files into place.
+    Give up after `ATTEMPT_SECONDS` if no mirror answers, and later if the chosen one falls silent
+    for as long. Several processes may download at once: each works in its own temporary folder and
+    moves whole files into place.
 
     Args:
-        mirrors: URLs that end in a slash, to which the `download` name of a file is added.
+        mirrors: URLs that end in a slash, to which the `download` name of a file is appended.
         files: what to download.
-        folder: where to put it; made if need be.
+        folder: where to put the files. It is created if necessary.
 
     Raises:
         DownloadError: the files could not be downloaded.
@@ -81,8 +81,8 @@ def fetch(mirrors: Sequence[str], files: Sequence[DataFile], folder: Path) -> No
 def _answering_mirror(mirrors: Sequence[str], name: str, deadline: float) -> str:
     """Return the mirror that is the first to deliver the beginning of a file.
 
-    Each mirror is asked in a thread of its own. Threads that are still waiting at the deadline are
-    left behind; as daemons they do not hold up the end of the program.
+    Each mirror is asked in its own thread. Threads that still wait at the deadline are left behind.
+    They are daemons, so they do not delay the end of the program.
     """
     answers: queue.SimpleQueue[tuple[str, str | None]] = queue.SimpleQueue()
 
@@ -107,15 +107,15 @@ def _answering_mirror(mirrors: Sequence[str], name: str, deadline: float) -> str
 
 
 def _probe(url: str, timeout: float) -> str | None:
-    """Fetch the beginning of a file; return why it is not that file, or None if it may be."""
+    """Fetch the beginning of a file. Return why it is not that file, or None if it may be."""
     import requests  # comes with pooch
 
     headers = {**HEADERS, "Range": f"bytes=0-{PROBE_BYTES - 1}"}
     with requests.get(url, headers=headers, timeout=timeout, stream=True) as response:
         response.raise_for_status()
-        # In full, whether or not the server knows ranges: this is the test of its speed.
+        # Read it in full, whether or not the server supports ranges: this tests its speed.
         beginning = next(response.iter_content(PROBE_BYTES), b"")
-    # What a network that wants a login first answers to everything is a web page.
+    # A network that requires a login first answers every request with a web page.
     if url.endswith(".gz") and not beginning.startswith(b"\x1f\x8b"):
         return "the answer is not a gzip file"
     return None
@@ -131,7 +131,7 @@ def _silence() -> str:
 
 def _plain(error: BaseException) -> str:
     """Say what went wrong in one line, without the wrapping of requests and urllib3."""
-    if "Timeout" in type(error).__name__:  # each of the three libraries has its own
+    if "Timeout" in type(error).__name__:  # each of the three libraries has its own class
         return _silence()
     response = getattr(error, "response", None)
     if response is not None:

@@ -1,4 +1,4 @@
-"""The published files of a data set: how they are found, opened, and refused."""
+"""The published files of a data set: how they are found, opened and refused."""
 
 import gzip
 import io
@@ -16,11 +16,11 @@ class DataFile:
     """A published file of one array.
 
     Args:
-        name: its name in the folder of the data set; `name`.gz is read as well.
+        name: its name in the folder of the data set. `name`.gz is read as well.
         shape: the shape of the array.
         sha256: the checksum of its uncompressed content.
         download: the name under which the mirrors serve it. A `name`.gz is unpacked.
-        download_hash: the checksum of what they serve, as pooch writes it: "md5:0123…".
+        download_hash: the checksum of what they serve, in pooch's notation: "md5:0123…".
     """
 
     name: str
@@ -31,7 +31,7 @@ class DataFile:
 
 
 def find_file(folder: Path, file: DataFile) -> Path | None:
-    """Return where a file lies, uncompressed or as .gz, or None if it does not."""
+    """Return the path of a file, uncompressed or as .gz, or None if there is none."""
     for path in (folder / file.name, folder / f"{file.name}.gz"):
         if path.is_file():
             return path
@@ -39,12 +39,12 @@ def find_file(folder: Path, file: DataFile) -> Path | None:
 
 
 def open_file(path: Path) -> io.BufferedIOBase:
-    """Open a file for reading; a .gz is unpacked in memory, so nothing is written to disk."""
+    """Open a file for reading. A .gz is unpacked in memory, so nothing is written to disk."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def refuse(path: Path, expected: str, found: str) -> NoReturn:
-    """Raise the `DatasetError` of a damaged or foreign file."""
+    """Raise the `DatasetError` for a damaged or foreign file."""
     raise DatasetError(
         f"{path} is damaged or not what its name says: expected {expected}, it has {found}. "
         f"Delete it, {REMEDY}."

@@ -1,8 +1,8 @@
 """Read image sets in IDX format, the format of MNIST, and check every byte.
 
-torchvision verifies a file when it downloads it and never again: later it accepts any content of
-the right shape, even labels that do not match the images. Here the files are verified each time
-they are read, whoever put them there.
+torchvision verifies a file only when it downloads it. Later it accepts any content of the right
+shape, even labels that do not match the images. Here the files are verified each time they are
+read, whoever put them there.
 """
 
 import gzip
@@ -28,10 +28,11 @@ def read_idx(
     """Read the training set and the test set from four IDX files, all of which must be there.
 
     Args:
-        folder: where the files lie, plain or as .gz.
-        files: training images (N, H, W) and labels (N,), then test images and labels; all uint8.
-        num_classes: labels lie in 0 .. num_classes − 1.
-        verify: accept only the published files, by shape and SHA-256; else any well-formed ones.
+        folder: where the files are, plain or as .gz.
+        files: training images (N, H, W) and labels (N,), then test images and labels, all uint8.
+        num_classes: labels are in 0 .. num_classes − 1.
+        verify: accept only the published files, by shape and SHA-256. Without it, accept any
+            well-formed files.
 
     Raises:
         DatasetError: a file is truncated, foreign or altered, or labels do not fit their images.
@@ -44,7 +45,7 @@ def read_idx(
 def read_image_set(
     folder: Path, images: DataFile, labels: DataFile, num_classes: int, verify: bool
 ) -> ImageSet:
-    """Read one file of images and the file of its labels; see `read_idx`."""
+    """Read one file of images and the file of its labels. See `read_idx`."""
     pixels = _read_array(folder, images, verify)
     classes = _read_array(folder, labels, verify).to(torch.int64)
     if len(pixels) != len(classes):
@@ -82,9 +83,9 @@ def _parse(path: Path, stream: io.BufferedIOBase, file: DataFile, verify: bool) 
     if verify and shape != file.shape:
         refuse(path, f"the shape {file.shape}", f"{shape}")
     size = math.prod(shape)
-    # Ask for one byte too many. It reveals a file that is too long and makes gzip check its CRC,
-    # while a hostile .gz still cannot unpack to more. An unverified size is no such limit, so
-    # there everything is read.
+    # Ask for one byte too many. This reveals a file that is too long and makes gzip check its CRC,
+    # while a hostile .gz still cannot unpack to more. Without verification the size is no limit,
+    # so everything is read.
     content = bytearray(stream.read(size + 1 if verify else -1))
     if len(content) != size:
         more = " or more" if verify and len(content) > size else ""

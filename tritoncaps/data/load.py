@@ -1,4 +1,4 @@
-"""Load a data set by its name."""
+"""Load a data set by name."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tritoncaps.data.sets import Dataset, DatasetError
 
 
 def list_datasets() -> list[str]:
-    """Return the names of the data sets; `load_dataset` also takes "auto"."""
+    """Return the names of the data sets. `load_dataset` also takes "auto"."""
     return list(REGISTRY)
 
 
@@ -27,20 +27,20 @@ def load_dataset(
     `data_dir`/MNIST/raw or `data_dir`/FashionMNIST/raw. "digits" are the 1,797 handwritten digits
     that scikit-learn contains.
 
-    "auto" is MNIST if it lies in `data_dir` or can be downloaded, and the digits otherwise; an
+    "auto" is MNIST if it is in `data_dir` or can be downloaded, and the digits otherwise. An
     attempt that gets no answer ends within 10 s. The `note` of the data set says which one it is
-    and why. Files that are there are never passed over: a damaged or incomplete MNIST is an error.
+    and why. Existing files are never ignored: a damaged or incomplete MNIST is an error.
 
     Args:
         name: "auto" or one of `list_datasets()`.
-        data_dir: where data sets lie, and where they are downloaded to.
-        download: fetch missing files; this needs pooch.
+        data_dir: where data sets are, and where they are downloaded to.
+        download: download missing files. This needs pooch.
         verify: accept only the published files, by shape and SHA-256 (0.1 s for MNIST). Without
-            it any well-formed files of that name will do.
+            it, accept any well-formed files of that name.
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
-        ValueError: there is no data set of that name.
+        ValueError: no data set has this name.
 
     Example:
         >>> dataset = load_dataset("digits")
@@ -59,7 +59,7 @@ def load_dataset(
         if missing:
             fetch(entry.mirrors, missing, folder)
     except DownloadError as error:
-        # Another process may have brought the files in the meantime.
+        # Another process may have downloaded the files in the meantime.
         missing = _missing(entry, folder)
         if missing == list(entry.files) and name == "auto":
             return _digits_instead(entry, folder, str(error))
@@ -91,7 +91,7 @@ def _missing(entry: Entry, folder: Path) -> list[DataFile]:
 def _incomplete(entry: Entry, folder: Path, missing: list[DataFile], reason: str) -> DatasetError:
     names = ", ".join(file.name for file in missing)
     return DatasetError(
-        f"{entry.title} is not complete in {folder}: it lacks {names}, and was not downloaded "
+        f"{entry.title} is not complete in {folder}: it lacks {names} and was not downloaded "
         f"({reason}). Put the files there, plain or as .gz, or run on a machine with a network "
         f"with downloading allowed (download=True, --download)."
     )

@@ -1,4 +1,4 @@
-"""Batches of overlapping images: two of different classes, one laid over the other."""
+"""Batches of overlapping images: two images of different classes, one on top of the other."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from tritoncaps.data.sets import ImageSet
 class Originals(NamedTuple):
     """The two images that an overlay was made from.
 
-    They are ordered by class, because an overlay has no first and no second.
+    They are ordered by class, because an overlay has no first or second image.
 
     `images`: float32 in [0, 1], shifted as in the overlay, shape (B, 2, C, H, W).
     `labels`: class indices, ascending, shape (B, 2).
@@ -31,18 +31,18 @@ class Overlays:
 
     An overlay is the sum of its two images, clipped at full white. The partner of an image is drawn
     from all images of the other classes with equal probability. Overlay `index` of an epoch depends
-    only on the seed, the epoch and the index, and so does the order. As in `Batches`, both are
-    drawn on the CPU, and an epoch resumed in the middle continues exactly as if it had not been
-    interrupted.
+    only on the seed, the epoch and the index. So does the order. As in `Batches`, both are drawn on
+    the CPU, and an epoch resumed in the middle continues exactly as if it had not been interrupted.
 
     Args:
-        images: the set to draw from, with at least two classes; batches are made on its device.
-        batch_size: overlays in a batch; the last batch of an epoch may be smaller.
-        seed: fixes, with the number of the epoch, the partners, the shifts and the order.
-        shuffle: a new order in every epoch; else the order of the set.
+        images: the set to draw from, with at least two classes. Batches are made on its device.
+        batch_size: overlays in a batch. The last batch of an epoch may be smaller.
+        seed: determines the partners, the shifts and the order, together with the number of the
+            epoch.
+        shuffle: use a new order in every epoch instead of the order of the set.
         padding: black pixels added to each side of every image before it is shifted.
-        max_shift: shift each of the two images by up to this many pixels, independently. With a
-            `padding` as large, no pixel is lost.
+        max_shift: shift each of the two images by up to this many pixels, independently. If
+            `padding` is at least as large, no pixel is lost.
 
     Raises:
         ValueError: there are fewer than two classes, or a size is out of range.
@@ -85,7 +85,7 @@ class Overlays:
         self.shuffle = shuffle
         self.padding = padding
         self.max_shift = max_shift
-        # Sorted by class, the images of all other classes are one contiguous arc of a ring.
+        # Arranged in a ring, sorted by class, the images of all other classes are one arc.
         labels = images.labels.cpu()
         self._by_class = torch.sort(labels, stable=True).indices
         sizes = labels.bincount()
@@ -105,7 +105,7 @@ class Overlays:
     def pairs(self, epoch: int) -> Tensor:
         """Return the indices of the two images of each overlay, shape (N, 2), on the CPU.
 
-        Row `index` contains `index` itself; the two are ordered by class.
+        Row `index` contains `index` itself. The two indices are ordered by class.
         """
         return self._draw(epoch)[0]
 
@@ -114,7 +114,7 @@ class Overlays:
 
         Args:
             epoch: number of the epoch.
-            start: number of the first batch; `len(self)` yields none: the epoch is complete.
+            start: number of the first batch. With `len(self)`, no batch is left.
 
         Returns:
             Pairs of overlays, float32 in [0, 1], shape (B, C, H, W), and their `Originals`.
@@ -150,7 +150,7 @@ class Overlays:
         """Draw the pairs (N, 2), offsets (N, 2, 2) and order (N,) of an epoch, on the CPU."""
         generator = _epoch_generator(self.seed, epoch)
         count = len(self.images)
-        # On the ring, the count − own images of the other classes follow the end of the own class.
+        # On the ring, the count − own images of the other classes follow those of the own class.
         others = count - self._own_count
         uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         step = torch.minimum((uniform * others).long(), others - 1)

@@ -1,4 +1,4 @@
-"""The data sets, one entry each. A new one takes an entry here and, for a new format, a reader."""
+"""The data sets, one entry each. A new one needs an entry here and, for a new format, a reader."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,18 @@ DIGITS = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Entry:
-    """What there is to know of a data set before it is loaded.
+    """Everything known about a data set before it is loaded.
 
     Args:
-        title: its name for people.
+        title: its name as people read it.
         class_names: what each label stands for.
         epochs: passes over the training set that a training script makes by default.
-        read: reads the files, see `Reader`.
-        folder: where the files lie below `data_dir`.
-        files: the published files; none if the data set comes with a package.
-        mirrors: URLs of folders that serve all of them.
-        note: one line on a data set without files; of the others it says where they were found.
+        read: reads the files. See `Reader`.
+        folder: where the files are below `data_dir`.
+        files: the published files, or none if the data set comes with a package.
+        mirrors: URLs of folders that serve all the files.
+        note: one line about a data set without files. For the others, a note says where the files
+            were found.
     """
 
     title: str
@@ -43,7 +44,7 @@ class Entry:
 
 
 def _idx_files(*checksums: tuple[str, str]) -> tuple[DataFile, ...]:
-    """Describe the four files that all descendants of MNIST have: SHA-256 and MD5 of each."""
+    """Describe the four files that all descendants of MNIST have, given SHA-256 and MD5 of each."""
     layout = {
         "train-images-idx3-ubyte": (60000, 28, 28),
         "train-labels-idx1-ubyte": (60000,),
@@ -56,11 +57,11 @@ def _idx_files(*checksums: tuple[str, str]) -> tuple[DataFile, ...]:
     )
 
 
-# The SHA-256 is of the uncompressed content, because gzip files of the same content differ. Those
-# of MNIST were computed from its files. Those of Fashion-MNIST are published alike by several
-# independent projects; they have not been computed again here. The MD5 of the gzip files are the
-# ones that torchvision checks. Folders and file names are torchvision's too, so that one copy
-# serves both.
+# SHA-256 sums are of the uncompressed content, because gzip files of the same content can differ.
+# Those of MNIST were computed from its files. Those of Fashion-MNIST are published by several
+# independent projects, which agree. They were not recomputed here. The MD5 sums are of the gzip
+# files, and are the ones that torchvision checks. Folders and file names are torchvision's too, so
+# one copy serves both.
 REGISTRY = {
     "mnist": Entry(
         title="MNIST",

@@ -11,7 +11,7 @@ from tritoncaps._checks import shape_of
 
 
 class DatasetError(RuntimeError):
-    """A data set is missing or damaged; the message says which file, why, and what to do."""
+    """A data set is missing or damaged. The message says which file, why, and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
-        """Return a copy: the images at `indices`, in that order, or those where a mask is true."""
+        """Return a copy of the images at `indices`, in that order, or where a mask is true."""
         if not isinstance(indices, Tensor):
             indices = torch.tensor(indices, dtype=torch.int64)
         chosen = indices.to(self.labels.device)
@@ -71,8 +71,8 @@ class Dataset:
 
     Args:
         name: its name for `load_dataset`, such as "mnist".
-        title: its name for people, such as "MNIST".
-        train: the training images; `split_validation` takes a validation set from them.
+        title: its name as people read it, such as "MNIST".
+        train: the training images. `split_validation` takes a validation set from them.
         test: the test images, the same for every seed.
         class_names: what each label stands for.
         note: one line that says which data set this is and why it was chosen.
@@ -93,13 +93,13 @@ def split_validation(
 ) -> tuple[ImageSet, ImageSet]:
     """Split a training set into two parts with the same proportions of the classes.
 
-    The split depends only on the labels and the seed; the global random state is neither read nor
-    changed. Both parts keep the order of the original.
+    The split depends only on the labels and the seed. It neither reads nor changes the global
+    random state. Both parts keep the order of the original.
 
     Args:
         train: the images to split.
-        fraction_or_count: how much to hold out: a float in (0, 1) as a share of the images, an int
-            as their number.
+        fraction_or_count: how much to hold out. A float in (0, 1) is a share of the images, an int
+            is their number.
         seed: chooses the images within each class.
 
     Returns:
@@ -145,7 +145,7 @@ def split_validation(
 def stratified_quotas(labels: Tensor, count: int) -> list[int]:
     """Divide `count` images among the classes in proportion to their sizes.
 
-    Each class gets its share, rounded down; the images left over go to the largest fractions. So
+    Each class gets its share, rounded down. The remaining images go to the largest fractions. So
     the quotas add up to `count`, and each differs from its share by less than one.
     """
     shares = labels.bincount() * count

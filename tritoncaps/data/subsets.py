@@ -9,13 +9,14 @@ from tritoncaps.data.sets import ImageSet
 def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
     """Take `count` images with the class proportions of the whole set.
 
-    With the same seed, a smaller subset is contained in every larger one: a comparison by size
-    then compares sets that grew, not unrelated ones. The global random state is neither read nor
+    With the same seed, a smaller subset is contained in every larger one. So a comparison by size
+    compares sets that grew, not unrelated ones. The global random state is neither read nor
     changed.
 
     Args:
         images: the set to take from.
-        count: how many, 1 .. N. Each class gets its share, as nearly as nested subsets allow.
+        count: how many images, 1 .. N. Each class gets its share, as nearly as nested subsets
+            allow.
         seed: chooses the images within each class.
 
     Returns:
@@ -35,8 +36,8 @@ def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
         raise ValueError(f"stratified_subset: count={count}, but there are {len(images)} images")
     labels = images.labels.cpu()
     generator = torch.Generator().manual_seed(seed)
-    # Spread the images of each class evenly over 0 .. 1 and sort all by place: every prefix then
-    # holds the share of each class, and a longer prefix contains a shorter one.
+    # Spread the images of each class evenly over 0 .. 1, and sort all of them by position. Every
+    # prefix then has each class in proportion, and a longer prefix contains a shorter one.
     place = torch.empty(len(labels), dtype=torch.float64)
     for label in range(int(labels.max()) + 1):
         members = (labels == label).nonzero().squeeze(1)

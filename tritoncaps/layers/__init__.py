@@ -1,7 +1,7 @@
-"""Capsule layers, one file a family.
+"""Capsule layers, one file per family.
 
-Each takes any image size, channel count and number of classes. Capsules travel between layers as
-(B, capsules, dimension) tensors, or as `Capsules` where an activation goes with each pose.
+The layers support any image size, channel count and number of classes. Capsules travel between
+layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has its own activation.
 """
 
 from tritoncaps.layers.capsules import Capsules, capsule_lengths

@@ -1,4 +1,4 @@
-"""What travels between layers: capsules, with a pose and an activation each."""
+"""What travels between layers: capsules, each with a pose and an activation."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class Capsules(NamedTuple):
     """Poses and activations, for layers that need both.
 
-    `poses` (B, N, ...) say in which way each capsule is present, `activations` (B, N), in [0, 1],
-    whether it is. Vector capsules travel as poses alone: their length is the activation.
+    `activations` (B, N), in [0, 1], say whether each capsule's entity is present, and `poses`
+    (B, N, ...) say how. Vector capsules need only poses, since their length is the activation.
     """
 
     poses: Tensor
@@ -18,5 +18,10 @@ class Capsules(NamedTuple):
 
 
 def capsule_lengths(poses: Tensor) -> Tensor:
-    """Compute the length of each capsule, (..., D) → (...); the gradient at a zero capsule is 0."""
+    """Compute the length of each capsule, (..., D) → (...). A zero capsule has gradient 0.
+
+    Example:
+        >>> capsule_lengths(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([5., 0.])
+    """
     return torch.linalg.vector_norm(poses, dim=-1)

@@ -1,4 +1,4 @@
-"""The decoder that draws an image of a class capsule."""
+"""The decoder that reconstructs an image from a class capsule."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
 class ReconstructionDecoder(nn.Module):
-    """Draw the image of one class capsule with three fully connected layers (Sabour 2017, 4.1).
+    """Decode one class capsule to an image with three fully connected layers (Sabour 2017, 4.1).
 
-    All capsules but one are masked with zeros. The one that stays is the target's; without a target
-    it is the most active capsule, which among vector capsules is the longest.
+    All capsules but one are masked with zeros. The remaining one is the target's. Without a target
+    it is the most active capsule. For vector capsules, this is the longest one.
 
     Args:
         num_classes: class capsules, K.
-        dim: their components, D.
+        dim: components of a class capsule, D.
         image_shape: (channels, height, width) of the image.
         hidden: widths of the two hidden layers.
 
@@ -26,8 +26,14 @@ class ReconstructionDecoder(nn.Module):
     target (B,), int64 → (B, channels, height, width), in (0, 1).
 
     Raises:
-        TypeError, ValueError: a size that is not an int of at least 1; in `forward` poses or
-            target of another kind, shape or range.
+        TypeError, ValueError: a size is not an int of at least 1. In `forward`, the poses or the
+            target have the wrong type, shape or range.
+
+    Example:
+        >>> import torch
+        >>> decoder = ReconstructionDecoder(10, 16, image_shape=(1, 28, 28))
+        >>> decoder(torch.rand(2, 10, 16), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(
@@ -89,7 +95,7 @@ class ReconstructionDecoder(nn.Module):
         return rearrange(flat, "B (C H W) -> B C H W", C=channels, H=height, W=width)
 
     def extra_repr(self) -> str:
-        """The arguments that build this layer."""
+        """Return the arguments that build this layer."""
         return (
             f"num_classes={self.num_classes}, dim={self.dim}, image_shape={self.image_shape}, "
             f"hidden={self.hidden}"

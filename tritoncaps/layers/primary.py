@@ -1,4 +1,4 @@
-"""Primary capsules: from feature maps to the first capsules."""
+"""Primary capsules, the first capsules of a network, made from feature maps."""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -9,22 +9,28 @@ from tritoncaps import _checks, ops
 class PrimaryCapsules(nn.Module):
     """Turn feature maps into capsules with one convolution and squash (Sabour 2017, section 4).
 
-    A capsule is `dim` channels at *one* position. The convolution's output channels are
+    A capsule consists of `dim` channels at *one* position. The convolution's output channels form
     `capsule_types` groups of `dim`, and each position (y, x) holds one capsule of each type.
 
     Args:
         in_channels: channels of the feature maps.
         capsule_types: capsules at each position.
         dim: components of a capsule, P.
-        kernel_size: of the convolution, without padding.
-        stride: of the convolution.
+        kernel_size: kernel size of the convolution, which has no padding.
+        stride: stride of the convolution.
 
     Shapes: (B, in_channels, H, W) → (B, I, dim) with I = H'·W'·capsule_types, ordered by position,
     then type.
 
     Raises:
-        TypeError, ValueError: a size that is not an int of at least 1, feature maps of another
-            kind or shape, or smaller than the kernel.
+        TypeError, ValueError: a size is not an int of at least 1. In `forward`, the feature maps
+            have the wrong type or shape, or are smaller than the kernel.
+
+    Example:
+        >>> import torch
+        >>> primary = PrimaryCapsules(256, capsule_types=32, dim=8, kernel_size=9, stride=2)
+        >>> primary(torch.rand(2, 256, 20, 20)).shape
+        torch.Size([2, 1152, 8])
     """
 
     def __init__(
@@ -53,13 +59,13 @@ class PrimaryCapsules(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the kernels so that the channels are as large as the features (gain 1)."""
+        """Draw kernels that keep the scale of the features (gain 1)."""
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="linear")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
     def num_capsules(self, height: int, width: int) -> int:
-        """Count the capsules that feature maps of this size turn into."""
+        """Return the number of capsules, I, for feature maps of this size."""
         rows, columns = ((size - self.kernel_size) // self.stride + 1 for size in (height, width))
         return max(0, rows) * max(0, columns) * self.capsule_types
 
@@ -81,7 +87,7 @@ class PrimaryCapsules(nn.Module):
         return ops.squash(rearrange(maps, "B (T P) H W -> B (H W T) P", P=self.dim))
 
     def extra_repr(self) -> str:
-        """The arguments that build this layer."""
+        """Return the arguments that build this layer."""
         return (
             f"in_channels={self.in_channels}, capsule_types={self.capsule_types}, dim={self.dim}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}"

@@ -13,21 +13,27 @@ class RoutedCapsules(nn.Module):
 
     Args:
         in_capsules: input capsules, I.
-        in_dim: their components, P.
+        in_dim: components of an input capsule, P.
         out_capsules: output capsules, J.
-        out_dim: their components, D.
-        iterations: weighted sums, at least 1.
-        gradient: "full" differentiates through all iterations, "last" takes the last coupling as
-            a constant.
+        out_dim: components of an output capsule, D.
+        iterations: the number of weighted sums, at least 1.
+        gradient: "full" differentiates through all iterations. "last" treats the last coupling as a
+            constant.
         learned_prior: learn the initial logits, (I, J), which start at 0.
-        input_length: ρ, the expected length of an input capsule; see `reset_parameters`.
+        input_length: ρ, the expected length of an input capsule. See `reset_parameters`.
 
     Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None.
 
     Raises:
-        TypeError, ValueError: a size that is not an int of at least 1, an unknown `gradient`, an
-            `input_length` that is not a number over 0, and in `forward` whatever
+        TypeError, ValueError: a size is not an int of at least 1, `gradient` is unknown, or
+            `input_length` is not a positive number. In `forward`, whatever
             `ops.fused_dynamic_routing` raises.
+
+    Example:
+        >>> import torch
+        >>> routing = RoutedCapsules(in_capsules=1152, in_dim=8, out_capsules=10, out_dim=16)
+        >>> routing(torch.rand(2, 1152, 8)).shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(
@@ -71,11 +77,11 @@ class RoutedCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution with σ = J / (ρ·√(I·D)).
 
-        With uniform coupling and inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J, so the sums start near
-        length 1 whatever the sizes. A smaller σ kills the signal of routings in series, because
-        each squash squares what is short. A larger one saturates them: iterations move the coupling
+        With uniform coupling and inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J. So the sums start near
+        length 1, whatever the sizes. A smaller σ kills the signal of routings in series, because
+        each squash squares a short length. A larger σ saturates them: iterations move the coupling
         towards the prediction vectors that agree, and the sums grow beyond the uniform estimate.
-        The default is ρ = 1, the greatest length of a squashed capsule.
+        The default is ρ = 1, the upper bound on the length of a squashed capsule.
         """
         fan = math.sqrt(self.in_capsules * self.out_dim)
         nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))
@@ -83,13 +89,13 @@ class RoutedCapsules(nn.Module):
             nn.init.zeros_(self.prior)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Route; (B, I, P) → (B, J, D)."""
+        """Route input capsules, (B, I, P), to output capsules, (B, J, D)."""
         return ops.fused_dynamic_routing(
             u, self.weight, self.iterations, prior=self.prior, gradient=self.gradient
         )
 
     def extra_repr(self) -> str:
-        """The arguments that build this layer."""
+        """Return the arguments that build this layer."""
         return (
             f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "

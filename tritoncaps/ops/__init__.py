@@ -1,15 +1,15 @@
-"""Functional capsule operators, one file an operator.
+"""Functional capsule operators, one file per operator.
 
-Every operator is differentiable and gives the same result on every backend, within the tolerance
-that the tests state: Triton kernels on a CUDA or ROCm device, plain torch elsewhere.
+Every operator is differentiable. It runs Triton kernels on a CUDA or ROCm device and plain torch
+elsewhere. All backends give the same result, within the tolerance that the tests state.
 
 Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
 
 The arguments of a call share one device and one dtype (float16, bfloat16, float32 or float64). Sums
-are accumulated in float32, of float64 in float64. Inside `torch.autocast` the 16-bit types are
-raised to float32 first, may be mixed with float32, and results are float32. Derivatives are of
-reverse mode and first order. Forward mode and second derivatives raise an error that names the
-operator.
+are accumulated in float32, or in float64 for float64 inputs. Inside `torch.autocast`, 16-bit inputs
+are raised to float32 first and may be mixed with float32, and results are float32. Only first
+derivatives in reverse mode are supported. Forward mode and second derivatives raise an error that
+names the operator.
 """
 
 from tritoncaps.ops._dynamic_routing import Gradient, dynamic_routing

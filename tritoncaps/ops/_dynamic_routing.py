@@ -38,23 +38,23 @@ def dynamic_routing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route prediction vectors to output capsules by agreement.
 
-    b = prior or 0; then `iterations` times: c = softmax_j(b), s_j = Σ_i c_ij û_{j|i},
-    v_j = squash(s_j), b_ij += û_{j|i}·v_j.
+    Start with b = prior, or 0. Then repeat `iterations` times: c = softmax_j(b),
+    s_j = Σ_i c_ij û_{j|i}, v_j = squash(s_j), b_ij += û_{j|i}·v_j.
 
     Args:
         u_hat: prediction vectors, shape (B, I, J, D).
         iterations: the number of weighted sums, at least 1.
-        prior: initial logits, shape (I, J); may be learned.
-        gradient: "full" differentiates through every iteration; "last" takes the coupling of the
-            last iteration as a constant, which is cheaper and what many implementations do.
-        return_coupling: return the coupling of the last iteration too. With "full" it is
+        prior: initial logits, shape (I, J). May be learned.
+        gradient: "full" differentiates through every iteration. "last" treats the coupling of the
+            last iteration as a constant. This is cheaper, and many implementations do it.
+        return_coupling: also return the coupling of the last iteration. With "full" it is
             differentiable.
 
     Returns:
-        v, shape (B, J, D); with `return_coupling` the pair (v, c), c of shape (B, I, J).
+        v, shape (B, J, D). With `return_coupling`, the pair (v, c), where c has shape (B, I, J).
 
     Raises:
-        TypeError: an argument of the wrong kind, dtypes that differ, `iterations` not an int.
+        TypeError: an argument of the wrong type, dtypes that differ, `iterations` not an int.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices,
             `iterations` < 1, an unknown `gradient`.
 

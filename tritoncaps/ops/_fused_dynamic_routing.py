@@ -40,25 +40,25 @@ def fused_dynamic_routing(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route input capsules to output capsules: `prediction_vectors` and `dynamic_routing` in one.
 
-    The prediction vectors of a batch never exist in memory. They are computed tile by tile, where
-    they are used, which takes less time than moving them: with one image of MNIST in a `CapsNet`
-    they are 184,320 numbers, and all that is kept for the backward is r·J·D = 480.
+    The prediction vectors of a batch never exist in memory. They are computed tile by tile where
+    they are used, which takes less time than moving them. For one MNIST image in a `CapsNet` there
+    are 184,320 of these numbers. Only r·J·D = 480 numbers are kept for the backward.
 
     Args:
         u: input capsules, shape (B, I, P).
         weight: one P×D matrix per pair of capsules, shape (I, P, J, D).
         iterations: the number of weighted sums, at least 1.
-        prior: initial logits, shape (I, J); may be learned.
-        gradient: "full" differentiates through every iteration; "last" takes the coupling of the
-            last iteration as a constant, which is cheaper and what many implementations do.
-        return_coupling: return the coupling of the last iteration too. With "full" it is
+        prior: initial logits, shape (I, J). May be learned.
+        gradient: "full" differentiates through every iteration. "last" treats the coupling of the
+            last iteration as a constant. This is cheaper, and many implementations do it.
+        return_coupling: also return the coupling of the last iteration. With "full" it is
             differentiable.
 
     Returns:
-        v, shape (B, J, D); with `return_coupling` the pair (v, c), c of shape (B, I, J).
+        v, shape (B, J, D). With `return_coupling`, the pair (v, c), where c has shape (B, I, J).
 
     Raises:
-        TypeError: an argument of the wrong kind, dtypes that differ, `iterations` not an int.
+        TypeError: an argument of the wrong type, dtypes that differ, `iterations` not an int.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices,
             `iterations` < 1, an unknown `gradient`.
 

@@ -18,26 +18,27 @@ def margin_loss(
     down_weight: float = 0.5,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Push the activations of present classes over `m_pos`, those of the others under `m_neg`.
+    """Push the activations of present classes above `m_pos` and those of absent ones below `m_neg`.
 
     L = Σ_k T_k·max(0, m⁺ − a_k)² + λ·(1 − T_k)·max(0, a_k − m⁻)², summed over the classes k.
 
     Args:
         activations: how present each class is, in [0, 1], shape (B, K): the lengths of vector
             capsules, or the activations of matrix capsules.
-        target: class indices, shape (B,), int64; or multi-hot, shape (B, K), values in [0, 1].
+        target: class indices, shape (B,), int64, or multi-hot, shape (B, K), values in [0, 1].
         m_pos: m⁺, the activation from which a present class costs nothing.
         m_neg: m⁻, the activation up to which an absent class costs nothing.
         down_weight: λ, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
 
     Returns:
-        A scalar, or shape (B,) with "none"; dtype of `activations`, under autocast float32.
+        A scalar, or shape (B,) with "none". The dtype is that of `activations`, or float32 under
+        autocast.
 
     Raises:
-        TypeError: an argument of the wrong kind, class indices that are not int64.
-        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`, and, on
-            a CPU, class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
+        TypeError: an argument of the wrong type, class indices that are not int64.
+        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`. On a CPU
+            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
 
     Example:
         >>> import torch

@@ -37,29 +37,29 @@ def routing_pass(
     bias: Tensor | None = None,
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Weigh the prediction vectors by their agreement with given poses, and add them up.
+    """Add up the prediction vectors, weighted by their agreement with given poses.
 
-    c = softmax_j(û·pose + prior) + bias and s_j = Σ_i c_ij û_{j|i}, with û_{j|i} = W_ij u_i. This
-    is the step that the routings have in common. They differ in the pose that they compare with
-    and in what they do with s. The prediction vectors of a batch never exist in memory.
+    c = softmax_j(û·pose + prior) + bias and s_j = Σ_i c_ij û_{j|i}, with û_{j|i} = W_ij u_i. All
+    routings share this step. They differ in the pose that they compare with, and in what they do
+    with s. The prediction vectors of a batch never exist in memory.
 
     Args:
         u: input capsules, shape (B, I, P).
         weight: one P×D matrix per pair of capsules, shape (I, P, J, D).
         pose: what the prediction vectors are compared with, shape (B, J, D).
-        prior: added to the logits, shape (I, J); may be learned.
-        bias: added to the coupling after the softmax, shape (I, J); may be learned.
-        return_coupling: return the coupling c too.
+        prior: added to the logits, shape (I, J). May be learned.
+        bias: added to the coupling after the softmax, shape (I, J). May be learned.
+        return_coupling: also return the coupling c.
 
     Returns:
-        s, shape (B, J, D); with `return_coupling` the pair (s, c), c of shape (B, I, J).
+        s, shape (B, J, D). With `return_coupling`, the pair (s, c), where c has shape (B, I, J).
 
     Raises:
-        TypeError: an argument of the wrong kind, or dtypes that differ.
+        TypeError: an argument of the wrong type, or dtypes that differ.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices.
 
     Example:
-        One iteration of routing by agreement, from the poses of the one before:
+        Two iterations of routing by agreement, each from the poses of the ones before:
 
         >>> import torch
         >>> from tritoncaps.ops import fused_dynamic_routing, squash

@@ -11,7 +11,7 @@ Form = Literal["quadratic", "exponential"]
 
 
 def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
-    """Squash vectors to a length in [0, 1) and keep their direction.
+    """Scale vectors to a length in [0, 1) and keep their direction.
 
     With n = |s|, "quadratic" is v = n²/(1+n²) · s/n and "exponential" is v = (1−e⁻ⁿ) · s/n. Short
     vectors vanish under the first and pass almost unchanged under the second.
@@ -22,16 +22,16 @@ def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
         form: "quadratic" (Sabour 2017) or "exponential" (Mazzia 2021).
 
     Returns:
-        Tensor of the shape and dtype of `s`.
+        A tensor with the shape and dtype of `s`.
 
     Raises:
-        TypeError: `s` is not a floating-point tensor, or `dim` not an int.
+        TypeError: `s` is not a floating-point tensor, or `dim` is not an int.
         ValueError: `s` has no axis `dim`, or `form` is unknown.
 
     Note:
-        Value and gradient are finite from 0 to the largest float32. At 0 the value is 0, and the
-        gradient is 0 ("quadratic") or the identity ("exponential"). In a 16-bit type the length of
-        a long vector may round to 1.
+        Value and gradient are finite from 0 to the largest float32. At 0 the value is 0. The
+        gradient there is 0 ("quadratic") or the identity ("exponential"). In a 16-bit type the
+        length of a long vector may round to 1.
 
     Example:
         >>> import torch

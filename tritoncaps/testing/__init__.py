@@ -1,7 +1,7 @@
-"""Test your own routing as the operators here are tested.
+"""Test your own routing the way this package tests its operators.
 
-An operator is declared once, as an `Operator`: its function, its reference in plain torch, the axes
-of its inputs and outputs, the options to draw. Everything else follows from that row:
+Declare an operator once, as an `Operator`: its function, its reference in plain torch, the axes of
+its inputs and outputs, and the options to draw. Everything else follows from that row:
 
     from tritoncaps import testing
 
@@ -17,7 +17,7 @@ of its inputs and outputs, the options to draw. Everything else follows from tha
     def test_my_routing(check):
         check(mine, torch.device("cpu"))
 
-`OPERATORS` is the table of this package. Its tests and its benchmarks read it. The checks need
+`OPERATORS` is the table of this package, which its tests and benchmarks read. The checks need
 hypothesis, which comes with the extra `dev`.
 """
 

@@ -1,10 +1,11 @@
-"""The measuring stick: the 2x rule.
+"""The 2x rule, which decides whether a result is accurate enough.
 
-Against the reference in float64, a result may be wrong by at most twice what the same mathematics
-in plain torch, in the result's own dtype, is wrong by, or twice what rounding the inputs once
-changes, plus a few roundings of the result's scale. The second term is the problem's own
-sensitivity: routing amplifies a rounding, and the plain form, which adds up in another order, may
-have been lucky. The rule has no tolerance to tune, and NaN never passes.
+Errors are measured against the reference in float64. Two errors set the allowance: that of the same
+mathematics in plain torch, in the result's own dtype, and the change when the inputs are rounded
+once more. A result may be off by twice the larger one, plus a few roundings at its scale. The
+second error is the problem's own sensitivity. Routing amplifies roundings, and the plain form,
+which adds up in another order, may have been lucky. The rule has no tolerance to tune, and NaN
+never passes.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,8 +17,8 @@ from torch import Tensor
 from tritoncaps.testing._cases import Case, with_layout
 from tritoncaps.testing._table import Operator
 
-# Roundings of the result's scale that the rule grants, for results so small or so simple that the
-# plain form happens to be right to the last bit.
+# Roundings at the result's scale that the rule allows. Some results are so small or so simple that
+# the plain form happens to be right to the last bit.
 SLACK_ROUNDINGS = 8
 
 
@@ -27,28 +28,28 @@ def assert_agrees(
     """Apply the 2x rule.
 
     Args:
-        name: of the result, for the message.
+        name: the result's name, for the message.
         actual: the result.
-        plain: that of plain torch in the same dtype.
-        exact: the truth, in float64.
-        rounded: the truth of inputs that were rounded once more, in float64.
+        plain: the result of plain torch in the same dtype.
+        exact: the exact result, in float64.
+        rounded: the exact result for inputs that were rounded once more, in float64.
 
     Raises:
-        AssertionError: another shape, a value that is not finite, or an error that is too large.
+        AssertionError: the shape is wrong, a value is not finite, or the error is too large.
     """
     assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
     if actual.numel() == 0:
         return
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     exact = exact.to(actual.device)
-    # Where a square of the plain form overflows, the truth rounded once stands in for it.
+    # Where a square of the plain form overflows, the exact result rounded once stands in for it.
     plain = torch.where(plain.isfinite(), plain, exact.to(plain.dtype))
     scale = exact.abs().max().item()
     error = (actual.double() - exact).abs().max().item()
     allowed = 2 * (plain.double() - exact).abs().max().item()
     if rounded is not None:
         allowed = max(allowed, 2 * (rounded.to(exact) - exact).abs().max().item())
-    if actual.dtype == torch.float64:  # as precise as the measuring stick itself
+    if actual.dtype == torch.float64:  # as precise as the reference itself
         allowed = 1e-10 * scale
     allowed += SLACK_ROUNDINGS * torch.finfo(actual.dtype).eps * scale
     # Below the smallest normal number, results are rounded in steps of a fixed size.
@@ -104,9 +105,9 @@ def evaluate(
     seed: int = 0,
     layout: str = "contiguous",
 ) -> dict[str, Tensor]:
-    """Results and gradients of a call by name, "v" and "gradient of u".
+    """Results and gradients of a call by name, such as "v" and "gradient of u".
 
-    `function` is called in place of the operator's own; the rest is as in `gradients`.
+    `function` replaces the operator's own. The other arguments are those of `gradients`.
     """
     outputs, grads = gradients(operator.bound(options, function), inputs, seed=seed, layout=layout)
     named = dict(zip(operator.output_names(options), outputs, strict=True))
@@ -116,10 +117,10 @@ def evaluate(
 def compare(
     operator: Operator, case: Case, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Apply the 2x rule to the results and gradients of a drawn call; return them by name.
+    """Apply the 2x rule to the results and gradients of a drawn call, and return them by name.
 
     Raises:
-        AssertionError: a result or a gradient breaks the rule, or has another dtype.
+        AssertionError: a result or a gradient breaks the rule, or has the wrong dtype.
     """
     inputs = case.inputs(operator, device)
     return compare_inputs(operator, inputs, case.options, seed=case.seed, layout=case.grad_layout)
@@ -134,7 +135,7 @@ def compare_inputs(
     layout: str = "contiguous",
     unchecked: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """`compare` with inputs of your own, but for the results named in `unchecked`."""
+    """Compare with inputs of your own. The results named in `unchecked` are not checked."""
 
     def run(tensors: Mapping[str, Tensor], function: Any = operator.reference) -> Any:
         return evaluate(operator, tensors, options, function, seed=seed, layout=layout)

@@ -15,23 +15,23 @@ from tritoncaps.testing._table import Operator
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-# Triton's interpreter adds up the bit patterns of bfloat16, so 16-bit types need real hardware.
+# Triton's interpreter adds the bit patterns of bfloat16, so 16-bit types need real hardware.
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
 if not INTERPRETED:
     DTYPES += (torch.float16, torch.bfloat16)
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
-# One small size for each axis, all different, so that two axes cannot be mistaken for each other.
+# One small size for each axis. All differ, so that mixing up two axes shows.
 SIZES: Mapping[str, int] = {"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7}
 
-# The largest sizes that are drawn. The interpreter takes about a millisecond a program.
+# The largest sizes that are drawn. The interpreter takes about a millisecond per program.
 _LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17}
 _LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal numbers that depend on the shape and the seed alone, not on the dtype."""
+    """Normal numbers that depend only on the shape and the seed, not on the dtype."""
     generator = torch.Generator().manual_seed(seed + len(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
@@ -53,15 +53,15 @@ def draw_inputs(
     prediction vectors are about `scale` times as long as the input capsules.
 
     Args:
-        operator: whose inputs.
-        sizes: of each axis.
-        dtype: of all tensors; they hold numbers that float64 and this type share.
-        device: where they lie.
-        seed: of the numbers.
-        scale: what prediction vectors are multiplied with.
-        layout: one of `LAYOUTS`; "expanded" repeats the first image, and what has no batch is
-            strided then.
-        optional: the optional inputs to draw, by name; all if None.
+        operator: the operator to call.
+        sizes: the size of each axis.
+        dtype: the dtype of all tensors. Their values are exact in both float64 and this type.
+        device: where to put the tensors.
+        seed: chooses the values.
+        scale: a factor for the prediction vectors.
+        layout: one of `LAYOUTS`. "expanded" repeats the first image, and makes tensors without a
+            batch strided.
+        optional: the optional inputs to draw, by name. None draws all.
     """
     wanted = operator.optional if optional is None else optional
     inputs = {}
@@ -83,7 +83,7 @@ def draw_inputs(
 
 
 def with_layout(tensor: Tensor, layout: str) -> Tensor:
-    """Give the same values in another memory layout; "expanded" repeats those of the first row.
+    """Return the same values in another memory layout. "expanded" repeats those of the first row.
 
     Call it on the tensor's final device: a copy to another device loses the layout.
     """
@@ -154,7 +154,7 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
 
 
 def _sizes(largest: int) -> st.SearchStrategy[int]:
-    """Sizes of an axis: often 1, a power of two, or one beside it."""
+    """Sizes of an axis: often 1, a power of two, or a neighbour of one."""
     from hypothesis import strategies as st
 
     edges = sorted({1, *(size for e in range(1, 8) for size in (2**e - 1, 2**e, 2**e + 1))})

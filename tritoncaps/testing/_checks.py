@@ -1,7 +1,7 @@
-"""What every operator has to pass. Each check takes a row of the table and a device.
+"""The checks that every operator has to pass. Each takes a row of the table and a device.
 
-A check raises AssertionError, or lets torch's own error through. What an operator has no part in,
-such as the FLOPs of a function that torch does not know by name, its check leaves out.
+A check raises AssertionError, or lets torch's own error through. It skips what does not apply to an
+operator, such as the FLOPs of a function that is not registered with torch.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from tritoncaps.testing._table import Operator
 
 
 def check_agreement(operator: Operator, device: torch.device) -> None:
-    """Results and gradients obey the 2x rule: any size, option, dtype and memory layout."""
+    """Results and gradients obey the 2x rule for any size, option, dtype and memory layout."""
     from hypothesis import given
 
     @given(cases(operator))
@@ -31,14 +31,14 @@ def check_agreement(operator: Operator, device: torch.device) -> None:
 
 
 def check_every_option(operator: Operator, device: torch.device) -> None:
-    """The same for every combination of options and optional inputs, at one size."""
+    """Results and gradients obey it for every combination of options and optional inputs."""
     for options in _combinations(operator):
         for optional in _subsets(operator.optional):
             compare(operator, Case(SIZES, options, optional, torch.float32), device)
 
 
 def check_single_results(operator: Operator, device: torch.device) -> None:
-    """The same where the loss uses one of several results alone."""
+    """Gradients are right if the loss uses only one of several results."""
     for options, optional in product(_combinations(operator), _extreme_subsets(operator)):
         names = operator.output_names(options)
         for index, name in enumerate(names if len(names) > 1 else []):
@@ -58,7 +58,7 @@ def check_single_results(operator: Operator, device: torch.device) -> None:
 
 
 def check_empty_batch(operator: Operator, device: torch.device) -> None:
-    """No image gives empty results, and zeros for the gradient of what all images share."""
+    """An empty batch gives empty results, and zero gradients for inputs that all images share."""
     for options, dtype in product(_combinations(operator), DTYPES):
         inputs = draw_inputs(operator, {**SIZES, "B": 0}, dtype=dtype, device=device)
         outputs, grads = gradients(operator.bound(options), inputs)
@@ -70,9 +70,9 @@ def check_empty_batch(operator: Operator, device: torch.device) -> None:
 
 
 def check_gradients(operator: Operator, device: torch.device) -> None:
-    """Derivatives agree with finite differences; also of a result with other strides.
+    """Derivatives agree with finite differences, also through a result with other strides.
 
-    `gradient="last"` is left out: by intention its derivative is not that of the function.
+    `gradient="last"` is left out: its derivative intentionally differs from the function's.
     """
     from torch.autograd import gradcheck
 
@@ -109,7 +109,7 @@ def check_registration(operator: Operator, device: torch.device) -> None:
 def check_vmap(operator: Operator, device: torch.device) -> None:
     """`torch.func.vmap` gives the results and gradients of a loop, whatever it maps.
 
-    It maps each input, the first along another axis, and all along axes that differ.
+    The check maps each input, the first one along another axis, and all along different axes.
     """
     names = list(operator.axes)
     mapped_sets = [{name: 0} for name in names] + [{names[0]: 1}]
@@ -143,7 +143,7 @@ def check_vmap(operator: Operator, device: torch.device) -> None:
 
 
 def check_batched_gradients(operator: Operator, device: torch.device) -> None:
-    """Rows of a Jacobian, which torch computes by a vmap of the backward, are those of a loop."""
+    """A Jacobian, which torch computes by a vmap of the backward, has the rows of a loop."""
     for options, optional in product(_combinations(operator), _extreme_subsets(operator)):
         inputs = draw_inputs(operator, device=device, optional=optional)
         leaves = [tensor.requires_grad_() for tensor in inputs.values()]
@@ -159,7 +159,7 @@ def check_batched_gradients(operator: Operator, device: torch.device) -> None:
 
 
 def check_compile(operator: Operator, device: torch.device) -> None:
-    """`torch.compile(fullgraph=True)` with gradients; another batch compiles nothing anew."""
+    """`torch.compile(fullgraph=True)` works with gradients. Other batch sizes do not recompile."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     for options in _extremes(operator):
@@ -185,7 +185,7 @@ def check_compile(operator: Operator, device: torch.device) -> None:
 
 
 def check_export(operator: Operator, device: torch.device) -> None:
-    """`torch.export` with a dynamic batch: one node of ours, right for other batches."""
+    """`torch.export` with a dynamic batch gives one node, which is right for other batch sizes."""
     for options in _extremes(operator):
         inputs = draw_inputs(operator, device=device)
         batch = torch.export.Dim("batch", min=2, max=64)
@@ -204,9 +204,9 @@ def check_export(operator: Operator, device: torch.device) -> None:
 
 
 def check_autocast(operator: Operator, device: torch.device) -> None:
-    """Under autocast 16-bit inputs are raised to float32, and nothing inside is lowered.
+    """Under autocast, 16-bit inputs are raised to float32, and nothing inside is lowered.
 
-    They may be mixed with float32. The backward may run under autocast, or after it.
+    They may be mixed with float32. The backward may run under autocast or after it.
     """
     names = list(operator.axes)
     for options, low in product(_combinations(operator), (torch.bfloat16, torch.float16)):
@@ -242,7 +242,7 @@ def check_meta(operator: Operator, device: torch.device) -> None:
 
 
 def check_flops(operator: Operator, device: torch.device) -> None:
-    """torch's FLOP counter counts what it counts of the reference, forward and backward."""
+    """torch's FLOP counter finds the same as for the reference, forward and backward."""
     if operator.registered is None or operator.registered.forward._qualname not in _counted():
         return
     from torch.utils.flop_counter import FlopCounterMode
@@ -288,7 +288,7 @@ def check_missing_derivatives(operator: Operator, device: torch.device) -> None:
 
     x = leaves[first].detach()
     with warnings.catch_warnings():
-        # Entering forward mode, torch 2.15 uses what it has deprecated.
+        # When torch 2.15 enters forward mode, it calls its own deprecated functions.
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         _assert_raises(
             NotImplementedError,
@@ -298,10 +298,10 @@ def check_missing_derivatives(operator: Operator, device: torch.device) -> None:
 
 
 def check_errors(operator: Operator, device: torch.device) -> None:
-    """Each wrong argument raises TypeError or ValueError; the message names it and the numbers."""
+    """Each wrong argument raises TypeError or ValueError, which names it and the numbers."""
     right = draw_inputs(operator, dtype=torch.float32, device=device)
     defaults = operator.defaults
-    # The right call comes first: what follows fails for its one wrong argument alone.
+    # The right call comes first. It shows that the others fail only for their wrong argument.
     operator.call(right, defaults)
     for kind, name, words, wrong in [*_wrong_tensors(operator, right), *_wrong_options(operator)]:
         call = partial(operator.function, **{**right, **defaults, **wrong})
@@ -311,7 +311,7 @@ def check_errors(operator: Operator, device: torch.device) -> None:
 
 
 def check_fuzz(operator: Operator, device: torch.device) -> None:
-    """Arguments that nobody meant to give end in a documented result or a documented error."""
+    """Arbitrary arguments end in a documented result or a documented error."""
     from hypothesis import HealthCheck, given, settings
 
     @settings(suppress_health_check=list(HealthCheck))
@@ -350,7 +350,7 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
 
 
 class _Module(torch.nn.Module):
-    """An operator with fixed options, for what takes modules alone."""
+    """An operator with fixed options, for functions of torch that only take modules."""
 
     def __init__(self, operator: Operator, options: Mapping[str, Any]) -> None:
         super().__init__()
@@ -361,11 +361,11 @@ class _Module(torch.nn.Module):
 
 
 def _combinations(operator: Operator) -> list[dict[str, Any]]:
-    """The usual options, and each other value of each option in turn."""
+    """The usual options, then each other value of each option in turn."""
     found = [operator.defaults]
     for name, values in operator.options.items():
         found += [operator.defaults | {name: value} for value in values[1:]]
-    if "return_coupling" in operator.options:  # of all results the one with most to go wrong
+    if "return_coupling" in operator.options:  # with it, the most can go wrong
         found += [options | {"return_coupling": True} for options in found[1:]]
     return [options for n, options in enumerate(found) if options not in found[:n]]
 
@@ -376,7 +376,7 @@ def _extreme_subsets(operator: Operator) -> list[tuple[str, ...]]:
 
 
 def _extremes(operator: Operator) -> list[dict[str, Any]]:
-    """The usual options, and the last of the combinations, for checks that take long."""
+    """The usual options and the last combination, for slow checks."""
     first, *others = _combinations(operator)
     return [first, *others[-1:]]
 
@@ -396,15 +396,15 @@ def _counted() -> set[str]:
 def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """The arguments of the registered forward and backward, as pairs (operator, arguments).
 
-    With none of the optional inputs tensors are contiguous; with all of them no tensor is, so that
-    results have the strides that their fakes promise, whatever the strides of the inputs.
+    Without optional inputs, all tensors are contiguous. With all of them, none is. So the results
+    must have the strides that their fakes promise, whatever the strides of the inputs.
     """
     import inspect
 
     registered = operator.registered
     parameters = list(inspect.signature(registered.forward._init_fn).parameters)
     needed = list(inspect.signature(registered.backward._init_fn).parameters)
-    # A graph does not depend on a number such as the iterations, so only words and flags vary.
+    # A graph does not depend on numbers such as the iterations, so only words and flags vary.
     choices = [
         values if isinstance(values[0], (str, bool)) else values[:1]
         for values in operator.options.values()
@@ -435,7 +435,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
 
 
 def _assert_raises(kind: type[Exception], pattern: str, call: Callable[[], Any]) -> str:
-    """Return the message of the error that the call has to raise."""
+    """Assert that the call raises an error, and return its message."""
     import re
 
     try:
@@ -450,7 +450,7 @@ Wrong = tuple[type[Exception], str, list[str], dict[str, Any]]
 
 
 def _wrong_tensors(operator: Operator, right: Mapping[str, Tensor]) -> Iterator[Wrong]:
-    """Error, argument, words of the message and what replaces the right argument."""
+    """The error, the argument, words of the message, and what replaces the right argument."""
     for name, tensor in right.items():
         axes = operator.axes[name].split()
         if name not in operator.optional:

@@ -1,4 +1,4 @@
-"""Arguments that nobody meant to give: a result as documented, or a documented error."""
+"""Arbitrary arguments, which must give a documented result or a documented error."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SCALES = (1.0, 0.0, 1e-20, 1e30, math.inf, math.nan)
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor as data, which prints; `build` makes it."""
+    """A tensor described by data that prints. `build` makes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -37,7 +37,7 @@ class Array:
     largest: int = 1  # of integers
 
     def build(self) -> Tensor:
-        """Make the tensor: a view of a buffer in which it lies as its layout says."""
+        """Make the tensor, a view of a buffer with the given layout."""
         shape = self.shape
         if self.dtype not in (*_FLOATING, *_INTEGERS, *_COMPLEX):
             with warnings.catch_warnings():  # torch has no views of quantised types
@@ -79,19 +79,19 @@ _JUNK: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Call:
-    """A call by name; `meant` is false once an argument was replaced by something else."""
+    """A call with arguments by name. `meant` is false once an argument was replaced."""
 
     name: str
     arguments: Mapping[str, Any]
     meant: bool = True
 
     def build(self) -> dict[str, Any]:
-        """The arguments, tensors made."""
+        """Return the arguments, with the tensors made."""
         return {k: v.build() if isinstance(v, Array) else v for k, v in self.arguments.items()}
 
 
 def fuzzed_calls(operator: Operator) -> st.SearchStrategy[Call]:
-    """Draw calls of an operator, right ones and spoilt ones."""
+    """Draw calls of an operator, both right and spoilt."""
     from hypothesis import strategies as st
 
     @st.composite
@@ -155,14 +155,14 @@ def check_call(
     call: Call,
     shapes: Callable[[Mapping[str, Any]], Sequence[tuple[int, ...]]] | None = None,
 ) -> None:
-    """Results have the documented shapes, dtype and device, and so have the gradients.
+    """Assert that results and gradients have the documented shapes, dtype and device.
 
     A spoilt call may raise TypeError or ValueError instead, with a message that names the function.
 
     Args:
-        operator: whose function is called.
+        operator: the operator to call.
         call: its arguments.
-        shapes: gives the shapes of the results from the arguments, where axes do not say them.
+        shapes: computes the shapes of the results from the arguments, if the axes do not give them.
 
     Raises:
         AssertionError: a result or a gradient is not as documented.
@@ -199,7 +199,7 @@ def check_call(
 
 @cache
 def _creatable_dtypes() -> list[torch.dtype]:
-    """Every dtype of torch of which there can be a tensor."""
+    """Every dtype of torch that a tensor can have."""
     found: list[torch.dtype] = []
     for value in vars(torch).values():
         if isinstance(value, torch.dtype) and value not in found:

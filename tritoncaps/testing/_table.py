@@ -21,16 +21,16 @@ class Operator:
 
     Args:
         function: what a user calls, with the inputs and the options by name.
-        reference: the same in plain torch, called alike; evaluated in float64 it is the truth.
-        inputs: the axes of each tensor, {"u": "B I P", "prior?": "I J"}. One whose name ends in "?"
-            may be left out. Where there is a batch, "B" comes first.
-        outputs: the axes of each result. One whose name ends in "?", such as "coupling?", is
+        reference: the same in plain torch, with the same arguments. In float64 it counts as exact.
+        inputs: the axes of each tensor, {"u": "B I P", "prior?": "I J"}. An input whose name ends
+            in "?" may be left out. If there is a batch, "B" comes first.
+        outputs: the axes of each result. A result whose name ends in "?", such as "coupling?", is
             returned if the option `return_coupling` is true.
-        options: the values that tests draw for each other argument; the first is the usual one.
-        name: as in messages; that of `function` if it is not given.
-        registered: the operators that torch knows, forward and backward, or None for a function
-            made of torch's own.
-        domain: what makes an input of normal numbers, for those that normal numbers do not suit.
+        options: the values that tests draw for each other argument. The first is the usual one.
+        name: the name in messages. The default is the name of `function`.
+        registered: the operators registered with torch, forward and backward, or None for a
+            function composed of torch's own operators.
+        domain: by input name, a function that maps normal numbers to valid values of the input.
     """
 
     function: Callable[..., Any]
@@ -51,7 +51,7 @@ class Operator:
 
     @property
     def axes(self) -> dict[str, str]:
-        """The axes of every input by its plain name."""
+        """The axes of every input, by name without the "?"."""
         return {name.removesuffix("?"): axes for name, axes in self.inputs.items()}
 
     @property
@@ -65,7 +65,7 @@ class Operator:
         return {name: values[0] for name, values in self.options.items()}
 
     def output_names(self, options: Mapping[str, Any]) -> list[str]:
-        """What a call with these options returns."""
+        """The names of what a call with these options returns."""
         names = ((name.removesuffix("?"), name.endswith("?")) for name in self.outputs)
         return [name for name, asked in names if not asked or options.get(f"return_{name}")]
 
@@ -90,7 +90,7 @@ class Operator:
         options: Mapping[str, Any],
         function: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Call the function, or another one that is called alike; always a tuple of results."""
+        """Call the function, or another with the same arguments. Always return a tuple."""
         result = (function or self.function)(**inputs, **options)
         return (result,) if isinstance(result, Tensor) else tuple(result)
 
@@ -106,7 +106,7 @@ class Operator:
 
 
 def _with_target(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss as a function of the activations alone; image b shows class b mod K."""
+    """A loss as a function of only the activations. Image b shows class b mod K."""
 
     def call(activations: Tensor, **options: Any) -> Any:
         if not isinstance(activations, Tensor) or activations.ndim != 2:

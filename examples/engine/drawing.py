@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from engine.baseline import TITLES
-from engine.checkpoint import atomic_write
+from tritoncaps._files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ spread over the seeds).
 import sys
 from dataclasses import dataclass, replace
 
-from engine import experiment_figures
+from engine import figures
 from engine.baseline import TITLES, list_networks
 from engine.flags import Machine, Output, Recipe, models_flag, parse, seeds_flag
 from engine.runner import AGAIN, Experiment, run_program
@@ -71,7 +71,7 @@ def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Outpu
         TITLES[model]: experiment.curves(runs)
         for (model,), runs in grouped(results, "model").items()
     }
-    experiment_figures.plot_model_curves(
+    figures.plot_model_curves(
         curves,
         experiment.directory / "curves.png",
         f"{experiment.dataset.title}: one recipe, {counted(comparison.seeds, 'seed')}",

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine import experiment_figures
+from engine import figures
 from engine.baseline import TITLES, list_networks
 from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
 from engine.runner import AGAIN, Experiment, Job, run_program
@@ -98,7 +98,7 @@ def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> i
     curves: dict[str, dict[int, list[float]]] = {}
     for (model, size), runs in grouped(results, "model", "train_size").items():
         curves.setdefault(TITLES[model], {})[size] = [run["test_accuracy"] for run in runs]
-    experiment_figures.plot_by_size(
+    figures.plot_by_size(
         curves,
         experiment.directory / "sizes.png",
         f"{experiment.dataset.title}: the same number of steps for every size",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import experiment_figures
+from engine import figures
 from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
 from engine.runner import AGAIN, Experiment, run_program
 from engine.tables import percent
@@ -75,7 +75,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
     if columns == 0:
         raise ValueError("--limit-test: it leaves a class without an image, take more")
     grid = torch.stack([rows[:columns] for rows in shown])
-    experiment_figures.plot_grids(
+    figures.plot_grids(
         images[grid],
         decoded[grid],
         [names[label] for label in classes],
@@ -90,7 +90,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
     if len(failures):
         inputs = images[failures].to(experiment.runtime.device)
         _, as_labelled = decode(experiment, network, inputs, labels[failures])
-        experiment_figures.plot_failures(
+        figures.plot_failures(
             images[failures],
             decoded[failures],
             as_labelled,

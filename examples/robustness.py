@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import distortions, experiment_figures
-from engine.experiment_figures import Panel
+from engine import distortions, figures
+from engine.figures import Panel
 from engine.flags import NO_TRAINING, Machine, Output, Recipe, flag, parse
 from engine.run_directory import write_json
 from engine.runner import AGAIN, Experiment, run_program
@@ -254,7 +254,7 @@ def draw(
         level = (CLAIM, f"{100 * CLAIM:.0f} %, the paper's claim") if kind.change is None else None
         panels.append(Panel(kind.title, kind.axis, lines, level))
     name = f"{experiment.dataset.title}, {len(experiment.test_images):,} test images"
-    experiment_figures.plot_panels(
+    figures.plot_panels(
         panels,
         experiment.directory / "robustness.png",
         f"What changed images do to trained networks: {name}",
@@ -270,7 +270,7 @@ def draw(
             changed = [kind.change(images, amount, 0) for amount in kind.amounts]
         names = [f"{amount:g}" for amount in kind.amounts]
         strips.append((kind.title, torch.cat(changed).cpu(), names))
-    experiment_figures.plot_strips(
+    figures.plot_strips(
         strips,
         experiment.directory / "examples.png",
         f"One test image under every condition (attacks: {titles[-1]})",

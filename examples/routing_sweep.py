@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine import experiment_figures
+from engine import figures
 from engine.flags import Machine, Output, Recipe, flag, parse, positive, seeds_flag
 from engine.runner import AGAIN, Experiment, run_program
 from engine.tables import averages, grouped, percent
@@ -124,7 +124,7 @@ def draw(experiment: Experiment, results: Sequence[dict[str, Any]], rows: list[A
     network = f"DeepCapsNet on {experiment.dataset.title}"
     by_pair = {(row["main"], row["secondary"]): row["test_accuracy"] for row in rows}
     counts = [sorted({row[name] for row in rows}) for name in ("main", "secondary")]
-    experiment_figures.plot_heat_map(
+    figures.plot_heat_map(
         [[by_pair.get((row, column), math.nan) for column in counts[1]] for row in counts[0]],
         counts[0],
         counts[1],
@@ -132,7 +132,7 @@ def draw(experiment: Experiment, results: Sequence[dict[str, Any]], rows: list[A
         f"{network}, by routing iterations",
         ("iterations of the main route", "iterations of the secondary route", "test accuracy"),
     )
-    experiment_figures.plot_trade_off(
+    figures.plot_trade_off(
         [
             (f"{row['main']} × {row['secondary']}", row["seconds_per_epoch"], row["test_accuracy"])
             for row in rows
@@ -149,7 +149,7 @@ def draw(experiment: Experiment, results: Sequence[dict[str, Any]], rows: list[A
     }
     if equal:
         title = f"{network}: the same count in both routes"
-        experiment_figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")
+        figures.plot_model_curves(equal, directory / "equal.png", title, "test accuracy")
 
 
 if __name__ == "__main__":

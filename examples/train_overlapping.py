@@ -19,11 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from engine import experiment_figures
+from engine import figures
 from engine.baseline import TITLES
-from engine.experiment_figures import Overlapped
+from engine.figures import Overlapped
 from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
 from engine.runner import AGAIN, Experiment, Job, run_program
 from engine.tables import grouped, percent
@@ -105,7 +104,7 @@ def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
         if result["seed"] == 1:
             draw(experiment, trained, examples, f"{pairs.mode} pairs", measured["exact_pairs"])
     experiment.write_table("pairs", rows)
-    experiment_figures.plot_model_curves(
+    figures.plot_model_curves(
         {
             TITLES[model]: experiment.curves(runs)
             for (model,), runs in grouped(results, "model").items()
@@ -156,17 +155,7 @@ def measure(
     predicted, shown = torch.cat(predictions), torch.cat(labels)
     exact = (predicted == shown).all(dim=1).double().mean().item()
     rates = {"pairs": len(shown), "exact_pairs": exact, "digits": per_class_rate(predicted, shown)}
-    return rates, joined(examples)
-
-
-def joined(parts: list[Overlapped]) -> Overlapped:
-    """Join examples of several batches, on the CPU."""
-
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(part, name).cpu() for part in parts])
-
-    names = ("overlays", "originals", "reconstructions", "labels", "predictions")
-    return Overlapped(*map(join, names))
+    return rates, Overlapped(*(torch.cat(parts).cpu() for parts in zip(*examples, strict=True)))
 
 
 def draw(
@@ -174,7 +163,7 @@ def draw(
 ) -> None:
     """Draw successes over failures."""
     right = (examples.predictions == examples.labels).all(dim=1)
-    experiment_figures.plot_overlapped(
+    figures.plot_overlapped(
         [examples.take(right), examples.take(~right)],
         experiment.directory / f"{trained.network}.png",
         f"{trained.title}, {what}: read right above, wrong below ({percent(exact)} exact)",

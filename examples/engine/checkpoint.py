@@ -1,10 +1,10 @@
 """Checkpoints that survive a crash and never run foreign code.
 
 A run directory holds two generations of each file, ``last.safetensors`` and
-``last.previous.safetensors``. A new one is written to a temporary file, brought to the disk and
-renamed into place. At every instant one of the two names is therefore a complete checkpoint,
-whatever kills the process. The files are safetensors with a SHA-256 of their contents, which is
-compared before anything is used (see `tritoncaps._files`).
+``last.previous.safetensors``. A new one is written to a temporary file, flushed to disk and renamed
+into place. So at any moment one of the two is a complete checkpoint, whatever kills the process.
+The files are safetensors with a SHA-256 of their contents, which is checked before anything is used
+(see `tritoncaps._files`).
 
 Example:
     >>> import tempfile, torch
@@ -32,8 +32,6 @@ from torch import Tensor
 
 from tritoncaps._files import (
     CheckpointError,
-    atomic_write,
-    is_temporary,
     naming,
     read_sealed,
     sync_directory,
@@ -41,27 +39,11 @@ from tritoncaps._files import (
     write_sealed,
 )
 
-__all__ = [
-    "CheckpointError",
-    "atomic_write",
-    "is_temporary",
-    "load",
-    "load_latest",
-    "load_latest_weights",
-    "load_weights",
-    "naming",
-    "previous_path",
-    "rng_state",
-    "save",
-    "save_weights",
-    "set_rng_state",
-]
-
 Content = TypeVar("Content")
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a run to `path`, and keep the one that stood there as the previous one.
+    """Write the state of a run to `path`, and keep the file it replaces as the previous one.
 
     Args:
         path: the file to write. Its directory must exist and have one writer at a time.
@@ -69,8 +51,8 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
             tuples.
 
     Raises:
-        TypeError: an entry could not be read back as it was: a path, a namespace, a numpy scalar.
-        OSError: the file cannot be written. What stood there is untouched.
+        TypeError: an entry would not come back as it is: a path, a namespace, a numpy scalar.
+        OSError: the file cannot be written. The old one is untouched.
     """
     with _keeping_previous(Path(path)):
         write_sealed(path, {}, state, function="save", argument="state")
@@ -80,10 +62,10 @@ def load(path: str | Path) -> dict[str, Any]:
     """Return the state that `save` wrote to `path`.
 
     Its tensors are on the CPU. A parameter comes back as a plain tensor, and an OrderedDict as a
-    dict; all other types are those that were saved.
+    dict; all other types are kept.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, empty, damaged or not one of `save`.
+        CheckpointError: the file is missing, unreadable, empty, damaged or not written by `save`.
     """
     weights, state = read_sealed(path)
     if weights:
@@ -96,7 +78,7 @@ def load(path: str | Path) -> dict[str, Any]:
 def load_latest(
     directory: str | Path, name: str = "last.safetensors"
 ) -> tuple[dict[str, Any], Path, str | None]:
-    """Load the newest good checkpoint of a run: `name`, or else the one that it replaced.
+    """Load the newest good checkpoint of a run: `name`, or else the one it replaced.
 
     Returns:
         The state, the file it came from, and a warning to show if that file is not `name`.
@@ -110,17 +92,13 @@ def load_latest(
 def save_weights(
     path: str | Path, state_dict: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
-    """Write a model's weights in the form to share, and keep those that stood there as `save` does.
+    """Write a model's weights to a file that can be shared; otherwise as `save`.
 
     Args:
         path: the file to write.
         state_dict: the weights, as ``model.state_dict()`` returns them.
         header: plain values. With ``model`` and ``model_kwargs``, the arguments of `create_model`,
             the file is all that `tritoncaps.models.load_model` needs.
-
-    Raises:
-        TypeError: a weight or an entry of the header could not be read back as it was.
-        OSError: the file cannot be written. What stood there is untouched.
     """
     with _keeping_previous(Path(path)):
         write_sealed(path, state_dict, header, function="save_weights")
@@ -130,8 +108,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights, on the CPU, and the header that `save_weights` wrote.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, empty, damaged or not one of
-            `save_weights`.
+        CheckpointError: as in `load`.
     """
     weights, header = read_sealed(path)
     if not weights:
@@ -156,7 +133,7 @@ def rng_state() -> dict[str, Any]:
     """Return the state of every global random generator, in a form that `save` accepts.
 
     These are torch's on the CPU and on each CUDA device, Python's, and numpy's if numpy is loaded.
-    CUDA is not started for the purpose.
+    CUDA is not initialized for this.
     """
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -184,13 +161,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _keeping_previous(path: Path) -> Iterator[None]:
-    """Give the file that the block replaces the previous name."""
+    """Keep the file that the block replaces under the previous name."""
     previous = previous_path(path)
     outgoing = temporary_name(previous)
     try:
-        # The new file takes its place first, and only then does the old one take the previous name.
-        # In the other order a damaged file would replace the good previous one while no good file
-        # has taken its own place yet.
+        # The new file is in place before the old one takes the previous name. In the other order, a
+        # damaged file could replace the only good one.
         replaces = path.exists()
         if replaces:
             with naming(path):

@@ -1,10 +1,6 @@
-"""The pictures of a training run: curves, reconstructions, perturbed capsules, confusion matrix.
+"""The pictures of the examples: plain data in, one PNG out, with a title.
 
-Every function takes plain data and writes one PNG, `path`, with `title` above. Figures are drawn
-without pyplot and in matplotlib's default style, whatever the user's settings, so the same input
-gives the same bytes. Matplotlib is imported when the first picture is drawn. Images are grey or RGB
-tensors (C = 1 or 3), uint8 or floats in [0, 1]. They are enlarged by whole numbers: each pixel
-becomes a square.
+Shares in 0 .. 1 are shown in percent. drawing.py tells what images may be.
 
 Example:
     >>> import tempfile, torch
@@ -13,41 +9,46 @@ Example:
     >>> figures.plot_confusion(torch.tensor([[9, 1], [0, 10]]), path, "Two digits", ["3", "8"])
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
-from engine.checkpoint import atomic_write
+from engine.drawing import (
+    GAP,
+    PALETTE,
+    Block,
+    chart,
+    count_epochs,
+    draw_blocks,
+    enlarged,
+    figure,
+    line_styles,
+    mosaic_figure,
+    set_limits,
+    shrink_to,
+    stretch_axis,
+)
+from engine.tables import mean_and_spread, percent
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-    from numpy import float64
-    from numpy.typing import NDArray
-
-DPI = 120
-# Colours that colour-blind readers can tell apart.
-_SPLITS = {"train": "#0072b2", "validation": "#d55e00"}
-_WRONG = "#c00000"
-_STYLE = {"font.size": 9, "figure.titlesize": 11}
-
-# Pixels of the figure: an enlarged image, the space between two, the strip for the title.
-_TILE = 84
-_GAP = 6
-_TITLE = 40
+_SPLITS = {"train": PALETTE[0], "validation": PALETTE[1]}
 
 _ACCURACY_TICKS = [0, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9, 100]
+# For narrow ranges.
+_FINE_TICKS = sorted({*_ACCURACY_TICKS, 10, 30, 60, 85, 97, 98.5, 99.2, 99.6, 99.7})
 _LOSS_TICKS = [step * 10.0**power for power in range(-6, 7) for step in (1, 2, 5)]
+
+# The two images of an overlay: where both are white, their colours add up to white.
+_FIRST, _SECOND = (1.0, 0.55, 0.0), (0.0, 0.45, 1.0)
+
+# -- one training run
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
@@ -67,25 +68,39 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
         ("accuracy", "accuracy (%), stretched towards 100", _ACCURACY_TICKS, 100),
         ("loss", "loss", _LOSS_TICKS, 1),
     )
-    with _figure(path, 1200, 520, title, arrange=True) as figure:
-        accuracy_axes, loss_axes = figure.subplots(1, 2)
-        _stretch_axis(accuracy_axes)
+    with figure(path, 1200, 520, title) as drawn:
+        accuracy_axes, loss_axes = drawn.subplots(1, 2)
+        stretch_axis(accuracy_axes)
         loss_axes.set_yscale("log")
-        for axes, (quantity, label, ticks, unit) in zip(figure.axes, panels, strict=True):
-            curves = {split: _column(rows, f"{split}_{quantity}", ticks, unit) for split in _SPLITS}
-            for split, curve in curves.items():
-                axes.plot(epochs, curve, ".-", color=_SPLITS[split], label=split, clip_on=False)
-            _set_limits(axes, ticks, [value for curve in curves.values() for value in curve])
+        for axes, (quantity, label, ticks, unit) in zip(drawn.axes, panels, strict=True):
+            shown = []
+            for split, colour in _SPLITS.items():
+                values = [unit * float(row[f"{split}_{quantity}"]) for row in rows]
+                curve = [v if ticks[0] <= v <= ticks[-1] else math.nan for v in values]
+                axes.plot(epochs, curve, ".-", color=colour, label=split, clip_on=False)
+                shown += curve
+            set_limits(axes, ticks, shown)
             axes.set_ylabel(label)
-            _count_epochs(axes, epochs[0], epochs[-1])
+            count_epochs(axes, epochs[0], epochs[-1])
 
         if (best := _best_epoch(rows)) is not None:
-            epoch, accuracy = int(best["epoch"]), 100 * float(best["validation_accuracy"])
-            label = f"best validation accuracy: {accuracy:.2f} % after epoch {epoch}"
-            for axes in figure.axes:
+            epoch, accuracy = int(best["epoch"]), float(best["validation_accuracy"])
+            label = f"best validation accuracy: {percent(accuracy)} after epoch {epoch}"
+            for axes in drawn.axes:
                 axes.axvline(epoch, color="0.4", linestyle="--", linewidth=1, label=label)
         handles, labels = accuracy_axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the row that model selection chooses, or None where every accuracy is NaN."""
+
+    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
+        loss = float(row["validation_loss"])
+        return float(row["validation_accuracy"]), -math.inf if math.isnan(loss) else -loss
+
+    known = [row for row in rows if not math.isnan(float(row["validation_accuracy"]))]
+    return max(known, key=quality, default=None)
 
 
 def plot_reconstructions(
@@ -101,35 +116,18 @@ def plot_reconstructions(
 
     Both are (N, C, H, W); `labels` and `predictions` are N class indices.
     """
-    columns, text_height = min(10, len(images)), 42
-    pairs = torch.stack([_enlarge(images), _enlarge(reconstructions)], dim=1)
-    pairs = _pad(pairs, 2, 0)  # (N, 2, h, w, 3), with a line between the two
-    height, width = pairs.shape[2:4]
-    # Blank pairs fill the last strip; below each pair there is room for two lines of text.
-    blank = pairs.new_full((-len(pairs) % columns, *pairs.shape[1:]), 255)
-    pairs = rearrange(torch.cat([pairs, blank]), "n two h w rgb -> n (two h) w rgb")
-    strips = rearrange(_pad(pairs, text_height, _GAP), "(s n) h w rgb -> s h (n w) rgb", n=columns)
-    strip_height = strips.shape[1]
-
-    mosaic = rearrange(strips, "s h w rgb -> (s h) w rgb")
-    with _mosaic_figure(path, mosaic, title, left=128, bottom=0) as axes:
-        from matplotlib.patches import Rectangle
-
-        for top in range(0, len(mosaic), strip_height):
-            axes.text(-_GAP, top + height / 2, "input", ha="right", va="center")
-            axes.text(-_GAP, top + height * 3 / 2, "reconstruction", ha="right", va="center")
-            axes.text(-_GAP, top + height * 2 + 4, "predicted", ha="right", va="top")
-        for index, (label, prediction) in enumerate(zip(labels, predictions, strict=True)):
-            left, top = index % columns * (width + _GAP), index // columns * strip_height
-            name, colour = class_names[int(prediction)], "black"
-            if int(label) != int(prediction):
-                name, colour = f"{name}\ntrue: {class_names[int(label)]}", _WRONG
-                frame = Rectangle((left - 1.5, top - 1.5), width + 3, 2 * height + 3)
-                frame.set(fill=False, edgecolor=_WRONG, linewidth=1.5, clip_on=False)
-                axes.add_patch(frame)
-            x, y = left + width / 2, top + 2 * height + 4
-            text = axes.text(x, y, name, color=colour, ha="center", va="top")
-            _shrink_to(width, text)
+    captions, wrong = [], []
+    for label, prediction in zip(labels, predictions, strict=True):
+        name, true = class_names[int(prediction)], class_names[int(label)]
+        wrong.append(name != true)
+        captions.append(f"{name}\ntrue: {true}" if wrong[-1] else name)
+    blocks = []
+    for start in range(0, max(1, len(images)), 10):
+        part = slice(start, start + 10)
+        rows = (images[part], reconstructions[part])
+        names = ("input", "reconstruction")
+        blocks.append(Block(rows, names, captions[part], wrong[part], "predicted"))
+    draw_blocks(blocks, path, title, left=128, text_height=42, row_gap=2, frames=True)
 
 
 def plot_perturbations(
@@ -139,23 +137,28 @@ def plot_perturbations(
 
     `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset.
     """
-    tiles = _pad(_enlarge(images_grid), _GAP, _GAP)  # (D, steps, h, w, 3)
+    tiles = enlarged(images_grid, GAP, GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
     mosaic = rearrange(tiles, "d steps h w rgb -> (d h) (steps w) rgb")
-    with _mosaic_figure(path, mosaic, title, left=64, bottom=52) as axes:
+    with mosaic_figure(path, mosaic, title, left=64, bottom=52) as axes:
         axes.set_axis_on()
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks(
-            [column * width + (width - _GAP) / 2 for column in range(columns)],
+            [column * width + (width - GAP) / 2 for column in range(columns)],
             [_signed(float(offset)) for offset in offsets],
         )
         axes.set_yticks(
-            [row * height + (height - _GAP) / 2 for row in range(rows)],
+            [row * height + (height - GAP) / 2 for row in range(rows)],
             [str(row + 1) for row in range(rows)],
         )
-        axes.set_xlabel("offset")
-        axes.set_ylabel("capsule dimension")
+        axes.set(xlabel="offset", ylabel="capsule dimension")
+
+
+def _signed(offset: float) -> str:
+    """Format an offset with its sign; -0.00 and +0.00 become 0."""
+    text = f"{offset:+.2f}"
+    return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def plot_confusion(
@@ -167,27 +170,26 @@ def plot_confusion(
     """Draw a confusion matrix: counts as numbers, rates within the true class as colours.
 
     Colours follow the logarithm of the rate, so that one confusion in a thousand is seen beside a
-    full diagonal. Empty cells stay white. The title gets the accuracy added. Rows of `matrix`
+    full diagonal. Empty cells stay white. The accuracy is added to the title. Rows of `matrix`
     (K, K) are true classes, columns predicted ones.
     """
     counts = torch.as_tensor(matrix).cpu()
     total, right = int(counts.sum()), int(counts.diagonal().sum())
     rates = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     size = min(max(560, 56 * len(counts)), 1400)
-    cell = size / len(counts)
-    title = f"{title}: {right} of {total} right, accuracy {100 * right / max(1, total):.2f} %"
-    with _figure(path, size + 260, size + 150, title, arrange=True) as figure:
+    title = f"{title}: {right} of {total} right, accuracy {percent(right / max(1, total))}"
+    with figure(path, size + 260, size + 150, title) as drawn:
         from matplotlib.colors import LogNorm
 
-        axes = figure.subplots()
+        axes = drawn.subplots()
         shown = rates.where(counts > 0, torch.nan)
         image = axes.imshow(shown.numpy(), norm=LogNorm(1e-4, 1, clip=True), cmap="Blues")
         for row, column in counts.nonzero().tolist():
             colour = "white" if rates[row, column] > 0.03 else "black"
             number = f"{int(counts[row, column])}"
             text = axes.text(column, row, number, color=colour, ha="center", va="center")
-            _shrink_to(cell - 6, text)
-        bar = figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class (%)")
+            shrink_to(size / len(counts) - 6, text)
+        bar = drawn.colorbar(image, ax=axes, shrink=0.8, label="share of the true class (%)")
         bar.set_ticks([1e-4, 1e-3, 1e-2, 0.1, 1], labels=["0.01", "0.1", "1", "10", "100"])
         bar.minorticks_off()
         axes.set_yticks(range(len(counts)), class_names)
@@ -196,145 +198,303 @@ def plot_confusion(
             axes.tick_params("x", rotation=45)
             for name in axes.get_xticklabels():
                 name.set(horizontalalignment="right", rotation_mode="anchor")
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
+        axes.set(xlabel="predicted", ylabel="true")
 
 
-@contextmanager
-def _figure(
-    path: str | Path, width: int, height: int, title: str, *, arrange: bool = False
-) -> Iterator[Figure]:
-    """Yield a figure of so many pixels, and write it to ``path`` when the block ends.
+# -- experiments
 
-    ``arrange`` lets matplotlib find the places of the axes, below the strip for the title.
+
+def plot_model_curves(
+    curves: Mapping[str, Sequence[Sequence[float]]], path: str | Path, title: str, quantity: str
+) -> None:
+    """Plot a share by epoch for each network, from its runs: every seed thin, their mean thick.
+
+    The legend gives the highest and the last value, mean ± standard deviation over the seeds. The
+    axis is stretched towards 100 %. `quantity` says what the share is of, such as "test accuracy".
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            'pictures need matplotlib: pip install "tritoncaps[train]"'
-        ) from None
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-        canvas = FigureCanvasAgg(figure)
-        heading = figure.suptitle(title, y=1 - _TITLE / 2 / height, verticalalignment="center")
-        _shrink_to(width - 4 * _GAP, heading)
-        if arrange:
-            below = (0.0, 0.0, 1.0, 1 - _TITLE / height)
-            figure.set_layout_engine("constrained", rect=below, w_pad=0.08, h_pad=0.06)
-        yield figure
-        with atomic_write(path) as file:
-            canvas.print_png(file, metadata={"Software": None})
+    runs = [run for seeds in curves.values() for run in seeds]
+    if not runs or not all(runs):
+        raise ValueError("plot_model_curves: there is no epoch to plot")
+    labels = ("epoch", f"{quantity} (%), stretched towards 100")
+    with chart(path, 560 + 22 * len(curves), title, labels) as axes:
+        stretch_axis(axes)
+        styles = line_styles(curves)
+        for name, seeds in curves.items():
+            if len(seeds) > 1:
+                for run in seeds:
+                    values = [100 * value for value in run]
+                    colour = styles[name]["color"]
+                    axes.plot(_counted(run), values, color=colour, lw=0.7, alpha=0.55)
+            # To the end of the shortest run.
+            average = [100 * mean(values) for values in zip(*seeds, strict=False)]
+            highest = percent(*mean_and_spread([max(run) for run in seeds]))
+            last = percent(*mean_and_spread([run[-1] for run in seeds]))
+            label = f"{name}: highest {highest}, last {last}"
+            style = {**styles[name], "markersize": 4, "lw": 2.2, "clip_on": False}
+            axes.plot(_counted(average), average, label=label, **style)
+        set_limits(axes, _FINE_TICKS, [100 * value for run in runs for value in run])
+        count_epochs(axes, 1, max(map(len, runs)))
 
 
-@contextmanager
-def _mosaic_figure(
-    path: str | Path, mosaic: Tensor, title: str, left: int, bottom: int
-) -> Iterator[Axes]:
-    """Yield axes that show a mosaic (h, w, 3) pixel by pixel, with their origin in its upper left.
+def _counted(values: Sequence[float]) -> range:
+    return range(1, len(values) + 1)
 
-    ``left`` and ``bottom`` are the margins for text, in pixels.
+
+def plot_heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[int],
+    columns: Sequence[int],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str, str],
+) -> None:
+    """Draw a table of shares as colours and numbers, NaN as "not run"; the highest is framed.
+
+    `rows` and `columns` number the table; `labels` name rows, columns and values.
     """
-    height, width = mosaic.shape[:2]
-    full_width, full_height = left + width + _GAP, bottom + height + _TITLE
-    with _figure(path, full_width, full_height, title) as figure:
-        axes = figure.add_axes(
-            (left / full_width, bottom / full_height, width / full_width, height / full_height)
+    table = 100 * torch.tensor(values, dtype=torch.float64)
+    known = table[~table.isnan()]
+    if known.numel() == 0:
+        raise ValueError("plot_heat_map: there is no value to draw")
+    with figure(path, 300 + 110 * len(columns), 190 + 80 * len(rows), title) as drawn:
+        from matplotlib.patches import Rectangle
+
+        axes = drawn.subplots()
+        lowest, highest = float(known.min()), float(known.max())
+        image = axes.imshow(
+            table.numpy(), cmap="cividis", aspect="auto", vmin=lowest, vmax=highest + 1e-9
         )
-        axes.imshow(mosaic.numpy(), interpolation="nearest", extent=(0, width, height, 0))
-        axes.set_axis_off()
-        yield axes
+        for row, shares in enumerate(table.tolist()):
+            for column, share in enumerate(shares):
+                text, colour = f"{share:.2f}", "black"
+                if math.isnan(share):
+                    text, colour = "not run", "0.4"
+                elif share - lowest < 0.55 * (highest - lowest):
+                    colour = "white"
+                axes.text(column, row, text, color=colour, ha="center", va="center")
+        best_row, best_column = divmod(int(table.nan_to_num(-1).argmax()), len(columns))
+        corner = (best_column - 0.5, best_row - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, ec=PALETTE[1], lw=3, clip_on=False))
+        axes.set_yticks(range(len(rows)), [str(row) for row in rows])
+        axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+        axes.set(ylabel=labels[0], xlabel=labels[1])
+        bar = drawn.colorbar(image, ax=axes, label=f"{labels[2]} (%)")
+        bar.ax.ticklabel_format(axis="y", useOffset=False)
 
 
-def _enlarge(images: Tensor) -> Tensor:
-    """Return images (..., C, H, W) as enlarged RGB bytes (..., h, w, 3)."""
-    pixels = images.detach().cpu()
-    if pixels.numel() == 0:
-        raise ValueError(f"there are no images to draw (shape {tuple(pixels.shape)})")
-    channels, height, width = pixels.shape[-3:]
-    if channels not in (1, 3):
-        raise ValueError(f"images have C={channels} channels; 1 (grey) or 3 (RGB) can be drawn")
-    if pixels.dtype != torch.uint8:
-        pixels = (pixels.float().nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
-    scale = max(1, _TILE // max(height, width))
-    pixels = pixels.expand(*pixels.shape[:-3], 3, height, width)
-    return repeat(pixels, "... rgb h w -> ... (h y) (w x) rgb", y=scale, x=scale)
+def plot_trade_off(
+    points: Sequence[tuple[str, float, float]],
+    front: Sequence[int],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """Plot points (name, seconds, share), and join the Pareto front, the positions in `front`.
+
+    `labels` name time and share.
+    """
+    if not points:
+        raise ValueError("plot_trade_off: there is no point to plot")
+    with chart(path, 620, title, (labels[0], f"{labels[1]} (%)"), columns=2) as axes:
+        ahead = sorted((points[index] for index in front), key=lambda point: point[1])
+        others = [point for index, point in enumerate(points) if index not in front]
+        line: dict[str, Any] = {"color": PALETTE[1], "marker": "s", "markersize": 8, "lw": 1.5}
+        x, y = [point[1] for point in ahead], [100 * point[2] for point in ahead]
+        axes.plot(x, y, drawstyle="steps-post", label="Pareto front", zorder=3, **line)
+        if others:
+            x, y = [point[1] for point in others], [100 * point[2] for point in others]
+            axes.plot(x, y, "o", color=PALETTE[0], label="faster and as accurate exists")
+        for name, seconds, share in points:
+            # Above and left of the front there is no point, so there is room for a name.
+            style: dict[str, Any] = {"xytext": (6, -11), "ha": "left", "color": "0.35"}
+            if any(name == point[0] for point in ahead):
+                style = {"xytext": (-7, 5), "ha": "right", "weight": "bold"}
+            axes.annotate(name, (seconds, 100 * share), textcoords="offset points", **style)
+        axes.margins(0.12)
+        axes.ticklabel_format(useOffset=False)
 
 
-def _pad(tiles: Tensor, bottom: int, right: int) -> Tensor:
-    """Add white space below and to the right of each tile (..., h, w, 3)."""
-    return F.pad(tiles, (0, 0, 0, right, 0, bottom), value=255)
+@dataclass(frozen=True)
+class Panel:
+    """One plot of `plot_panels`: a share against something, for each network.
+
+    `lines` holds the values x and the shares of each network. `level` draws a dashed line at a
+    share, with its name.
+    """
+
+    title: str
+    x_label: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    level: tuple[float, str] | None = None
 
 
-def _shrink_to(width: float, text: Text) -> None:
-    """Reduce the font of a text until it is no wider than so many pixels."""
-    actual = text.get_window_extent().width
-    if actual > width:
-        text.set_fontsize(float(text.get_fontsize()) * width / actual)
+def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity: str) -> None:
+    """Plot several shares of a `quantity`, three panels in a row, on one scale of 0 to 100 %."""
+    if not panels:
+        raise ValueError("plot_panels: there is no curve to plot")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with figure(path, 420 * columns + 40, 380 * rows + 90, title) as drawn:
+        handles = {}
+        for number, panel in enumerate(panels, 1):
+            axes = drawn.add_subplot(rows, columns, number)
+            styles = line_styles(panel.lines)
+            for name, (x, y) in panel.lines.items():
+                shares = [100 * share for share in y]
+                style = {**styles[name], "markersize": 4, "clip_on": False, "zorder": 3}
+                (handles[name],) = axes.plot(x, shares, **style)
+            if panel.level is not None:
+                share, name = panel.level
+                handles[name] = axes.axhline(100 * share, color="0.4", ls="--", lw=1)
+            axes.set_title(panel.title, fontsize=9)
+            axes.set(xlabel=panel.x_label, ylabel=f"{quantity} (%)", ylim=(0, 102))
+            axes.grid(alpha=0.3)
+        legend = {"loc": "outside lower center", "ncols": min(4, len(handles))}
+        drawn.legend(handles.values(), handles.keys(), **legend)
 
 
-def _signed(offset: float) -> str:
-    """Format an offset with its sign; ``-0.00`` and ``+0.00`` become ``0``."""
-    text = f"{offset:+.2f}"
-    return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+def plot_by_size(
+    curves: Mapping[str, Mapping[int, Sequence[float]]],
+    path: str | Path,
+    title: str,
+    labels: tuple[str, str],
+) -> None:
+    """Plot the shares of each network and size on a logarithmic axis: each run, and their mean.
+
+    `labels` name size and share.
+    """
+    shares = [100 * share for sizes in curves.values() for runs in sizes.values() for share in runs]
+    if not shares:
+        raise ValueError("plot_by_size: there is no point to plot")
+    y_label = f"{labels[1]} (%), stretched towards 100"
+    with chart(path, 620, title, (labels[0], y_label), columns=len(curves)) as axes:
+        stretch_axis(axes)
+        axes.set_xscale("log")
+        styles = line_styles(curves)
+        for name, sizes in curves.items():
+            known = sorted(sizes)
+            average = [100 * mean(sizes[size]) for size in known]
+            style = {**styles[name], "markersize": 5, "lw": 2, "clip_on": False, "zorder": 3}
+            axes.plot(known, average, label=name, **style)
+            for size in known:
+                if len(sizes[size]) > 1:
+                    values = [100 * share for share in sizes[size]]
+                    colour = styles[name]["color"]
+                    axes.plot([size] * len(values), values, "_", color=colour, markersize=9)
+        set_limits(axes, _FINE_TICKS, shares)
+        all_sizes = sorted({size for sizes in curves.values() for size in sizes})
+        axes.set_xticks(all_sizes, [f"{size:,}" for size in all_sizes])
+        axes.minorticks_off()
 
 
-def _column(
-    rows: Sequence[Mapping[str, Any]], name: str, ticks: Sequence[float], unit: float
-) -> list[float]:
-    """Return one column of the table as numbers, with NaN for those that the axis cannot show."""
-    values = [float(row[name]) * unit for row in rows]
-    return [value if ticks[0] <= value <= ticks[-1] else math.nan for value in values]
+class Overlapped(NamedTuple):
+    """Overlapping images with their originals, and what a network made of them.
+
+    `overlays` (N, C, H, W), `originals` and `reconstructions` (N, 2, C, H, W), in [0, 1];
+    `labels` and `predictions` (N, 2), each row ascending and distinct.
+    """
+
+    overlays: Tensor
+    originals: Tensor
+    reconstructions: Tensor
+    labels: Tensor
+    predictions: Tensor
+
+    def take(self, chosen: Tensor) -> "Overlapped":
+        """Return those at some positions."""
+        return Overlapped(*(part[chosen] for part in self))
 
 
-def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the row that model selection chooses, or None where every accuracy is NaN."""
+def plot_overlapped(
+    blocks: Sequence[Overlapped], path: str | Path, title: str, class_names: Sequence[str]
+) -> None:
+    """Draw overlays over their originals and reconstructions, one colour for each of the two.
 
-    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
-        loss = float(row["validation_loss"])
-        return float(row["validation_accuracy"]), -math.inf if math.isnan(loss) else -loss
-
-    known = [row for row in rows if not math.isnan(float(row["validation_accuracy"]))]
-    return max(known, key=quality, default=None)
-
-
-def _set_limits(axes: Axes, ticks: Sequence[float], values: Sequence[float]) -> None:
-    """Let the axis run from the last tick below the values to the first one above."""
-    finite = [value for value in values if not math.isnan(value)]
-    lower = max((tick for tick in ticks if tick < min(finite, default=1)), default=ticks[0])
-    upper = min((tick for tick in ticks if tick > max(finite, default=1)), default=ticks[-1])
-    shown = [tick for tick in ticks if lower <= tick <= upper]
-    axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
-    axes.minorticks_off()
-    axes.set_ylim(lower, upper)
-
-
-def _count_epochs(axes: Axes, first: int, last: int) -> None:
-    """Let the axis of epochs run from the first to the last, with whole numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("epoch")
-    axes.set_xlim(first - 0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
+    The decoded image of a class that was found has the colour of its original. A class that is not
+    in the image takes the place and the colour of one that was missed. `blocks` are rows of
+    examples, such as successes and failures; empty ones are left out.
+    """
+    names = ["input", "first original", "second original", "both"]
+    names += ["first decoded", "second decoded", "both"]
+    drawn = []
+    for block in blocks:
+        if len(block.overlays) == 0:
+            continue
+        captions = []
+        for both in zip(block.labels.tolist(), block.predictions.tolist(), strict=True):
+            lines = (", ".join(class_names[index] for index in classes) for classes in both)
+            captions.append("\n".join(lines))
+        wrong = (block.labels != block.predictions).any(dim=1).tolist()
+        drawn.append(Block(_coloured(block), names, captions, wrong, "shown\nfound"))
+    if not drawn:
+        raise ValueError("plot_overlapped: there is no image to draw")
+    draw_blocks(drawn, path, title, left=148, text_height=54)
 
 
-def _stretch_axis(axes: Axes) -> None:
-    """Stretch the axis of an accuracy in percent towards 100."""
-    axes.set_yscale("function", functions=(_stretch, _unstretch))
+def _coloured(block: Overlapped) -> list[Tensor]:
+    """Return the seven rows of pictures of `plot_overlapped`, (N, 3, H, W), in [0, 1]."""
+    # A class that was found stands in the place of its original.
+    crossed = (block.predictions == block.labels.flip(1)).any(dim=1)
+    swap = crossed[:, None, None, None, None]
+    decoded = block.reconstructions.where(~swap, block.reconstructions.flip(1))
+    rows = [block.overlays.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)]
+    for pair in (block.originals, decoded):
+        grey = pair.float().clamp(0, 1).mean(dim=2, keepdim=True)
+        first = grey[:, 0] * torch.tensor(_FIRST)[:, None, None]
+        second = grey[:, 1] * torch.tensor(_SECOND)[:, None, None]
+        rows += [first, second, (first + second).clamp(max=1)]
+    return rows
 
 
-def _stretch(percent: NDArray[float64]) -> NDArray[float64]:
-    """Map an accuracy to its place on the axis: the logarithm of the error, finite at 100 %."""
-    from numpy import log10, maximum
+def plot_grids(
+    images: Tensor, reconstructions: Tensor, rows: Sequence[str], path: str | Path, title: str
+) -> None:
+    """Draw inputs (rows, columns, C, H, W) beside their reconstructions; `rows` are names."""
+    heading, gap = 26, 30
+    tiles = enlarged(torch.stack([images, reconstructions]), 2, 2)
+    grids = rearrange(tiles, "two r c h w rgb -> two (r h) (c w) rgb")
+    height, width = grids.shape[1:3]
+    grids = F.pad(grids, (0, 0, 0, gap, heading, 0), value=255)
+    mosaic = rearrange(grids, "two h w rgb -> h (two w) rgb")[:, :-gap]
+    left = 20 + 8 * max(map(len, rows))
+    with mosaic_figure(path, mosaic, title, left, bottom=GAP) as axes:
+        for index, name in enumerate(rows):
+            y = heading + (index + 0.5) * height / len(rows)
+            axes.text(-GAP, y, name, ha="right", va="center")
+        for start, name in ((0, "input"), (width + gap, "reconstruction")):
+            axes.text(start + width / 2, heading - 6, name, ha="center", va="bottom")
 
-    return -log10(maximum(100.1 - percent, 1e-9))
+
+def plot_failures(
+    images: Tensor,
+    as_predicted: Tensor,
+    as_labelled: Tensor,
+    labels: Sequence[int] | Tensor,
+    predictions: Sequence[int] | Tensor,
+    path: str | Path,
+    title: str,
+    class_names: Sequence[str],
+) -> None:
+    """Draw images (N, C, H, W) that were misread over two decoded capsules of each.
+
+    These are the capsules of the predicted and of the true class, as images of the same shape.
+    """
+    names = ("input", "predicted class,\ndecoded", "true class,\ndecoded")
+    captions = [
+        f"{class_names[int(prediction)]}\n{class_names[int(label)]}"
+        for prediction, label in zip(predictions, labels, strict=True)
+    ]
+    rows = (images, as_predicted, as_labelled)
+    block = Block(rows, names, captions, [True] * len(images), "predicted\ntrue")
+    draw_blocks([block], path, title, left=140, text_height=58)
 
 
-def _unstretch(place: NDArray[float64]) -> NDArray[float64]:
-    """Invert ``_stretch``."""
-    return 100.1 - 10.0**-place
+def plot_strips(
+    strips: Sequence[tuple[str, Tensor, Sequence[str]]], path: str | Path, title: str
+) -> None:
+    """Draw rows of images, each a name, images (N, C, H, W) and a text below each image."""
+    left = 30 + 7 * max(len(name) for name, _, _ in strips)
+    blocks = [
+        Block([images], [name], texts, [False] * len(images)) for name, images, texts in strips
+    ]
+    draw_blocks(blocks, path, title, left, text_height=16)

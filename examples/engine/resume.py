@@ -1,4 +1,4 @@
-"""What --resume means: which checkpoint, and which flags of its run still hold."""
+"""What --resume means: which checkpoint to load, and which flags of its run still hold."""
 
 import json
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from engine import checkpoint
 from engine.flags import Machine, Output, Recipe, first_difference, flag_name
 from engine.run_directory import RunDirectoryError, find_run, latest, locked
 from engine.runner import FROM_DATA
-from tritoncaps._files import read_sealed
+from tritoncaps._files import CheckpointError, read_sealed
 
-# What a run decides anew each time it is started.
+# Flags that are not taken over from the resumed run.
 _OF_NOW = ("resume", "eval_only", "dry_run", "output_dir")
 
 
 @dataclass
 class Start:
-    """Where a run begins: the flags of the run before, and its state, or its weights to test."""
+    """What a run continues from: the flags and the state of an earlier one, or weights to test."""
 
     directory: Path
     args: dict[str, Any]
@@ -33,9 +33,9 @@ class Start:
 def find_start(
     resume: str | None, eval_only: bool, recipe: Recipe, output: Output, stack: ExitStack
 ) -> Start | None:
-    """Load what --resume names, from a run that is held before it is read; `stack` lets go of it.
+    """Load what --resume names; None where "auto" finds no run.
 
-    None where "auto" finds no run.
+    The run is locked before it is read, and unlocked by `stack`.
 
     Raises:
         ValueError: the flags contradict each other.
@@ -64,13 +64,13 @@ def find_start(
     else:
         header = latest(checkpoint.load_latest(directory))
     if weights and not eval_only:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"--resume {resume} holds weights alone: test them with --eval-only, or continue the "
             f"run with --resume {directory}"
         )
     needed = ("model", "model_kwargs", "dataset", "epoch") if weights else ("args", "progress")
     if missing := [name for name in needed if name not in header]:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"--resume {resume}: the checkpoint is not one of this program, it has no "
             f"{' and no '.join(missing)}"
         )
@@ -79,25 +79,25 @@ def find_start(
         return Start(directory, _own(args), header["epoch"], weights)
     epoch, best_epoch = header["progress"]["epoch"], header["progress"]["best_epoch"]
     if best_epoch and not eval_only:
-        # It is needed at the end. If it is gone, say so now.
+        # The best model is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
     return Start(directory, _own(header["args"]), epoch, header["model"], header)
 
 
 def _flags_beside(directory: Path) -> dict[str, Any]:
-    """Read the flags in args.json, where there is one: those of the machine still hold."""
+    """Read the flags in args.json, where there is one: those for the machine still hold."""
     path = directory / "args.json"
     try:
         flags: dict[str, Any] = json.loads(path.read_text())["args"] if path.is_file() else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{path} is damaged ({error}): remove it, and give the flags of the run again"
         ) from error
     return flags
 
 
 def _own(args: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the arguments of the network that the images decide: no flag gave them."""
+    """Leave out the arguments of the network that the images determine: no flag gave them."""
     kwargs = args.get("model_kwargs", {})
     return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
@@ -105,12 +105,9 @@ def _own(args: dict[str, Any]) -> dict[str, Any]:
 def merge_flags(
     read: Callable[..., tuple[Any, Recipe, Machine, Output]], start: Start, resume: str
 ) -> tuple[Any, Recipe, Machine, Output]:
-    """Take the flags of the resumed run where none are given now.
+    """Use the flags of the resumed run where the command line gives none.
 
-    Args:
-        read: reads the command line; takes defaults.
-        start: what is resumed.
-        resume: the flag --resume, for errors.
+    `read` reads the command line with other defaults, and `resume` is the flag, for errors.
 
     Raises:
         ValueError: a flag is given that would change the run.
@@ -120,7 +117,7 @@ def merge_flags(
     if start.state is not None:
         needed = [entry.name for entry in fields(Recipe)] + ["data_dir"]
         if missing := [name for name in needed if name not in saved]:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"--resume {resume}: the checkpoint is not one of this program or version, its "
                 f"flags lack {', '.join(missing)}"
             )
@@ -129,9 +126,9 @@ def merge_flags(
     if recipe.dataset == "auto":
         recipe = replace(recipe, dataset=saved["dataset"])
     if given.data_dir != machine.data_dir:
-        # A path that comes from a checkpoint is read, never written to.
+        # A path that comes from a checkpoint is read from, but never written to.
         machine = replace(machine, download=False)
-    if start.state is None:  # a test alone may be by any other flags
+    if start.state is None:  # a test may change all other flags
         saved = {name: saved[name] for name in ("model", "model_kwargs", "dataset")}
     if name := first_difference(recipe, saved):
         value, before = getattr(recipe, name), saved[name]

@@ -1,13 +1,13 @@
-"""The directory of a run: what it was asked, how it went, and what came out.
+"""The directory of a run: what was asked, how it went, and what came out.
 
 args.json               the flags, and the versions, device and commit they ran on
-summary.csv             one row an epoch
+summary.csv             one row per epoch
 metrics.jsonl           one record every few steps
 last.safetensors        all that is needed to continue; last.previous.safetensors is the one before
-model_best.safetensors  the weights of the best epoch by validation, with what describes the model,
-                        and the ones before in model_best.previous.safetensors
+model_best.safetensors  the weights of the best epoch by validation, and a description of the model;
+                        model_best.previous.safetensors holds the best before
 config.json             the same description, to read
-.lock                   held by the process that trains, so that no second one does
+.lock                   held by the process that trains, so that no other one does
 """
 
 import csv
@@ -17,13 +17,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine import checkpoint
 from engine.flags import flag_name
+from tritoncaps._files import atomic_write, is_temporary, naming
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ ROOT = Path("runs")
 LAST, BEST = "last.safetensors", "model_best.safetensors"
 
 _LOCK = ".lock"
-# What a run writes before its first checkpoint. If it was cut off there, it has lost nothing.
+# What a run writes before its first checkpoint. If it was cut off there, nothing is lost.
 _BEGINNINGS = {"args.json", "metrics.jsonl", "tensorboard", _LOCK}
 
 
@@ -42,26 +43,23 @@ class RunDirectoryError(RuntimeError):
 def new_directory(
     requested: str | None, model: str, dataset: str, *, resuming: bool = False
 ) -> Path:
-    """Create the directory of a new run: the one asked for, or runs/<model>-<dataset>-<time>.
+    """Create the directory of a new run: the requested one, or runs/<model>-<dataset>-<time>.
 
-    Args:
-        requested: the directory asked for, or None.
-        model: name of the model.
-        dataset: name of the data set.
-        resuming: whether a directory will do whose run was cut off before its first checkpoint.
+    `resuming` accepts a directory whose run was cut off before its first checkpoint.
 
     Raises:
-        RunDirectoryError: it is there already and holds something, or cannot be created.
+        RunDirectoryError: it is not empty, or cannot be created.
     """
     if requested is None:
         return _unique_directory(f"{model}-{dataset}-{datetime.now():%Y%m%d-%H%M%S}")
     path = Path(requested)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        occupied = any(not (resuming and _is_beginning(entry)) for entry in path.iterdir())
+        inside = list(path.iterdir())
     except OSError as error:
         raise RunDirectoryError(f"--output-dir {path}: {error.strerror}") from error
-    if occupied:
+    begun = resuming and all(e.name in _BEGINNINGS or is_temporary(e) for e in inside)
+    if inside and not begun:
         remedy = f"continue the run in it with --resume {path}, or " if has_checkpoint(path) else ""
         raise RunDirectoryError(
             f"--output-dir {path} is not empty, and nothing is ever overwritten: "
@@ -70,16 +68,11 @@ def new_directory(
     return path
 
 
-def _is_beginning(entry: Path) -> bool:
-    return entry.name in _BEGINNINGS or checkpoint.is_temporary(entry)
-
-
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from training in a directory; the lock ends with its process.
+    """Refuse a directory in which another process trains, and keep others out of it.
 
-    Raises:
-        RunDirectoryError: another process trains in it.
+    The lock ends with its process.
     """
     from filelock import FileLock, Timeout
 
@@ -99,29 +92,22 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _unique_directory(name: str) -> Path:
-    """Create a directory under runs/; if two runs start at once, the second gets a number."""
+    """Create a directory under runs/. If two runs start at once, the second gets a number."""
     path, number = ROOT / name, 1
     try:
         ROOT.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunDirectoryError(f"{ROOT} cannot be created: {error.strerror}") from error
-    while True:
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
+        while True:
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
             number += 1
             path = ROOT / f"{name}-{number}"
-        except OSError as error:
-            raise RunDirectoryError(f"{path} cannot be created: {error.strerror}") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{error.filename} cannot be created: {error.strerror}") from error
 
 
 def check_directory(requested: str | None) -> None:
-    """Check, for a dry run, that a directory could be made or written to; nothing is made.
-
-    Raises:
-        RunDirectoryError: it could not.
-    """
+    """Refuse a directory, in a dry run, that could not be made or written to; nothing is made."""
     path = Path(requested or ROOT).absolute()
     while not path.exists() and not path.is_symlink():
         path = path.parent
@@ -132,7 +118,7 @@ def check_directory(requested: str | None) -> None:
 
 
 def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
-    """Find the run that --resume means; None where "auto" finds none and a new run may begin.
+    """Find the run that --resume means, or None where "auto" finds none.
 
     "auto" means the run in --output-dir, or without one the newest run of this model under runs/.
     A path is a run directory or a checkpoint in one.
@@ -159,14 +145,17 @@ def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
 
 
 def has_checkpoint(run: Path, name: str = LAST) -> bool:
-    """Whether a run got as far as its first checkpoint, or as its first best model."""
+    """Whether a run has a checkpoint of this name, or the one before."""
+    return bool(_generations(run, name))
+
+
+def _generations(run: Path, name: str = LAST) -> list[Path]:
     path = run / name
-    return path.is_file() or checkpoint.previous_path(path).is_file()
+    return [p for p in (path, checkpoint.previous_path(path)) if p.is_file()]
 
 
 def _newest(run: Path) -> float:
-    paths = (run / LAST, checkpoint.previous_path(run / LAST))
-    return max(path.stat().st_mtime for path in paths if path.is_file())
+    return max(path.stat().st_mtime for path in _generations(run))
 
 
 def latest(loaded: tuple[T, Path, str | None]) -> T:
@@ -192,7 +181,7 @@ def open_experiment(directory: Path, program: str, recipe: dict[str, Any]) -> No
                 f"--output-dir {directory} is not empty and holds no experiment, and nothing is "
                 "ever overwritten: choose another directory"
             )
-        if inside in ([], [marker]):  # no run began
+        if inside in ([], [marker]):  # no run has begun
             write_json(marker, {"experiment": program, "recipe": recipe})
         found = json.loads(marker.read_text())
     except OSError as error:
@@ -214,62 +203,59 @@ def open_experiment(directory: Path, program: str, recipe: dict[str, Any]) -> No
 
 
 def _flag(name: str, value: Any) -> str:
-    flag = flag_name(name)
-    return f"no {flag}" if value is None else f"{flag} {value}"
+    return f"no {flag_name(name)}" if value is None else f"{flag_name(name)} {value}"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
-    with checkpoint.atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
 def write_summary(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write summary.csv, whole or not at all."""
+    """Write CSV, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with checkpoint.atomic_write(path) as file:
+    with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
 
 class MetricsLog:
-    """metrics.jsonl: one line is one record, so that a crash costs the last line at most."""
+    """metrics.jsonl: one record per line, so that a crash costs the last line at most.
+
+    Records from `before_step` on are dropped: a resumed run repeats them.
+    """
 
     def __init__(self, path: Path, before_step: int) -> None:
-        """Open the log and drop records from `before_step` on, which a resumed run repeats."""
         kept: list[str] = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # cut off by a crash
-                    continue
-                if record["step"] < before_step:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):  # cut off by a crash
+                if json.loads(line)["step"] < before_step:
                     kept.append(line + "\n")
-        with checkpoint.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write("".join(kept).encode())
         self._path = path
         self._file = path.open("a", buffering=1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
-        with checkpoint.naming(self._path):
+        with naming(self._path):
             self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         """Close the file."""
-        with checkpoint.naming(self._path):
+        with naming(self._path):
             self._file.close()
 
 
 def tensorboard_writer(
     directory: Path, steps_done: int
 ) -> Callable[[int, Mapping[str, float]], None]:
-    """Build a callback that logs to TensorBoard in the run directory.
+    """Return a callback that logs to TensorBoard in the run directory.
 
-    Points after `steps_done` steps are hidden: a resumed run draws them again.
+    Points after `steps_done` are hidden: a resumed run draws them again.
     """
     from torch.utils.tensorboard import SummaryWriter
 

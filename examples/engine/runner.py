@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import baseline, checkpoint
+from engine import baseline
 from engine.distributed import World, require_one_process
 from engine.flags import Machine, Output, Recipe, as_dict
 from engine.run_directory import (
@@ -40,6 +40,7 @@ from engine.runtime import choose_runtime, describe_environment, make_determinis
 from engine.tables import accuracies, percent
 from engine.tasks import CrossEntropy, Source, Task
 from engine.training import Schedule, Trainer, TrainingError
+from tritoncaps._files import CheckpointError
 from tritoncaps.data import (
     Batches,
     Dataset,
@@ -95,7 +96,7 @@ def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted
             print("dry run: everything works; nothing was kept")
         return status
     except (
-        DatasetError, RunDirectoryError, TrainingError, checkpoint.CheckpointError, ValueError,
+        DatasetError, RunDirectoryError, TrainingError, CheckpointError, ValueError,
         OSError, ModuleNotFoundError,
     ) as error:  # fmt: skip
         print(f"{program}.py: error: {error}", file=sys.stderr)

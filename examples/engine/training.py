@@ -1,10 +1,10 @@
-"""The training loop of all examples, for models of your own too (docs/own-model.md).
+"""The training loop of all examples, also for models of your own (docs/own-model.md).
 
 `Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when asked to. A
 run that is interrupted anywhere and resumed ends with the same bits as one that is not: the order
-and the shifts of the images depend on (seed, epoch) alone, the learning rate on the step alone, and
-all else is in the checkpoint. Several processes (see distributed.py) run the same loop, each on its
-share of every batch, and add up their sums wherever one is read.
+and the shifts of the images depend only on (seed, epoch), the learning rate only on the step, and
+everything else is in the checkpoint. Several processes (see distributed.py) run the same loop, each
+on its share of every batch, and add up their sums before they use them.
 """
 
 import math
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -34,14 +34,14 @@ from engine.run_directory import (
     write_summary,
 )
 from engine.runtime import Runtime, choose_runtime
-from engine.tables import counted
+from engine.tables import counted, percent
 from engine.tasks import Source, Task
+from tritoncaps._files import CheckpointError
 from tritoncaps.data import Batches, ImageSet
 
-# Several processes agree on a stop every so many batches.
+# Several processes agree on a stop once in this many batches.
 _AGREE_EVERY = 10
 
-# How much of a run passes before its duration is estimated.
 _ESTIMATE_AFTER_SECONDS = 5.0
 
 
@@ -51,9 +51,9 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a set of images, and what was predicted for each, on the CPU.
+    """Means over a set of images, and the classes predicted for each, on the CPU.
 
-    `predictions` are classes, (N,), or (N, 2) where an image shows two.
+    `predictions` has shape (N,), or (N, 2) where an image shows two classes.
     """
 
     loss: float
@@ -63,10 +63,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate: a linear warm-up over the first steps, then `gamma` an epoch.
+    """The learning rate: a linear warm-up over the first steps, and a factor `gamma` per epoch.
 
-    In the first steps the capsules of all classes are too long or too short together, so all are
-    pushed the same way. At the full rate that saturates them, and training stalls.
+    At first the capsules of all classes are too long together, or too short, so all are pushed the
+    same way. At the full rate that saturates them, and training stalls.
     """
 
     lr: float = 1e-3
@@ -74,25 +74,21 @@ class Schedule:
     warmup_steps: int = 50
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"Schedule: lr must be a positive number, got {self.lr}")
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(f"Schedule: gamma must be a positive number, got {self.gamma}")
+        for name in ("lr", "gamma"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"Schedule: {name} must be a positive number, got {value}")
         if self.warmup_steps < 0:
             raise ValueError(f"Schedule: warmup_steps must be >= 0, got {self.warmup_steps}")
 
     def __call__(self, step: int, epoch: int) -> float:
-        """Give the rate of a step, counted from 0 over the whole run, in an epoch, from 0."""
+        """Return the rate of a step in an epoch; both count from 0 over the whole run."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.lr * warmup * self.gamma**epoch
 
 
 @dataclass
 class Progress:
-    """How far a run has come.
-
-    `loss_sum` and `correct` are sums over the batches of the epoch so far.
-    """
+    """How far a run has come; `loss_sum` and `correct` are sums over the epoch so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -113,24 +109,24 @@ class Trainer:
 
     Args:
         model: called as model(images, target), returns a `CapsuleOutput` or the like.
-        directory: where the run's files go; made if it is not there.
-        task: loss and answer; by default one class an image, by the capsule loss.
+        directory: where the run's files go; created if it is missing.
+        task: loss and answer; by default one class per image, by the capsule loss.
         schedule: the learning rate of each step.
         optimizer: any torch optimiser over the model's parameters; by default Adam.
         runtime: device and precision; by default the best there is.
         args: the flags of the run, plain values, kept in every checkpoint.
-        config: what describes the model to others, plain values: written to config.json and into
-            the weights. `tritoncaps.models.load_model` needs "model" and "model_kwargs".
-        test_batch_size: images a batch in evaluations.
+        config: describes the model to others, plain values, in config.json and with the weights.
+            `tritoncaps.models.load_model` needs "model" and "model_kwargs".
+        test_batch_size: images per batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
-        checkpoint_interval: steps between two checkpoints within an epoch; None: there is one after
-            each epoch only.
+        checkpoint_interval: steps between two checkpoints within an epoch; None for one after each
+            epoch only.
 
     Attributes:
-        call: what a training step calls, the model at first; may be replaced by a compiled one. An
-            evaluation calls the model itself: it is not worth another compilation.
+        call: what a training step calls: the model, until you set a compiled one. An evaluation
+            calls the model itself: it is not worth another compilation.
         on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
-        rows: one dict an epoch, as in summary.csv.
+        rows: one dict per epoch, as in summary.csv.
 
     Example:
         >>> import tempfile
@@ -201,7 +197,7 @@ class Trainer:
         """Continue from what `state` returned.
 
         Raises:
-            CheckpointError: it is of another model, optimiser or program.
+            CheckpointError: it belongs to another model, optimiser or program.
         """
         with self._refusing():
             self.model.load_state_dict(state["model"])
@@ -209,16 +205,16 @@ class Trainer:
             self._match_layouts()
             self.progress = Progress(**state["progress"])
             self.rows = state["rows"]
-            # A process that was not there before keeps the seed it has.
+            # A process that is new keeps the seed it has.
             generators = [state["rng"], *state.get("rng_of_others", [])]
             if self.world.rank < len(generators):
                 checkpoint.set_rng_state(generators[self.world.rank])
 
     def _match_layouts(self) -> None:
-        """Lay out the optimiser's tensors like their parameters: a file holds all contiguous.
+        """Give the optimiser's tensors the strides of their parameters; a file does not keep them.
 
-        A fused optimiser goes through memory in order, whatever the strides. Where a weight is
-        channels-last and its momentum is not, it would silently pair the wrong elements.
+        A fused optimiser goes through memory in order, whatever the strides. If a weight is
+        channels-last and its momentum is not, it silently pairs the wrong elements.
         """
         for parameter, entries in self.optimizer.state.items():
             for name, value in entries.items():
@@ -226,32 +222,30 @@ class Trainer:
                     entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights to evaluate.
+        """Load weights to evaluate.
 
         Raises:
-            CheckpointError: they are those of another model.
+            CheckpointError: they belong to another model.
         """
         with self._refusing():
             self.model.load_state_dict(weights)
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Turn what goes wrong with a foreign checkpoint into one line."""
+        """Report whatever goes wrong with a foreign checkpoint in one line."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"the checkpoint in {self.directory} does not fit {type(self.model).__name__} and "
                 f"this program: {str(error).splitlines()[-1].strip()}"
             ) from error
 
     def resume(self) -> bool:
-        """Continue from the last checkpoint in the directory; returns False if there is none.
-
-        Collective.
+        """Continue from the last checkpoint in the directory; False if there is none. Collective.
 
         Raises:
-            CheckpointError: none that is there can be used.
+            CheckpointError: none can be used.
         """
         if not self.world.from_main(lambda: has_checkpoint(self.directory)):
             return False
@@ -270,20 +264,23 @@ class Trainer:
         *,
         epochs: int,
     ) -> bool:
-        """Train up to `epochs` epochs; returns False if a signal stopped it before. Collective.
+        """Train up to `epochs` epochs; returns False if a signal stopped it early. Collective.
 
         Args:
             train: the batches of an epoch.
             validation: chooses the best epoch; without it the last one counts as the best.
-            test: evaluated after every epoch for the curve; nothing is chosen by it.
-            epochs: counted from the beginning of the run, resumed or not.
+            test: evaluated after every epoch for the curve; it chooses nothing.
+            epochs: counted from the start of the run, resumed or not.
 
         Raises:
             TrainingError: the loss or a weight is not finite.
         """
-        with self._open_log() as log, self._stop_on_signals():
+        opened: Any = nullcontext()
+        if self.world.is_main:
+            opened = closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
+        with opened as log, self._stop_on_signals():
             if self.progress.step == 0:
-                # So a run that is killed in its first epoch can be resumed too.
+                # So that a run killed in its first epoch can be resumed too.
                 self._save_last()
             while self.progress.epoch < epochs:
                 if self.world.any(self._stop_requested):  # during the last evaluation
@@ -293,41 +290,31 @@ class Trainer:
                 self._finish_epoch(train, validation, test, epochs)
         return True
 
-    def _open_log(self) -> AbstractContextManager[MetricsLog | None]:
-        if not self.world.is_main:
-            return nullcontext()
-        return closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
-
     def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
-        """Train the rest of an epoch; returns False if it was stopped, and saved, before."""
+        """Train the rest of an epoch; returns False if it was stopped and saved."""
         progress = self.progress
         self.model.train()
         sums = _Sums(progress, self.runtime)
         begun, first_batch, seconds = time.perf_counter(), progress.batch, progress.seconds
         with self._bar(f"epoch {progress.epoch + 1}/{epochs}", len(train), first_batch) as bar:
             for images, labels in train.epoch(progress.epoch, progress.batch):
-                loss, correct = self._step(images, labels)
-                sums.add(loss, correct)
+                sums.add(*self._step(images, labels))
                 progress.batch += 1
                 progress.step += 1
                 bar.update()
                 is_last = progress.batch == len(train)
-                is_logged = progress.step % self.log_interval == 0 or is_last
-                is_saved = (
-                    self.checkpoint_interval is not None
-                    and progress.step % self.checkpoint_interval == 0
-                    and not is_last
-                )
-                is_stopping = not is_last and self._is_stopping()
-                if not (is_logged or is_saved or is_stopping):
+                is_logged = is_last or progress.step % self.log_interval == 0
+                is_stopping = is_saved = not is_last and self._is_stopping()
+                if self.checkpoint_interval is not None and not is_last:
+                    is_saved |= progress.step % self.checkpoint_interval == 0
+                if not (is_logged or is_saved):
                     continue
                 self._read(sums, len(train))
                 elapsed = time.perf_counter() - begun
                 progress.seconds = seconds + elapsed
                 if is_logged:
-                    self._record(train, elapsed, first_batch, bar, log)
-                    self._estimate(train, elapsed, first_batch, epochs)
-                if is_saved or is_stopping:
+                    self._report(train, epochs, elapsed, first_batch, bar, log)
+                if is_saved:
                     self._check_parameters()
                     self._save_last()
                 if is_stopping:
@@ -336,7 +323,7 @@ class Trainer:
         return True
 
     def _is_stopping(self) -> bool:
-        """Whether to stop after this step; several processes are asked at different moments."""
+        """Whether to stop after this step; a signal reaches processes at different steps."""
         if self.world.size == 1:
             return self._stop_requested
         return self.progress.step % _AGREE_EVERY == 0 and self.world.any(self._stop_requested)
@@ -351,13 +338,13 @@ class Trainer:
         totals = self.world.sum(torch.stack([sums.loss, sums.correct]))
         progress.loss_sum, correct = totals.tolist()
         if not math.isfinite(progress.loss_sum):
-            # Each process counted its finite losses; the smallest count ends at the bad batch.
+            # Each process counted its finite losses; the lowest count ends before the bad batch.
             first = min(self.world.gather(int(sums.finite.item()))) + 1
             raise self._not_finite(f"the loss of batch {first} of {batches} is {progress.loss_sum}")
         progress.correct = int(correct)
 
     def _step(self, images: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
-        """Take one step; returns the sum of the loss and the number right, of this process."""
+        """Take one step; returns this process's sum of the loss and number of right answers."""
         rate = self.schedule(self.progress.step, self.progress.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -368,7 +355,7 @@ class Trainer:
             output = self.task.run(self.call, images, labels)
         loss = self.task.loss(output, labels, images)
         self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages over processes, whose shares may differ in size: weight each by its size.
+        # DDP averages over processes. Weight each by the size of its share.
         share = len(images) * self.world.size / count
         (loss if share == 1 else loss * share).backward()
         self.optimizer.step()
@@ -407,14 +394,14 @@ class Trainer:
             progress.best_epoch = row["epoch"]
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
-        # The full state comes last: a resumed run writes anew whatever was cut off before it.
+        # The full state comes last: if a crash comes first, a resumed run writes the rest again.
         if self.world.is_main:
             write_summary(self.directory / "summary.csv", self.rows)
         if is_best:
             self._save_best()
         self._save_last()
         if self.world.is_main:
-            # The learning rate of this step was among the metrics of the last batch.
+            # The metrics of the last batch had the learning rate.
             self.on_metrics(
                 progress.step, {k: v for k, v in row.items() if k not in ("epoch", "learning_rate")}
             )
@@ -435,18 +422,14 @@ class Trainer:
         write_json(self.directory / "config.json", {**self.config, "best": best})
 
     def _check_parameters(self) -> None:
-        """Refuse to save weights that the last step spoilt, which no loss has shown yet.
-
-        Raises:
-            TrainingError: a parameter is not finite.
-        """
+        """Refuse to save weights that the last step spoilt: no loss has shown it yet."""
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 raise self._not_finite(f"{name} is not finite")
 
     @torch.inference_mode()
     def evaluate(self, images: ImageSet | Source) -> Evaluation:
-        """Evaluate a set, or the first epoch of a source; the model sees no label. Collective."""
+        """Evaluate a set, or the first epoch of a source, without labels. Collective."""
         self.model.eval()
         sums = _Sums(Progress(), self.runtime)
         predictions = []
@@ -461,9 +444,8 @@ class Trainer:
             sums.add(loss.to(self.runtime.sum_dtype) * len(batch), correct)
             predictions.append(self.world.reassemble(self.task.predictions(output), count))
         predicted = torch.cat(predictions).cpu()
-        count = len(predicted)
         loss_sum, correct = self.world.sum(torch.stack([sums.loss, sums.correct])).tolist()
-        return Evaluation(loss_sum / count, int(correct) / count, predicted)
+        return Evaluation(loss_sum / len(predicted), int(correct) / len(predicted), predicted)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Any:
@@ -485,9 +467,19 @@ class Trainer:
             f"saved since the last checkpoint; {remedy}"
         )
 
-    def _record(
-        self, train: Source, elapsed: float, first_batch: int, bar: Any, log: MetricsLog | None
+    def _report(
+        self,
+        train: Source,
+        epochs: int,
+        elapsed: float,
+        first_batch: int,
+        bar: Any,
+        log: MetricsLog | None,
     ) -> None:
+        """Log and show how the epoch goes; once, after a few seconds, say how long the run takes.
+
+        `elapsed` are the seconds since `first_batch`, with which this process started the epoch.
+        """
         progress = self.progress
         seen = min(progress.batch * train.batch_size, len(train.images))
         here = seen - first_batch * train.batch_size
@@ -501,36 +493,29 @@ class Trainer:
             log.write({"step": progress.step - 1, "epoch": progress.epoch + 1, **values})
             self.on_metrics(progress.step, values)
         bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, accuracy {100 * values['accuracy']:.2f} %, "
+            f"loss {values['loss']:.4f}, accuracy {percent(values['accuracy'])}, "
             f"{values['images_per_second']:.0f} images/s"
         )
+        if not self._estimated and elapsed >= _ESTIMATE_AFTER_SECONDS:
+            self._estimated = True
+            per_batch = elapsed / (progress.batch - first_batch)
+            left = len(train) * (epochs - progress.epoch) - progress.batch
+            self._say(
+                f"about {_duration(per_batch * len(train))} an epoch, "
+                f"{_duration(per_batch * left)} to go (evaluations not counted)"
+            )
 
-    def _estimate(self, train: Source, elapsed: float, first_batch: int, epochs: int) -> None:
-        """Say once, after the first seconds, how long the run will take."""
-        if self._estimated or elapsed < _ESTIMATE_AFTER_SECONDS:
-            return
-        self._estimated = True
-        per_batch = elapsed / (self.progress.batch - first_batch)
-        left = len(train) * (epochs - self.progress.epoch) - self.progress.batch
-        self._say(
-            f"about {_duration(per_batch * len(train))} an epoch, "
-            f"{_duration(per_batch * left)} to go (evaluations not counted)"
-        )
-
-    @contextmanager
-    def _bar(self, title: str, total: int, first: int) -> Iterator[Any]:
-        """Show a progress bar on a terminal; elsewhere each epoch is a line."""
-        with tqdm(
+    def _bar(self, title: str, total: int, first: int) -> Any:
+        """Return a progress bar, which is shown on a terminal only."""
+        return tqdm(
             total=total,
             initial=first,
             desc=title,
-            unit="batch",
             leave=False,
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining} {postfix}",
             disable=not (self.world.is_main and sys.stderr.isatty()),
-        ) as bar:
-            yield bar
+        )
 
     def _say(self, message: str) -> None:
         tqdm.write(message)
@@ -564,10 +549,10 @@ class Trainer:
 
 
 class _Sums:
-    """Sums over the batches of an epoch. They stay on the device, since reading them waits for it.
+    """Sums over the batches of an epoch. They stay on the device: reading one waits for it.
 
-    Each process sums its own shares; the main one begins with what the checkpoint holds. `finite`
-    counts the batches before the first loss that is not finite.
+    Each process sums its own shares; the main one starts from the checkpoint. `finite` counts the
+    batches before the first loss that is not finite.
     """
 
     def __init__(self, progress: Progress, runtime: Runtime) -> None:
@@ -585,10 +570,10 @@ class _Sums:
 
 
 def _epoch_line(row: dict[str, Any], epochs: int, is_best: bool) -> str:
-    parts = [f"loss {row['train_loss']:.4f}, accuracy {100 * row['train_accuracy']:.2f} %"]
+    parts = [f"loss {row['train_loss']:.4f}, accuracy {percent(row['train_accuracy'])}"]
     for split in ("validation", "test"):
         if f"{split}_accuracy" in row:
-            parts.append(f"{split} {100 * row[f'{split}_accuracy']:.2f} %")
+            parts.append(f"{split} {percent(row[f'{split}_accuracy'])}")
     best = ", best so far" if is_best else ""
     title = f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"
     return f"{title}: {'; '.join(parts)} ({_duration(row['seconds'])}{best})"

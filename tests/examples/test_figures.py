@@ -19,7 +19,6 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
-from engine import experiment_figures as more  # noqa: E402
 from engine import figures  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -219,7 +218,8 @@ class TestImages:
             figures.plot_reconstructions(
                 images, images, labels, predictions, tmp_path / "r.png", "Pairs", DIGITS
             )
-        assert [text.get_text() for text in texts[-12:]] == [*DIGITS, "0", "7\ntrue: 1"]
+        captions = [text.get_text() for text in texts if text.get_ha() == "center"]
+        assert captions == [*DIGITS, "0", "7\ntrue: 1"]
         framed = positions(read(tmp_path / "r.png"), WRONG)
         top, left = 40 + 214, 128 + 90
         assert top - 4 < framed[:, 0].min() < top
@@ -397,7 +397,7 @@ def overlapped(count, *, wrong):
     generator = torch.Generator().manual_seed(count)
     labels = torch.tensor([[3, 7]]).repeat(count, 1)
     originals = torch.rand(count, 2, 1, 28, 28, generator=generator)
-    return more.Overlapped(
+    return figures.Overlapped(
         originals.sum(dim=1).clamp(max=1),
         originals,
         originals * 0.5,
@@ -412,32 +412,32 @@ def draw(name, path):
     runs = [[0.9, 0.95, 0.99], [0.91, 0.96, 0.98]]
     line = ([0.0, 0.1, 0.2], [0.99, 0.8, 0.3])
     drawings = {
-        "curves": lambda: more.plot_model_curves(
+        "curves": lambda: figures.plot_model_curves(
             {"one": runs, "two": runs[:1]}, path, "Title", "share"
         ),
-        "one point": lambda: more.plot_model_curves({"one": [[1.0]]}, path, "Title", "share"),
-        "heat map": lambda: more.plot_heat_map(
+        "one point": lambda: figures.plot_model_curves({"one": [[1.0]]}, path, "Title", "share"),
+        "heat map": lambda: figures.plot_heat_map(
             [[0.9, math.nan], [0.95, 0.99]], [1, 2], [1, 2], path, "Title", ("a", "b", "c")
         ),
-        "one cell": lambda: more.plot_heat_map([[0.9]], [1], [1], path, "T", ("a", "b", "c")),
-        "trade-off": lambda: more.plot_trade_off(
+        "one cell": lambda: figures.plot_heat_map([[0.9]], [1], [1], path, "T", ("a", "b", "c")),
+        "trade-off": lambda: figures.plot_trade_off(
             [("a", 1.0, 0.9), ("b", 2.0, 0.95), ("c", 3.0, 0.9)], [0, 1], path, "T", ("a", "b")
         ),
-        "panels": lambda: more.plot_panels(
-            [more.Panel("P", "x", {"one": line, "two": line}, (0.7, "level"))] * 4,
+        "panels": lambda: figures.plot_panels(
+            [figures.Panel("P", "x", {"one": line, "two": line}, (0.7, "level"))] * 4,
             path, "Title", "share",
         ),
-        "sizes": lambda: more.plot_by_size(
+        "sizes": lambda: figures.plot_by_size(
             {"one": {100: [0.8, 0.82], 1000: [0.9]}, "two": {100: [0.7]}}, path, "T", ("a", "b")
         ),
-        "overlapped": lambda: more.plot_overlapped(
+        "overlapped": lambda: figures.plot_overlapped(
             [overlapped(4, wrong=False), overlapped(2, wrong=True)], path, "Title", names
         ),
-        "grids": lambda: more.plot_grids(grey, grey, ["3", "5", "8"], path, "Title"),
-        "failures": lambda: more.plot_failures(
+        "grids": lambda: figures.plot_grids(grey, grey, ["3", "5", "8"], path, "Title"),
+        "failures": lambda: figures.plot_failures(
             grey[0], grey[1], grey[2], [1, 2, 3, 4], [5, 6, 7, 8], path, "Title", names
         ),
-        "strips": lambda: more.plot_strips(
+        "strips": lambda: figures.plot_strips(
             [("a", grey[0], list("abcd")), ("b", grey[1][:2], list("ab"))], path, "Title"
         ),
     }  # fmt: skip
@@ -469,22 +469,22 @@ def test_a_picture_shows_something_with_nothing_cut_off(name, tmp_path):
 
 def test_a_class_that_was_found_has_the_colour_of_its_original():
     """3 and 7 are shown, 1 and 3 found: what 3 is decoded to stands in the place of the 3."""
-    rows = more._coloured(overlapped(2, wrong=True))
-    assert rows.shape == (7, 2, 3, 28, 28)
+    rows = figures._coloured(overlapped(2, wrong=True))
+    assert [row.shape for row in rows] == [(2, 3, 28, 28)] * 7
     block = overlapped(2, wrong=True)
-    red = block.reconstructions[:, 1, 0] * more._FIRST[0]
+    red = block.reconstructions[:, 1, 0] * figures._FIRST[0]
     torch.testing.assert_close(rows[4][:, 0], red)
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
     path = tmp_path / "picture.png"
     for function, arguments in (
-        (more.plot_model_curves, ({}, path, "", "")),
-        (more.plot_heat_map, ([[math.nan]], [1], [1], path, "", ("", "", ""))),
-        (more.plot_trade_off, ([], [], path, "", ("", ""))),
-        (more.plot_panels, ([], path, "", "")),
-        (more.plot_by_size, ({}, path, "", ("", ""))),
-        (more.plot_overlapped, ([], path, "", [])),
+        (figures.plot_model_curves, ({}, path, "", "")),
+        (figures.plot_heat_map, ([[math.nan]], [1], [1], path, "", ("", "", ""))),
+        (figures.plot_trade_off, ([], [], path, "", ("", ""))),
+        (figures.plot_panels, ([], path, "", "")),
+        (figures.plot_by_size, ({}, path, "", ("", ""))),
+        (figures.plot_overlapped, ([], path, "", [])),
     ):
         with pytest.raises(ValueError, match="there is no"):
             function(*arguments)  # type: ignore[operator]

@@ -8,6 +8,8 @@ The network is that of a run directory, at the epoch that the validation set cho
 and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
 shows the first test images of each class beside their reconstructions. failures.png shows images
 that were misread, with the decoded capsules of the predicted class and of the true one.
+overview.png shows one image of each class, its reconstruction, and one capsule with one dimension
+moved.
 
 The paper says that reconstructions are smoother and less noisy than the images. For that claim,
 reconstruction.csv and reconstruction.json have numbers by class: the squared error, and the total
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from engine import figures
 from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
+from engine.pictures import perturbed
 from engine.runner import AGAIN, Experiment, run_program
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
@@ -83,6 +86,17 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         f"{title}: test images beside their reconstructions",
     )
 
+    # -- the first image of each class, and the dimension of a capsule that shows most
+    first = grid[:, 0]
+    figures.plot_overview(
+        images[first],
+        decoded[first],
+        clearest_dimension(experiment, network, images[first]),
+        [names[label] for label in classes],
+        experiment.directory / "overview.png",
+        f"{title}: images, what their capsules decode to, and one dimension moved",
+    )
+
     # -- what was misread, as it was taken and as it should have been
     of_these = torch.isin(labels, torch.tensor(classes))
     wrong = of_these & (predictions != labels)
@@ -141,6 +155,24 @@ def decode(
         predictions.append(output.activations.argmax(dim=1).cpu())
         decoded.append(output.reconstruction.float().cpu())
     return torch.cat(predictions), torch.cat(decoded)
+
+
+@torch.inference_mode()
+def clearest_dimension(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
+    """Move one dimension of the longest capsule of one image, the one that shows most.
+
+    Returns the decoded images, (steps, C, H, W).
+    """
+    with experiment.runtime.autocast():
+        output = network.model(images.to(experiment.runtime.device))
+    rows = torch.cat(
+        [
+            perturbed(network.model, experiment.runtime, poses[None], int(label))
+            for poses, label in zip(output.poses, output.activations.argmax(dim=1), strict=True)
+        ]
+    )  # (images · D, steps, C, H, W)
+    change = (rows[:, -1] - rows[:, 0]).square().flatten(1).sum(dim=1)
+    return rows[change.argmax()]
 
 
 def measure(

@@ -465,6 +465,26 @@ def plot_grids(
             axes.text(start + width / 2, heading - 6, name, ha="center", va="bottom")
 
 
+def plot_overview(
+    images: Tensor,
+    decoded: Tensor,
+    moved: Tensor,
+    class_names: Sequence[str],
+    path: str | Path,
+    title: str,
+) -> None:
+    """Draw images (N, C, H, W) over what they decode to, and below a capsule as it is moved.
+
+    `moved` are the images (steps, C, H, W) of a capsule with one dimension moved step by step.
+    """
+    plain = [False] * max(len(images), len(moved))
+    blocks = [
+        Block([images, decoded], ["image", "decoded"], class_names, plain[: len(images)], "class"),
+        Block([moved], ["one dimension\nmoved"], [""] * len(moved), plain[: len(moved)]),
+    ]
+    draw_blocks(blocks, path, title, left=140, text_height=26)
+
+
 def plot_failures(
     images: Tensor,
     as_predicted: Tensor,

@@ -486,6 +486,7 @@ class TestReconstruct:
         assert all(row["squared_error"] > 0 and row["variation_image"] > 0 for row in rows)
         assert "3 " in printed
         check_picture(out / "grids.png", (200, 900))
+        check_picture(out / "overview.png", (250, 1000))
         check_picture(out / "failures.png", (200, 200))
 
     def test_by_default_it_writes_into_the_run(self, a_comparison):

@@ -133,7 +133,9 @@ def every_mode(target_name):
     return list(found)
 
 
-@pytest.mark.parametrize("target_name", TARGETS)
+# The two kinds of NVIDIA GPU that differ in where a product keeps its operands. A hundred launches
+# take minutes; the named shapes cover the other targets.
+@pytest.mark.parametrize("target_name", ["sm80", "sm90"])
 def test_every_mode_compiles(pool, target_name):
     assert_compiles(target_name, every_mode(target_name), pool)
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import create_model
 
-# Deadlines are off, because a first call compiles or interprets a kernel. The same examples are drawn
+# Deadlines are off, because a first call compiles or interprets a kernel. The examples are the same
 # every time, so no test fails by chance. HYPOTHESIS_PROFILE=nightly draws many new ones. The
 # interpreter takes about a millisecond per program of a kernel's grid, so it gets fewer.
 EXAMPLES = 8 if INTERPRETED else 25

@@ -114,9 +114,9 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
     u = torch.empty(case.B, 0, dtype=case.dtype, device=device)
     chunk = chunk_bytes(device)
     if n := group_size(u, case.shape, r, backward=not forward):
-        votes = n * size["u_hat"] // max(1, case.B)
-        couplings = (2 if forward else 2 * r) * votes // case.shape.D
-        return saved + gradients_ + votes + couplings + (0 if forward else min(chunk, 2 * votes))
+        u_hat = n * size["u_hat"] // max(1, case.B)
+        couplings = (2 if forward else 2 * r) * u_hat // case.shape.D
+        return saved + gradients_ + u_hat + couplings + (0 if forward else min(chunk, 2 * u_hat))
     chunk = min(chunk, size["u"] * case.shape.J)
     buffers = (2 if forward else 4) * chunk
     return saved + gradients_ + (1 if forward else 2) * size["u"] + buffers

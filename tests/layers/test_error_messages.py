@@ -1,7 +1,7 @@
-"""The errors that a user can cause in operators, layers and models: kind and exact words.
+"""The errors that a user can cause in operators, layers and models: their type and exact words.
 
-Of what the operators share there is one row a message here. That each operator gives it for each
-argument is `tritoncaps.testing`'s check of errors.
+A message that operators share has one row here. The error check in `tritoncaps.testing` shows that
+each operator raises it for each argument.
 """
 
 import re
@@ -90,7 +90,7 @@ CASES = {
         TypeError,
         "dynamic_routing: iterations must be an int, got float",
     ),
-    # The loop would run for years, and no memory would hold its sums.
+    # The loop would run for years, and no memory could hold its sums.
     "iterations-huge": (
         lambda: ops.fused_dynamic_routing(U, WEIGHT, 2**31),
         ValueError,

@@ -30,8 +30,8 @@ def test_without_pose_and_prior_the_coupling_is_uniform(device):
     inputs["pose"] = torch.zeros_like(inputs["pose"])
     s, coupling = ops.routing_pass(**inputs, return_coupling=True)
     torch.testing.assert_close(coupling, torch.full_like(coupling, 1 / J))
-    votes = ops.prediction_vectors(inputs["u"], inputs["weight"])
-    torch.testing.assert_close(s, votes.sum(dim=1) / J)
+    u_hat = ops.prediction_vectors(inputs["u"], inputs["weight"])
+    torch.testing.assert_close(s, u_hat.sum(dim=1) / J)
 
 
 @same_device
@@ -62,8 +62,8 @@ def test_bias_is_added_after_the_softmax(device):
     s, coupling = ops.routing_pass(**inputs, bias=bias, return_coupling=True)
     s_without, coupling_without = ops.routing_pass(**inputs, return_coupling=True)
     torch.testing.assert_close(coupling, coupling_without + bias)
-    votes = ops.prediction_vectors(inputs["u"], inputs["weight"])
-    shift = torch.einsum("ij,bijd->bjd", bias, votes)
+    u_hat = ops.prediction_vectors(inputs["u"], inputs["weight"])
+    shift = torch.einsum("ij,bijd->bjd", bias, u_hat)
     torch.testing.assert_close(s, s_without + shift)
 
 
@@ -89,10 +89,10 @@ def test_prior_and_bias_are_not_mistaken_for_each_other(device):
 def test_it_takes_the_poses_of_attention_routing(device):
     """Efficient-CapsNet's self-attention is one pass with pose = Σ_i û/√D and a learned bias."""
     inputs = drawn(device, "bias")
-    votes = ops.prediction_vectors(inputs["u"], inputs["weight"])
-    inputs["pose"] = votes.sum(dim=1) / SIZES["D"] ** 0.5
-    c = torch.einsum("bijd,bkjd->bij", votes, votes / SIZES["D"] ** 0.5).softmax(dim=-1)
-    expected = torch.einsum("bij,bijd->bjd", c + inputs["bias"], votes)
+    u_hat = ops.prediction_vectors(inputs["u"], inputs["weight"])
+    inputs["pose"] = u_hat.sum(dim=1) / SIZES["D"] ** 0.5
+    c = torch.einsum("bijd,bkjd->bij", u_hat, u_hat / SIZES["D"] ** 0.5).softmax(dim=-1)
+    expected = torch.einsum("bij,bijd->bjd", c + inputs["bias"], u_hat)
     torch.testing.assert_close(ops.routing_pass(**inputs), expected)
 
 

@@ -37,8 +37,8 @@ def test_any_shape_and_axis_agrees(device, shape, dim, form, grad_layout, scale,
         # rounded, so the operator may be off by no more than roundings.
         return reference.squash(s.double(), **options).to(s.dtype)
 
-    # The derivative along s is e⁻ⁿ, or about 2/n³. The reference takes it as the difference of
-    # terms of size 1/n and loses it to cancellation where n is large; the next test goes there.
+    # The derivative along s is e⁻ⁿ, or about 2/n³. The reference computes it as a difference of
+    # terms of size 1/n, and loses it to cancellation where n is large. The next test covers that.
     largest = min(scale, {"exponential": 1.0, "quadratic": 100.0}[form])
     axes = "BXYZ"[: len(shape)]
     operator = Operator(

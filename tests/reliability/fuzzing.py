@@ -1,4 +1,4 @@
-"""Damaged files: changes of their bytes, and a limit on the memory that reading them may take."""
+"""Damaged files: changes to their bytes, and a limit on the memory that reading them may take."""
 
 import os
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ CLAIMS = (0, 1, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of some bytes. Positions are taken modulo the length of what is changed."""
+    """A change to some bytes. Positions are taken modulo the length of the content."""
 
     kind: str
     first: int
@@ -32,7 +32,7 @@ class Edit:
             return content[:start]
         if self.kind == "delete":
             return content[:start] + content[end:]
-        if self.kind == "splice":  # a range again, elsewhere
+        if self.kind == "splice":  # repeat a range elsewhere
             at = self.second % (len(content) + 1)
             return content[:at] + content[start:end] + content[at:]
         if self.kind == "claim":
@@ -47,7 +47,7 @@ positions = st.integers(0, 2**16)
 edits = st.builds(
     Edit,
     kind=st.sampled_from(("flip", "truncate", "delete", "splice", "claim", "claim", "insert")),
-    # The headers of all formats lie at one end of the file.
+    # The headers of all formats are at one end of the file.
     first=st.integers(0, 64) | positions,
     second=positions,
     number=st.integers(0, 255),
@@ -64,7 +64,7 @@ def edited(content: bytes, changes: list[Edit]) -> bytes:
 
 @contextmanager
 def little_memory():
-    """Let no more than 1 GiB be allocated, so that a size that is only claimed is an error."""
+    """Limit allocations to 1 GiB, so that allocating a merely claimed size is an error."""
     if not Path("/proc/self/statm").exists():
         yield
         return
@@ -80,7 +80,7 @@ def little_memory():
 
 
 def assert_nothing_was_claimed(error: BaseException | None) -> None:
-    """No error in the chain is one of memory: nothing tried to allocate what a header claims."""
+    """Assert that no error in the chain is about memory: nobody allocated what a header claims."""
     while error is not None:
         assert not isinstance(error, MemoryError), error
         assert "allocate memory" not in str(error), error

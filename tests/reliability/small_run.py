@@ -3,8 +3,9 @@
     PYTHONPATH=examples:tests/examples torchrun --nproc-per-node 2 \\
         tests/reliability/small_run.py DIRECTORY
 
-One is left alone, one is stopped by a signal to the last process and resumed, and one has a NaN in
-the share of the last process; with --kill-at the last process is killed in the first of them.
+The first run is left alone. The second is stopped by a signal to the last process and resumed. The
+third has a NaN in the share of the last process. With --kill-at, the last process of the first run
+is killed.
 """
 
 import argparse
@@ -27,14 +28,14 @@ from tritoncaps.data import Batches, load_dataset
 from tritoncaps.models import CapsuleOutput
 
 EPOCHS, BATCH_SIZE = 2, 16
-# Six batches an epoch; the last one is a single image, so that another process has none of it.
+# Six batches per epoch. The last one is a single image, so another process has none of it.
 IMAGES = 5 * BATCH_SIZE + 1
-# And so are those to evaluate.
+# The same applies to the images to evaluate.
 HELD_OUT = 2 * BATCH_SIZE + 1
 
 
 class SpoiltAt(Task):
-    """A task with a fault at the step of that number."""
+    """A task with a fault at the step with this number."""
 
     def __init__(self, step: int, fault: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -63,9 +64,9 @@ def spoil(loss):
 
 
 def train(directory, world, fault: Callable[[Tensor], Tensor] | None = None, at_step=0):
-    """Train, from the last checkpoint if there is one; returns what there is to compare.
+    """Train, from the last checkpoint if there is one. Return everything to compare.
 
-    A fault befalls the last process.
+    A fault happens in the last process.
     """
     digits = load_dataset("digits").train
     batches = Batches(digits.subset(range(IMAGES)), BATCH_SIZE, seed=1, max_shift=2)
@@ -116,7 +117,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--alone", action="store_true", help="the run that is left alone only")
+    parser.add_argument("--alone", action="store_true", help="only do the run that is left alone")
     args = parser.parse_args()
     with join() as world:
         if args.kill_at is not None:

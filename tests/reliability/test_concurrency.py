@@ -1,11 +1,11 @@
 """Operators called from many threads and processes at once give the bits of one thread.
 
-Interpreted kernels are left out: Triton's interpreter keeps the grid position of the running
-program in one global object, so two threads that launch at once overwrite each other's. Compiled
-kernels run where there is a GPU.
+Interpreted kernels are left out. Triton's interpreter keeps the grid position of the running
+program in one global object, so two threads that launch at once overwrite each other's position.
+Compiled kernels run if there is a GPU.
 
-Each thread differentiates a graph of its own. To share one graph between threads is more than torch
-supports for registered operators: their backward sets `ctx.needs_input_grad` while it runs.
+Each thread differentiates its own graph. torch does not support sharing a graph between threads for
+registered operators, because their backward sets `ctx.needs_input_grad` while it runs.
 """
 
 import os
@@ -23,16 +23,16 @@ from tritoncaps._operators import INTERPRETED, _dispatch
 from tritoncaps.testing import draw_inputs, evaluate
 
 pytestmark = pytest.mark.skipif(
-    INTERPRETED, reason="Triton's interpreter keeps its state in one object for all threads"
+    INTERPRETED, reason="Triton's interpreter shares its state between threads"
 )
 
 THREADS = 8
 SIZES = {"B": 9, "I": 33, "P": 4, "J": 5, "D": 6, "K": 5}
-FEW = SIZES | {"B": 2}  # so few that the fused routing works by images on a CPU
+FEW = SIZES | {"B": 2}  # few enough that the fused routing goes by images on a CPU
 
 
 def drawn_calls(device):
-    """Arguments of `evaluate`: every operator, the fused routing also in other ways."""
+    """Arguments of `evaluate` for every operator, and for other ways of the fused routing."""
     calls = {
         name: (operator, draw_inputs(operator, SIZES, dtype=torch.float32, device=device), options)
         for name, (operator, options) in CALLS.items()
@@ -44,7 +44,7 @@ def drawn_calls(device):
 
 
 def at_once(tasks):
-    """Run tasks in a thread each, which begin together; return their results."""
+    """Run each task in its own thread, all starting together. Return their results."""
     start = threading.Barrier(len(tasks), timeout=60)
 
     def begin(task):
@@ -57,7 +57,7 @@ def at_once(tasks):
 
 @pytest.fixture
 def eager_switching():
-    """Threads that take turns after some 10 µs rather than 5 ms: what can interleave does."""
+    """Make threads take turns every 10 µs or so instead of 5 ms, so that they interleave."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -66,7 +66,7 @@ def eager_switching():
 
 @pytest.mark.usefixtures("eager_switching")
 def test_eight_threads_get_the_bits_of_one(device):
-    """Each goes through all operators, forward and backward, beginning with another one."""
+    """Each goes through all operators, forward and backward, starting with a different one."""
     named = list(drawn_calls(device).items())
     expected = {name: evaluate(*call) for name, call in named}
 
@@ -79,8 +79,8 @@ def test_eight_threads_get_the_bits_of_one(device):
 
 
 @pytest.mark.usefixtures("eager_switching")
-def test_threads_set_autocast_each_for_itself(device):
-    """An operator turns autocast off for the calling thread alone, and back on afterwards."""
+def test_each_thread_has_its_own_autocast(device):
+    """An operator turns autocast off only for the calling thread, and back on afterwards."""
     inputs = drawn_calls(device)["fused_dynamic_routing"][1]
     u, weight = inputs["u"], inputs["weight"]
     exact = ops.fused_dynamic_routing(u, weight)
@@ -99,7 +99,7 @@ def test_threads_set_autocast_each_for_itself(device):
 
 
 @pytest.mark.usefixtures("eager_switching")
-def test_eight_threads_get_one_warning_of_a_fallback(monkeypatch):
+def test_eight_threads_get_one_warning_about_a_fallback(monkeypatch):
     warned = []
     monkeypatch.setattr(_dispatch, "_warned", {})
     monkeypatch.setattr(_dispatch.warnings, "warn", lambda message, **_: warned.append(message))
@@ -110,7 +110,7 @@ def test_eight_threads_get_one_warning_of_a_fallback(monkeypatch):
 
 
 def test_a_warning_that_is_an_error_is_raised_every_time(monkeypatch):
-    """Under `python -W error` the second call must not pass in silence."""
+    """Under `python -W error`, the second call must not pass silently."""
     monkeypatch.setattr(_dispatch, "_warned", {})
     for _ in range(2):
         with pytest.raises(UserWarning, match="no kernel"):
@@ -181,8 +181,8 @@ print(count, "from workers")
 
 
 def run_script(script, **environment):
-    """Run Python code in a process group of its own, which is ended if it hangs."""
-    # Python 3.12 warns of what is tested here, a fork of a process that has threads.
+    """Run Python code in its own process group, which is killed if it hangs."""
+    # Python 3.12 warns about what is tested here, a fork of a process that has threads.
     filters = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
     process = subprocess.Popen(
         [sys.executable, *filters, "-c", script],
@@ -193,7 +193,7 @@ def run_script(script, **environment):
         start_new_session=True,
     )
     try:
-        # On a GPU every thread compiles every kernel.
+        # On a GPU, every thread compiles every kernel.
         output, _ = process.communicate(timeout=300 if torch.cuda.is_available() else 110)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
@@ -209,9 +209,9 @@ def test_first_use_from_eight_threads_at_once():
     assert "all the same: squash prediction_vectors routing_pass" in output
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that does not fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_forked_workers_use_the_operators_after_their_parent():
-    """With two threads a process: a fork cannot copy its parent's pool of threads."""
+    """With two threads per process, because a fork cannot copy its parent's thread pool."""
     output = run_script(WORKERS, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
     assert "16 from workers" in output
 
@@ -221,7 +221,7 @@ def test_forked_workers_use_the_operators_after_their_parent():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="streams need a CUDA device")
 def test_two_streams_at_once():
-    """Kernels go to the caller's stream, and memory that they borrow stays theirs."""
+    """Kernels run on the caller's stream, and no other stream uses their memory meanwhile."""
     operator, inputs, options = drawn_calls(torch.device("cuda"))["fused_dynamic_routing"]
     other_inputs = {name: 2 * tensor for name, tensor in inputs.items()}
     both = (inputs, other_inputs)

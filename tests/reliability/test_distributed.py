@@ -1,6 +1,6 @@
 """Several processes train what one would: the same losses, gradients, files and decisions.
 
-The processes are real ones, started by torchrun, on the CPU.
+The processes are real. torchrun starts them, on the CPU.
 """
 
 import os
@@ -26,8 +26,8 @@ PATHS = (REPOSITORY, REPOSITORY / "examples", REPOSITORY / "tests/examples")
 SCRIPT = Path(small_run.__file__)
 TIMEOUT = 240
 
-# Float32 sums in another order. Adam divides by the size of each gradient, so what is small and
-# uncertain moves a weight as far as what is large: after twelve steps there is less agreement.
+# Float32 sums are added in another order. Adam divides by the size of each gradient, so a small and
+# uncertain one moves a weight as far as a large one. After twelve steps there is less agreement.
 FIRST_STEP = {"rtol": 1e-4, "atol": 1e-6}
 LATER_STEPS = {"rtol": 2e-3, "atol": 1e-4}
 
@@ -57,7 +57,7 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("together")
     finished = torchrun(SCRIPT, directory)
     assert finished.returncode == 0, finished.stderr
-    # The lines of the main process, and no others: of the whole run, and of the one in two parts.
+    # Only the main process prints: lines of the whole run, and of the one in two parts.
     lines = [line[:9] for line in finished.stdout.splitlines()]
     assert lines == ["epoch 1/2", "epoch 2/2", "epoch 1/2", "epoch 2/2"]
     return directory
@@ -90,7 +90,7 @@ class TestAgreement:
         assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
     def test_evaluations_count_every_image_once(self, alone, together):
-        """In batches of 16, 16 and 1; the predictions are in the order of the images."""
+        """The batches have 16, 16 and 1 images. Predictions are in the order of the images."""
         assert len(together["predictions"]) == small_run.HELD_OUT
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
         right = together["predictions"] == together["labels"]
@@ -99,7 +99,7 @@ class TestAgreement:
         assert same > 0.9
         for row, expected in zip(together["rows"], alone["rows"], strict=True):
             assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
-            # An image or two may lie on the border between two classes.
+            # An image or two may be on the border between two classes.
             for name, count in (("train", small_run.IMAGES), ("validation", small_run.HELD_OUT)):
                 difference = row[f"{name}_accuracy"] - expected[f"{name}_accuracy"]
                 assert abs(difference) < 2.5 / count
@@ -109,10 +109,10 @@ class TestAgreement:
 
 
 class TestFaults:
-    """What befalls one process is known to both."""
+    """Both processes know what happens to one of them."""
 
     def test_a_signal_to_one_stops_both_and_they_go_on_from_there(self, results, together):
-        """Asked at step 7, agreed at step 10, in the second epoch."""
+        """The signal comes at step 7. They agree at step 10, in the second epoch."""
         assert not results["stopped"]["finished"] and results["resumed"]["finished"]
         assert len(results["stopped"]["losses"]) == 10
         assert len(results["resumed"]["losses"]) == 2
@@ -135,7 +135,7 @@ class TestFiles:
         assert len(state["rng_of_others"]) == 1
 
     def test_one_process_goes_on_with_the_run_of_two(self, tmp_path, directory, together):
-        """It finds nothing left to train, and evaluates the same model."""
+        """It finds nothing left to train and evaluates the same model."""
         shutil.copy(directory / "last.safetensors", tmp_path)
         result = small_run.train(tmp_path, World())
         assert result["finished"]
@@ -144,7 +144,7 @@ class TestFiles:
 
 
 def test_a_killed_process_ends_the_run_and_it_can_be_resumed(tmp_path, together):
-    """At step 9; both processes go on from the checkpoint after step 8, to the same bits."""
+    """Killed at step 9, both processes continue from the checkpoint of step 8, to the same bits."""
     killed = torchrun(SCRIPT, tmp_path, "--kill-at", "9")
     assert killed.returncode != 0
     assert "SIGKILL" in killed.stderr

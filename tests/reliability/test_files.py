@@ -1,4 +1,4 @@
-"""Atomic writes, and the sealed format: what is read is what was written, or it is refused."""
+"""Atomic writes and the sealed format: a read returns what was written, or refuses the file."""
 
 import json
 import os
@@ -164,7 +164,7 @@ class TestRoundTrip:
             tensors = {"w": torch.arange(3.0), "b": torch.ones(2, dtype=torch.int64)}
             write_sealed(tmp_path / name, tensors, {"epoch": 3})
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-        # The data begin at a multiple of 8 bytes, for programs that map the file into memory.
+        # The data start at a multiple of 8 bytes, for programs that map the file into memory.
         assert int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") % 8 == 0
 
 
@@ -223,7 +223,7 @@ def sealed(tmp_path):
 
 
 def assert_refused(path, message):
-    """Both ways of reading refuse the file, and the message begins with its name."""
+    """Both ways of reading refuse the file, and the message starts with its name."""
     for allow_unsealed in (False, True):
         with pytest.raises(CheckpointError, match=message) as error:
             read_sealed(path, allow_unsealed=allow_unsealed)
@@ -231,7 +231,7 @@ def assert_refused(path, message):
 
 
 def forge(path, table, data=b"", header=None):
-    """Write a file as another program might, with a right seal if it has a header."""
+    """Write a file as another program might, with a valid seal if it has a header."""
     if header is not None:
         metadata = {"tritoncaps": _files.VERSION, "header": header}
         seal = _files._seal(metadata, table, memoryview(data))
@@ -265,7 +265,7 @@ class TestDamage:
         content = bytearray(sealed.read_bytes())
         content[content.index(WEIGHT.numpy().tobytes()) + 3] ^= 1
         sealed.write_bytes(content)
-        # The reason for the seal: safetensors returns another weight.
+        # This is the reason for the seal: safetensors returns a different weight.
         assert not torch.equal(load_file(sealed)["weight"], WEIGHT)
         assert_refused(sealed, "its contents do not match its SHA-256")
 
@@ -292,14 +292,14 @@ class Bomb:
 class TestForeignFiles:
     @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
     def test_code_is_never_run(self, tmp_path, write):
-        path, trace = tmp_path / "last.pt", tmp_path / "trace"
+        path, trace = tmp_path / "last.safetensors", tmp_path / "trace"
         with path.open("wb") as file:
             write(Bomb(trace), file)
         assert_refused(path, "is not a safetensors file")
         assert not trace.exists()
         with path.open("rb") as file:
             pickle.load(file) if write is pickle.dump else torch.load(file, weights_only=False)
-        assert trace.exists(), "the file was no danger, so the test proves nothing"
+        assert trace.exists(), "the file was harmless, so the test proves nothing"
 
     def test_unsealed_weights_are_read_where_they_are_allowed(self, tmp_path):
         path = tmp_path / "weights.safetensors"

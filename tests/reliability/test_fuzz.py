@@ -1,8 +1,8 @@
-"""Arguments that nobody meant to give: a result as documented, or a documented error.
+"""Arbitrary arguments give a documented result or a documented error.
 
-Cases are drawn by hypothesis from consecutive seeds until the time of --fuzz-seconds is over, so
-that the same cases come first on every run, and their number is printed at the end. A case that
-ends the process is left in the file `case` of the test's temporary directory.
+hypothesis draws cases from consecutive seeds for --fuzz-seconds, so the same cases come first on
+every run. Their number is printed at the end. A case that crashes the process is left in the file
+`case` of the test's temporary directory.
 
     pytest tests/reliability/test_fuzz.py --fuzz-seconds 120 --fuzz-seed 1000
 """
@@ -33,7 +33,7 @@ SCALES = (1.0, 0.0, 1e-20, 1e30, float("inf"), float("nan"))
 
 @st.composite
 def squash_calls(draw):
-    """Squash along any axis of any shape; the table has three axes and the last one alone."""
+    """Squash along any axis of any shape. The table has only the last of three axes."""
     shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple))
     arguments = {
         "s": draw(arrays(shape)),
@@ -45,7 +45,7 @@ def squash_calls(draw):
 
 @st.composite
 def margin_loss_calls(draw):
-    """Margin loss with every argument; in the table the target is a fixed one."""
+    """Margin loss with every argument. In the table, the target is fixed."""
     B, K = draw(st.integers(0, 3)), draw(st.integers(1, 4))
     activations = draw(arrays((B, K)))
     multi_hot = draw(st.booleans())
@@ -96,7 +96,7 @@ def test_operators(fuzz):
     fuzz(st.one_of(*rows, squash_calls(), margin_loss_calls()), check_operator)
 
 
-# The constructor, and right arguments.
+# The constructor and right arguments.
 MODULES = {
     "PrimaryCapsules": (
         PrimaryCapsules,
@@ -140,7 +140,7 @@ MODULES = {
 
 
 def outcome(function, call, arguments):
-    """What the call returns, or None after a documented error; anything else is passed on."""
+    """Return what the call returns, or None after a documented error. Pass on other errors."""
     try:
         return function(**arguments)
     except (TypeError, ValueError) as error:
@@ -157,7 +157,7 @@ def module_calls(draw):
 
 
 def check_module(call):
-    """What is built keeps its arguments, and runs on what it was built for."""
+    """Assert that a module keeps its arguments and runs on the inputs that it was built for."""
     arguments = call.build()
     if call.name == "create_model":  # the default networks are large
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Checkpoints and weights that something has changed: they are refused, or hold what they held.
+"""Checkpoints and weights with changed bytes are refused, or hold what they held before.
 
     pytest tests/reliability/test_fuzz_files.py --fuzz-seconds 120 --fuzz-seed 1000
 
@@ -38,7 +38,7 @@ KWARGS = {"channels": 2, "capsule_types": 1, "image_size": (18, 17), "num_classe
 
 
 def assert_same(actual, expected):
-    """Equal in every bit."""
+    """Assert that two values are equal in every bit."""
     assert type(actual) is type(expected)
     if isinstance(expected, dict):
         assert list(actual) == list(expected)
@@ -56,7 +56,7 @@ def assert_same(actual, expected):
 
 
 def touch(value):
-    """Read every byte of the tensors in a value, and return how many there are."""
+    """Read every byte of the tensors in a value, and return the number of bytes."""
     if isinstance(value, dict):
         return sum(touch(entry) for entry in value.values())
     if isinstance(value, (list, tuple)):
@@ -88,10 +88,10 @@ values = st.recursive(
 
 @dataclass(frozen=True)
 class Forged:
-    """A file of ours written again by another program: its seal is right, its contents are not."""
+    """A file of ours that another program rewrote. Its seal is valid, its contents are changed."""
 
-    header: list[Edit] | str  # changes, or a new header
-    table: list[Edit]  # changes of what is said about the tensors
+    header: list[Edit] | str  # changes to the header, or a new one
+    table: list[Edit]  # changes to the description of the tensors
     data: list[Edit]
 
     def content(self, original: bytes) -> bytes:
@@ -110,7 +110,7 @@ class Forged:
             metadata["sha256"] = _files._seal(metadata, table, memoryview(data))
             start = json.dumps({**table, "__metadata__": metadata})
         except (ValueError, TypeError):
-            pass  # no JSON: whoever reads the file has to say so
+            pass  # not JSON: reading the file has to report this
         return len(start.encode()).to_bytes(8, "little") + start.encode() + data
 
 
@@ -125,7 +125,7 @@ forged = st.builds(
 
 
 def outcome(read, path):
-    """What reading gives, and what it raises: one of the two is None."""
+    """Return what reading returns and what it raises. One of the two is None."""
     with little_memory():
         try:
             return read(path), None
@@ -137,7 +137,7 @@ def outcome(read, path):
 
 
 def test_checkpoints(fuzz, tmp_path):
-    """A damaged one is refused; a forged one gives plain values and tensors that it has."""
+    """A damaged file is refused. A forged one gives plain values and tensors that it contains."""
     last = tmp_path / "last.safetensors"
     checkpoint.save(checkpoint.previous_path(last), {**STATE, "epoch": 2})
     checkpoint.save(last, STATE)
@@ -163,7 +163,7 @@ def test_checkpoints(fuzz, tmp_path):
 
 
 def test_weights_of_other_programs(fuzz, tmp_path):
-    """Without a seal the contents may change, but there is never more than the file holds."""
+    """Without a seal the contents may change, but never exceed what the file holds."""
     tensors = {"a": torch.arange(24.0).view(2, 3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
     original = safetensors_bytes(tensors, {"format": "pt"})
     path = tmp_path / "weights.safetensors"
@@ -181,7 +181,7 @@ def test_weights_of_other_programs(fuzz, tmp_path):
 
 @pytest.mark.parametrize("kind", ["weights", "state"])
 def test_models(fuzz, tmp_path, kind):
-    """`load_model` gives a network, or says what is wrong with the file."""
+    """`load_model` returns a network, or says what is wrong with the file."""
     path = tmp_path / "last.safetensors"
     model = create_model("capsnet", **KWARGS)
     recipe = {"model": "capsnet", "model_kwargs": KWARGS}

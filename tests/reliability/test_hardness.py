@@ -1,7 +1,7 @@
-"""Operators where numbers are hard: zeros, denormals, overflow, saturation, long routing, NaN.
+"""Operators with difficult numbers: zeros, denormals, overflow, saturation, long routing, NaN.
 
-A result that the dtype cannot hold has to be inf or NaN. A wrong finite number would be trained on
-unnoticed.
+A result that the dtype cannot hold has to be inf or NaN. Training would go on with a wrong finite
+number, and nobody would notice.
 """
 
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from tritoncaps._operators import INTERPRETED
 from tritoncaps.testing import DTYPES as ALL_DTYPES
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate
 
-# The torch path of the fused routing works by images up to B = P and by capsules beyond. The
-# interpreter takes a tenth of a second for a routing of even the smallest sizes.
+# The torch path of the fused routing goes by images up to B = P and by capsules beyond. The
+# interpreter takes a tenth of a second even for a routing of the smallest sizes.
 BATCHES = (2,) if INTERPRETED else (3, 6)
 SIZES = {"I": 3, "P": 2, "J": 3, "D": 2} if INTERPRETED else {"I": 7, "P": 4, "J": 3, "D": 5}
 J = SIZES["J"]
 MANY_ITERATIONS = 4 if INTERPRETED else 50
 
-# tests/kernels has float64 for interpreted kernels.
+# tests/kernels tests float64 in interpreted kernels.
 DTYPES = (torch.float32,) if INTERPRETED else ALL_DTYPES
 TWO_DTYPES = DTYPES if INTERPRETED else (torch.float32, torch.bfloat16)
 
@@ -31,12 +31,12 @@ CAPSULES = [name for name in ALL if name != "margin_loss"]
 ROUTINGS = [name for name in ALL if "coupling?" in CALLS[name][0].outputs]
 LOOPS = [name for name in ROUTINGS if "iterations" in CALLS[name][1]]
 
-# Interpreted kernels compute with NumPy, which warns of the infinities that these tests make.
+# Interpreted kernels compute with NumPy, which warns about the infinities that these tests make.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 class Drawn:
-    """A call whose prediction vectors are about as long as a unit vector; tests change it."""
+    """A call whose prediction vectors have about unit length. Tests change it."""
 
     def __init__(self, name, B, has_optional=True, sizes=SIZES, **options):
         self.operator, usual = CALLS[name]
@@ -51,7 +51,7 @@ class Drawn:
         self.first = next(iter(self.inputs))
 
     def scale(self, factor):
-        """Multiply the first input: the capsules or the prediction vectors."""
+        """Scale the first input, the capsules or the prediction vectors."""
         self.inputs[self.first] = self.inputs[self.first] * factor
 
     def tensors(self, dtype, device):
@@ -65,18 +65,18 @@ class Drawn:
         return compare_inputs(self.operator, inputs, self.options, seed=1, unchecked=unchecked)
 
     def _loses_digits(self, inputs):
-        """Whether fused kernels lose digits of the gradients of weight and prior.
+        """Whether fused kernels lose digits in the gradients of weight and prior.
 
-        They compute each logit twice, in two orders, and lose as many digits as it has: see
-        "Precision" in kernels/README.md, and `test_weight_gradient_loses_what_the_logit_has`.
+        They compute each logit twice, in two orders, and lose as many digits as it has. See
+        "Precision" in kernels/README.md, and `test_weight_gradient_loses_the_digits_of_the_logit`.
         """
         runs_kernels = INTERPRETED or inputs[self.first].is_cuda
         if not runs_kernels or "weight" not in inputs or "coupling?" not in self.operator.outputs:
             return False
-        return inputs[self.first].dtype != torch.float64 and longest_vote(inputs) > 10
+        return inputs[self.first].dtype != torch.float64 and longest_prediction_vector(inputs) > 10
 
 
-def longest_vote(inputs):
+def longest_prediction_vector(inputs):
     u, weight = inputs["u"].double(), inputs["weight"].double()
     return reference.prediction_vectors(u, weight).norm(dim=-1).max().item()
 
@@ -101,7 +101,7 @@ def test_zeros_give_zeros(device, name, B, has_optional, dtype):
     call = Drawn(name, B, has_optional)
     call.inputs = {key: torch.zeros_like(tensor) for key, tensor in call.inputs.items()}
     results = call.assert_right(dtype, device)
-    if name != "margin_loss":  # where a present class of length 0 has a loss
+    if name != "margin_loss":  # there, a present class of length 0 has a loss
         assert not results[call.operator.output_names(call.options)[0]].any()
     if name in ROUTINGS:
         uniform = torch.full_like(results["coupling"], 1 / J)
@@ -111,7 +111,7 @@ def test_zeros_give_zeros(device, name, B, has_optional, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_call(ALL)
 def test_equal_inputs_are_right(device, name, B, has_optional, dtype):
-    """A capsule agrees with all outputs alike, so the coupling is the softmax of the prior."""
+    """A capsule agrees equally with all outputs, so the coupling is the softmax of the prior."""
     call = Drawn(name, B, has_optional)
     for key in call.inputs.keys() - set(call.operator.optional):
         call.inputs[key] = torch.full_like(call.inputs[key], 0.5)
@@ -125,9 +125,9 @@ def test_equal_inputs_are_right(device, name, B, has_optional, dtype):
 @pytest.mark.parametrize("magnitude", ["denormal", "1e-20", "1e20"])
 @every_call(CAPSULES)
 def test_tiny_and_huge_inputs_are_right(device, name, B, has_optional, magnitude, dtype):
-    """Their squares are beyond float32; the results are not."""
+    """Their squares overflow or underflow float32, but the results do not."""
     if dtype == torch.float16 and magnitude != "denormal":
-        magnitude = {"1e-20": "1e-3", "1e20": "1e3"}[magnitude]  # whose squares it cannot hold
+        magnitude = {"1e-20": "1e-3", "1e20": "1e3"}[magnitude]  # float16 cannot hold their squares
     call = Drawn(name, B, has_optional)
     call.scale(torch.finfo(dtype).tiny / 8 if magnitude == "denormal" else float(magnitude))
     call.assert_right(dtype, device)
@@ -140,7 +140,7 @@ def test_tiny_and_huge_inputs_are_right(device, name, B, has_optional, magnitude
 def test_saturated_routing_is_right(device, name, B, length, dtype):
     """Agreements in the hundreds make each coupling 0 or 1, and v as long as a unit vector."""
     call = Drawn(name, B, has_optional=False)
-    # A routing looks for poses that agree; those of a single pass are drawn.
+    # A routing finds poses that agree. Those of a single pass are drawn.
     call.scale(length if name in LOOPS else 4 * length)
     results = call.assert_right(dtype, device)
     largest = results["coupling"].double().amax(dim=-1)
@@ -150,8 +150,8 @@ def test_saturated_routing_is_right(device, name, B, length, dtype):
 
 
 @pytest.mark.parametrize("length", [3.0, 30.0, 300.0, 3000.0])
-def test_weight_gradient_loses_what_the_logit_has(device, length):
-    """The fused kernels' own bound, relative to the largest gradient: |logit| roundings."""
+def test_weight_gradient_loses_the_digits_of_the_logit(device, length):
+    """The fused kernels have their own bound: |logit| roundings of the largest gradient."""
     call = Drawn("fused_dynamic_routing", BATCHES[-1], has_optional=False)
     call.scale(length)
     inputs = call.tensors(torch.float32, device)
@@ -159,7 +159,9 @@ def test_weight_gradient_loses_what_the_logit_has(device, length):
     actual = evaluate(call.operator, inputs, call.options)["gradient of weight"]
     exact = evaluate(call.operator, exact_inputs, call.options, call.operator.reference)
     exact = exact["gradient of weight"]
-    largest_logit = 2 * longest_vote(inputs)  # the V of three iterations is at most 2 long
+    largest_logit = 2 * longest_prediction_vector(
+        inputs
+    )  # the V of three iterations is at most 2 long
     error = (actual - exact).abs().max() / exact.abs().max()
     assert error <= torch.finfo(torch.float32).eps * (8 + largest_logit)
 
@@ -167,7 +169,7 @@ def test_weight_gradient_loses_what_the_logit_has(device, length):
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_call(LOOPS)
 def test_many_iterations_are_right(device, name, B, has_optional, dtype):
-    """The votes are so short that many iterations do not amplify a rounding."""
+    """Prediction vectors are so short that many iterations do not amplify a rounding."""
     call = Drawn(name, B, has_optional, iterations=MANY_ITERATIONS)
     call.scale(1 / 4)
     call.assert_right(dtype, device)
@@ -177,8 +179,8 @@ def test_many_iterations_are_right(device, name, B, has_optional, dtype):
 @pytest.mark.parametrize("scale", [10.0, 1e4])
 @pytest.mark.parametrize("B", BATCHES)
 @pytest.mark.parametrize("name", LOOPS)
-def test_many_iterations_of_long_votes_stay_finite(device, name, B, scale, dtype):
-    """Here they amplify a rounding without bound, so there are no digits to compare."""
+def test_many_iterations_of_long_prediction_vectors_stay_finite(device, name, B, scale, dtype):
+    """Here, iterations amplify a rounding without bound, so there are no digits to compare."""
     call = Drawn(name, B, iterations=MANY_ITERATIONS)
     call.scale(scale)
     results = evaluate(call.operator, call.tensors(dtype, device), call.options)
@@ -193,7 +195,7 @@ def test_many_iterations_of_long_votes_stay_finite(device, name, B, scale, dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_call([name for name in ALL if not name.startswith("squash")])
 def test_what_overflows_is_not_finite(device, name, B, has_optional, dtype):
-    """The square of a length, and û itself, are beyond the dtype: no number would be right."""
+    """The square of a length, or û itself, overflows the dtype, so no number would be right."""
     beyond = torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.75
     call = Drawn(name, B, has_optional)
     if name == "margin_loss":
@@ -221,8 +223,8 @@ if not INTERPRETED:
 def test_a_bad_image_stays_alone(device, name, B, has_optional, bad, place, dtype):
     """It spoils what the mathematics says it spoils, and changes no other bit.
 
-    The reference tells which results a bad component reaches. Those are not finite. Whatever it
-    does not reach, above all the other images, has the bits that it has with a good image.
+    The reference shows which results a bad component reaches. Those are not finite. Everything
+    else, above all the other images, has the same bits as with a good image.
     """
     call = Drawn(name, B, has_optional)
     good = call.tensors(dtype, device)
@@ -243,13 +245,13 @@ def test_a_bad_image_stays_alone(device, name, B, has_optional, bad, place, dtyp
         if named.startswith("B"):
             assert untouched[0].all(), f"{what}: the reference mixes images"
             assert untouched[2:].all(), f"{what}: the reference mixes images"
-        if name in LOOPS:  # every output capsule hears from every input capsule
+        if name in LOOPS:  # every output capsule depends on every input capsule
             lost = result[1] if named.startswith("B") else result
             assert lost.isnan().all(), what
 
 
 def test_a_bad_image_reaches_its_own_gradient_through_the_loss(device):
-    """The margin loss of a NaN pose has gradient 0 there; that of u is NaN nevertheless."""
+    """The margin loss of a NaN pose has gradient 0. The gradient of u is still NaN."""
     inputs = Drawn("fused_dynamic_routing", 3).tensors(torch.float32, device)
     u = inputs["u"]
     u[1, 0, 0] = float("nan")
@@ -281,10 +283,10 @@ REPEATED = [(9, 2, 3, 2)] if INTERPRETED else [(67, 4, 10, 16), (33, 8, 5, 7), (
 @pytest.mark.parametrize("sizes", REPEATED, ids=str)
 @every_call(ALL)
 def test_a_call_is_repeated_bit_for_bit(device, monkeypatch, name, B, has_optional, sizes, dtype):
-    """Also where torch refuses what is not deterministic and fills memory that is not written."""
+    """Also in torch's deterministic mode, which also fills memory that nobody has written."""
     call = Drawn(name, B, has_optional, dict(zip("IPJD", sizes, strict=True)))
     inputs = call.tensors(dtype, device)
-    # Without it torch refuses cuBLAS.
+    # Without this, torch refuses cuBLAS.
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     first, second = (evaluate(call.operator, inputs, call.options) for _ in range(2))
     with deterministic():

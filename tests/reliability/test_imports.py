@@ -1,4 +1,4 @@
-"""What may import what, what an import costs, and what it must do without."""
+"""What may import what, what an import costs, and which packages it must not need."""
 
 import ast
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# From the bottom up: a file may import from its own floor and from those below.
+# From the bottom up. A file may import from its own floor and from those below.
 FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
-# They are imported as they are when they are run as scripts.
+# They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. Whatever imports
-# `_checks` or `_version` learns nothing of the operators from it.
+# Rooms within tritoncaps, each with those of our modules that it may import. `_checks` and
+# `_version` know nothing about the operators, so anybody may import them.
 ALWAYS = {"_checks", "_version"}
 ROOMS = {
     "reference": set(),
@@ -30,7 +30,7 @@ ROOMS = {
 
 
 def imports_of(path):
-    """Every module that a file imports, wherever in the file, as dotted names."""
+    """Every module that a file imports, anywhere in the file, as dotted names."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -71,7 +71,7 @@ def test_imports_run_one_way():
 
 
 def rooms_imported(path):
-    """Rooms of tritoncaps that a file imports; "tritoncaps" alone stands for all of it."""
+    """Rooms of tritoncaps that a file imports. "tritoncaps" itself stands for all of it."""
     for module in imports_of(path):
         if floor_of(module) is not None:
             parts = module.split(".")
@@ -113,7 +113,7 @@ begun = time.process_time()
 import tritoncaps, tritoncaps.models, tritoncaps.data
 print(time.process_time() - begun)
 """
-    # The best of three: the machine may be busy.
+    # Take the best of three, because the machine may be busy.
     assert min(float(run_python(code)) for _ in range(3)) < 1.0
 
 
@@ -121,7 +121,7 @@ UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesi
 
 
 @pytest.mark.parametrize("missing", ["torchvision", "triton", "all"])
-def test_package_works_without_what_it_does_not_need(missing):
+def test_package_works_without_optional_packages(missing):
     """Forward and backward of the smallest deep network, with packages made unimportable."""
     blocked = UNNEEDED if missing == "all" else [missing]
     code = f"""
@@ -138,8 +138,8 @@ print(tritoncaps.__version__)
     assert run_python(code).strip()
 
 
-def test_checks_alone_need_hypothesis():
-    """Drawing of inputs and the 2x rule are for benchmarks too."""
+def test_only_the_checks_need_hypothesis():
+    """Benchmarks use the drawing of inputs and the 2x rule without it."""
     code = f"""
 import sys
 for name in {UNNEEDED!r}:
@@ -157,7 +157,7 @@ for name, check in testing.CHECKS.items():
     assert run_python(code).split() == ["agreement", "hypothesis", "fuzz", "hypothesis"]
 
 
-def test_import_loads_nothing_that_it_does_not_need():
+def test_import_loads_nothing_unneeded():
     code = """
 import sys
 import torch
@@ -167,6 +167,6 @@ print(*set(sys.modules) - before)
 """
     loaded = set(run_python(code).split())
     assert "tritoncaps.ops" in loaded
-    # Triton may be among them: torch's FLOP counter loads it where it is installed.
+    # Triton may be among them, because torch's FLOP counter loads it if it is installed.
     forbidden = {*UNNEEDED, "safetensors", "tritoncaps.kernels", "tritoncaps.testing"} - {"triton"}
     assert not forbidden & loaded

@@ -1,7 +1,7 @@
-"""Runs that are killed, or whose disk fails, at any moment: nothing is lost, nothing is wrong.
+"""Runs that are killed, or whose disk fails, at any moment: nothing is lost and nothing is wrong.
 
-The program is the MNIST example with a small network on a few digits, and checkpoints at every
-step. Its processes are forked from one that has imported everything, so that each starts at once.
+The program is the MNIST example with a small network on a few digits, and a checkpoint at every
+step. Its processes are forked from one that has imported everything, so each starts at once.
 """
 
 import multiprocessing
@@ -30,10 +30,10 @@ needs_fork = pytest.mark.skipif(
 
 
 def run_program(directory):
-    """Run the program to its end, silently; what a process of the tests below does."""
+    """Run the program to its end, silently. The processes of the tests below do this."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
-    # The semaphore of its default lock would be left behind by a process that is killed.
+    # A killed process would leave the semaphore of the default lock behind.
     tqdm.set_lock(threading.RLock())
     make_small(setattr, few_digits())
     sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}"]))
@@ -42,11 +42,11 @@ def run_program(directory):
 @pytest.fixture(scope="module")
 def processes():
     context = multiprocessing.get_context("forkserver")
-    # What torch and the program import late, as well.
+    # Include what torch and the program import late.
     late = ["torch._dynamo", "sklearn.datasets", "safetensors.torch", "filelock"]
     context.set_forkserver_preload(["test_kills", *late])
     with pytest.MonkeyPatch.context() as patch:
-        # The server is not told where this module lies.
+        # The server does not know where this module is.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         process = context.Process(target=int)
         process.start()
@@ -79,13 +79,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
         directory = tmp_path / f"run {runs}"
         while True:
             process = start(directory)
-            # Two or three lives a run: early, when there is little to resume, and late.
+            # Two or three lives per run: early, when there is little to resume, and late.
             process.join(moments.uniform(0, 0.7) * duration if kills < KILLS else 120)
             if process.exitcode is not None:
                 break
             process.kill()
             process.join(120)
-            if process.exitcode != -signal.SIGKILL:  # it had just come to its end
+            if process.exitcode != -signal.SIGKILL:  # it had just finished
                 break
             kills += 1
             in_training += (directory / "last.safetensors").exists()
@@ -96,13 +96,13 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
 
 
 def mounted(script, directory):
-    """Run shell commands where file systems can be mounted, and nobody else sees them."""
+    """Run shell commands where file systems can be mounted without anybody else seeing them."""
     unshare = shutil.which("unshare")
     if unshare is None:
-        pytest.skip("mounting needs the command unshare, of Linux")
+        pytest.skip("mounting needs Linux's command unshare")
     command = [unshare, "--user", "--map-root-user", "--mount", "sh", "-ec"]
     if subprocess.run([*command, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode:
-        pytest.skip("this system lets no user mount a file system of his own")
+        pytest.skip("users cannot mount file systems on this system")
     return subprocess.run(
         [*command, script],
         cwd=directory,
@@ -119,7 +119,7 @@ def mounted(script, directory):
 
 
 class TestDisks:
-    """Real file systems; what holds for each system call is in test_checkpoint.py."""
+    """Tests on real file systems. test_checkpoint.py tests single system calls."""
 
     PROGRAM = "from test_kills import run_loudly; run_loudly"
 
@@ -145,7 +145,7 @@ class TestDisks:
         assert state["progress"]["epoch"] == 1
         assert not list((tmp_path / "kept").glob("*.tmp"))
 
-    def test_a_read_only_disk_is_said_to_be_one(self, tmp_path):
+    def test_a_read_only_disk_is_reported(self, tmp_path):
         script = f"""
             mkdir disk
             mount -t tmpfs tmpfs disk
@@ -166,7 +166,7 @@ class TestDisks:
 
 
 def run_loudly(directory, *flags):
-    """Run the program in a process of its own, and let it print."""
+    """Run the program in its own process, and let it print."""
     torch.set_num_threads(1)
     make_small(setattr, few_digits())
     sys.exit(train_mnist.main([*FLAGS, f"--output-dir={directory}", *flags]))

@@ -1,4 +1,4 @@
-"""Faults that published capsule networks repeat, each as a test that would have caught it."""
+"""Faults that recur in published capsule networks, each with a test that would have caught it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def u_hat(device):
 
 
 def test_coupling_is_a_softmax_over_output_capsules(u_hat):
-    """Not over the inputs, nor over the batch."""
+    """It is not one over the inputs or over the batch."""
     _, c = ops.dynamic_routing(u_hat, return_coupling=True)
     ones = torch.ones_like(u_hat[:, :, 0, 0])
     torch.testing.assert_close(c.sum(dim=2), ones)
@@ -32,7 +32,7 @@ def test_logits_belong_to_one_image(u_hat):
 
 
 def test_primary_capsule_is_eight_channels_of_one_position(device):
-    """Not eight neighbours in NCHW memory, which would mix positions."""
+    """It is not eight neighbours in NCHW memory, which would mix positions."""
     layer = PrimaryCapsules(in_channels=3, capsule_types=2, dim=8, kernel_size=1, stride=1)
     layer = layer.to(device)
     features = normal(1, 3, 5, 4, dtype=torch.float32).to(device)
@@ -43,14 +43,14 @@ def test_primary_capsule_is_eight_channels_of_one_position(device):
     differs = (layer(changed) != poses).any(dim=-1)[0]
     position = 3 * 4 + 2
     assert differs.nonzero().flatten().tolist() == [2 * position, 2 * position + 1]
-    # And each is the squash of its group of output channels there.
+    # Each is the squash of its group of output channels there.
     maps = layer.conv(features)[0, :, 3, 2]
     expected = reference.squash(maps.view(2, 8))
     torch.testing.assert_close(poses[0, 2 * position : 2 * position + 2], expected)
 
 
 def test_iterations_count_weighted_sums(u_hat):
-    """Three iterations are three sums: two updates of the logits, not three and not one."""
+    """Three iterations are three sums and two updates of the logits, not three or one."""
     b = torch.zeros_like(u_hat[..., 0])
     for _ in range(2):
         s = torch.einsum("bij,bijd->bjd", b.softmax(dim=-1), u_hat)
@@ -61,7 +61,7 @@ def test_iterations_count_weighted_sums(u_hat):
 
 @pytest.mark.parametrize("name", list_models())
 def test_decoder_never_sees_a_label_at_inference(device, small_model, name):
-    """Without a target the longest capsule is decoded, and a target changes nothing else."""
+    """Without a target, the longest capsule is decoded. A target changes nothing else."""
     network = small_model(name).to(device).eval()
     images = torch.rand(6, 1, 28, 28).to(device)
     output = network(images)
@@ -86,7 +86,7 @@ def test_length_has_a_gradient_at_zero(device):
 
 @pytest.mark.parametrize("name", list_models())
 def test_network_of_zeros_has_finite_gradients(device, small_model, name):
-    """A dead layer must be able to come back to life, or at least must not turn into NaN."""
+    """A dead layer must be able to recover, or at least must not turn into NaN."""
     network = small_model(name).to(device)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -98,7 +98,7 @@ def test_network_of_zeros_has_finite_gradients(device, small_model, name):
 
 
 def test_margin_loss_is_squared_and_summed_over_classes(device):
-    """Not a plain hinge, and not a mean over the classes."""
+    """It is not a plain hinge, and not a mean over the classes."""
     activations = torch.tensor([[0.7, 0.3, 0.05, 0.6]], device=device)
     target = torch.tensor([0], device=device)
     expected = 0.2**2 + 0.5 * (0.2**2 + 0.5**2)
@@ -108,7 +108,7 @@ def test_margin_loss_is_squared_and_summed_over_classes(device):
 
 
 def test_two_routings_in_series_start_alive(device):
-    """With a small random weight the second stage's lengths vanish, or end as NaN."""
+    """With a small random weight, the second stage's lengths vanish or become NaN."""
     torch.manual_seed(0)
     network = DeepCapsNet(channels=(64, 64)).to(device)
     lengths = {}

@@ -1,6 +1,6 @@
 """Sizes at which an index, a sum or a temporary could grow too large.
 
-Memory stays small: on a CPU, tensors whose elements lie far apart are views of a sparse file, of
+Memory stays small. On a CPU, tensors whose elements are far apart are views of a sparse file, in
 which only the touched pages exist.
 """
 
@@ -24,10 +24,11 @@ CPU = torch.device("cpu")
 
 # Far apart ----------------------------------------------------------------------------------------
 
-# Along one axis after the other, the elements of every tensor of a call are moved so far apart that
-# the third lies past 2^31, and then with a stride that is itself past it. Interpreted, a loop over
-# a 64-bit range counts in Python's int, and a tensor is as wide as the stride it is multiplied by:
-# there the first stride is for the batch alone, whose offsets do not come from a loop.
+# Along one axis after the other, the elements of every tensor of a call are moved far apart. With
+# the first stride, the third element is past 2^31. The second stride is itself past 2^31. In the
+# interpreter, a loop over a 64-bit range counts in Python's int, and a tensor is as wide as the
+# stride it is multiplied by. So there, the first stride is used only for the batch, whose offsets
+# do not come from a loop.
 FAR_APART = """
 import sys, torch
 from torch.testing import assert_close
@@ -101,7 +102,7 @@ print("the same")
     ],
 )
 def test_offsets_past_two_to_the_31_elements(on, interpret, tmp_path):
-    """In a process of its own: an offset that wraps around ends it with a segmentation fault."""
+    """In its own process, because an offset that wraps around ends in a segmentation fault."""
     if interpret == "1" or on == "cuda":
         pytest.importorskip("triton", reason="the kernels are written in Triton")
     if on == "cuda" and (not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 16e9):
@@ -110,7 +111,7 @@ def test_offsets_past_two_to_the_31_elements(on, interpret, tmp_path):
     if on == "cpu":
         with path.open("wb") as file:
             file.truncate(2 * 3 * (2**31 + 4096))
-    # A shape that falls back to the torch path would be a warning.
+    # A shape that falls back to the torch path would warn.
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", FAR_APART, str(path), on],
         env={**os.environ, "TRITON_INTERPRET": interpret},
@@ -135,10 +136,10 @@ FUSED = [
 
 
 def agreeing_inputs(operator, B, I, P, J, D, dtype=torch.float32, device="cpu"):
-    """Inputs whose prediction vectors are short and agree by half.
+    """Inputs whose prediction vectors are short and half agree.
 
-    Those of no common direction would cancel, and a sum of a hundred thousand of them keep three
-    digits fewer than its terms have, in whatever order they are added.
+    Without a common direction they would cancel. A sum of a hundred thousand would then have three
+    digits fewer than its terms, in whatever order they are added.
     """
     sizes = {"B": B, "I": I, "P": P, "J": J, "D": D}
     inputs = draw_inputs(operator, sizes, scale=0.5 * D**-0.5, optional=("prior",))
@@ -147,7 +148,7 @@ def agreeing_inputs(operator, B, I, P, J, D, dtype=torch.float32, device="cpu"):
     return {name: tensor.to(dtype).to(device) for name, tensor in inputs.items()}
 
 
-# Interpreted, a program of a hundred thousand capsules takes minutes.
+# In the interpreter, a program with a hundred thousand capsules takes minutes.
 MANY = (
     [(3, 60, 2, 3, 2), (2, 3, 2, 40, 2)]
     if INTERPRETED
@@ -158,7 +159,7 @@ MANY = (
 @pytest.mark.parametrize("operator", FUSED, ids=str)
 @pytest.mark.parametrize("sizes", MANY, ids=str)
 def test_routing_of_many_capsules_agrees(device, sizes, operator):
-    """Sums over so many terms lose no more than plain ones, forward and backward."""
+    """Sums over so many terms lose no more digits than plain ones, forward and backward."""
     inputs = agreeing_inputs(operator, *sizes, device=device)
     compare_inputs(operator, inputs, operator.defaults, seed=2)
 
@@ -166,7 +167,7 @@ def test_routing_of_many_capsules_agrees(device, sizes, operator):
 @pytest.mark.parametrize("operator", FUSED, ids=str)
 @pytest.mark.parametrize("B", [2, 5])
 def test_weighted_sums_add_up_over_the_input_capsules(device, B, operator):
-    """In a single pass, s of all input capsules is s of one half plus s of the other."""
+    """In a single pass, s of all input capsules is s of one half plus s of the other half."""
     I = 500 if INTERPRETED else 100_000
     inputs = agreeing_inputs(operator, B, I, 2, 3, 2, torch.float64, device)
     half = I // 2 + 7
@@ -187,13 +188,13 @@ CHUNK = 1 << 18
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Slices of a known size, beside which everything that grows is large."""
+    """Slices of a known size, so small that everything that grows is large beside them."""
     sizes = {2: CHUNK // torch.get_num_threads(), 3: 8 * CHUNK // 3}
     monkeypatch.setattr(_slices, "cache_bytes", sizes.__getitem__)
 
 
 def fused_peaks(B, I, P, J, D, iterations=3):
-    """Peaks of the fused routing: of the forward, and of both with the forward's results."""
+    """Peaks of the fused routing: of the forward, and of forward and backward with the results."""
     inputs = draw_inputs(
         OPERATORS["fused_dynamic_routing"],
         {"B": B, "I": I, "P": P, "J": J, "D": D},
@@ -209,8 +210,8 @@ def fused_peaks(B, I, P, J, D, iterations=3):
     return {"forward": forward.peak, "both": backward.peak + sums.nbytes}
 
 
-# Of 32 images the last two shapes take some at a time, and of three all; the others take a chunk,
-# most of them.
+# Of 32 images, the last two shapes take some at a time, and of three images all. Most others take a
+# chunk at a time.
 SHAPES = [
     Shape(100, 8, 10, 16),
     Shape(400, 8, 10, 16),
@@ -225,7 +226,7 @@ SHAPES = [
 @pytest.mark.parametrize("B", [32, 3], ids=["B32", "B3"])
 @pytest.mark.parametrize("phase", ["forward", "both"])
 def test_peak_is_what_the_formula_says(B, phase, iterations):
-    """Of the tensors on the torch path; docs/memory.md has peaks of whole processes beside it."""
+    """For tensors on the torch path. docs/memory.md compares it with peaks of whole processes."""
     for shape in SHAPES:
         case = Case("fused_dynamic_routing", shape, B, iterations=iterations)
         peak = fused_peaks(B, *shape, iterations)[phase]
@@ -235,7 +236,7 @@ def test_peak_is_what_the_formula_says(B, phase, iterations):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_temporaries_do_not_grow_with_the_prediction_vectors():
-    """From I to 4 I, û grows by 12 MB; the peak by u forward, and by gradients in the backward."""
+    """From I to 4 I, û grows by 12 MB. The peak grows by u, and in the backward by gradients."""
     before, after = (fused_peaks(32, I, 8, 40, 16) for I in (50, 200))
     u_hat = 4 * 32 * 150 * 40 * 16
     u, weight = 4 * 32 * 150 * 8, 4 * 150 * 8 * 40 * 16
@@ -246,7 +247,7 @@ def test_temporaries_do_not_grow_with_the_prediction_vectors():
 
 @pytest.mark.usefixtures("small_chunks")
 def test_temporaries_of_some_images_do_not_grow_with_the_batch():
-    """From B to 4 B, û grows by 3 MB; the peak by what is of the size of u or v."""
+    """From B to 4 B, û grows by 3 MB. The peak grows only by tensors of the size of u or v."""
     before, after = (fused_peaks(B, 25, 16, 10, 16) for B in (64, 256))
     u_hat, u, v = 4 * 192 * 25 * 10 * 16, 4 * 192 * 25 * 16, 4 * 192 * 10 * 16
     assert after["forward"] - before["forward"] <= 5 * v
@@ -259,7 +260,7 @@ def test_temporaries_of_some_images_do_not_grow_with_the_batch():
 @pytest.mark.parametrize("I", [100, 400])
 @pytest.mark.parametrize("B", [8, 64])
 def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
-    """Beyond results and gradients: what the cache holds, or one image, and copies in float32.
+    """Beyond results and gradients: what the cache holds or one image, and copies in float32.
 
     An image's prediction vectors are P times smaller than the weight.
     """
@@ -272,10 +273,10 @@ def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
     grads = [torch.ones_like(result) for result in results]
     with LiveBytes() as backward:
         gradients = _torch_path.routing_pass_bwd(*grads, *inputs.values())
-    # Sums are float32; the weight's are a second copy of its gradient where that is bfloat16.
+    # Sums are float32. For a bfloat16 weight, they are a second copy of its gradient.
     copies = sum(4 * x.numel() for x in inputs.values()) if dtype == torch.bfloat16 else 0
     sums = 4 * inputs["weight"].numel() if dtype == torch.bfloat16 else 0
-    pairs = 4 * 4 * I * J  # those of prior and bias, and their sums
+    pairs = 4 * 4 * I * J  # prior and bias, and the sums of their gradients
     cache = CHUNK  # a group's share of level 3 is as large as a chunk's of level 2
     image = 4 * I * J * (D + 3)
     poses = 4 * 4 * B * J * D
@@ -289,7 +290,7 @@ def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
 
 
 def peak_of_dynamic_routing(B, iterations, gradient, dtype):
-    """Peak of the backward over what it returns."""
+    """The peak of the backward beyond what it returns."""
     sizes = {"B": B, "I": 100, "J": 10, "D": 16}
     inputs = draw_inputs(OPERATORS["dynamic_routing"], sizes, dtype=dtype, optional=())
     u_hat, grad_v = inputs["u_hat"], normal(B, 10, 16, dtype=dtype)
@@ -302,7 +303,7 @@ def peak_of_dynamic_routing(B, iterations, gradient, dtype):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporaries_of_dynamic_routing_fit_the_cache(dtype):
-    """Whatever the batch; with more iterations, fewer images at once."""
+    """Whatever the batch size. More iterations mean fewer images at a time."""
     cache = 2 * CHUNK  # a group's share of level 3, and a chunk
     of_an_image = 4 * 10 * 16 * (3 * 4 + 4)
     for B in (8, 64):

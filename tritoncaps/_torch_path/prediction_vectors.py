@@ -14,8 +14,8 @@ def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
     chunks = fitting_slices(I, B * J * D, u)
     (buffer,) = buffers(1, longest(chunks) * B * J * D, u)
     for chunk in chunks:
-        votes = view(buffer, (length(chunk), B, J, D))
-        u_hat[:, chunk] = predict(u[:, chunk], rows[chunk], out=votes).transpose(0, 1)
+        products = view(buffer, (length(chunk), B, J, D))
+        u_hat[:, chunk] = predict(u[:, chunk], rows[chunk], out=products).transpose(0, 1)
     return u_hat
 
 

@@ -422,10 +422,8 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
     parameters = list(inspect.signature(registered.forward._init_fn).parameters)
     needed = list(inspect.signature(registered.backward._init_fn).parameters)
     # A graph does not depend on numbers such as the iterations, so only words and flags vary.
-    choices = [
-        values if isinstance(values[0], (str, bool)) else values[:1]
-        for values in operator.options.values()
-    ]
+    numbers = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
+    varied = [options for options in _some(operator) if numbers.items() <= options.items()]
     subsets = [(), tuple(operator.optional)]
     for options, layout in product(varied, ("contiguous", "transposed")):
         optional = subsets[layout == "transposed"]

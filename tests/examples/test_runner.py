@@ -1,4 +1,4 @@
-"""The parts of the runner and the tables that no command shows whole."""
+"""Parts of the runner and the tables that the tests of the commands do not cover."""
 
 import json
 import math

@@ -59,15 +59,15 @@ def test_the_program_on_the_page_learns_and_continues(program, tmp_path):
 
 
 def test_a_loss_of_ones_own(tmp_path, digits):
-    """This is the task on the page. Without a reconstruction loss, no gradient reaches the decoder."""
+    """The task on the page has no reconstruction loss, so no gradient reaches the decoder."""
 
-    class LengthsOnly(Task):
+    class MarginOnly(Task):
         def loss(self, output, target, images):
             return ops.margin_loss(output.activations, target)
 
     model = small_model()
     before = {name: value.clone() for name, value in model.decoder.state_dict().items()}
-    trainer = Trainer(model, tmp_path, task=LengthsOnly())
+    trainer = Trainer(model, tmp_path, task=MarginOnly())
     assert trainer.fit(Batches(digits.subset(range(64)), 32, seed=1), epochs=1)
     assert_same(before, {name: value.cpu() for name, value in model.decoder.state_dict().items()})
     assert not torch.equal(model.routing.weight, small_model().routing.weight)

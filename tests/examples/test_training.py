@@ -24,6 +24,7 @@ from example_runs import (
 
 from engine import checkpoint, training
 from engine.runtime import Runtime
+from engine.tables import best_epoch
 from engine.tasks import Task
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
 from tritoncaps.data import Batches, ImageSet
@@ -417,7 +418,8 @@ class TestBestModel:
         }
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["best"] == {"epoch": best, "validation": quality[best - 1][0]}
-        assert progress_of(tmp_path)["best_epoch"] == best
+        rows = checkpoint.load(tmp_path / "last.safetensors")["rows"]
+        assert best_epoch(rows)["epoch"] == best
 
     def test_it_is_remembered_when_a_run_resumes(self, tmp_path, sets, monkeypatch):
         self.fit(tmp_path, *sets, [(0.6, 0.3)])

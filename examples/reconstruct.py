@@ -4,19 +4,11 @@
     python examples/reconstruct.py RUN --classes 3 5 8 --per-class 6
     python examples/reconstruct.py RUN --dry-run
 
-<<<<<<< HEAD
-The network is that of a run directory, at the epoch that the validation set chose. It sees an image
-and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
-shows the first test images of each class beside their reconstructions. failures.png shows images
-that were misread, with the decoded capsules of the predicted class and of the true one.
-overview.png shows one image of each class, its reconstruction, and one capsule with one dimension
-moved.
-=======
 The network comes from a run directory, at the epoch that the validation set chose. It sees an image
 without a label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
 shows the first test images of each class beside their reconstructions. failures.png shows misread
-images with the decoded capsules of the predicted class and of the true one.
->>>>>>> refs/heads/engine2
+images with the decoded capsules of the predicted class and of the true one. overview.png shows one
+image of each class, its reconstruction, and a capsule with one dimension moved.
 
 The paper says that reconstructions are smoother and less noisy than the images. To check that,
 reconstruction.csv and reconstruction.json have numbers by class: the squared error, and the total
@@ -31,14 +23,9 @@ import torch
 from torch import Tensor
 
 from engine import figures
-<<<<<<< HEAD
-from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
-from engine.pictures import perturbed
-from engine.runner import AGAIN, Experiment, run_program
-=======
 from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag
+from engine.pictures import perturbed
 from engine.runner import Experiment, run_experiment
->>>>>>> refs/heads/engine2
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
 from tritoncaps.data import to_float
@@ -99,8 +86,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         f"{title}: test images beside their reconstructions",
     )
 
-<<<<<<< HEAD
-    # -- the first image of each class, and the dimension of a capsule that shows most
+    # -- the first image of each class, and the capsule dimension that shows most
     first = grid[:, 0]
     figures.plot_overview(
         images[first],
@@ -111,10 +97,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         f"{title}: images, what their capsules decode to, and one dimension moved",
     )
 
-    # -- what was misread, as it was taken and as it should have been
-=======
     # -- misread images, decoded as the predicted class and as the true one
->>>>>>> refs/heads/engine2
     of_these = torch.isin(labels, torch.tensor(classes))
     wrong = of_these & (predictions != labels)
     failures = wrong.nonzero()[: pictures.failures, 0]

@@ -253,11 +253,14 @@ def kill_at_random_moments(directory, kills):
         for epoch in itertools.count(first):
             checkpoint.save(directory / "last.safetensors", {"epoch": epoch, "weight": weight})
 
+    begun = time.perf_counter()
     checkpoint.save(directory / "last.safetensors", {"epoch": 0, "weight": weight})
+    # Within the first few saves, however long one takes.
+    latest_kill = max(0.1, 5 * (time.perf_counter() - begun))
     newest = 0
     for _ in range(kills):
         work = functools.partial(save_forever, newest + 1)
-        status = exit_of_fork(work, kill_after=draw.uniform(0.01, 0.1))
+        status = exit_of_fork(work, kill_after=draw.uniform(0.01, latest_kill))
         assert status == -signal.SIGKILL
         state, _, _ = checkpoint.load_latest(directory)
         assert state["epoch"] >= newest

@@ -1,4 +1,4 @@
-"""Compare the capsule networks and a CNN of like size, epoch by epoch (Figures 4 to 8).
+"""Compare the capsule networks and a CNN of similar size, epoch by epoch (Figures 4 to 8).
 
     python examples/compare_models.py --dry-run                     # try it, in seconds
     python examples/compare_models.py --epochs 5                    # a first look, on a CPU
@@ -6,10 +6,10 @@
     python examples/compare_models.py --models capsnet deep_capsnet --epochs 30
 
 All networks share one recipe: the same images in the same order, the same shifts, learning rates
-and seeds. The same command again goes on where it was stopped; more epochs or seeds add to what is
+and seeds. Repeat the command to continue where it was stopped; more epochs or seeds add to what is
 there. Every run has a directory of its own, which reconstruct.py and robustness.py can read. Beside
-them are curves.png, runs.csv and runs.json (a row a run), networks.csv and networks.json (mean and
-spread over the seeds).
+them are curves.png, runs.csv and runs.json (a row per run), networks.csv and networks.json (mean
+and spread over the seeds).
 """
 
 import sys
@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from engine import figures
 from engine.baseline import TITLES, list_networks
-from engine.flags import Machine, Output, Recipe, models_flag, parse, seeds_flag
-from engine.runner import AGAIN, Experiment, run_program
+from engine.flags import Machine, Output, Recipe, models_flag, seeds_flag
+from engine.runner import Experiment, run_experiment
 from engine.tables import averages, counted, grouped, percent
 
 
@@ -32,13 +32,10 @@ class Comparison:
 
 def main(argv: list[str] | None = None) -> int:
     """Train and compare; returns the exit status of the program."""
-    groups = (Comparison, Recipe, Machine, Output)
-    left_out = ("model", "model_kwargs", "seed")
-    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=30)
-    return run_program("compare_models", tell, *flags, interrupted=AGAIN)
+    return run_experiment("compare_models", __doc__, tell, argv, Comparison, Recipe, epochs=30)
 
 
-def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Output) -> int:
+def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Output) -> None:
     """Train every network with every seed, then put them side by side."""
     experiment = Experiment("compare_models", recipe, machine, output, comparison)
     experiment.open()
@@ -50,8 +47,6 @@ def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Outpu
         for model in comparison.models
     }
     results = experiment.run(recipes)
-    if results is None:
-        return 130
 
     accuracies = ("test_accuracy", "final_test_accuracy", "highest_test_accuracy")
     rows = averages(
@@ -78,7 +73,6 @@ def tell(comparison: Comparison, recipe: Recipe, machine: Machine, output: Outpu
         "test accuracy",
     )
     print(f"tables, curves.png and checkpoints are in {experiment.directory}")
-    return 0
 
 
 if __name__ == "__main__":

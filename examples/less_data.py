@@ -2,16 +2,16 @@
 
     python examples/less_data.py --dry-run                                # try it, in seconds
     python examples/less_data.py --sizes 100 1000 10000 --epochs 3        # on a CPU
-    python examples/less_data.py --seeds 3 --epochs 30                    # the whole, on a GPU
+    python examples/less_data.py --seeds 3 --epochs 30                    # all of it, on a GPU
 
-The rule: every size is trained for the same number of steps, by the same schedule. An epoch has as
-many images as the largest set, so a set of 100 is seen 600 times where one of 60,000 is seen once,
-each time with new shifts: small sets have converged, as the training accuracy in the table shows.
-Each set holds the classes in proportion and is part of every larger one of its seed. No image is
-held out and nothing is chosen: the accuracy is that of the last epoch.
+Every size is trained for the same number of steps, by the same schedule. An epoch has as many
+images as the largest set: a set of 100 is seen 600 times for every time that a set of 60,000 is
+seen, each time with new shifts. So small sets converge, as the training accuracy in the table
+shows. Each set holds the classes in proportion and is part of every larger one of its seed. No
+image is held out and nothing is chosen: the accuracy is that of the last epoch.
 
-The same command again goes on where it was stopped. Beside the runs are runs.csv and runs.json (a
-row a run), sizes.csv and sizes.json (mean and spread over the seeds) and sizes.png.
+Repeat the command to continue where it was stopped. Beside the runs are runs.csv and runs.json (a
+row per run), sizes.csv and sizes.json (mean and spread over the seeds) and sizes.png.
 """
 
 import sys
@@ -22,8 +22,8 @@ import torch
 
 from engine import figures
 from engine.baseline import TITLES, list_networks
-from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
-from engine.runner import AGAIN, Experiment, Job, run_program
+from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
+from engine.runner import VARIED, Experiment, Job, run_experiment
 from engine.tables import averages, grouped, percent
 from tritoncaps.data import ImageSet, stratified_subset
 
@@ -49,22 +49,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class PartRecipe(Recipe):
-    """A recipe for so many of the training images."""
+    """A recipe for a part of the training images."""
 
     train_size: int = 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train and compare; returns the exit status of the program."""
-    groups = (Sizes, PartRecipe, Machine, Output)
-    left_out = ("model", "model_kwargs", "seed", "validation_fraction", "train_size")
-    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=10, validation_fraction=0.0)
-    return run_program("less_data", tell, *flags, interrupted=AGAIN)
+    left_out = (*VARIED, "validation_fraction", "train_size")
+    options = {"epochs": 10, "validation_fraction": 0.0}
+    groups = (Sizes, PartRecipe)
+    return run_experiment("less_data", __doc__, tell, argv, *groups, leave_out=left_out, **options)
 
 
-def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> int:
+def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> None:
     """Train every network on every size, then put them side by side."""
-    varied = ("model", "model_kwargs", "seed", "train_size")
+    varied = (*VARIED, "train_size")
     experiment = Experiment("less_data", recipe, machine, output, what, varied)
     sizes = choose_sizes(what.sizes, len(experiment.train_images), output.dry_run)
     epoch_size = what.epoch_size or max(sizes)
@@ -83,8 +83,6 @@ def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> i
         return experiment.classification(recipe, repeated(subset, epoch_size), curve=False)
 
     results = experiment.run(recipes, make_job)
-    if results is None:
-        return 130
 
     rows = averages(results, ("model", "train_size"), ("test_accuracy", "train_accuracy"))
     experiment.write_table("runs", results)
@@ -105,7 +103,6 @@ def tell(what: Sizes, recipe: PartRecipe, machine: Machine, output: Output) -> i
         ("training images", "test accuracy"),
     )
     print(f"tables, sizes.png and checkpoints are in {experiment.directory}")
-    return 0
 
 
 def choose_sizes(wanted: Sequence[int] | None, available: int, dry_run: bool = False) -> list[int]:
@@ -121,7 +118,7 @@ def choose_sizes(wanted: Sequence[int] | None, available: int, dry_run: bool = F
 
 
 def repeated(images: ImageSet, count: int) -> ImageSet:
-    """Repeat a set until it has `count` images; the last repetition may be cut short."""
+    """Repeat a set until it has `count` images; the last repetition may be incomplete."""
     return images.subset(torch.arange(count) % len(images))
 
 

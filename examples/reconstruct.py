@@ -4,14 +4,13 @@
     python examples/reconstruct.py RUN --classes 3 5 8 --per-class 6
     python examples/reconstruct.py RUN --dry-run
 
-The network is that of a run directory, at the epoch that the validation set chose. It sees an image
-and no label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
-shows the first test images of each class beside their reconstructions. failures.png shows images
-that were misread, with the decoded capsules of the predicted class and of the true one.
-overview.png shows one image of each class, its reconstruction, and one capsule with one dimension
-moved.
+The network comes from a run directory, at the epoch that the validation set chose. It sees an image
+without a label, and the longest capsule is decoded. In reconstruct/ of the run directory, grids.png
+shows the first test images of each class beside their reconstructions. failures.png shows misread
+images with the decoded capsules of the predicted class and of the true one. overview.png shows one
+image of each class, its reconstruction, and a capsule with one dimension moved.
 
-The paper says that reconstructions are smoother and less noisy than the images. For that claim,
+The paper says that reconstructions are smoother and less noisy than the images. To check that,
 reconstruction.csv and reconstruction.json have numbers by class: the squared error, and the total
 variation (the sum of the differences between neighbouring pixels) of images and reconstructions.
 """
@@ -24,9 +23,9 @@ import torch
 from torch import Tensor
 
 from engine import figures
-from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag, parse
+from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag
 from engine.pictures import perturbed
-from engine.runner import AGAIN, Experiment, run_program
+from engine.runner import Experiment, run_experiment
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
 from tritoncaps.data import to_float
@@ -38,19 +37,20 @@ class Pictures:
     """What is drawn."""
 
     run: str = flag(..., "directory of a trained capsule network", metavar="RUN")
-    classes: list[str] | None = flag(None, "which ones (default: all)", nargs="+", metavar="NAME")
-    per_class: int = flag(8, "images of each", **COUNT)
-    failures: int = flag(10, "at most so many", **COUNT)
+    classes: list[str] | None = flag(
+        None, "which classes (default: all)", nargs="+", metavar="NAME"
+    )
+    per_class: int = flag(8, "images per class", **COUNT)
+    failures: int = flag(10, "misread images at most", **COUNT)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Reconstruct; returns the exit status of the program."""
-    groups = (Pictures, Recipe, Machine, Output)
-    flags = parse(__doc__, argv, *groups, leave_out=NO_TRAINING)
-    return run_program("reconstruct", tell, *flags, interrupted=AGAIN)
+    groups = (Pictures, Recipe)
+    return run_experiment("reconstruct", __doc__, tell, argv, *groups, leave_out=NO_TRAINING)
 
 
-def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -> int:
+def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -> None:
     """Run the network over the test set, then draw and measure what it decodes."""
     default = str(check_trained(pictures.run) / "reconstruct")
     output = replace(output, output_dir=output.output_dir or default)
@@ -72,7 +72,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
     predictions, decoded = decode(experiment, network, images)
     images = images.cpu()
 
-    # -- the first images of each class, beside what they are decoded to
+    # -- the first images of each class, beside their reconstructions
     shown = [(labels == label).nonzero()[: pictures.per_class, 0] for label in classes]
     columns = min(map(len, shown))
     if columns == 0:
@@ -86,7 +86,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         f"{title}: test images beside their reconstructions",
     )
 
-    # -- the first image of each class, and the dimension of a capsule that shows most
+    # -- the first image of each class, and the capsule dimension that shows most
     first = grid[:, 0]
     figures.plot_overview(
         images[first],
@@ -97,7 +97,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         f"{title}: images, what their capsules decode to, and one dimension moved",
     )
 
-    # -- what was misread, as it was taken and as it should have been
+    # -- misread images, decoded as the predicted class and as the true one
     of_these = torch.isin(labels, torch.tensor(classes))
     wrong = of_these & (predictions != labels)
     failures = wrong.nonzero()[: pictures.failures, 0]
@@ -127,11 +127,10 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
             f"{row['variation_image']:>16.1f} → {row['variation_reconstruction']:.1f}"
         )
     print(f"tables and pictures are in {experiment.directory}")
-    return 0
 
 
 def chosen_classes(wanted: list[str] | None, names: tuple[str, ...]) -> list[int]:
-    """Turn names of classes into indices."""
+    """Return the indices of the classes."""
     if wanted is None:
         return list(range(len(names)))
     for name in wanted:
@@ -183,7 +182,7 @@ def measure(
     classes: list[int],
     names: tuple[str, ...],
 ) -> list[dict[str, Any]]:
-    """Return a row for each class: means over its images."""
+    """Return a row for each class, with means over its images."""
     rows = []
     for label in classes:
         members = labels == label

@@ -2,18 +2,18 @@
 
     python examples/robustness.py runs/compare_models-mnist/*-seed1 --dry-run
     python examples/robustness.py runs/compare_models-mnist/*-seed1 --limit-test 2000
-    python examples/robustness.py RUN RUN RUN                       # runs of train_mnist.py will do
+    python examples/robustness.py RUN RUN RUN                       # also runs of train_mnist.py
 
-Nothing is trained: the networks are those of run directories, at the epoch that their validation
-set chose. The fast gradient sign attack follows the gradient of the classification loss by which
-each was trained. The network sees no label, and the decoder has no part in it. The margin loss of a
-capsule network has a gradient of exactly 0 where all lengths are beyond their margins; such an
-image is not attacked at all. So the share of these images is reported, and a second attack follows
-the difference between the best wrong score and the true one, which never vanishes. Compare networks
-only where their clean accuracies are alike.
+Nothing is trained: the networks come from run directories, at the epoch that the validation set
+chose. The fast gradient sign attack follows the gradient of the classification loss by which a
+network was trained. The network sees no label, and the decoder plays no part. The gradient of the
+margin loss is exactly 0 where all lengths are beyond their margins, so such an image is not
+attacked at all. Therefore the share of these images is reported, and a second attack follows the
+difference between the best wrong score and the true one, whose gradient never vanishes. Compare
+networks only if their clean accuracies are alike.
 
 It writes robustness.csv and robustness.json (a row for each network and condition), robustness.png
-and examples.png. What was measured is not measured again.
+and examples.png. Nothing is measured twice: measured.json keeps all results.
 """
 
 import json
@@ -27,24 +27,24 @@ from torch import Tensor
 
 from engine import distortions, figures
 from engine.figures import Panel
-from engine.flags import NO_TRAINING, Machine, Output, Recipe, flag, parse
+from engine.flags import NO_TRAINING, Machine, Output, Recipe, flag
 from engine.run_directory import write_json
-from engine.runner import AGAIN, Experiment, run_program
+from engine.runner import Experiment, run_experiment
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
 from tritoncaps.data import to_float
 from tritoncaps.losses import MarginLoss
 
-# The paper: accuracy under the attack stays above this.
+# According to the paper, accuracy under the attack stays above this.
 CLAIM = 0.7
 
-# Clean accuracies that differ by more are pointed out.
+# If clean accuracies differ by more, a warning says so.
 LIKE = 0.005
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to make images harder: its title, the label of its axis, the amounts, and the change.
+    """A way to make images harder: its title, the label of its axis, its amounts and its function.
 
     `change` is None for attacks, which need the network.
     """
@@ -85,14 +85,14 @@ class Test:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure; returns the exit status of the program."""
-    groups = (Test, Recipe, Machine, Output)
-    # The sign of a gradient near 0 is that of its rounding errors in 16 bits.
-    machine = {"precision": "fp32", "test_batch_size": 250}
-    flags = parse(__doc__, argv, *groups, leave_out=NO_TRAINING, **machine)
-    return run_program("robustness", tell, *flags, interrupted=AGAIN)
+    # In 16 bits, rounding decides the sign of a gradient near 0.
+    options: dict[str, Any] = {"precision": "fp32", "test_batch_size": 250}
+    return run_experiment(
+        "robustness", __doc__, tell, argv, Test, Recipe, leave_out=NO_TRAINING, **options
+    )
 
 
-def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> int:
+def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> None:
     """Measure every network under every condition, then draw one curve for each."""
     for run in test.runs:
         check_trained(run)
@@ -101,19 +101,22 @@ def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> int:
     networks = [load_trained(run, experiment.runtime) for run in test.runs]
     for network in networks:
         check_data(network, experiment.dataset)
-        # Classification alone is measured. Without a decoder, no label can reach one.
+        # Only classification is measured. Without a decoder, no label can reach one.
         network.model.decoder = None  # type: ignore[assignment]
     titles = distinct_titles(networks)
     kinds = [kind for kind in KINDS if kind.name in test.kinds]
-    memory = Memory(experiment)
+    path = experiment.directory / "measured.json"
+    before: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     rows = []
     for title, network in zip(titles, networks, strict=True):
         for kind in kinds:
             amounts = kind.amounts[:: len(kind.amounts) - 1] if output.dry_run else kind.amounts
-            measured = memory.recall(network, kind, amounts)
-            if measured is None:
-                measured = measure(experiment, network, kind, amounts)
-                memory.keep(network, kind, amounts, measured)
+            # The digest recognizes weights wherever they are.
+            key = f"{network.digest} {kind.name} {list(map(float, amounts))}"
+            if key not in before:
+                before[key] = measure(experiment, network, kind, amounts)
+                write_json(path, before)
+            measured = before[key]
             line = ", ".join(f"{row['amount']:g}: {percent(row['accuracy'])}" for row in measured)
             print(f"{title}, {kind.title}: {line}", flush=True)
             origin = {"epoch": network.epoch, "run": str(network.directory)}
@@ -122,11 +125,10 @@ def tell(test: Test, recipe: Recipe, machine: Machine, output: Output) -> int:
     compare_clean(rows)
     draw(experiment, rows, kinds, titles, networks)
     print(f"tables and pictures are in {experiment.directory}")
-    return 0
 
 
 def distinct_titles(networks: list[Trained]) -> list[str]:
-    """Name the networks; where two are of one kind, by their directories too."""
+    """Name the networks; those with the same title also by their directories."""
     titles = [network.title for network in networks]
     return [
         title if titles.count(title) == 1 else f"{title} ({network.directory.name})"
@@ -137,7 +139,7 @@ def distinct_titles(networks: list[Trained]) -> list[str]:
 def measure(
     experiment: Experiment, network: Trained, kind: Kind, amounts: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """Return a row for each amount: accuracy, and how many images an attack can do nothing to."""
+    """Return a row for each amount: accuracy, and the share of images without a gradient."""
     correct = torch.zeros(len(amounts), dtype=torch.int64)
     untouched = 0
     for first, images, labels in batches(experiment):
@@ -169,7 +171,7 @@ def batches(experiment: Experiment) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
-    """Run the network without a label; returns logits where it has them, else lengths."""
+    """Run the network without labels; returns its logits, or lengths if it has none."""
     with experiment.runtime.autocast():
         output = network.model(images)
     found: Tensor = output.activations if output.logits is None else output.logits
@@ -179,7 +181,7 @@ def scores(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
 def attack(
     experiment: Experiment, network: Trained, kind: Kind, images: Tensor, labels: Tensor
 ) -> Tensor:
-    """Return the direction of an attack on the images."""
+    """Return the direction of an attack."""
 
     def loss(values: Tensor) -> Tensor:
         if kind.name == "fgsm_difference":
@@ -193,40 +195,8 @@ def attack(
     )
 
 
-class Memory:
-    """What was measured before: measured.json in the output directory."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.path = experiment.directory / "measured.json"
-        self.content: dict[str, Any] = {}
-        if self.path.is_file():
-            self.content = json.loads(self.path.read_text())
-
-    @staticmethod
-    def key(network: Trained, kind: Kind, amounts: tuple[float, ...]) -> str:
-        """Name a measurement by the weights, not their place, and by what is done to the images."""
-        return f"{network.digest} {kind.name} {list(map(float, amounts))}"
-
-    def recall(
-        self, network: Trained, kind: Kind, amounts: tuple[float, ...]
-    ) -> list[dict[str, Any]] | None:
-        """Return what was measured, or None."""
-        return self.content.get(self.key(network, kind, amounts))
-
-    def keep(
-        self,
-        network: Trained,
-        kind: Kind,
-        amounts: tuple[float, ...],
-        measured: list[dict[str, Any]],
-    ) -> None:
-        """Write down what was measured."""
-        self.content[self.key(network, kind, amounts)] = measured
-        write_json(self.path, self.content)
-
-
 def compare_clean(rows: list[dict[str, Any]]) -> None:
-    """Say where the networks are not alike on clean images."""
+    """Warn if the networks are not alike on clean images."""
     clean = {
         row["network"]: row["accuracy"]
         for row in rows

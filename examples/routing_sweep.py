@@ -3,15 +3,15 @@
     python examples/routing_sweep.py --dry-run                            # try it, in seconds
     python examples/routing_sweep.py --main 1 2 3 --secondary 1 2 3 \\
         --limit-train 10000 --epochs 3                                    # on a CPU
-    python examples/routing_sweep.py --epochs 30 --seeds 3                # the whole, on a GPU
+    python examples/routing_sweep.py --epochs 30 --seeds 3                # all of it, on a GPU
 
-One run for each pair of main and secondary iterations, in a directory of its own. A finished one is
+Each pair of main and secondary iterations is one run, in a directory of its own. A finished one is
 not run again, and a larger grid adds to a smaller one. Beside the runs are runs.csv and runs.json
-(a row a run), grid.csv and grid.json (a row a pair: mean and spread over the seeds, and whether it
-is on the Pareto front), grid.png (accuracies as a heat map), time.png (time against accuracy) and
-equal.png (the curves of equal counts).
+(a row per run), grid.csv and grid.json (a row per pair: mean and spread over the seeds, and whether
+it is on the Pareto front), grid.png (accuracies as a heat map), time.png (accuracy against time)
+and equal.png (the curves of the pairs with equal counts).
 
-Seconds can only be compared on one machine that does nothing else; the tables name the device.
+Compare seconds only from one machine that does nothing else; the tables name the device.
 """
 
 import math
@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import figures
-from engine.flags import Machine, Output, Recipe, flag, parse, positive, seeds_flag
-from engine.runner import AGAIN, Experiment, run_program
+from engine.flags import Machine, Output, Recipe, flag, positive, seeds_flag
+from engine.runner import Experiment, run_experiment
 from engine.tables import averages, grouped, percent
 
 PAIR = ("primary_iterations", "secondary_iterations")
@@ -44,14 +44,11 @@ class Grid:
 
 def main(argv: list[str] | None = None) -> int:
     """Train the grid; returns the exit status of the program."""
-    groups = (Grid, Recipe, Machine, Output)
-    left_out = ("model", "model_kwargs", "seed")
-    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=30)
-    return run_program("routing_sweep", tell, *flags, interrupted=AGAIN)
+    return run_experiment("routing_sweep", __doc__, tell, argv, Grid, Recipe, epochs=30)
 
 
-def tell(grid: Grid, recipe: Recipe, machine: Machine, output: Output) -> int:
-    """Train every pair of counts, then weigh accuracy against time."""
+def tell(grid: Grid, recipe: Recipe, machine: Machine, output: Output) -> None:
+    """Train every pair of counts, then compare accuracy and time."""
     experiment = Experiment("routing_sweep", recipe, machine, output, grid)
     experiment.open()
     recipes = {
@@ -66,8 +63,6 @@ def tell(grid: Grid, recipe: Recipe, machine: Machine, output: Output) -> int:
         for secondary in sorted(set(grid.secondary))
     }
     results = experiment.run(recipes)
-    if results is None:
-        return 130
 
     rows = pairs(results)
     experiment.write_table("runs", results)
@@ -75,7 +70,6 @@ def tell(grid: Grid, recipe: Recipe, machine: Machine, output: Output) -> int:
     report(rows)
     draw(experiment, results, rows)
     print(f"tables, pictures and checkpoints are in {experiment.directory}")
-    return 0
 
 
 def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,7 +88,7 @@ def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Return the positions of the points (seconds, accuracy) that no other one beats.
 
-    One beats another if it is at least as fast and as accurate, and better in one of the two.
+    A point beats another if it is at least as fast and as accurate, and better in one of the two.
     """
     return [
         index
@@ -107,7 +101,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print the table, the most accurate pair and the front."""
+    """Print the table and the most accurate pair."""
     print("main × secondary   test accuracy    s an epoch")
     for row in rows:
         accuracy = percent(row["test_accuracy"], row["test_accuracy_spread"])
@@ -119,7 +113,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(experiment: Experiment, results: Sequence[dict[str, Any]], rows: list[Any]) -> None:
-    """Draw the heat map, time against accuracy, and the curves of equal counts."""
+    """Draw the heat map, accuracy against time, and the curves of the pairs with equal counts."""
     directory = experiment.directory
     network = f"DeepCapsNet on {experiment.dataset.title}"
     by_pair = {(row["main"], row["secondary"]): row["test_accuracy"] for row in rows}

@@ -4,13 +4,14 @@
     python examples/train_mnist.py --model capsnet --epochs 10      # Sabour's CapsNet
     python examples/train_mnist.py --model capsnet --model-kwargs iterations=1 gradient=last
     python examples/train_mnist.py --dataset mnist --data-dir ~/data
-    python examples/train_mnist.py --resume auto                    # go on where it stopped
+    python examples/train_mnist.py --resume auto                    # continue the last run
     python examples/train_mnist.py --eval-only --resume runs/NAME   # test a trained model
     torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
 
-Without MNIST and without a network it trains on the 1,797 digits that scikit-learn brings along.
-engine/run_directory.py lists what a run writes; curves.png, reconstructions.png, perturbations.png
-and confusion.png show how it went. To train a model of your own, see docs/own-model.md.
+If MNIST is neither there nor can be downloaded, it trains on the 1,797 digits that come with
+scikit-learn. engine/run_directory.py lists what a run writes; curves.png, reconstructions.png,
+perturbations.png and confusion.png show how it went. To train a model of your own, see
+docs/own-model.md.
 """
 
 import functools
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output) -> int:
-    """Tell the story of one run: setup, data, model, training, test, pictures."""
+    """Do one run: setup, data, model, training, test, pictures."""
     require("matplotlib", *(["tensorboard"] if run.tensorboard else []))
-    # `stack` holds the run directory until the end.
+    # `stack` keeps the run directory locked until the end.
     with join() as world, ExitStack() as stack:
         # -- what to continue from
         start = None
@@ -89,7 +90,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         runner.describe(f"{len(job.train.images):,} to train", f"{held_out:,} to validate")
         print(f"model       {recipe.model}, {count_parameters(job.model):,} parameters")
         print(f"results     {directory}", flush=True)
-        trainer = runner.trainer(recipe, job, directory, as_dict(recipe, machine, output, run))
+        trainer = runner.trainer(job, directory, as_dict(recipe, machine, output, run))
         world.seed_apart(recipe.seed)
 
         if run.eval_only:
@@ -116,7 +117,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
             print(stopped if output.dry_run else stopped + command)
             return 130
 
-        # -- the test set, at last: the final model, and the one that the validation set chose
+        # -- the test set: the final model, and the one that the validation set chose
         report("final model", trainer.evaluate(job.test))
         weights, header = world.from_main(lambda: latest(checkpoint.load_latest_weights(directory)))
         trainer.load_weights(weights)
@@ -133,7 +134,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
 
 
 def report(what: str, evaluation: Evaluation) -> None:
-    """Print the test accuracy, and what it means in images."""
+    """Print the test accuracy, and how many images were wrong."""
     count = len(evaluation.predictions)
     wrong = round((1 - evaluation.accuracy) * count)
     print(

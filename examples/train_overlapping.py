@@ -5,13 +5,13 @@
     python examples/train_overlapping.py --mode shifted                   # MultiMNIST, 36×36
     python examples/train_overlapping.py --mode shifted --models deep_capsnet --epochs 10
 
-Two images of different classes are laid over each other on the fly, new ones in every epoch, and
-their sum is clipped at white. The network sees the sum; the margin loss asks for both classes, and
-the decoder draws each of them on its own, to be compared with the original that nobody overlaid.
+Two images of different classes are laid over each other on the fly, new pairs in every epoch, and
+their sum is clipped at white. The network sees the sum. The margin loss asks for both classes, and
+the decoder draws each of them on its own, to be compared with its original.
 
-Two rates are reported: *exact pairs*, of which both classes are found, and *digits* found. The same
-command again goes on where it was stopped. Each network has a run directory; beside them are
-pairs.csv and pairs.json, curves.png, and a picture of successes and failures of each network.
+Two rates are reported: *exact pairs*, in which both classes are found, and *digits* found. Repeat
+the command to continue where it was stopped. Each run has its directory; beside them are pairs.csv
+and pairs.json, curves.png, and for each network a picture of successes and failures.
 """
 
 import sys
@@ -23,21 +23,21 @@ import torch
 from engine import figures
 from engine.baseline import TITLES
 from engine.figures import Overlapped
-from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, parse, seeds_flag
-from engine.runner import AGAIN, Experiment, Job, run_program
+from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
+from engine.runner import VARIED, Experiment, Job, run_experiment
 from engine.tables import grouped, percent
 from engine.tasks import TwoClasses, per_class_rate
 from engine.trained import Trained, load_trained
 from tritoncaps.data import ImageSet, Overlays
 from tritoncaps.models import list_models
 
-# How far each image is padded and shifted: the paper's case, and Sabour's MultiMNIST.
+# How far each image is padded and shifted, in the paper and in Sabour's MultiMNIST.
 MODES = {"coincident": (0, 0), "shifted": (4, 4)}
 
 # The overlays of validation and test are the same for every seed.
 FIXED_SEED = 0
 
-# Examples of each kind in a picture.
+# Successes and failures in a picture.
 SHOWN = 9
 
 
@@ -57,14 +57,15 @@ class Pairs:
 
 def main(argv: list[str] | None = None) -> int:
     """Train and test; returns the exit status of the program."""
-    groups = (Pairs, Recipe, Machine, Output)
-    left_out = ("model", "model_kwargs", "seed", "max_shift")
-    flags = parse(__doc__, argv, *groups, leave_out=left_out, epochs=30, max_shift=0)
-    return run_program("train_overlapping", tell, *flags, interrupted=AGAIN)
+    left_out, options = (*VARIED, "max_shift"), {"epochs": 30, "max_shift": 0}
+    groups = (Pairs, Recipe)
+    return run_experiment(
+        "train_overlapping", __doc__, tell, argv, *groups, leave_out=left_out, **options
+    )
 
 
-def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
-    """Train each network, test it on pairs it never saw, and draw what it makes of them."""
+def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> None:
+    """Train each network, test it on new pairs, and draw what it makes of them."""
     experiment = Experiment("train_overlapping", recipe, machine, output, pairs)
     experiment.open(pairs.mode, mode=pairs.mode)
     recipes = {
@@ -74,7 +75,7 @@ def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
     }
 
     def fixed(images: ImageSet) -> Overlays:
-        """Lay images over each other as in a test: the same for every network and seed."""
+        """Lay images over each other for a test: the same for every network and seed."""
         return overlays(pairs.mode, images, machine.test_batch_size, FIXED_SEED, shuffle=False)
 
     def make_job(recipe: Recipe) -> Job:
@@ -86,8 +87,6 @@ def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
         return Job(model, config, task, batches, validation, fixed(experiment.test_images))
 
     results = experiment.run(recipes, make_job)
-    if results is None:
-        return 130
 
     # -- the final test: the model that the validation set chose, and as many pairs as asked for
     rows = []
@@ -114,11 +113,10 @@ def tell(pairs: Pairs, recipe: Recipe, machine: Machine, output: Output) -> int:
         "exact pairs of the test set",
     )
     print(f"tables, pictures and checkpoints are in {experiment.directory}")
-    return 0
 
 
 def overlays(mode: str, images: ImageSet, batch_size: int, seed: int, *, shuffle: bool) -> Overlays:
-    """Lay the images of a set over each other, as --mode says."""
+    """Lay the images of a set over each other."""
     padding, max_shift = MODES[mode]
     return Overlays(
         images, batch_size, seed=seed, shuffle=shuffle, padding=padding, max_shift=max_shift
@@ -129,10 +127,7 @@ def overlays(mode: str, images: ImageSet, batch_size: int, seed: int, *, shuffle
 def measure(
     experiment: Experiment, trained: Trained, test: Overlays, partners: int
 ) -> tuple[dict[str, Any], Overlapped]:
-    """Test a network on the overlays of the test set; returns its rates, and some examples.
-
-    The examples are the first that it reads right and the first that it does not.
-    """
+    """Test a network on overlays; returns its rates, and the first successes and failures."""
     task = TwoClasses(trained.model.decoder)  # type: ignore[arg-type]
     predictions, labels, examples = [], [], []
     needed = {True: SHOWN, False: SHOWN}

@@ -1,4 +1,4 @@
-"""The networks that the experiments compare: the capsule networks, and a CNN of like size."""
+"""The networks that the experiments compare: capsule networks, and a CNN of similar size."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from tritoncaps.models import CapsuleOutput, create_model, list_models
 
 CNN = "cnn"
 
-# How the networks are called in pictures and tables.
+# The names of the networks in pictures and tables.
 TITLES = {"capsnet": "CapsNet", "deep_capsnet": "DeepCapsNet", CNN: "CNN"}
 
 
@@ -17,7 +17,7 @@ class ConvNet(nn.Module):
 
     Three convolutions of 5×5, two fully connected layers and dropout, after the baseline of Sabour
     2017 (section 5), which has 35.4 M parameters. Here the features are pooled, and the next layer
-    is sized for 8.2 M at 28×28, as in the capsule networks.
+    is sized for 8.2 M at 28×28, as many as the capsule networks have.
 
     Args:
         num_classes: classes, K.
@@ -45,7 +45,7 @@ class ConvNet(nn.Module):
         hidden: tuple[int, int] = (684, 192),
     ) -> None:
         super().__init__()
-        # Three kernels of 5 take 12 pixels, the pooling halves what is left.
+        # Three 5×5 kernels take 12 pixels, and the pooling halves the rest.
         rows, columns = ((side - 12) // 2 for side in image_size)
         if min(rows, columns) < 1:
             raise ValueError(f"ConvNet: image_size={image_size}, both sides must be at least 14")
@@ -71,7 +71,7 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor, target: Tensor | None = None) -> CapsuleOutput:
         """Score the classes: (B, C, H, W) → `logits` (B, K), and their softmax as `activations`.
 
-        The scores are the poses too, of one dimension. The target has no part in it.
+        The scores are also the poses, of one dimension. The target is not used.
         """
         scores = self.classifier(self.features(images)).float()
         return CapsuleOutput(scores.softmax(dim=1), scores.unsqueeze(2), None, scores)

@@ -1,7 +1,8 @@
-"""Test images made harder: attacked by their gradient, shifted, rotated, scaled.
+"""Test images made harder: attacked along a gradient, shifted, rotated, scaled.
 
-All functions are pure and take float images in [0, 1], shape (B, C, H, W). Distortions alternate
-their direction by the number of the image, so none is preferred and nothing is random.
+All functions are pure and take float images in [0, 1], shape (B, C, H, W). The direction of a shift
+or a rotation depends on the number of the image in its set, which starts at `first` in a batch. So
+no direction is preferred, nothing is random, and batching makes no difference.
 
 Example:
     >>> import torch
@@ -21,16 +22,10 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
 
 def shifted(images: Tensor, pixels: float, first: int = 0) -> Tensor:
-    """Shift images in turn to the right, to the left, down and up.
-
-    Args:
-        images: shape (B, C, H, W).
-        pixels: how far; what leaves the image is lost, and black comes in.
-        first: the number of the first image in its set, so that batching makes no difference.
-    """
+    """Shift images in turn to the right, to the left, down and up; black comes in."""
     height, width = images.shape[2:]
     directions = torch.tensor(_DIRECTIONS)[(torch.arange(len(images)) + first) % 4]
-    # An affine map tells where a pixel comes from, in coordinates from -1 to 1.
+    # An affine map gives where a pixel comes from, in coordinates from -1 to 1.
     offset = -2 * pixels * directions / torch.tensor([width, height])
     return _sample(images, torch.eye(2).expand(len(images), 2, 2), offset)
 
@@ -41,7 +36,7 @@ def rotated(images: Tensor, degrees: float, first: int = 0) -> Tensor:
     angle = sign * math.radians(degrees)
     height, width = images.shape[2:]
     cos, sin = angle.cos(), angle.sin()
-    # Angles are measured in pixels, so that they are right for any aspect ratio.
+    # Angles are measured in pixels, so they are right for any aspect ratio.
     rows = [cos, -sin * height / width], [sin * width / height, cos]
     matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
     return _sample(images, matrix, torch.zeros(len(images), 2))
@@ -66,10 +61,10 @@ def _sample(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 def sign_of_gradient(
     scores: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], images: Tensor
 ) -> Tensor:
-    """Return the direction of the fast gradient sign attack, −1, 0 or 1 a pixel.
+    """Return the direction of the fast gradient sign attack, −1, 0 or 1 for each pixel.
 
     Args:
-        scores: the network, images → (B, K), as it predicts: it sees no label.
+        scores: the network, images → (B, K), without a label.
         loss: scores → (B,), what the attacker increases.
         images: shape (B, C, H, W).
 
@@ -87,10 +82,10 @@ def attacked(images: Tensor, direction: Tensor, epsilon: float) -> Tensor:
 
 
 def score_difference(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return by how much the best wrong class leads the true one, (B, K), (B,) → (B,).
+    """Return how far the best wrong class is ahead of the true one, (B, K), (B,) → (B,).
 
-    Its gradient does not vanish where the network is sure. That of the margin loss is exactly 0
-    there, and that of the cross entropy nearly.
+    Its gradient does not vanish where the network is sure. There the gradient of the margin loss is
+    exactly 0, and that of the cross entropy nearly so.
     """
     true = F.one_hot(labels, scores.shape[1]).bool()
     return scores.masked_fill(true, -math.inf).amax(dim=1) - scores[true]

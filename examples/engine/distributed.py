@@ -1,7 +1,7 @@
 """Several processes that train one model, each on its share of every batch.
 
-torchrun starts the processes and tells each its rank by environment variables. Without those there
-is one process, and nothing below does anything. A batch is divided image by image, so any number of
+torchrun starts the processes and gives each its rank in environment variables. Without them there
+is one process, and nothing here has an effect. A batch is divided image by image, so any number of
 processes trains what one would with the same `--batch-size`.
 
     torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
@@ -22,16 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# How torchrun tells a process its place.
+# The environment variables of torchrun.
 _RANK, _SIZE, _LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, and which of them this one is.
+    """The processes that train together, and the place of this one among them.
 
-    Process 0, the main one, writes all files and prints all text. A function marked as collective
-    must be called by all processes, in the same order.
+    Process 0, the main one, writes all files and prints all text. All processes must call a
+    function marked as collective, in the same order.
     """
 
     rank: int = 0
@@ -43,25 +43,17 @@ class World:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
-        """Return which of `count` images are this process's; shares differ by one at most."""
-        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
     def share(self, batch: Any) -> Any:
-        """Take this process's part of a batch: of a tensor, or of each tensor in a named tuple."""
+        """Return this process's part of a tensor, or of each tensor in a named tuple.
+
+        The parts differ by one image at most.
+        """
         if self.size == 1:
             return batch
         if isinstance(batch, Tensor):
-            return batch[self.part(len(batch))]
+            count = len(batch)
+            return batch[count * self.rank // self.size : count * (self.rank + 1) // self.size]
         return type(batch)(*map(self.share, batch))
-
-    def reassemble(self, share: Tensor, count: int) -> Tensor:
-        """Join the shares of a batch of `count` images. Collective."""
-        if self.size == 1:
-            return share
-        batch = share.new_zeros(count, *share.shape[1:])
-        batch[self.part(count)] = share
-        return self.sum(batch)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place. Collective."""
@@ -85,7 +77,7 @@ class World:
         """Call a function in the main process, and return its result in all. Collective.
 
         Raises:
-            SystemExit: in the other processes, if the function raised in the main one.
+            SystemExit: in the other processes, if the function raised an error in the main one.
         """
         if self.size == 1:
             return function()
@@ -109,9 +101,9 @@ class World:
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """Let one process of each machine go first, for example to download. Collective."""
+        """Let one process on each machine go first, for example to download. Collective."""
         if self.local_rank > 0:
-            self.any(False)  # returns once the first processes reach theirs
+            self.any(False)  # waits for the first processes
         yield
         if self.local_rank == 0:
             self.any(False)
@@ -124,11 +116,7 @@ class World:
 
 
 def require_one_process(program: str) -> None:
-    """Refuse to be started by torchrun.
-
-    Raises:
-        ValueError: there are several processes.
-    """
+    """Refuse to be started by torchrun as several processes."""
     size = int(os.environ.get(_SIZE, "1"))
     if size > 1:
         raise ValueError(
@@ -162,8 +150,8 @@ def join() -> Iterator[World]:
     else:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield world
-    # Not after an error: the others may be waiting for this process. torchrun ends them.
+    # Not after an error: the other processes may wait for this one, and torchrun ends them.
     dist.destroy_process_group()
-    # Torch keeps references to a wrapped model, so gloo's threads outlive the group. A thread that
-    # frees its last tensor while the interpreter shuts down aborts the process: let them finish.
+    # Torch keeps references to a wrapped model, so gloo's threads outlive the group. If one frees
+    # its last tensor while the interpreter shuts down, the process aborts. Let them finish.
     time.sleep(0.2)

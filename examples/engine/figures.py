@@ -36,7 +36,7 @@ from engine.drawing import (
     shrink_to,
     stretch_axis,
 )
-from engine.tables import mean_and_spread, percent
+from engine.tables import best_epoch, mean_and_spread, percent
 
 _SPLITS = {"train": PALETTE[0], "validation": PALETTE[1]}
 
@@ -54,11 +54,10 @@ _FIRST, _SECOND = (1.0, 0.55, 0.0), (0.0, 0.45, 1.0)
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
     """Plot accuracy and loss by epoch, for training and validation, and mark the best epoch.
 
-    The best epoch has the highest validation accuracy, and among equals the lowest validation loss.
     The axis of the accuracy is stretched towards 100 %: tenths of a percent show near the top, and
     the early epochs stay in view.
 
-    `rows` are those of summary.csv, one mapping an epoch; values may be text. One that is not
+    `rows` are those of summary.csv, one mapping per epoch; values may be text. One that is not
     finite, or a loss beyond 10⁻⁶ to 10⁶, leaves a gap.
     """
     if not rows:
@@ -83,24 +82,14 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
             axes.set_ylabel(label)
             count_epochs(axes, epochs[0], epochs[-1])
 
-        if (best := _best_epoch(rows)) is not None:
-            epoch, accuracy = int(best["epoch"]), float(best["validation_accuracy"])
+        best = best_epoch(rows)
+        epoch, accuracy = int(best["epoch"]), float(best["validation_accuracy"])
+        if not math.isnan(accuracy):
             label = f"best validation accuracy: {percent(accuracy)} after epoch {epoch}"
             for axes in drawn.axes:
                 axes.axvline(epoch, color="0.4", linestyle="--", linewidth=1, label=label)
         handles, labels = accuracy_axes.get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-
-
-def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the row that model selection chooses, or None where every accuracy is NaN."""
-
-    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
-        loss = float(row["validation_loss"])
-        return float(row["validation_accuracy"]), -math.inf if math.isnan(loss) else -loss
-
-    known = [row for row in rows if not math.isnan(float(row["validation_accuracy"]))]
-    return max(known, key=quality, default=None)
 
 
 def plot_reconstructions(

@@ -1,7 +1,7 @@
-"""The flags of all programs, each of them one field of a frozen dataclass.
+"""The flags of all programs, each one field of a frozen dataclass.
 
-The command line, args.json, the recipe that the runs of an experiment share and the check of what
-a resumed run may not change are all read off these fields. A new flag is one new field.
+The command line, args.json, the shared recipe of an experiment and the check of what a resumed run
+may not change all come from these fields. A new flag is one new field.
 
 Example:
     >>> from engine.flags import Machine, Output, Recipe, parse
@@ -26,17 +26,18 @@ def flag(default: Any, help: str, *short: str, fixed: bool = True, **options: An
     """Declare a flag.
 
     Args:
-        default: its default, from which its type follows; ... for a positional argument.
+        default: its default, which also gives its type; ... for a positional argument.
         help: one line for --help.
         short: a second name, such as "-b".
         fixed: in a recipe: whether a resumed run has to keep it.
-        options: what `argparse.ArgumentParser.add_argument` takes beside these.
+        options: other arguments of `argparse.ArgumentParser.add_argument`.
     """
     if isinstance(default, bool):
         options["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, (int, float)):
         options.setdefault("type", type(default))
-    metadata = {"names": short, "fixed": fixed, "options": {"help": help, **options}}
+    options["help"] = help
+    metadata = {"default": default, "names": short, "fixed": fixed, "options": options}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=MISSING if default is ... else default, metadata=metadata)
@@ -77,7 +78,7 @@ STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result. A resumed run keeps all of it but the number of epochs."""
+    """What the result depends on. A resumed run may change the number of epochs alone."""
 
     model: str = flag("deep_capsnet", "the network to train", choices=list_models())
     model_kwargs: dict[str, Any] = flag(
@@ -93,38 +94,40 @@ class Recipe:
         choices=["auto", *list_datasets()],
     )
     limit_train: int | None = flag(
-        None, "use N of the training images, the classes in proportion (default: all)", **COUNT
+        None, "use N training images, the classes in proportion (default: all)", **COUNT
     )
     limit_test: int | None = flag(
-        None, "use N of the test images, the classes in proportion (default: all)", **COUNT
+        None, "use N test images, the classes in proportion (default: all)", **COUNT
     )
     validation_fraction: float = flag(
         0.1, "share of the training images held out to choose the best epoch", metavar="F"
     )
-    max_shift: int = flag(2, "each training image is shifted by up to this much", metavar="PIXELS")
+    max_shift: int = flag(2, "shift each training image by up to this much", metavar="PIXELS")
     epochs: int | None = flag(
         None,
-        "passes over the training images; with more of them a finished run goes on "
+        "passes over the training images; a larger number continues a finished run "
         "(default: 30, on digits 15)",
         fixed=False,
         **COUNT,
     )
-    batch_size: int = flag(128, "images a step", "-b", **COUNT)
+    batch_size: int = flag(128, "images per step", "-b", **COUNT)
     lr: float = flag(1e-3, "learning rate of Adam")
-    gamma: float = flag(0.9, "factor on it every epoch")
-    warmup_steps: int = flag(50, "steps over which it rises linearly", metavar="N")
+    gamma: float = flag(0.9, "factor on the learning rate after every epoch")
+    warmup_steps: int = flag(
+        50, "steps over which the learning rate rises to its full value", metavar="N"
+    )
     reconstruction_weight: float = flag(
         0.0005, "weight of the reconstruction's squared error in the loss", metavar="W"
     )
-    seed: int = flag(1, "of the weights, the order of the images and their shifts")
+    seed: int = flag(1, "decides the weights, the order of the images and their shifts")
 
 
 @dataclass(frozen=True)
 class Machine:
     """Where it runs. The results are the same everywhere, up to rounding."""
 
-    data_dir: str = flag("data", "where data sets lie")
-    download: bool = flag(True, "fetch a data set that is missing")
+    data_dir: str = flag("data", "directory of the data sets")
+    download: bool = flag(True, "download a missing data set")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = flag(
         "auto",
@@ -133,7 +136,7 @@ class Machine:
     )
     deterministic: bool = flag(False, "the same bits from run to run on the same machine")
     torchcompile: bool = flag(False, "use torch.compile")
-    test_batch_size: int = flag(500, "images a batch in evaluations", **COUNT)
+    test_batch_size: int = flag(500, "images per batch in evaluations", **COUNT)
 
 
 @dataclass(frozen=True)
@@ -141,21 +144,21 @@ class Output:
     """Where the results go, and how often they are written."""
 
     output_dir: str | None = flag(
-        None, "(default: a directory below runs/, named after what runs)", metavar="DIR"
+        None, "where the results go (default: a new name below runs/)", metavar="DIR"
     )
     dry_run: bool = flag(False, "try everything once, keep nothing")
-    log_interval: int = flag(10, "between two records of metrics.jsonl", **STEPS)
+    log_interval: int = flag(10, "steps between two records of metrics.jsonl", **STEPS)
     checkpoint_interval: int | None = flag(
-        None, "between two checkpoints within an epoch (default: one after each epoch)", **STEPS
+        None, "steps between two checkpoints within an epoch (default: only after epochs)", **STEPS
     )
 
 
-# The fields of a recipe that a program does not need which only tests.
+# The fields of a recipe that a program does not need if it trains nothing.
 NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {"dataset", "limit_test"}
 
 
 def models_flag(names: Sequence[str]) -> Any:
-    """Declare the flag that chooses several networks."""
+    """Declare the flag that chooses networks."""
     return flag(tuple(names), "which networks", nargs="+", choices=names)
 
 
@@ -165,7 +168,7 @@ def seeds_flag() -> Any:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds its default to a help text that does not tell it and that has one."""
+    """Adds the default to a help text that does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or "(default" in (action.help or ""):
@@ -184,10 +187,10 @@ def parse(
 
     Args:
         doc: the docstring of the program; its first line is the description.
-        argv: the command line, None for that of the process.
+        argv: the command line, or None for that of the process.
         groups: the dataclasses.
-        leave_out: fields that are no flags of this program.
-        defaults: values that replace the defaults of the fields; others are passed over.
+        leave_out: fields that are not flags of this program.
+        defaults: replace the defaults of the fields; names that are no field are ignored.
 
     Raises:
         SystemExit: the command line is wrong, or asks for help.
@@ -200,28 +203,24 @@ def parse(
         for entry in fields(group):
             if entry.name in leave_out:
                 continue
-            options = dict(entry.metadata["options"])
-            if entry.default is MISSING and entry.default_factory is MISSING:
+            options, default = dict(entry.metadata["options"]), entry.metadata["default"]
+            if default is ...:
                 box.add_argument(entry.name, **options)
                 continue
             if entry.name in defaults:
+                default = defaults[entry.name]
                 options["help"] = options["help"].partition(" (default")[0]
-            default = entry.default
-            if entry.default_factory is not MISSING:
-                default = entry.default_factory()
             flags = (*entry.metadata["names"], flag_name(entry.name))
             box.add_argument(*flags, default=default, **options)
-    names = {entry.name for group in groups for entry in fields(group)}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in names})
-    args = vars(parser.parse_args(argv))
+    values = {**defaults, **vars(parser.parse_args(argv))}
     return tuple(
-        group(**{entry.name: args[entry.name] for entry in fields(group) if entry.name in args})
+        group(**{entry.name: values[entry.name] for entry in fields(group) if entry.name in values})
         for group in groups
     )
 
 
 def flag_name(name: str) -> str:
-    """Return how a field is written on the command line."""
+    """Return the flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -231,9 +230,9 @@ def as_dict(*groups: Any) -> dict[str, Any]:
 
 
 def first_difference(recipe: Recipe, before: Mapping[str, Any]) -> str | None:
-    """Return the first field of a recipe that a resumed run has to keep and that is another now.
+    """Return the first field of a recipe that a resumed run has to keep but that has changed.
 
-    Values are compared as JSON, which knows no tuples.
+    Values are compared as JSON, which has no tuples.
     """
     for entry in fields(recipe):
         if entry.metadata["fixed"] and entry.name in before:

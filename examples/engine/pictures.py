@@ -1,4 +1,4 @@
-"""The four pictures of a run: curves, reconstructions, perturbed capsules, confusions."""
+"""The four pictures of a run: curves, reconstructions, perturbed capsules, confusion matrix."""
 
 from typing import Any
 
@@ -17,15 +17,7 @@ OFFSETS = [step * 0.05 for step in range(-5, 6)]
 def draw(
     trainer: Trainer, dataset: Dataset, test: ImageSet, evaluation: Evaluation, title: str
 ) -> None:
-    """Draw the pictures of a trained model into its run directory.
-
-    Args:
-        trainer: the model, with the rows of its epochs.
-        dataset: tells the names of the classes.
-        test: the images to show.
-        evaluation: the model's, of these images.
-        title: what was trained on what.
-    """
+    """Draw the pictures of a trained model, and of its `evaluation` on the images of `test`."""
     directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
     figures.plot_curves(trainer.rows, directory / "curves.png", title)
 
@@ -43,7 +35,7 @@ def draw(
         names,
     )
 
-    # The first image that is classified right; the dimensions of its longest capsule.
+    # The first image that is classified right, and the dimensions of its longest capsule.
     right = int((evaluation.predictions == labels).int().argmax())
     label = int(labels[right])
     poses = trainer.predict(to_float(test.images[right : right + 1])).poses
@@ -62,12 +54,12 @@ def draw(
 @torch.inference_mode()
 def perturbed(model: Any, runtime: Runtime, poses: Tensor, label: int) -> Tensor:
     """Decode one capsule with each dimension moved by each offset; (D, steps, C, H, W)."""
-    D = poses.shape[-1]
+    D, steps = poses.shape[-1], len(OFFSETS)
     offsets = torch.tensor(OFFSETS, device=poses.device)
-    moved = poses.float().repeat(D * len(OFFSETS), 1, 1).unflatten(0, (D, len(OFFSETS)))
+    moved = poses.float().repeat(D * steps, 1, 1).unflatten(0, (D, steps))
     for dimension in range(D):
         moved[dimension, :, label, dimension] += offsets
-    target = torch.full((D * len(OFFSETS),), label, device=poses.device)
+    target = torch.full((D * steps,), label, device=poses.device)
     with runtime.autocast():
         images = model.decoder(moved.flatten(0, 1), target)
-    return images.float().unflatten(0, (D, len(OFFSETS))).cpu()
+    return images.float().unflatten(0, (D, steps)).cpu()

@@ -77,8 +77,8 @@ def find_start(
     if weights:
         args = {**_flags_beside(directory), **{name: header[name] for name in needed[:3]}}
         return Start(directory, _own(args), header["epoch"], weights)
-    epoch, best_epoch = header["progress"]["epoch"], header["progress"]["best_epoch"]
-    if best_epoch and not eval_only:
+    epoch = header["progress"]["epoch"]
+    if epoch and not eval_only:
         # The best model is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
     return Start(directory, _own(header["args"]), epoch, header["model"], header)

@@ -1,12 +1,12 @@
 """The one runner: it trains recipes, each in a run directory of its own.
 
-train_mnist.py runs one recipe. An experiment runs many that share most of it, below one directory;
-each leaves a result.json when it is finished. The same command again leaves finished runs alone,
-goes on with one that was stopped, and adds those that are new: more seeds, a larger grid, more
-epochs. It refuses a directory that was made by another recipe.
+train_mnist.py runs one recipe. An experiment runs many similar ones below one directory, and each
+leaves a result.json when it is finished. The same command again skips finished runs, continues one
+that was stopped, and adds new ones: more seeds, a larger grid, more epochs. It refuses a directory
+that was made by another recipe.
 
 experiment.json     what all recipes share
-<name>/             what a run writes, see run_directory.py, and result.json
+<name>/             a run, see run_directory.py, and its result.json
 *.csv, *.json       the tables
 *.png               the pictures
 """
@@ -14,6 +14,7 @@ experiment.json     what all recipes share
 import csv
 import inspect
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from torch import nn
 
 from engine import baseline
 from engine.distributed import World, require_one_process
-from engine.flags import Machine, Output, Recipe, as_dict
+from engine.flags import Machine, Output, Recipe, as_dict, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
@@ -51,22 +52,23 @@ from tritoncaps.data import (
     stratified_subset,
 )
 
-# What an experiment says after a Ctrl-C.
-AGAIN = "what was saved stays, the same command goes on"
-
-# A dry run of an experiment takes batches of this many images at most.
-DRY_RUN_BATCH = 16
-
-# Arguments of a network that the images decide.
+# Arguments of a network that the images determine.
 FROM_DATA = ("num_classes", "in_channels", "image_size")
+
+# The fields of a recipe in which the runs of an experiment differ.
+VARIED = ("model", "model_kwargs", "seed")
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """A signal stopped the training, and it was saved."""
 
 
 @dataclass
 class Job:
-    """What one run trains: a network, what it is asked, and the images.
+    """What one run trains: a network, its task, and the images.
 
-    `config` describes the network, see `Trainer`. `curve` says whether the test set is evaluated
-    after every epoch, or once at the end.
+    `config` describes the network, see `Trainer`. With `curve` the test set is evaluated after
+    every epoch, otherwise once at the end.
     """
 
     model: nn.Module
@@ -78,20 +80,22 @@ class Job:
     curve: bool = True
 
 
-def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted: str) -> int:
-    """Tell the story of a program; returns the exit status: 0, 2 (error), 130 (interrupted).
+def run_program(
+    program: str, tell: Callable[..., int | None], *flags: Any, interrupted: str
+) -> int:
+    """Call `tell`, what a program does; returns its exit status: 0, 2 (error), 130 (interrupted).
 
-    `tell` is called with `flags`, which `parse` returned, `Output` last; in a dry run it gets a
-    directory that is removed afterwards. `interrupted` is what to say after a Ctrl-C.
+    `tell` takes `flags`, which `parse` returned, `Output` last. In a dry run it gets a directory
+    that is removed afterwards. `interrupted` is what to say after a Ctrl-C.
     """
     *others, output = flags
     try:
         if not output.dry_run:
-            return tell(*flags)
+            return tell(*flags) or 0
         check_directory(output.output_dir)
         with tempfile.TemporaryDirectory() as directory:
             output = replace(output, output_dir=str(Path(directory) / "run"))
-            status = tell(*others, output)
+            status = tell(*others, output) or 0
         if status == 0:
             print("dry run: everything works; nothing was kept")
         return status
@@ -101,28 +105,42 @@ def run_program(program: str, tell: Callable[..., int], *flags: Any, interrupted
     ) as error:  # fmt: skip
         print(f"{program}.py: error: {error}", file=sys.stderr)
         return 2
+    except Stopped:
+        return 130
     except KeyboardInterrupt:
         print(f"\n{program}.py: interrupted; {interrupted}", file=sys.stderr)
         return 130
 
 
-class Runner:
-    """Device and images, and the training of a recipe on them.
+def run_experiment(
+    program: str,
+    doc: str | None,
+    tell: Callable[..., None],
+    argv: Sequence[str] | None,
+    *groups: type[Any],
+    leave_out: Collection[str] = VARIED,
+    **defaults: Any,
+) -> int:
+    """Read the flags of an experiment, see `parse`, and run it; returns the exit status."""
+    flags = parse(doc, argv, *groups, Machine, Output, leave_out=leave_out, **defaults)
+    again = "what was saved stays, the same command goes on"
+    return run_program(program, tell, *flags, interrupted=again)
 
-    `recipe` becomes that of the flags with the data set and the number of epochs that were chosen.
-    `largest_batch` bounds the batches of a dry run.
+
+class Runner:
+    """A device and images, and the training of recipes on them.
+
+    The attribute `recipe` is that of the flags, with the data set and number of epochs filled in.
 
     Raises:
         DatasetError, ValueError: the data or the device are not there.
     """
 
+    # The largest batch in a dry run.
+    dry_run_batch: float = math.inf
+
     def __init__(
-        self,
-        recipe: Recipe,
-        machine: Machine,
-        output: Output,
-        world: World | None = None,
-        largest_batch: int | None = None,
+        self, recipe: Recipe, machine: Machine, output: Output, world: World | None = None
     ) -> None:
         require("matplotlib")
         if machine.deterministic:
@@ -142,7 +160,7 @@ class Runner:
                 "name one, and put it where all of them find it"
             )
         if output.dry_run:
-            recipe = _shortened(recipe, dataset, largest_batch)
+            recipe = _shortened(recipe, dataset, self.dry_run_batch)
         self.epochs = recipe.epochs or dataset.epochs
         self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
         self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
@@ -151,7 +169,7 @@ class Runner:
         self.test_images = self.dataset.test.to(self.runtime.device)
 
     def describe(self, *sizes: str) -> None:
-        """Print where it runs and on what."""
+        """Print the device and the data set."""
         print(f"device      {self.runtime.describe()}")
         print(f"data        {self.dataset.note}")
         print(f"            {', '.join([*sizes, f'{len(self.test_images):,} to test'])}")
@@ -166,7 +184,7 @@ class Runner:
         """Build a network from its seed, for images (C, H, W); returns it and its description.
 
         Raises:
-            ValueError: an argument of --model-kwargs is not one of the network's, or is wrong.
+            ValueError: an argument in --model-kwargs is unknown or wrong.
         """
         check_model_kwargs(recipe)
         names = list(self.dataset.class_names)
@@ -196,7 +214,7 @@ class Runner:
     def classification(
         self, recipe: Recipe, images: ImageSet | None = None, *, curve: bool = True
     ) -> Job:
-        """Build a job of classification: on the images given, or on all that are not held out."""
+        """Return the job of classifying: `images`, or all that are not held out."""
         validation = None
         if images is None:
             images, validation = self.split(recipe)
@@ -207,11 +225,9 @@ class Runner:
             task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
-    def trainer(
-        self, recipe: Recipe, job: Job, directory: Path, args: Mapping[str, Any]
-    ) -> Trainer:
+    def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
-        # The arguments of the network in full, as `load_model` needs them.
+        # All arguments of the network: `load_model` needs them.
         args = {**args, "model_kwargs": job.config["model_kwargs"]}
         trainer = Trainer(
             job.model,
@@ -230,7 +246,7 @@ class Runner:
         return trainer
 
     def train(self, job: Job, trainer: Trainer) -> bool:
-        """Train a job to its last epoch; returns False if it was stopped before. Collective."""
+        """Train a job to its last epoch; returns False if it was stopped early. Collective."""
         if self.runtime.world.is_main:
             content = {"args": trainer.args, "environment": describe_environment(self.runtime)}
             write_json(trainer.directory / "args.json", content)
@@ -241,9 +257,11 @@ class Runner:
 class Experiment(Runner):
     """Runs of many recipes, below one directory.
 
-    `what` are the flags of this program alone, for args.json. `varied` are the fields in which the
-    recipes differ, or that decide nothing here.
+    `what` holds the flags of this program alone, for args.json. `varied` names the fields in which
+    the recipes differ, or that have no effect here.
     """
+
+    dry_run_batch = 16
 
     def __init__(
         self,
@@ -252,16 +270,16 @@ class Experiment(Runner):
         machine: Machine,
         output: Output,
         what: Any,
-        varied: Collection[str] = ("model", "model_kwargs", "seed"),
+        varied: Collection[str] = VARIED,
     ) -> None:
         require_one_process(program)
-        super().__init__(recipe, machine, output, largest_batch=DRY_RUN_BATCH)
+        super().__init__(recipe, machine, output)
         self.program, self.what, self.varied = program, what, {*varied, "epochs"}
         self.shared: dict[str, Any] = {}
         self.directory = Path()
 
     def split(self, recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
-        """Hold out the validation set: all images and None where its share is 0."""
+        """Hold out the validation set, or nothing where its share is 0."""
         if recipe.validation_fraction == 0:
             return self.train_images, None
         return super().split(recipe)
@@ -269,7 +287,7 @@ class Experiment(Runner):
     def open(self, variant: str = "", *, trains: bool = True, **shared: Any) -> None:
         """Create the output directory, or check that it was made by the same recipe.
 
-        `variant` is a part of its default name, and `shared` decides the results beside the recipe.
+        `variant` becomes a part of its default name. `shared` is what else the results depend on.
 
         Raises:
             RunDirectoryError: it cannot be used, or belongs to another recipe.
@@ -284,18 +302,18 @@ class Experiment(Runner):
 
     def run(
         self, recipes: Mapping[str, Recipe], make_job: Callable[[Any], Job] | None = None
-    ) -> list[dict[str, Any]] | None:
-        """Train every recipe in the directory of its name; returns a result each.
+    ) -> list[dict[str, Any]]:
+        """Train every recipe in the directory of its name; returns one result for each.
 
         A result is what result.json holds: the recipe, its accuracies and times, and where it ran.
-        None is returned where a signal stopped the training.
 
         Raises:
+            Stopped: a signal stopped the training.
             TrainingError: a run cannot go on; the message names it.
             RunDirectoryError: a run was trained for more epochs than are asked for now.
         """
         if self.output.dry_run:
-            # One of each network, and the last one, which is often the largest.
+            # One for each network, and the last one, which is often the largest.
             kinds = {recipe.model: name for name, recipe in reversed([*recipes.items()])}
             kept = {*kinds.values(), [*recipes][-1]}
             recipes = {name: recipe for name, recipe in recipes.items() if name in kept}
@@ -314,17 +332,12 @@ class Experiment(Runner):
                         result = self._train(name, recipe, job)
                 except TrainingError as error:
                     raise TrainingError(f"{name}: {error}") from error
-                if result is None:
-                    if not self.output.dry_run:
-                        print("stopped and saved; go on with the same command:")
-                        print(f"  {shlex.join(['python', *sys.argv])}")
-                    return None
                 print(f"{title}: {_result_line(result)}", flush=True)
             results.append(result)
         return results
 
     def curves(self, results: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-        """Return the test accuracy of every epoch of finished runs."""
+        """Return the test accuracy of finished runs by epoch."""
         curves = []
         for result in results:
             with (self.directory / result["name"] / "summary.csv").open(newline="") as file:
@@ -333,7 +346,7 @@ class Experiment(Runner):
         return curves
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a table twice: <name>.csv, and <name>.json with the recipe that made it."""
+        """Write a table as <name>.csv, and as <name>.json with the recipe that made it."""
         write_summary(self.directory / f"{name}.csv", rows)
         content = {"experiment": self.program, "recipe": self.shared, "rows": rows}
         write_json(self.directory / f"{name}.json", content)
@@ -347,24 +360,27 @@ class Experiment(Runner):
         return result if result["epochs"] == self.epochs else None
 
     def _check_epochs(self, name: str, trained: int) -> None:
-        """Refuse a run that is past the epochs that are asked for: it cannot go back."""
+        """Refuse a run that has more epochs than are asked for: it cannot go back."""
         if trained > self.epochs:
             raise RunDirectoryError(
                 f"{name} in {self.directory} was trained for {trained} epochs, not "
                 f"{self.epochs}: give --epochs {trained} or another --output-dir"
             )
 
-    def _train(self, name: str, recipe: Recipe, job: Job) -> dict[str, Any] | None:
-        """Train a recipe, from where it was stopped; returns None if it is stopped again."""
+    def _train(self, name: str, recipe: Recipe, job: Job) -> dict[str, Any]:
+        """Train a recipe, from where it was stopped; returns its result."""
         directory = self.directory / name
         output = replace(self.output, output_dir=str(directory))
         args = {**as_dict(self.what, recipe, self.machine, output), **self.shared}
-        trainer = self.trainer(recipe, job, directory, args)
+        trainer = self.trainer(job, directory, args)
         if trainer.resume():
             self._check_epochs(name, trainer.progress.epoch)
             print(f"resuming    after {trainer.progress}")
         if not self.train(job, trainer):
-            return None
+            if not self.output.dry_run:
+                print("stopped and saved; go on with the same command:")
+                print(f"  {shlex.join(['python', *sys.argv])}")
+            raise Stopped
         if not job.curve:
             trainer.rows[-1]["test_accuracy"] = trainer.evaluate(job.test).accuracy
         environment = describe_environment(self.runtime)
@@ -373,26 +389,19 @@ class Experiment(Runner):
             **{k: v for k, v in as_dict(recipe).items() if k in self.varied - {"model_kwargs"}},
             **recipe.model_kwargs,
             "parameters": count_parameters(job.model),
-            **accuracies(trainer.rows, trainer.progress.best_epoch),
+            **accuracies(trainer.rows),
             "device": environment["gpu"] or environment["processor"],
-            "threads": environment["threads"],
-            "precision": environment["precision"],
-            "commit": environment["commit"],
+            **{name: environment[name] for name in ("threads", "precision", "commit")},
         }
         write_json(directory / "result.json", result)
-        # A second generation is as large as the first, and there are many runs. The first is
-        # enough to go on for more epochs.
+        # There are many runs, and one generation of files is enough to train for more epochs.
         for path in directory.glob("*.previous.safetensors"):
             path.unlink()
         return result
 
 
 def check_model_kwargs(recipe: Recipe) -> None:
-    """Refuse arguments that the network does not have, or that are not the user's to choose.
-
-    Raises:
-        ValueError: names the argument, the network and the arguments it has.
-    """
+    """Refuse arguments that the network does not have, or that the images determine."""
     if not recipe.model_kwargs:
         return
     with torch.device("meta"):
@@ -420,9 +429,9 @@ def _result_line(result: Mapping[str, Any]) -> str:
     )
 
 
-def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> Recipe:
-    """Change a recipe to that of a dry run: two batches to train, one to validate, two to test."""
-    batch_size = min(recipe.batch_size, largest_batch or recipe.batch_size)
+def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: float) -> Recipe:
+    """Shorten a recipe to a dry run: two batches to train, one to validate, two to test."""
+    batch_size = int(min(recipe.batch_size, largest_batch))
     fraction = recipe.validation_fraction
     return replace(
         recipe,
@@ -436,7 +445,7 @@ def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: int | None) -> R
 
 
 def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
-    """Keep so many images of a data set; the same ones whatever the seed."""
+    """Keep only so many images of a data set, the same ones for every seed."""
     parts: dict[str, Any] = {}
     for part, limit in (("train", limit_train), ("test", limit_test)):
         images: ImageSet = getattr(dataset, part)

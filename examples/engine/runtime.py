@@ -1,4 +1,4 @@
-"""What the hardware offers, and what a run asks of it: device, precision, determinism."""
+"""Device, precision, determinism: what the hardware offers, and what a run asks of it."""
 
 import importlib.util
 import os
@@ -20,9 +20,9 @@ from tritoncaps._environment import commit_of, processor_name
 class Runtime:
     """Where and how the model runs.
 
-    `precision` is "fp32" or "bf16": bf16 runs convolutions and fully connected layers under
-    autocast; the routing and the loss stay in float32 in both. `world` is the processes that train
-    the model together.
+    `precision` is "fp32" or "bf16". bf16 runs convolutions and fully connected layers under
+    autocast; the routing and the loss stay in float32. `world` is the processes that train the
+    model together.
     """
 
     device: torch.device
@@ -41,12 +41,9 @@ class Runtime:
         )
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device, and its convolutions to channels-last, which is faster.
-
-        Not by `model.to(memory_format=...)`, which changes every parameter with four axes, the
-        weight of a routing too.
-        """
+        """Move a model to the device, and its convolutions to channels-last, which is faster."""
         model = model.to(self.device)
+        # `model.to(memory_format=...)` would change all weights with four axes, a routing's too.
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
@@ -71,8 +68,7 @@ def choose_runtime(
     from compute capability 8.0, AMD from CDNA, and CPUs with AMX or AVX512-BF16.
 
     Raises:
-        ValueError: torch does not know the device or cannot reach it, or several processes cannot
-            each have one.
+        ValueError: torch has no such device here, or too few for all processes.
     """
     world = World() if world is None else world
     if device == "auto":
@@ -113,18 +109,14 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # 2.10 has no public name for this.
+        # Torch 2.10 has no public function for this.
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
     return False
 
 
 def require(*modules: str) -> None:
-    """Check now for packages that are needed only later, perhaps hours later.
-
-    Raises:
-        ModuleNotFoundError: names the package and what to install.
-    """
+    """Fail now, and not hours later, if a package is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
@@ -135,16 +127,16 @@ def require(*modules: str) -> None:
 def make_deterministic() -> None:
     """Give the same bits from run to run on the same hardware and versions.
 
-    Raises an error where an operation has no deterministic form.
+    From now on, torch raises an error where an operation has no deterministic form.
     """
-    # cuBLAS reads it when it starts.
+    # cuBLAS reads this when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
-    """Collect what it takes to reproduce a result: versions, machine, commit."""
+    """Collect what is needed to reproduce a result: versions, machine, commit."""
     device = runtime.device
     return {
         "tritoncaps": tritoncaps.__version__,

@@ -1,26 +1,45 @@
-"""What the tables of the experiments say: accuracies of a run, means and spreads over runs."""
+"""The tables of the experiments: accuracies of a run, means and spreads over runs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, median, stdev
 from typing import Any
 
 
-def accuracies(rows: Sequence[Mapping[str, Any]], best_epoch: int) -> dict[str, Any]:
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the row of the epoch that the validation set chooses, the last one if there is no set.
+
+    It is the first with the highest accuracy. The loss breaks ties, which are common on a small
+    set. NaN is worse than any number.
+    """
+
+    def quality(row: Mapping[str, Any]) -> tuple[float, float]:
+        accuracy = float(row.get("validation_accuracy", math.nan))
+        loss = float(row.get("validation_loss", math.nan))
+        return (
+            -math.inf if math.isnan(accuracy) else accuracy,
+            -math.inf if math.isnan(loss) else -loss,
+        )
+
+    return max(rows, key=quality) if "validation_accuracy" in rows[-1] else rows[-1]
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Sum up the epochs of a run.
 
-    `test_accuracy` is that of the model that the validation set chose, or of the last one where
-    there is none. `highest_test_accuracy` is the highest of all epochs: as the paper's best it is
-    chosen by the test set itself, so it is a little too high. Accuracies that were not measured are
-    None. Time is that of training alone.
+    `test_accuracy` belongs to the epoch that the validation set chose, or to the last one without a
+    validation set. `highest_test_accuracy`, like the paper's best, is chosen by the test set
+    itself, so it is a little too high. An accuracy that was not measured is None. The time is that
+    of training alone.
     """
     last = rows[-1]
     tested = [row for row in rows if "test_accuracy" in row]
     highest = max(tested, key=lambda row: float(row["test_accuracy"]))
-    chosen = rows[best_epoch - 1].get("test_accuracy") if best_epoch else last["test_accuracy"]
+    chosen = best_epoch(rows)
     return {
         "epochs": last["epoch"],
-        "chosen_epoch": best_epoch,
-        "test_accuracy": chosen,
+        "chosen_epoch": chosen["epoch"],
+        "test_accuracy": chosen.get("test_accuracy"),
         "final_test_accuracy": last["test_accuracy"],
         "highest_test_accuracy": highest["test_accuracy"],
         "highest_epoch": highest["epoch"],
@@ -37,7 +56,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 def grouped(
     results: Sequence[Mapping[str, Any]], *by: str
 ) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
-    """Group runs by the values of some columns, in their first order."""
+    """Group runs by the values of some columns, in the order of their first runs."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(tuple(result[name] for name in by), []).append(result)
@@ -50,13 +69,10 @@ def averages(
     averaged: Sequence[str],
     kept: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Average the runs that differ in their seed alone.
+    """Return one row for each kind of run: averages over the runs, which differ in the seed only.
 
-    Args:
-        results: the runs.
-        by: the columns that tell one kind of run from another.
-        averaged: the columns to average, each followed by its spread.
-        kept: columns that are the same for all runs of a kind.
+    `by` are the columns that distinguish the kinds, and `kept` others that all runs of a kind
+    share. Each of the `averaged` columns is followed by its spread.
     """
     rows = []
     for values, runs in grouped(results, *by).items():

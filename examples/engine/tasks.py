@@ -1,7 +1,7 @@
-"""What a network is asked about an image: its answer, when that is right, and the loss.
+"""What a network is asked about an image: its answer, whether it is right, and the loss.
 
-`Trainer` asks a `Task` for all that differs between one class an image and two, or between capsules
-and a plain classifier.
+`Trainer` leaves to a `Task` whatever differs between one class per image and two, or between
+capsules and a plain classifier.
 """
 
 import math
@@ -34,9 +34,9 @@ class Source(Protocol):
 
 
 class Task:
-    """One class an image, by margin loss and reconstruction: the longest capsule is the answer.
+    """One class per image, by margin loss and reconstruction: the longest capsule is the answer.
 
-    A task of your own overrides what differs.
+    Override in your own task what is different there.
 
     Args:
         reconstruction_weight: the weight of the squared error, for a network with a decoder.
@@ -50,7 +50,7 @@ class Task:
         self.capsule_loss = CapsuleLoss(reconstruction_weight)
 
     def run(self, model: Callable[..., Any], images: Tensor, target: Any = None) -> CapsuleOutput:
-        """Run the model: in training with the target, (B,), and in a test without one."""
+        """Run the model, in training with the target, (B,), and in a test without."""
         return model(images) if target is None else model(images, target)
 
     def loss(self, output: CapsuleOutput, target: Any, images: Tensor) -> Tensor:
@@ -58,16 +58,16 @@ class Task:
         return self.capsule_loss(output.activations, target, output.reconstruction, images)
 
     def predictions(self, output: CapsuleOutput) -> Tensor:
-        """Read the answer off the activations: (B, K) → (B,)."""
+        """Return the class with the largest activation: (B, K) → (B,)."""
         return output.activations.argmax(dim=1)
 
     def correct(self, output: CapsuleOutput, target: Any) -> Tensor:
-        """Say which images are answered right, (B,), bool."""
+        """Return which answers are right, (B,), bool."""
         return self.predictions(output) == target
 
 
 class CrossEntropy(Task):
-    """One class an image, by the cross entropy of `output.logits`."""
+    """One class per image, by the cross entropy of `output.logits`."""
 
     def loss(self, output: CapsuleOutput, target: Tensor, images: Tensor) -> Tensor:
         """Compute the mean cross entropy, a scalar."""
@@ -76,13 +76,13 @@ class CrossEntropy(Task):
 
 
 class TwoClasses(Task):
-    """Two classes an image: the two longest capsules are the answer, each decoded on its own.
+    """Two classes per image: the two longest capsules are the answer, each decoded on its own.
 
     The target is `Originals`: two labels and the two images that lie over each other. Each
     reconstruction is compared with the original of its own class, not with the overlay.
 
     Args:
-        decoder: called as decoder(poses, labels), draws the image of one capsule.
+        decoder: called as decoder(poses, labels); draws the image of one capsule.
         reconstruction_weight: the weight of both squared errors.
     """
 
@@ -107,7 +107,7 @@ class TwoClasses(Task):
         assert output.reconstruction is not None
         present = F.one_hot(target.labels, output.activations.shape[1]).sum(dim=1)
         error = reconstruction_error(output.reconstruction.float(), target.images)
-        # Of an empty batch the mean is 0.
+        # The mean of an empty batch is 0.
         mean = error.sum() / max(1, error.numel())
         loss = ops.margin_loss(output.activations, present)
         return torch.add(loss, mean, alpha=self.capsule_loss.reconstruction_weight)
@@ -117,11 +117,11 @@ class TwoClasses(Task):
         return output.activations.topk(2, dim=1).indices.sort(dim=1).values
 
     def correct(self, output: CapsuleOutput, target: Originals) -> Tensor:
-        """Say of which images both classes are found, (B,), bool."""
+        """Return for which images both classes are found, (B,), bool."""
         return (self.predictions(output) == target.labels).all(dim=1)
 
 
 def per_class_rate(predictions: Tensor, labels: Tensor) -> float:
-    """Return the share of the classes present that were found; both (N, 2), each row distinct."""
+    """Return the share of the classes shown that were found; both (N, 2), each row distinct."""
     found = (predictions.unsqueeze(2) == labels.unsqueeze(1)).any(dim=1)
     return found.double().mean().item()

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from engine import baseline, checkpoint
 from engine.run_directory import BEST, RunDirectoryError, has_checkpoint, latest
@@ -16,7 +16,7 @@ from tritoncaps.data import Dataset
 class Trained:
     """A trained network, ready to be tested.
 
-    `epoch` is the one that the validation set chose. `digest` tells its weights from all others.
+    `epoch` is the one that the validation set chose. `digest` identifies the weights.
     """
 
     directory: Path
@@ -38,11 +38,7 @@ class Trained:
 
 
 def check_trained(directory: str | Path) -> Path:
-    """Return the path of a run directory that holds a trained network.
-
-    Raises:
-        RunDirectoryError: it is not that of a run, or the run has not come so far.
-    """
+    """Return the path of a run directory, and refuse one that holds no trained network."""
     path = Path(directory)
     if not path.is_dir():
         raise RunDirectoryError(f"{path} is not a directory: give the directory of a run")
@@ -62,7 +58,7 @@ def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
     """Load the best model of a run of train_mnist.py or of an experiment.
 
     Raises:
-        RunDirectoryError: the directory is not that of a run, or the run has not come so far.
+        RunDirectoryError: the directory holds no trained network.
         CheckpointError: its weights are damaged.
     """
     path = check_trained(directory)
@@ -70,25 +66,17 @@ def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
     model = baseline.create_network(header["model"], **header["model_kwargs"])
     model.load_state_dict(weights)
     model = runtime.place(model).eval().requires_grad_(False)
-    digest = _digest(weights)
+    hashed = hashlib.sha256()
+    for name in sorted(weights):  # a file has them in any order
+        hashed.update(weights[name].contiguous().numpy().tobytes())
+    digest = hashed.hexdigest()[:16]
     return Trained(path, header["model"], model, header["dataset"], header["epoch"], digest)
 
 
 def check_data(trained: Trained, dataset: Dataset) -> None:
-    """Refuse to test a network on other images than it was trained on.
-
-    Raises:
-        ValueError: names both data sets.
-    """
+    """Refuse to test a network on another data set than it was trained on."""
     if trained.dataset != dataset.name:
         raise ValueError(
             f"{trained.directory} was trained on {trained.dataset}, but the test images are "
             f"{dataset.name}: add --dataset {trained.dataset}"
         )
-
-
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(weights):  # a file gives them in any order
-        digest.update(weights[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -34,7 +34,7 @@ from engine.run_directory import (
     write_summary,
 )
 from engine.runtime import Runtime, choose_runtime
-from engine.tables import counted, percent
+from engine.tables import best_epoch, counted, percent
 from engine.tasks import Source, Task
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import Batches, ImageSet
@@ -96,9 +96,6 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     seconds: float = 0.0
-    best_epoch: int = 0
-    best_accuracy: float = -1.0
-    best_loss: float = math.inf
 
     def __str__(self) -> str:
         return f"{counted(self.epoch, 'epoch')} and {counted(self.batch, 'batch', 'batches')}"
@@ -329,11 +326,7 @@ class Trainer:
         return self.progress.step % _AGREE_EVERY == 0 and self.world.any(self._stop_requested)
 
     def _read(self, sums: "_Sums", batches: int) -> None:
-        """Read the sums of the epoch so far.
-
-        Raises:
-            TrainingError: the loss of a batch was not finite.
-        """
+        """Read the sums of the epoch so far, and refuse a loss that is not finite."""
         progress = self.progress
         totals = self.world.sum(torch.stack([sums.loss, sums.correct]))
         progress.loss_sum, correct = totals.tolist()
@@ -383,15 +376,7 @@ class Trainer:
         row["learning_rate"] = self.schedule(progress.step - 1, progress.epoch)
         row["seconds"] = round(progress.seconds, 2)
         self.rows.append(row)
-        is_best = True
-        if validation is not None:
-            # The loss breaks ties, which are common on a small validation set.
-            quality = (row["validation_accuracy"], -row["validation_loss"])
-            is_best = quality > (progress.best_accuracy, -progress.best_loss)
-            if is_best:
-                progress.best_accuracy, progress.best_loss = quality[0], -quality[1]
-        if is_best:
-            progress.best_epoch = row["epoch"]
+        is_best = best_epoch(self.rows) is row
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.correct, progress.seconds = 0, 0.0, 0, 0.0
         # The full state comes last: if a crash comes first, a resumed run writes the rest again.
@@ -415,8 +400,8 @@ class Trainer:
     def _save_best(self) -> None:
         if not self.world.is_main:
             return
-        validated = self.progress.best_accuracy if self.progress.best_accuracy >= 0 else None
-        best = {"epoch": self.progress.best_epoch, "validation": validated}
+        row = self.rows[-1]
+        best = {"epoch": row["epoch"], "validation": row.get("validation_accuracy")}
         header = {**self.config, **best}
         checkpoint.save_weights(self.directory / BEST, self.model.state_dict(), header)
         write_json(self.directory / "config.json", {**self.config, "best": best})
@@ -436,14 +421,15 @@ class Trainer:
         if isinstance(images, ImageSet):
             images = Batches(images, self.test_batch_size, seed=0, shuffle=False)
         for batch, labels in images.epoch(0):
-            count = len(batch)
             batch, labels = self.world.share(batch), self.world.share(labels)
             output = self.predict(batch)
             loss = self.task.loss(output, labels, batch)
             correct = self.task.correct(output, labels).sum()
             sums.add(loss.to(self.runtime.sum_dtype) * len(batch), correct)
-            predictions.append(self.world.reassemble(self.task.predictions(output), count))
-        predicted = torch.cat(predictions).cpu()
+            predictions.append(self.task.predictions(output))
+        # The shares of all processes, batch by batch.
+        shares = self.world.gather([share.cpu() for share in predictions])
+        predicted = torch.cat([share for batch in zip(*shares, strict=True) for share in batch])
         loss_sum, correct = self.world.sum(torch.stack([sums.loss, sums.correct])).tolist()
         return Evaluation(loss_sum / len(predicted), int(correct) / len(predicted), predicted)
 

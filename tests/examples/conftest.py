@@ -1,4 +1,4 @@
-"""The images of the small runs."""
+"""The images that the small runs use."""
 
 import pytest
 from example_runs import few_digits

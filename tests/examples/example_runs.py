@@ -1,4 +1,4 @@
-"""Small networks, a few images, and what two runs are compared by: shared by the tests of runs."""
+"""What the tests of runs share: small networks, a few images, and ways to compare two runs."""
 
 import csv
 import json
@@ -17,13 +17,13 @@ from tritoncaps.data import Dataset, load_dataset
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.models import CapsNet
 
-# Three epochs of three batches, the last of them smaller.
+# Three epochs of three batches. The last batch is smaller.
 NEW = (
     "--model=capsnet", "--device=cpu", "--precision=fp32", "--epochs=3", "--batch-size=32",
     "--test-batch-size=32", "--lr=0.003", "--warmup-steps=2", "--log-interval=1",
 )  # fmt: skip
 
-# Measured times, in which alone two equal runs differ.
+# Measured times, the only fields in which two equal runs differ.
 TIMES = ("seconds", "images_per_second")
 
 Setter = Callable[[Any, str, Any], None]
@@ -60,7 +60,7 @@ def few_digits(train: int = 90, test: int = 40) -> Dataset:
 
 
 def make_small(set_attribute: Setter, dataset: Dataset, *, draws: bool = False) -> None:
-    """Make train_mnist.py small: its networks and its data; without `draws` it draws no picture."""
+    """Shrink the networks and data of train_mnist.py. Without `draws` it draws no pictures."""
     set_attribute(baseline, "create_network", small_network)
     set_attribute(runner, "load_dataset", lambda name, data_dir, download: dataset)
     if not draws:
@@ -68,7 +68,7 @@ def make_small(set_attribute: Setter, dataset: Dataset, *, draws: bool = False) 
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Ask for a stop once so many steps are done, over all runs."""
+    """Ask for a stop after so many steps, counted over all runs."""
     inner, done = training.Trainer._step, [0]
 
     def step(self: training.Trainer, *args: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Fail when so many steps are done, over all runs."""
+    """Fail after so many steps, counted over all runs."""
     inner, done = training.Trainer._step, [0]
 
     def step(self: training.Trainer, *args: Any) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:
-    """Return every file below a directory, with its content and time."""
+    """Return every file below a directory, with its content and modification time."""
     return {
         str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in directory.rglob("*")
@@ -103,7 +103,7 @@ def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the clock says."""
+    """Leave out measured times."""
     return {key: value for key, value in record.items() if key not in TIMES}
 
 
@@ -137,9 +137,9 @@ def assert_same(a: Any, b: Any, where: str = "state") -> None:
 
 
 def assert_same_run(a: Path, b: Path, *, in_one_process: bool = True) -> None:
-    """Assert that two directories hold the same run but for its times, and flags of one start.
+    """Assert that two directories hold the same run, except for times and flags of a single start.
 
-    Python's and numpy's generators, which no run uses, begin anew in every process.
+    Python's and numpy's generators start afresh in every process. No run uses them.
     """
     states = []
     for run in (a, b):

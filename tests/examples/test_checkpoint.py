@@ -1,6 +1,6 @@
 """Checkpoints of a run: two generations that survive any kill, and states that continue exactly.
 
-What is read and refused in a single file is in tests/test_files.py.
+tests/reliability/test_files.py tests what is read and refused in a single file.
 """
 
 import errno
@@ -37,7 +37,7 @@ def weight_of(epoch):
 
 
 def save_epochs(directory, *epochs, name="last.safetensors"):
-    """Save a checkpoint for each epoch, one over the other, and return the path."""
+    """Save a checkpoint for each epoch to one path, and return the path."""
     path = directory / name
     for epoch in epochs:
         checkpoint.save(path, {"epoch": epoch, "weight": weight_of(epoch)})
@@ -191,7 +191,7 @@ class TestTwoGenerations:
 
 
 def dies_at(step, directory):
-    """An audit hook that kills its process just before the given use of the directory."""
+    """Return an audit hook that kills its process just before the given use of the directory."""
     steps = itertools.count()
 
     def hook(event, arguments):
@@ -202,7 +202,7 @@ def dies_at(step, directory):
 
 
 def exit_of_fork(work, kill_after=None):
-    """Run `work` in a fork, killed after so many seconds if given; return its exit status."""
+    """Run `work` in a fork, killed after so many seconds if given. Return its exit status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -217,7 +217,7 @@ def exit_of_fork(work, kill_after=None):
 
 
 def kill_before_every_step(directory, damage_last):
-    """Kill a save before each of its uses of the directory in turn; return how many there were."""
+    """Kill a save before each of its uses of the directory in turn. Return their number."""
     for step in itertools.count():
         run = directory / str(step)
         run.mkdir()
@@ -237,7 +237,7 @@ def kill_before_every_step(directory, damage_last):
             assert state["epoch"] == 3
             return step
         assert status == -signal.SIGKILL
-        # Whatever was left behind, the next save works and clears it away.
+        # The next save works, and clears away whatever was left behind.
         save_epochs(run, 4)
         assert checkpoint.load(path)["epoch"] == 4
         assert names_in(run) == NAMES
@@ -291,7 +291,7 @@ class TestKilledProcess:
 
 @contextmanager
 def file_size_limit(limit):
-    """Let every write beyond so many bytes of a file fail, as on a full disk."""
+    """Make every write fail beyond so many bytes of a file, as on a full disk."""
     resource = pytest.importorskip("resource", reason="a POSIX limit makes the write fail")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -333,7 +333,7 @@ class TestFailedWrite:
         assert_failure_changes_nothing(tmp_path, file_size_limit(2000), errno.EFBIG)
 
     def test_a_copy_that_stops_halfway(self, tmp_path):
-        """Where there are no hard links, the previous file is copied, which fills the disk too."""
+        """Without hard links the previous file is copied, which can fill the disk too."""
 
         @contextmanager
         def fault():
@@ -369,7 +369,7 @@ class TestFailedWrite:
 
 
 def draw_from_all():
-    """Draw from each global generator; the normal draws leave half a pair behind in its state."""
+    """Draw from each global generator. The normal draws leave half a pair in its state."""
     return [
         torch.rand(()).item(),
         torch.randn(3)[0].item(),

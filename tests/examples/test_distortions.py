@@ -19,12 +19,12 @@ class TestDistortions:
         ("change", "amount"),
         [(distortions.shifted, 0), (distortions.rotated, 0), (distortions.scaled, 1)],
     )
-    def test_nothing_leaves_images_as_they_are(self, digits, change, amount):
+    def test_an_amount_of_nothing_leaves_images_unchanged(self, digits, change, amount):
         torch.testing.assert_close(change(digits, amount), digits, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("pixels", [1, 3, 8])
     def test_shifts_by_whole_pixels_are_exact(self, digits, pixels):
-        """To the right, to the left, down and up in turn; what leaves does not come back."""
+        """They go right, left, down and up in turn. Pixels that leave do not come back."""
         moved = distortions.shifted(digits, pixels)
         n = pixels
         for index in range(8):
@@ -102,7 +102,7 @@ class TestAttack:
         assert not images.requires_grad
 
     def test_the_margin_loss_leaves_what_is_beyond_its_margins(self):
-        """The reason for the second attack: this gradient is exactly 0, the other one is not."""
+        """The reason for the second attack: this gradient is exactly 0, but the other is not."""
         labels = torch.tensor([0])
 
         def scores(images):
@@ -118,7 +118,7 @@ class TestAttack:
         )
         assert loud.flatten().tolist() == [-1, 1]
 
-    def test_the_difference_is_that_of_the_best_wrong_score(self):
+    def test_the_difference_is_to_the_best_wrong_score(self):
         scores = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.7]])
         found = distortions.score_difference(scores, torch.tensor([1, 2]))
         torch.testing.assert_close(found, torch.tensor([-0.6, 0.1]))

@@ -1,7 +1,7 @@
-"""The experiments as their users see them: what each command writes, and how it goes on.
+"""The experiments as their users see them: what each command writes, and how it continues.
 
 Every program runs in this process, with networks that are a thousand times smaller, on a few of the
-embedded digits. What holds for one training run is in test_training.py and test_train_mnist.py.
+embedded digits. test_training.py and test_train_mnist.py test single training runs.
 """
 
 import contextlib
@@ -45,14 +45,14 @@ NETWORKS = ["capsnet", "deep_capsnet", "cnn"]
 
 @pytest.fixture(autouse=True, scope="module")
 def small_and_single(one_thread: None):
-    """Small networks in one thread, for all tests of this file."""
+    """Use small networks in one thread, for all tests in this file."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(baseline, "create_network", small_network)
         yield
 
 
 def run(program, *flags):
-    """Run a program; returns its exit status and what it printed."""
+    """Run a program. Return its exit status and what it printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = program.main(list(flags))
@@ -60,7 +60,7 @@ def run(program, *flags):
 
 
 def finish(program, *flags):
-    """Run a program that must succeed; returns what it printed."""
+    """Run a program that must succeed. Return what it printed."""
     status, printed = run(program, *flags)
     assert status == 0, printed
     return printed
@@ -72,7 +72,7 @@ def table(path):
 
 
 def rows_of(directory, name):
-    """The rows of a table, after a check that both of its forms hold the same."""
+    """Return the rows of a table, after checking that both of its forms agree."""
     content = json.loads((directory / f"{name}.json").read_text())
     assert content["recipe"] == json.loads((directory / "experiment.json").read_text())["recipe"]
     rows = content["rows"]
@@ -85,7 +85,7 @@ def rows_of(directory, name):
 
 
 def untimed(rows):
-    """Rows without what the clock says."""
+    """Return rows without measured times."""
     return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
 
 
@@ -117,7 +117,7 @@ def compared(tmp_path_factory):
 
 @pytest.fixture
 def a_comparison(compared, tmp_path):
-    """A copy of it, to be changed."""
+    """A copy of the comparison, to be changed."""
     shutil.copytree(compared[0], tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -130,7 +130,7 @@ class TestCompareModels:
         assert {path.name for path in directory.iterdir()} == cells | files | {"curves.png"}
         check_picture(directory / "curves.png", (600, 960))
 
-    def test_a_row_a_run_with_what_its_own_table_says(self, compared):
+    def test_a_row_for_each_run_agrees_with_its_own_table(self, compared):
         directory, _ = compared
         rows = rows_of(directory, "runs")
         assert len(rows) == 6 and all(set(row) == RESULT for row in rows)
@@ -142,13 +142,13 @@ class TestCompareModels:
             assert row["final_test_accuracy"] == tested[-1]
             assert row["highest_test_accuracy"] == max(tested)
             assert row["seconds_per_epoch"] > 0 and row["precision"] == "fp32"
-        # The same recipe, and another start for every seed.
+        # The recipe is the same, and every seed starts differently.
         args = [json.loads((directory / row["name"] / "args.json").read_text()) for row in rows]
         assert len({json.dumps(a["args"]["lr"]) for a in args}) == 1
         losses = {(directory / row["name"] / "metrics.jsonl").read_text() for row in rows}
         assert len(losses) == 6
 
-    def test_a_row_a_network_with_mean_and_spread(self, compared):
+    def test_a_row_for_each_network_has_mean_and_spread(self, compared):
         directory, printed = compared
         runs, networks = rows_of(directory, "runs"), rows_of(directory, "networks")
         assert [row["model"] for row in networks] == NETWORKS
@@ -167,7 +167,9 @@ class TestCompareModels:
         assert printed.count("finished before") == 6
         assert (a_comparison / "runs.csv").read_bytes() == before
 
-    def test_a_stopped_one_goes_on_as_if_it_had_not_been(self, tmp_path, compared, monkeypatch):
+    def test_a_stopped_one_continues_as_if_it_had_not_been_stopped(
+        self, tmp_path, compared, monkeypatch
+    ):
         """Stopped in the middle of an epoch of the second network, and once more in the third."""
         flags = (*TINY, "--seeds=2", f"--output-dir={tmp_path / 'out'}")
         for steps in (8, 9):
@@ -181,7 +183,7 @@ class TestCompareModels:
         assert "finished before" in printed and "resuming    after " in printed
         assert untimed(rows_of(tmp_path / "out", "runs")) == untimed(rows_of(compared[0], "runs"))
 
-    def test_more_epochs_go_on_with_every_run(self, a_comparison, tmp_path):
+    def test_more_epochs_continue_every_run(self, a_comparison, tmp_path):
         longer = ("--epochs=3", "--seeds=1", "--models", "cnn", "capsnet")
         printed = finish(compare_models, *TINY, *longer, f"--output-dir={a_comparison}")
         assert printed.count("resuming    after 2 epochs and 0 batches") == 2
@@ -233,7 +235,7 @@ class TestCompareModels:
             (("--limit-test=2000",), "--limit-test 2000: scikit-learn's digits has 360"),
         ],
     )
-    def test_what_is_missing_is_a_line(self, tmp_path, flags, message):
+    def test_an_error_is_a_single_line(self, tmp_path, flags, message):
         out = tmp_path / "out"
         status, printed = run(
             compare_models, *TINY, "--data-dir=nowhere", f"--output-dir={out}", *flags
@@ -335,7 +337,7 @@ class TestOverlapping:
             assert set(row) == RESULT | {"mode", "pairs", "exact_pairs", "digits"}
             assert row["mode"] == "shifted" and row["pairs"] == 120
             assert 0 <= row["exact_pairs"] <= row["digits"] <= 1
-            # A pair that is not exact has at most one digit right.
+            # A pair that is not exact has at most one correct digit.
             assert row["digits"] <= (1 + row["exact_pairs"]) / 2 + 1e-9
         assert printed.count("exact pairs") == 2
         for name in ("curves.png", "capsnet.png", "deep_capsnet.png"):
@@ -346,7 +348,7 @@ class TestOverlapping:
         assert args["model_kwargs"]["image_size"] == (36, 36)
         assert args["mode"] == "shifted"
 
-    def test_coincident_pairs_stay_28x28_and_a_stopped_run_goes_on(self, tmp_path):
+    def test_coincident_pairs_stay_28x28_and_a_stopped_run_continues(self, tmp_path):
         flags = (*TINY, "--models=deep_capsnet")
         finish(train_overlapping, *flags, f"--output-dir={tmp_path / 'whole'}")
         kwargs = checkpoint.load(tmp_path / "whole/deep_capsnet-seed1/last.safetensors")["args"]
@@ -366,7 +368,7 @@ class TestOverlapping:
         assert status == 2 and "was made with --mode shifted, not --mode coincident" in printed
 
     def test_it_learns_to_read_pairs(self, tmp_path):
-        """Chance finds one pair in 45, and two digits in ten."""
+        """By chance it would find one pair in 45, and two digits in ten."""
         flags = (
             *MACHINE, "--precision=fp32", "--models=capsnet", "--epochs=6", "--batch-size=16",
             "--lr=0.01", "--warmup-steps=10", "--limit-train=600", "--limit-test=100",
@@ -395,7 +397,7 @@ class TestRobustness:
         for row in rows:
             neutral = 1 if row["kind"] == "scale" else 0
             if row["amount"] == neutral:
-                # What does nothing leaves the accuracy that the run reported.
+                # A condition that does nothing gives the accuracy that the run reported.
                 assert row["accuracy"] == runs[Path(row["run"]).name]["test_accuracy"]
             assert (row["no_gradient"] is None) == (not row["kind"].startswith("fgsm"))
 
@@ -420,7 +422,7 @@ class TestRobustness:
         names = {row["network"] for row in rows_of(tmp_path / "out", "robustness")}
         assert names == {"CNN (cnn-seed1)", "CNN (cnn-seed2)"}
 
-    def test_a_directory_without_a_network_is_a_line(self, compared, tmp_path):
+    def test_a_directory_without_a_network_gives_a_one_line_error(self, compared, tmp_path):
         status, printed = run(robustness, str(compared[0]), *MACHINE)
         assert status == 2 and "did you mean one of those in it: capsnet-seed1, " in printed
         status, printed = run(robustness, str(tmp_path / "no"), *MACHINE)
@@ -447,26 +449,26 @@ class TestLessData:
         assert steps == {4}  # 100 images in batches of 32
         assert "20 images" in printed
         check_picture(out / "sizes.png", (600, 900))
-        # Finished runs keep their accuracy, which no epoch of theirs records.
+        # Finished runs keep their accuracy, which none of their epochs records.
         again = finish(less_data, *TINY, *flags)
         assert again.count("finished before") == 6 and rows_of(out, "sizes") == rows
-        # Another largest size would be another number of steps.
+        # A different largest size would mean a different number of steps.
         more = ("--sizes", "20", "50", "--epochs=1", f"--output-dir={out}")
         status, printed = run(less_data, *TINY, *more)
         assert status == 2 and "was made with --epoch-size 100, not --epoch-size 50" in printed
         finish(less_data, *TINY, *more, "--epoch-size=100", "--models=cnn")
 
-    def test_the_default_sizes_are_those_that_there_are(self):
+    def test_the_default_sizes_fit_the_training_set(self):
         assert less_data.choose_sizes(None, 1437) == [100, 300, 1000, 1437]
         assert less_data.choose_sizes(None, 60_000) == less_data.SIZES
 
-    def test_a_set_is_repeated_whole(self):
+    def test_a_set_is_repeated_as_a_whole(self):
         images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1)
         repeated = less_data.repeated(ImageSet(images, torch.tensor([0, 1, 2])), 8)
         assert repeated.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
         assert repeated.images.flatten().tolist() == repeated.labels.tolist()
 
-    def test_a_size_that_there_is_not_is_a_line(self, tmp_path):
+    def test_a_size_that_is_too_large_gives_a_one_line_error(self, tmp_path):
         flags = ("--sizes", "200", f"--output-dir={tmp_path / 'out'}")
         status, printed = run(less_data, *TINY, *flags)
         assert status == 2 and "--sizes 200: there are 100 training images" in printed
@@ -502,7 +504,9 @@ class TestReconstruct:
             ("capsnet-seed1", ("--classes", "x"), "--classes x: there are 0, 1, 2"),
         ],
     )
-    def test_what_cannot_be_drawn_is_a_line(self, compared, tmp_path, cell, flags, message):
+    def test_what_cannot_be_drawn_gives_a_one_line_error(
+        self, compared, tmp_path, cell, flags, message
+    ):
         status, printed = run(
             reconstruct, str(compared[0] / cell), *MACHINE, *flags, f"--output-dir={tmp_path / 'o'}"
         )
@@ -515,7 +519,7 @@ def test_total_variation_of_a_small_image():
 
 
 def test_the_test_set_of_overlaps_does_not_leak_its_labels():
-    """What is decoded in a test depends on the image alone."""
+    """In a test, the decoded images depend only on the input image."""
     torch.manual_seed(0)
     model = small_network("capsnet", num_classes=10, in_channels=1, image_size=(28, 28))
     task = TwoClasses(model.decoder)  # type: ignore[arg-type]
@@ -582,7 +586,7 @@ class TestHelp:
         assert f"\n    python examples/{name}.py" in program.__doc__
 
 
-def test_ctrl_c_outside_of_training_is_no_traceback(tmp_path, monkeypatch):
+def test_ctrl_c_outside_training_prints_no_traceback(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 

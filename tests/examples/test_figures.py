@@ -1,4 +1,4 @@
-"""Pictures: the promised size, everything in the frame, and the data in the pixels."""
+"""Pictures have the promised size, nothing is cut off, and the pixels show the data."""
 
 import math
 import subprocess
@@ -29,7 +29,7 @@ Pixels = NDArray[np.uint8]
 
 
 def read(path):
-    """Return the picture as bytes (height, width, 3), after the checks that hold for each."""
+    """Return the picture as bytes (height, width, 3), after the checks that apply to every one."""
     assert path.stat().st_size < 300_000
     pixels: Pixels = (imread(path)[..., :3] * 255).round().astype(np.uint8)
     assert len(np.unique(pixels)) > 10
@@ -44,7 +44,7 @@ def positions(pixels, colour):
 
 
 def blobs(*shape, channels=1, size=28):
-    """Smooth float images (*shape, channels, size, size), each of them different."""
+    """Make smooth float images (*shape, channels, size, size), all different."""
     axis = torch.linspace(-2, 2, size)
     number = math.prod(shape)
     centre = torch.linspace(-1, 1, number)[:, None, None, None]
@@ -71,7 +71,7 @@ def history(train, validation, losses: list[float] | None = None):
 
 @contextmanager
 def drawn_texts():
-    """Collect the texts that are put inside axes."""
+    """Collect the texts that are drawn inside axes."""
     texts: list[Text] = []
     add_text = Axes.text
 
@@ -105,7 +105,7 @@ class TestCurves:
         pixels = read(tmp_path / "curves.png")
         assert pixels.shape == (520, 1200, 3)
         for panel in (pixels[:470, :600], pixels[:470, 600:]):
-            # Where the curves coincide, the second hides the first, but for its smoothed edges.
+            # Where the curves coincide, the second hides the first, except for smoothed edges.
             assert len(positions(panel, VALIDATION)) >= 4
         assert len(positions(pixels, TRAIN)) >= 4
 
@@ -129,12 +129,12 @@ class TestCurves:
         with pytest.raises(ValueError, match="no epoch"):
             figures.plot_curves([], tmp_path / "curves.png", "Empty")
 
-    def test_half_a_percent_near_the_top_is_seen_beside_a_poor_start(self, tmp_path):
+    def test_half_a_percent_near_the_top_shows_beside_a_poor_start(self, tmp_path):
         rows = history([0.5, 0.990], [0.5, 0.995])
         figures.plot_curves(rows, tmp_path / "curves.png", "Zoom")
         accuracy = read(tmp_path / "curves.png")[:470, :600]
         top = {colour: positions(accuracy, colour)[:, 0].min() for colour in (TRAIN, VALIDATION)}
-        # On an even axis from 50 to 100 % it would be 4 pixels.
+        # On a linear axis from 50 to 100 % it would be 4 pixels.
         assert top[TRAIN] - top[VALIDATION] > 30
 
     @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def as_bytes(images):
 
 
 class TestImages:
-    """Reconstructions and perturbations: each pixel of an image is a square of the picture."""
+    """Reconstructions and perturbations: each pixel of an image is a square in the picture."""
 
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ class TestConfusion:
         with drawn_texts() as texts:
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", DIGITS[:3])
         cells = {text.get_position(): text.get_text() for text in texts}
-        # Across is the predicted class, down the true one.
+        # Columns are the predicted class, rows the true one.
         assert cells == {(0, 0): "1135", (2, 0): "2", (0, 2): "31", (1, 2): "1", (2, 2): "12345"}
 
     def test_numbers_fit_their_cells(self, tmp_path):
@@ -303,13 +303,13 @@ class TestConfusion:
 
     def test_colours_tell_the_share_of_the_true_class(self, tmp_path):
         def darkness(*matrix):
-            """Draw a matrix, and measure its upper right cell beside the number."""
+            """Draw a matrix, and measure how dark its upper right cell is beside the number."""
             figures.plot_confusion(matrix, tmp_path / "c.png", "Test", ["3", "8"])
             return int(255 - read(tmp_path / "c.png")[100, 600, 0])
 
         assert darkness([1000, 0], [0, 1000]) == 0
         one, ten = darkness([999, 1], [0, 1000]), darkness([990, 10], [0, 1000])
-        assert one > 20, "one confusion in a thousand is not seen"
+        assert one > 20, "one confusion in a thousand is invisible"
         assert ten > one + 40
         assert darkness([99, 1], [50, 2]) == ten
 
@@ -368,7 +368,7 @@ class TestEveryPicture:
 
 
 def run_python(code):
-    """Run code in a fresh interpreter that finds the same modules, and return its output."""
+    """Run code in a fresh interpreter with the same module path, and return its output."""
     paths = f"import sys; sys.path[:] = {sys.path!r}; "
     command = [sys.executable, "-c", paths + code]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
@@ -468,7 +468,7 @@ def test_a_picture_shows_something_with_nothing_cut_off(name, tmp_path):
 
 
 def test_a_class_that_was_found_has_the_colour_of_its_original():
-    """3 and 7 are shown, 1 and 3 found: what 3 is decoded to stands in the place of the 3."""
+    """3 and 7 are shown, 1 and 3 are found. The decoded 3 appears in the place of the 3."""
     rows = figures._coloured(overlapped(2, wrong=True))
     assert [row.shape for row in rows] == [(2, 3, 28, 28)] * 7
     block = overlapped(2, wrong=True)

@@ -1,4 +1,4 @@
-"""Flags: from a field of a dataclass come the command line, its help and its errors."""
+"""Flags: the fields of a dataclass define the command line, its help and its errors."""
 
 from dataclasses import dataclass, fields
 
@@ -89,13 +89,13 @@ class TestModelKwargs:
         assert recipe.model_kwargs == {"x": "exit()", "y": "{1, 2}"}
 
     @pytest.mark.parametrize("text", ["iterations", "=2", "2=3", "a b=1"])
-    def test_what_is_no_pair_is_refused(self, capsys, text):
+    def test_a_value_that_is_no_pair_is_refused(self, capsys, text):
         with pytest.raises(SystemExit):
             parse("Train.", ["--model-kwargs", text], Recipe)
         expected = f"argument --model-kwargs: expected KEY=VALUE, got {text!r}"
         assert expected in capsys.readouterr().err
 
-    def test_an_unknown_one_is_refused_with_those_that_there_are(self):
+    def test_an_unknown_one_is_refused_with_a_list_of_the_known_ones(self):
         recipe = Recipe(model="capsnet", model_kwargs={"secondary_iterations": 2})
         message = r"--model-kwargs secondary_iterations: capsnet has no such argument, it has iter"
         with pytest.raises(ValueError, match=message):
@@ -105,7 +105,7 @@ class TestModelKwargs:
         with pytest.raises(ValueError, match="--model-kwargs image_size: the images decide it"):
             check_model_kwargs(Recipe(model_kwargs={"image_size": 32}))
 
-    def test_those_of_the_network_pass(self):
+    def test_arguments_of_the_network_pass(self):
         check_model_kwargs(Recipe(model="capsnet", model_kwargs={"iterations": 1}))
         check_model_kwargs(Recipe(model_kwargs={"secondary_iterations": 1, "hidden_capsules": 4}))
 
@@ -119,7 +119,7 @@ class TestRecipe:
     def test_more_epochs_are_no_difference(self):
         assert first_difference(Recipe(epochs=9), as_dict(Recipe())) is None
 
-    def test_a_tuple_is_the_list_that_json_makes_of_it(self):
+    def test_a_tuple_equals_the_list_that_json_makes_of_it(self):
         recipe = Recipe(model_kwargs={"channels": (8, 8)})
         assert first_difference(recipe, {"model_kwargs": {"channels": [8, 8]}}) is None
 

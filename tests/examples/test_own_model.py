@@ -1,4 +1,4 @@
-"""docs/own-model.md: the program on the page trains, and goes on where it was stopped."""
+"""The program in docs/own-model.md trains, and continues where it was stopped."""
 
 import os
 import re
@@ -46,28 +46,28 @@ def program(tmp_path):
     return run
 
 
-def test_the_program_on_the_page_learns_and_goes_on(program, tmp_path):
+def test_the_program_on_the_page_learns_and_continues(program, tmp_path):
     printed = program()
     accuracy = re.search(r"test accuracy ([\d.]+)%", printed)
     assert accuracy is not None and float(accuracy[1]) > 90, printed
     assert printed.count("epoch ") >= 4
     files = {path.name for path in (tmp_path / "runs/small-net").iterdir()}
     assert {"last.safetensors", "model_best.safetensors", "summary.csv"} <= files
-    # Nothing is left to train: the checkpoint alone gives the same accuracy.
+    # Nothing is left to train, and the checkpoint alone gives the same accuracy.
     again = program()
     assert again == f"test accuracy {accuracy[1]}%\n"
 
 
 def test_a_loss_of_ones_own(tmp_path, digits):
-    """As on the page: without the reconstruction, nothing reaches the decoder."""
+    """The task on the page has no reconstruction loss, so no gradient reaches the decoder."""
 
-    class LengthsOnly(Task):
+    class MarginOnly(Task):
         def loss(self, output, target, images):
             return ops.margin_loss(output.activations, target)
 
     model = small_model()
     before = {name: value.clone() for name, value in model.decoder.state_dict().items()}
-    trainer = Trainer(model, tmp_path, task=LengthsOnly())
+    trainer = Trainer(model, tmp_path, task=MarginOnly())
     assert trainer.fit(Batches(digits.subset(range(64)), 32, seed=1), epochs=1)
     assert_same(before, {name: value.cpu() for name, value in model.decoder.state_dict().items()})
     assert not torch.equal(model.routing.weight, small_model().routing.weight)

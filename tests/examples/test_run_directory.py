@@ -1,4 +1,4 @@
-"""Run directories: nothing is overwritten, the right run is found, and logs survive a crash."""
+"""Run directories: nothing is overwritten, the right run is found, and logs survive crashes."""
 
 import csv
 import errno
@@ -24,7 +24,7 @@ def in_an_empty_directory(tmp_path, monkeypatch):
 
 
 def make_run(path, age=0, name="last.safetensors"):
-    """Make a directory with a file in the place of a checkpoint, written `age` seconds ago."""
+    """Make a directory with a file in place of a checkpoint, written `age` seconds ago."""
     run = Path(path)
     run.mkdir(parents=True, exist_ok=True)
     (run / name).write_bytes(b"checkpoint")
@@ -44,10 +44,10 @@ class TestLocked:
             second = locked(Path("run"))
             with pytest.raises(RunDirectoryError, match="run is in use: another process"):
                 second.__enter__()
-        with locked(Path("run")):  # let go of
+        with locked(Path("run")):  # the lock was released
             pass
 
-    def test_a_file_system_without_locks_is_said_to_be_one(self, monkeypatch, capsys):
+    def test_a_file_system_without_locks_is_reported(self, monkeypatch, capsys):
         Path("run").mkdir()
         refused = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
         monkeypatch.setattr(filelock.FileLock, "acquire", refused)
@@ -80,7 +80,7 @@ class TestNewDirectory:
         Path("empty").mkdir()
         assert new_directory("empty", "capsnet", "digits") == Path("empty")
 
-    def test_one_with_a_run_is_refused_and_the_way_to_continue_named(self):
+    def test_one_with_a_run_is_refused_with_the_way_to_continue(self):
         run = make_run("run")
         before = contents(run)
         with pytest.raises(RunDirectoryError, match=r"run is not empty.*--resume run, or choose"):
@@ -96,7 +96,7 @@ class TestNewDirectory:
         assert "--resume" not in str(caught.value)
         assert contents(Path("mine")) == {f"mine/{name}": b"mine"}
 
-    def test_a_run_cut_off_before_its_first_checkpoint_is_begun_again(self):
+    def test_a_run_cut_off_before_its_first_checkpoint_starts_again(self):
         Path("run").mkdir()
         for name in ("args.json", "metrics.jsonl", ".lock", ".last.safetensors.0123abcd.tmp"):
             Path("run", name).write_text("begun")
@@ -128,7 +128,7 @@ class TestNewDirectory:
         names = [path.name for path in paths]
         first = "capsnet-digits-20240506-070809"
         assert names == [first, f"{first}-2", f"{first}-3"]
-        # And --resume auto finds each of them.
+        # --resume auto finds each of them.
         for age, path in enumerate(reversed(paths)):
             make_run(path, age=10 - age)
             assert find_run("auto", None, "capsnet") == path
@@ -156,22 +156,22 @@ class TestFindRun:
         make_run("runs/capsnet-digits-20250101-000000", age=10)
         assert find_run("auto", None, "capsnet") == newest
 
-    def test_auto_takes_no_run_of_another_model(self):
+    def test_auto_ignores_runs_of_another_model(self):
         plain = make_run("runs/capsnet-digits-20240101-000000", age=20)
         deep = make_run("runs/deep_capsnet-digits-20240101-000000")
         assert find_run("auto", None, "capsnet") == plain
         assert find_run("auto", None, "deep_capsnet") == deep
 
-    def test_auto_passes_over_runs_without_a_checkpoint(self):
+    def test_auto_ignores_runs_without_a_checkpoint(self):
         older = make_run("runs/capsnet-digits-20240101-000000")
         make_run("runs/capsnet-digits-20240102-000000", name="args.json")
         assert find_run("auto", None, "capsnet") == older
 
-    def test_auto_finds_a_run_that_has_its_previous_checkpoint_alone(self):
+    def test_auto_finds_a_run_with_only_its_previous_checkpoint(self):
         run = make_run("runs/capsnet-digits-20240101-000000", name="last.previous.safetensors")
         assert find_run("auto", None, "capsnet") == run
 
-    def test_auto_looks_in_the_output_directory_alone_if_one_is_given(self):
+    def test_auto_looks_only_in_the_output_directory_if_one_is_given(self):
         make_run("runs/capsnet-digits-20240101-000000")
         assert find_run("auto", "mine", "capsnet") is None
         mine = make_run("mine", age=1000)
@@ -204,7 +204,7 @@ class TestTables:
         assert Path("summary.csv").read_text().startswith("epoch,train_loss,seconds\n1,")
 
     @pytest.mark.parametrize("name", ["summary.csv", "config.json"])
-    def test_a_failed_write_leaves_what_stood_there(self, name):
+    def test_a_failed_write_leaves_the_old_file(self, name):
         Path(name).write_text("the old one")
         with (
             mock.patch("os.replace", side_effect=OSError("disk failed")),
@@ -232,7 +232,7 @@ class TestMetricsLog:
     def test_a_record_is_in_the_file_as_soon_as_it_is_written(self):
         log = MetricsLog(self.PATH, 0)
         log.write({"step": 0, "loss": 0.5})
-        # A process that is killed here has not closed the file.
+        # A process that is killed here would not have closed the file.
         assert self.records() == [{"step": 0, "loss": 0.5}]
         log.close()
 
@@ -248,7 +248,7 @@ class TestMetricsLog:
     def test_after_a_crash_it_holds_the_whole_records_before_the_step(
         self, steps, before_step, cut
     ):
-        """The crash cuts off the end of the file, anywhere, in the middle of a record too."""
+        """The crash cuts off the end of the file anywhere, even in the middle of a record."""
         self.PATH.unlink(missing_ok=True)
         log = MetricsLog(self.PATH, 0)
         for step in steps:
@@ -257,7 +257,7 @@ class TestMetricsLog:
         content = self.PATH.read_bytes()
         kept = content[: max(0, len(content) - cut)]
         self.PATH.write_bytes(kept)
-        # A record is whole if only the end of its line is missing.
+        # A record is whole even if the end of its line is missing.
         whole = [record for record in steps if f'"loss": {record / 3}}}'.encode() in kept]
 
         log = MetricsLog(self.PATH, before_step)

@@ -1,4 +1,4 @@
-"""The parts of the runner and the tables that no command shows whole."""
+"""Parts of the runner and the tables that the tests of the commands do not cover."""
 
 import json
 import math
@@ -82,8 +82,14 @@ class TestTables:
             {"epoch": n, "test_accuracy": share, "train_accuracy": 1.0, "seconds": n}
             for n, share in ((1, 0.7), (2, 0.9), (3, 0.8))
         ]
-        chosen = accuracies(rows, best_epoch=1)
+        quality = {1: 0.9, 2: 0.8, 3: 0.7}
+        validated = [
+            {**row, "validation_accuracy": quality[row["epoch"]], "validation_loss": 0.1}
+            for row in rows
+        ]
+        chosen = accuracies(validated)
         assert (chosen["test_accuracy"], chosen["chosen_epoch"]) == (0.7, 1)
         assert (chosen["final_test_accuracy"], chosen["highest_test_accuracy"]) == (0.8, 0.9)
         assert (chosen["highest_epoch"], chosen["seconds_per_epoch"]) == (2, 2)
-        assert accuracies(rows, best_epoch=0)["test_accuracy"] == 0.8
+        last = accuracies(rows)
+        assert (last["test_accuracy"], last["chosen_epoch"]) == (0.8, 3)

@@ -1,4 +1,4 @@
-"""What the machine offers and what a run takes of it: device, precision, versions."""
+"""What the machine offers and what a run uses: device, precision, versions."""
 
 import json
 import os
@@ -37,11 +37,11 @@ class TestRuntime:
     def test_a_cpu_computes_in_bf16_where_it_can(self, monkeypatch, capabilities, expected):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
         assert choose_runtime("cpu").precision == expected
-        # What the user says counts.
+        # The user's choice wins.
         assert choose_runtime("cpu", "fp32").precision == "fp32"
         assert choose_runtime("cpu", "bf16").precision == "bf16"
 
-    def test_a_torch_that_does_not_tell_means_fp32(self, monkeypatch):
+    def test_a_torch_that_does_not_know_means_fp32(self, monkeypatch):
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
         assert choose_runtime("cpu").precision == "fp32"
 
@@ -49,7 +49,7 @@ class TestRuntime:
     def test_a_gpu_computes_in_bf16_where_it_does_not_emulate_it(
         self, monkeypatch, supported, expected
     ):
-        """A GPU that only emulates it says so, and is slower in it than in fp32."""
+        """A GPU that only emulates bf16 says so. There, bf16 is slower than fp32."""
         monkeypatch.setattr(
             torch.cuda,
             "is_bf16_supported",
@@ -71,7 +71,7 @@ class TestRuntime:
         assert chosen.sum_dtype is torch.float32
 
     def test_float64_appears_nowhere_but_in_the_sums(self, tmp_path, digits, monkeypatch):
-        """With the sums in float32, as for MPS, an epoch makes no float64 tensor at all."""
+        """With float32 sums, as for MPS, an epoch makes no float64 tensor at all."""
 
         class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -129,13 +129,13 @@ class TestRuntime:
         weight = model.primary.conv.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
-        # Four axes alone do not make a kernel of a convolution.
+        # A tensor with four axes need not be a convolution kernel.
         assert model.routing.weight.ndim == 4 and model.routing.weight.is_contiguous()
 
     def test_deterministic_is_what_torch_says_it_is(self, monkeypatch):
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-        # Set, so that monkeypatch removes it again.
+        # Set it, so that monkeypatch removes it again.
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         try:
             make_deterministic()
@@ -164,7 +164,7 @@ class TestEnvironment:
 
     @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
     def test_the_commit_is_that_of_the_checkout(self, tmp_path, monkeypatch):
-        # No user's or machine's configuration has a part in it, nor a repository above.
+        # Keep out configurations of the user and the machine, and a repository above.
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
         monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
         monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -190,9 +190,9 @@ class TestEnvironment:
         git("init", "-q")
         git("add", ".")
         git("commit", "-q", "-m", "one")
-        # A tag does not take its place.
+        # A tag does not replace it.
         git("tag", "-a", "v1", "-m", "one")
-        (results / "ops.json").write_text("two")  # nor do results
+        (results / "ops.json").write_text("two")  # results do not count
         for folder in (tmp_path, results.parent):
             assert commit_of(folder) == git("rev-parse", "HEAD")[:12]
         source.write_text("two")

@@ -1,4 +1,4 @@
-"""What a network is asked, how it is scored, and the CNN that stands beside the capsules."""
+"""Tasks: losses, predictions and scores. And the CNN that the capsules are compared with."""
 
 import math
 
@@ -17,7 +17,7 @@ from tritoncaps.ops import margin_loss
 
 
 def answer(activations):
-    """Make the output of a model that is sure of so much."""
+    """Make the output of a model with these activations."""
     return CapsuleOutput(torch.tensor(activations), torch.empty(0))
 
 
@@ -36,7 +36,7 @@ class TestTasks:
         assert torch.equal(Task(weight).loss(output, target, images), expected)
 
     @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
-    def test_a_weight_that_is_none_is_refused(self, weight):
+    def test_an_impossible_weight_is_refused(self, weight):
         message = f"Task: reconstruction_weight must be >= 0 and finite, got {weight}"
         with pytest.raises(ValueError, match=message):
             Task(weight)
@@ -51,7 +51,7 @@ class TestTasks:
         assert per_class_rate(task.predictions(output), labels) == pytest.approx(5 / 6)
 
     def test_each_class_is_decoded_on_its_own(self):
-        """In training that of the label, whatever the network thinks."""
+        """In training, the label's class is decoded, whatever the network predicts."""
         torch.manual_seed(0)
         model = CapsNet(channels=4, capsule_types=1)
         images, labels = torch.rand(3, 1, 28, 28), torch.tensor([[0, 1], [4, 9], [2, 7]])
@@ -64,7 +64,7 @@ class TestTasks:
             alone = model(images, labels[:, place]).reconstruction
             torch.testing.assert_close(output.reconstruction[:, place], alone)
 
-    def test_the_loss_is_that_of_both(self):
+    def test_the_loss_covers_both(self):
         torch.manual_seed(0)
         activations, labels = torch.rand(4, 10), torch.tensor([[0, 1], [2, 5], [3, 9], [4, 7]])
         originals, decoded = torch.rand(4, 2, 1, 3, 3), torch.rand(4, 2, 1, 3, 3)

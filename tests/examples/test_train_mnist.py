@@ -1,7 +1,7 @@
 """The MNIST example as its users see it: flags, files, messages and exit codes.
 
-The program runs in this process, with small networks on a few of the embedded digits; in a process
-of its own where signals are tested. What holds for the loop alone is in test_training.py.
+The program runs in this process, with small networks on a few of the embedded digits. Where signals
+are tested, it runs in its own process. test_training.py tests the loop alone.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from tritoncaps.layers import ReconstructionDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# How many batches an epoch of `NEW` has.
+# The number of batches in an epoch of `NEW`.
 BATCHES = 3
 PICTURES = {"curves.png", "reconstructions.png", "perturbations.png", "confusion.png"}
 FILES = {
@@ -59,14 +59,14 @@ def run(*flags):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch, dataset):
-    """Make the program small, in an empty directory; it draws no pictures."""
+    """Make the program small, in an empty directory and without pictures."""
     monkeypatch.chdir(tmp_path)
     make_small(monkeypatch.setattr, dataset)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, dataset):
-    """A run from beginning to end, with pictures: its directory, and what it printed."""
+    """A complete run with pictures: its directory, and what it printed."""
     directory = tmp_path_factory.mktemp("finished") / "run"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
@@ -93,7 +93,7 @@ class TestRun:
     def test_it_writes_every_file_and_nothing_else(self, finished):
         assert {path.name for path in finished[0].iterdir()} == FILES | PICTURES
 
-    def test_it_says_first_what_it_will_do(self, finished):
+    def test_it_starts_by_saying_what_it_will_do(self, finished):
         directory, printed = finished
         parameters = sum(p.numel() for p in small_network("capsnet").parameters())
         threads = torch.get_num_threads()
@@ -127,13 +127,13 @@ class TestRun:
         content = json.loads((finished[0] / "args.json").read_text())
         args, environment = content["args"], content["environment"]
         assert args["model"] == "capsnet" and args["lr"] == 0.003 and args["seed"] == 1
-        # What was chosen, not what was asked for.
+        # They record what was chosen, not what was requested.
         assert args["dataset"] == "digits" and args["epochs"] == 3
         assert environment["torch_build"] == torch.__version__
         assert environment["python"] == sys.version.split()[0]
         assert (environment["device"], environment["precision"]) == ("cpu", "fp32")
         assert {"tritoncaps", "processor", "gpu", "threads", "commit"} <= environment.keys()
-        # The flags are all there, and make the same run again.
+        # All flags are there, and reproduce the run.
         groups = (train_mnist.Run, Recipe, Machine, Output)
         assert args.keys() == {entry.name for group in groups for entry in fields(group)}
 
@@ -164,7 +164,7 @@ class TestRun:
         ],
     )
     def test_what_is_shared_rebuilds_the_model(self, small, tmp_path, monkeypatch, model, kwargs):
-        """load_model gives the lengths of the last epoch's model; here the networks are real."""
+        """load_model gives the activations of the last epoch's model. These networks are real."""
         tiny = few_digits(train=12, test=4)
         monkeypatch.setattr(baseline, "create_network", models.create_model)
         monkeypatch.setattr(runner, "load_dataset", lambda *args, **options: tiny)
@@ -188,7 +188,7 @@ class TestRun:
             assert rebuilt.primary_routing.out_capsules == 4
 
     def test_deterministic_is_repeated_bit_for_bit(self, small, tmp_path, device, capsys):
-        """On a GPU where there is one, in the precision of long runs, by both networks."""
+        """On a GPU if there is one, in the precision of long runs, for both networks."""
         try:
             for model in models.list_models():
                 for name in ("first", "second"):
@@ -238,7 +238,7 @@ class TestRun:
         assert metrics(tmp_path / "other")[0]["loss"] != metrics(finished[0])[0]["loss"]
 
     def test_a_small_network_learns_the_digits(self, tmp_path, monkeypatch, capsys):
-        """Guessing gives 10 %. 98 % were seen with each of the seeds 1 to 5, where 95 % will do."""
+        """Guessing gives 10 %. Each of the seeds 1 to 5 reached 98 %. The test requires 95 %."""
 
         def create(name, **kwargs):
             model = models.CapsNet(channels=16, capsule_types=4, **kwargs)
@@ -273,7 +273,7 @@ class TestPictures:
         assert {path.name for path in Path("run").glob("*.png")} == PICTURES
 
     def test_what_moves_a_perturbed_capsule(self):
-        """Each dimension of the one capsule is moved by each offset, and nothing else."""
+        """Each dimension of one capsule is moved by each offset, and nothing else is."""
         model = small_network("capsnet")
         poses = torch.randn(1, 10, 16) * 0.2
         images = pictures.perturbed(model, Runtime(torch.device("cpu"), "fp32"), poses, label=3)
@@ -287,12 +287,12 @@ class TestPictures:
             with torch.no_grad():
                 expected = model.decoder(moved, torch.tensor([3]))
             torch.testing.assert_close(images[dimension, step], expected[0])
-        # The middle column is the reconstruction itself, sixteen times.
+        # The middle column repeats the reconstruction itself, sixteen times.
         for dimension in range(1, 16):
             torch.testing.assert_close(images[dimension, 5], images[0, 5])
 
 
-# Another value for every field that a resumed run has to keep.
+# A different value for every field that a resumed run has to keep.
 CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
@@ -302,21 +302,21 @@ CHANGES = {
 
 @pytest.mark.usefixtures("small")
 class TestResume:
-    def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(
         self, tmp_path, monkeypatch, capsys, finished
     ):
         with monkeypatch.context() as patch:
             stop_after(patch, 5)
             assert run(*NEW, "--output-dir=my run") == 130
-        # The directory is quoted as a shell wants it.
+        # The directory is quoted for a shell.
         command = "python examples/train_mnist.py --resume 'my run'"
         assert f"stopped and saved; go on with: {command}\n" in capsys.readouterr().out
-        # No flag but this one is needed.
+        # No other flag is needed.
         assert run("--resume", "my run") == 0
         assert "resuming    after 1 epoch and 2 batches\n" in capsys.readouterr().out
         assert_same_run(tmp_path / "my run", finished[0])
 
-    def test_with_more_epochs_a_finished_run_goes_on(self, tmp_path, finished):
+    def test_a_finished_run_continues_with_more_epochs(self, tmp_path, finished):
         assert run(*NEW, "--epochs=2", "--output-dir=run") == 0
         assert run("--resume=run", "--epochs=3") == 0
         assert_same_run(tmp_path / "run", finished[0])
@@ -336,7 +336,7 @@ class TestResume:
         assert "results     runs/capsnet-digits-20230101-000000\n" in out
         assert "resuming    after 3 epochs and 0 batches\n" in out
 
-    def test_auto_begins_a_run_where_there_is_none(self, tmp_path, capsys):
+    def test_auto_starts_a_run_if_there_is_none(self, tmp_path, capsys):
         assert run(*NEW, "--resume=auto", "--epochs=1") == 0
         assert "resuming    nothing to resume, this is a new run\n" in capsys.readouterr().out
         assert len(list(tmp_path.glob("runs/capsnet-digits-*/last.safetensors"))) == 1
@@ -344,7 +344,7 @@ class TestResume:
     def test_the_same_command_again_and_again_reaches_the_end(
         self, tmp_path, monkeypatch, finished
     ):
-        """As a scheduler does that kills a job without warning and starts it again."""
+        """Like a scheduler that kills a job without warning and starts it again."""
         command = (*NEW, "--dataset=auto", "--output-dir=run", "--resume=auto")
         for steps in (0, 2, 5, 4):
             with monkeypatch.context() as patch:
@@ -365,7 +365,7 @@ class TestResume:
         assert error.startswith(start) and error.count("\n") == 1
         assert snapshot(a_run) == before
 
-    def test_every_flag_that_may_not_change_was_tried(self):
+    def test_every_flag_that_must_not_change_was_tried(self):
         fixed = {entry.name for entry in fields(Recipe) if entry.metadata["fixed"]}
         assert CHANGES.keys() == fixed - {"limit_train", "limit_test"}
 
@@ -383,9 +383,7 @@ class TestResume:
         assert args["model_kwargs"]["iterations"] == 2
 
     @pytest.mark.parametrize("flags", [(), ("--data-dir=elsewhere",)])
-    def test_a_data_directory_named_by_the_checkpoint_is_read_alone(
-        self, a_run, monkeypatch, flags
-    ):
+    def test_only_the_data_directory_in_the_checkpoint_is_read(self, a_run, monkeypatch, flags):
         change_state(a_run, lambda state: state["args"].update(data_dir="of the checkpoint"))
         asked = []
 
@@ -422,7 +420,7 @@ class TestResume:
         assert f"error: {a_run} is in use: another process" in capsys.readouterr().err
         assert snapshot(a_run) == before
 
-    def test_processes_with_different_data_refuse_to_go_on(self, monkeypatch, capsys):
+    def test_processes_with_different_data_refuse_to_continue(self, monkeypatch, capsys):
         class Other(World):
             def gather(self, value):
                 return [value, "mnist"]
@@ -461,8 +459,8 @@ class TestResume:
         assert error.count("\n") == 1
         assert snapshot(a_run) == before
 
-    def test_a_best_model_that_is_gone_is_missed_at_once(self, a_run, capsys):
-        """And not at the end, after a night of training."""
+    def test_a_missing_best_model_is_reported_at_once(self, a_run, capsys):
+        """It would be a waste to report it only at the end, after a night of training."""
         alone = a_run.parent / "alone"
         alone.mkdir()
         shutil.copy(a_run / "last.safetensors", alone)
@@ -470,8 +468,8 @@ class TestResume:
         assert "model_best.safetensors does not exist" in capsys.readouterr().err
         assert {path.name for path in alone.iterdir()} == {"last.safetensors", ".lock"}
 
-    def test_a_damaged_best_model_is_reported_by_the_epoch_it_is_of(self, a_run, capsys):
-        """The one before it is not the final model either, and is tested itself."""
+    def test_a_damaged_best_model_is_replaced_by_the_previous_one(self, a_run, capsys):
+        """The previous file is not the final model either, so it is tested itself."""
         _, header = checkpoint.load_weights(a_run / "model_best.previous.safetensors")
         rows = summary(a_run)
         epoch = header["epoch"]
@@ -514,7 +512,7 @@ class TestNothingIsLost:
         assert re.fullmatch(
             r"train_mnist\.py: error: the loss of batch 2 of 3 is nan, in epoch 1 .*\n", error
         )
-        # What was saved before the first step is as good as new.
+        # The checkpoint from before the first step is as good as new.
         state = checkpoint.load(tmp_path / "run/last.safetensors")
         assert state["progress"]["step"] == 0
         assert all(tensor.isfinite().all() for tensor in state["model"].values())
@@ -534,7 +532,7 @@ class TestNothingIsLost:
         assert (a_run / "last.safetensors").read_bytes() == before
         assert run(f"--resume={a_run}", "--epochs=4") == 0
 
-    def test_ctrl_c_while_the_data_load_is_no_traceback(self, monkeypatch, capsys):
+    def test_ctrl_c_while_the_data_load_prints_no_traceback(self, monkeypatch, capsys):
         interrupt = mock.Mock(side_effect=KeyboardInterrupt)
         monkeypatch.setattr(runner, "load_dataset", interrupt)
         assert run(*NEW) == 130
@@ -546,7 +544,7 @@ class TestNothingIsLost:
 @pytest.mark.usefixtures("small")
 class TestEvalOnly:
     @pytest.mark.parametrize("name", ["", "model_best.safetensors"])
-    def test_a_run_is_tested_by_its_best_model_and_left_as_it_is(
+    def test_a_run_is_tested_with_its_best_model_and_left_unchanged(
         self, a_run, tmp_path, capsys, finished, name
     ):
         (line,) = (line for line in finished[1].splitlines() if line.startswith("best model"))
@@ -558,7 +556,7 @@ class TestEvalOnly:
         assert snapshot(tmp_path) == before
 
     @pytest.mark.parametrize("name", ["last", "last.previous", "model_best"])
-    def test_a_file_is_tested_by_itself(self, a_run, tmp_path, capsys, name):
+    def test_a_file_is_tested_itself(self, a_run, tmp_path, capsys, name):
         path = a_run / f"{name}.safetensors"
         shutil.copy(path, tmp_path / "copied.safetensors")
         before = snapshot(tmp_path)
@@ -603,10 +601,10 @@ class TestEvalOnly:
         assert "there is no run to test" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    def test_the_labels_of_the_test_set_have_no_part_in_predictions(
+    def test_the_labels_of_the_test_set_do_not_influence_predictions(
         self, a_run, dataset, monkeypatch
     ):
-        """In the pictures too: with other labels, the same lengths and reconstructions."""
+        """With other labels, activations and reconstructions stay the same, in the pictures too."""
         drawn = []
         inner = training.Trainer.predict
 
@@ -645,7 +643,7 @@ class TestDryRun:
         flags = ("--batch-size=8", "--epochs=100", "--output-dir=kept", "--dry-run")
         assert run(*NEW, *flags) == 0
         out = capsys.readouterr().out
-        # Two batches of each set, one to validate.
+        # There are two batches of each set, and one to validate.
         assert "16 to train, 8 to validate, 16 to test" in out and "1 epoch of 2 batches" in out
         assert out.endswith("dry run: everything works; nothing was kept\n")
         assert drawn >= PICTURES | {"last.safetensors", "model_best.safetensors"}
@@ -709,7 +707,7 @@ class TestWrongFlags:
             ("--model-kwargs=depth=3", "--model-kwargs depth: capsnet has no such argument, it"),
         ],
     )
-    def test_what_is_found_later_is_a_line_and_leaves_no_directory(
+    def test_what_is_found_later_gives_a_one_line_error_and_leaves_no_directory(
         self, tmp_path, capsys, flag, message
     ):
         assert run(*NEW, flag) == 2
@@ -717,14 +715,14 @@ class TestWrongFlags:
         assert re.fullmatch(r"train_mnist\.py: error: .*\n", error) and message in error
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_missing_package_is_said_before_anything_is_done(self, tmp_path, capsys):
+    def test_a_missing_package_is_reported_before_anything_is_done(self, tmp_path, capsys):
         with mock.patch("importlib.util.find_spec", return_value=None):
             assert run(*NEW, "--output-dir=run") == 2
         assert "matplotlib is not installed" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
 
 
-def test_data_that_are_missing_are_a_line(tmp_path, monkeypatch, capsys):
+def test_missing_data_give_a_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("--device=cpu", "--dataset=mnist", "--no-download") == 2
     error = capsys.readouterr().err
@@ -759,7 +757,7 @@ sys.exit(train_mnist.main(sys.argv[1:]))
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals between processes")
 class TestSignals:
-    """A process of its own waits in the second batch of the second epoch for a signal."""
+    """A separate process waits in the second batch of the second epoch for a signal."""
 
     @pytest.fixture
     def process(self, small, tmp_path, dataset):
@@ -823,7 +821,7 @@ def wait_for(stream, expected):
 @pytest.mark.usefixtures("small")
 class TestOptions:
     def test_tensorboard_draws_each_point_once(self, tmp_path, monkeypatch):
-        """Also those that a crash cost, which the resumed run draws again."""
+        """This includes points that a crash lost, which the resumed run draws again."""
         pytest.importorskip("tensorboard", reason="tensorboard is optional")
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -846,10 +844,10 @@ class TestOptions:
         not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
         reason="torch.compile needs a C++ compiler on a CPU",
     )
-    # torch 2.13 compiles with a module of its own that it has deprecated.
+    # torch 2.13 compiles with a deprecated module of its own.
     @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
     def test_torchcompile_trains_alike(self, tmp_path):
-        """Some 15 s, most in the compiler, though the sizes of the batches are all the same."""
+        """It takes about 15 s, mostly in the compiler, although all batches have the same size."""
         flags = ("--epochs=1", "--batch-size=27", "--model-kwargs", "iterations=1")
         assert run(*NEW, *flags, "--output-dir=eager") == 0
         assert run(*NEW, *flags, "--torchcompile", "--output-dir=run") == 0

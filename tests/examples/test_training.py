@@ -1,6 +1,6 @@
-"""The training loop: resumed equals uninterrupted, an honest choice of the best, clean stops.
+"""The training loop: resuming changes nothing, the best model is chosen honestly, stops are clean.
 
-The models are small, and so are the data. Bits are compared on the CPU, in one thread.
+Models and data are small. Bits are compared on the CPU, in one thread.
 """
 
 import io
@@ -24,6 +24,7 @@ from example_runs import (
 
 from engine import checkpoint, training
 from engine.runtime import Runtime
+from engine.tables import best_epoch
 from engine.tasks import Task
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
 from tritoncaps.data import Batches, ImageSet
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 SCHEDULE = Schedule(0.003, 0.8, 4)
-# The batches of an epoch below; the last one is not full.
+# The number of batches in an epoch. The last one is not full.
 BATCHES = 6
 
 
@@ -67,7 +68,7 @@ def new_trainer(directory, *, kind=Trainer, schedule=SCHEDULE, runtime=CPU, **op
 
 def resumed_trainer(directory, **options):
     trainer = new_trainer(directory, **options)
-    # A new process starts from any random state.
+    # A new process starts with an arbitrary random state.
     torch.manual_seed(999)
     assert trainer.resume()
     return trainer
@@ -78,7 +79,7 @@ def progress_of(directory):
 
 
 def before_step(trainer, action):
-    """Do something before each step, given its number from 0."""
+    """Do something before each step, given the number of the step, from 0."""
     inner = trainer._step
 
     def step(*args):
@@ -109,25 +110,25 @@ class TestRun:
         # Every fourth step, and the last one of each epoch.
         records = metrics(tmp_path)
         assert [record["step"] for record in records] == [3, 5, 7, 11]
-        # How often it is written changes nothing that is written.
+        # How often it is written does not change what is written.
         dense = metrics(uninterrupted)
         assert records == [dense[record["step"]] for record in records]
 
-    def test_the_summary_has_a_row_an_epoch(self, uninterrupted):
+    def test_the_summary_has_a_row_for_each_epoch(self, uninterrupted):
         rows = summary(uninterrupted)
         assert list(rows[0]) == [
             "epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy",
             "test_loss", "test_accuracy", "learning_rate", "seconds",
         ]  # fmt: skip
         assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
-        # The last record of an epoch is over the whole epoch, as the row is.
+        # The last record of an epoch covers the whole epoch, like the row.
         last = metrics(uninterrupted)[BATCHES - 1 :: BATCHES]
         assert [float(row["train_loss"]) for row in rows] == [record["loss"] for record in last]
         assert [float(row["train_accuracy"]) for row in rows] == [r["accuracy"] for r in last]
         assert all(float(row["seconds"]) > 0 for row in rows)
 
     def test_the_mean_of_an_epoch_counts_every_image_once(self, tmp_path, train, validation):
-        """Also those of the last batch, which is smaller."""
+        """This includes the last batch, which is smaller."""
         trainer = new_trainer(tmp_path)
         steps = []
         inner = trainer._step
@@ -149,7 +150,7 @@ class TestRun:
         assert "test" not in (tmp_path / "summary.csv").read_text()
         assert "test" not in capsys.readouterr().out
 
-    def test_it_learns_by_what_the_schedule_says(self, tmp_path, train, validation):
+    def test_it_learns_at_the_rate_of_the_schedule(self, tmp_path, train, validation):
         trainer = new_trainer(tmp_path, schedule=Schedule(0.004, 0.5, 0))
         rates = []
         before_step(trainer, lambda step: None)
@@ -170,12 +171,12 @@ class TestRun:
         epoch = {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy"}
         assert seen == [(3, record), (6, record), (6, epoch | {"seconds"})]
 
-    def test_what_is_called_may_be_a_compiled_model(self, tmp_path, train, validation):
-        """It serves the steps alone: an evaluation is not worth another compilation."""
+    def test_a_compiled_model_may_be_called(self, tmp_path, train, validation):
+        """It is used only for steps, because an evaluation is not worth another compilation."""
         modes = []
 
         class Compiled:
-            """Without a length, like what torch.compile returns: `compiled or model` fails."""
+            """Has no length, like the result of torch.compile, so `compiled or model` fails."""
 
             def __init__(self, model):
                 self.model = model
@@ -199,11 +200,11 @@ class TestRun:
 
 
 class TestResume:
-    """A run that was interrupted anywhere is, once resumed, the run that was not."""
+    """A run that was interrupted anywhere and resumed equals one that was not interrupted."""
 
     @pytest.mark.parametrize("step", [1, 3, 6, 12, 17])
     def test_after_a_stop(self, tmp_path, monkeypatch, sets, uninterrupted, step):
-        """A stop is asked for in the given step; epochs end with steps 6, 12 and 18."""
+        """A stop is requested in the given step. Epochs end with steps 6, 12 and 18."""
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             assert not new_trainer(tmp_path).fit(*sets, epochs=3)
@@ -213,9 +214,9 @@ class TestResume:
         assert_same_run(tmp_path, uninterrupted)
 
     def test_after_a_stop_between_any_two_lines(self, tmp_path, train, validation):
-        """The signal comes just before the flag is read for the n-th time, whichever line that is.
+        """The signal comes just before the flag is read for the n-th time, on whatever line.
 
-        The log is written but at the end of an epoch, so that no sum is up to date by chance.
+        The log is written only at the end of an epoch, so no sum is up to date by chance.
         """
         reference = tmp_path / "reference"
         assert new_trainer(reference, log_interval=100).fit(train, validation, epochs=2)
@@ -241,7 +242,7 @@ class TestResume:
             if number % 3 == 0:
                 assert resumed_trainer(run, log_interval=100).fit(train, validation, epochs=2)
                 assert_same_run(run, reference)
-        # It is read once an epoch and once a batch, but for the last: there is nothing to stop.
+        # It is read once per epoch and once per batch, except the last, where nothing is to stop.
         assert number == 2 * BATCHES + 1
 
     def test_after_many_stops(self, tmp_path, sets, uninterrupted):
@@ -259,7 +260,7 @@ class TestResume:
     @pytest.mark.parametrize("interval", [None, 4], ids=["by-epoch", "every-4-steps"])
     @pytest.mark.parametrize("steps", [1, 5, 11])
     def test_after_a_crash(self, tmp_path, monkeypatch, sets, uninterrupted, steps, interval):
-        """In the first epoch too, before any epoch was saved."""
+        """This includes the first epoch, before any epoch was saved."""
         with monkeypatch.context() as patch:
             crash_after(patch, steps)
             with pytest.raises(MemoryError):
@@ -278,7 +279,7 @@ class TestResume:
     def test_after_a_crash_at_the_end_of_an_epoch(
         self, tmp_path, monkeypatch, sets, uninterrupted, place, epoch, when
     ):
-        """Whatever of the epoch's files was written, the resumed run leaves them all right."""
+        """The resumed run repairs the epoch's files, whichever of them were written."""
         trainer = new_trainer(tmp_path)
         assert trainer.fit(*sets, epochs=epoch - 1)
 
@@ -296,25 +297,25 @@ class TestResume:
         assert resumed_trainer(tmp_path).fit(*sets, epochs=3)
         assert_same_run(tmp_path, uninterrupted)
 
-    def test_with_more_epochs_it_goes_on(self, tmp_path, sets, uninterrupted):
+    def test_with_more_epochs_it_continues(self, tmp_path, sets, uninterrupted):
         assert new_trainer(tmp_path).fit(*sets, epochs=2)
         assert resumed_trainer(tmp_path).fit(*sets, epochs=3)
         assert_same_run(tmp_path, uninterrupted)
 
-    def test_a_finished_run_is_left_as_it_is(self, tmp_path, train, validation, uninterrupted):
+    def test_a_finished_run_is_left_unchanged(self, tmp_path, train, validation, uninterrupted):
         run = tmp_path / "run"
         shutil.copytree(uninterrupted, run)
         before = {path.name: path.read_bytes() for path in run.iterdir()}
         assert resumed_trainer(run).fit(train, validation, epochs=3)
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
-    def test_where_there_is_nothing_it_says_so(self, tmp_path):
+    def test_without_a_checkpoint_it_says_so(self, tmp_path):
         assert not new_trainer(tmp_path).resume()
 
-    def test_the_time_of_an_epoch_is_that_of_its_parts(
+    def test_the_time_of_an_epoch_is_the_sum_of_its_parts(
         self, tmp_path, monkeypatch, train, validation
     ):
-        """Every batch takes 10 s by a clock that stands still otherwise."""
+        """Every batch takes 10 s on a clock that otherwise stands still."""
         clock = 0.0
         monkeypatch.setattr(training.time, "perf_counter", lambda: clock)
         inner = Trainer._step
@@ -331,14 +332,14 @@ class TestResume:
         trainer = resumed_trainer(tmp_path)
         assert trainer.fit(train, validation, epochs=1)
         assert trainer.rows[0]["seconds"] == 60.0
-        # The speed is that of the resumed part: two batches, 16 and 10 images, in 20 s.
+        # The speed is that of the resumed part: two batches, with 16 and 10 images, in 20 s.
         last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["images_per_second"] == 26 / 20
 
     def test_checkpoints_within_an_epoch_are_written_in_time(
         self, tmp_path, monkeypatch, sets, uninterrupted
     ):
-        """Every so many steps and after every epoch; they change nothing else."""
+        """They come every so many steps and after every epoch, and change nothing else."""
         written = []
         inner = checkpoint.save
 
@@ -373,10 +374,10 @@ class TestResume:
 
 
 class TestBestModel:
-    """The validation set chooses; the test set, scripted to disagree, has no say."""
+    """The validation set chooses. The test set, scripted to disagree, has no say."""
 
     def fit(self, directory, train, validation, test, quality):
-        """Train epochs of scripted (accuracy, loss); returns the weights after each of them."""
+        """Train epochs of scripted (accuracy, loss). Return the weights after each of them."""
         trainer = new_trainer(directory)
         weights = []
 
@@ -417,9 +418,10 @@ class TestBestModel:
         }
         config = json.loads((tmp_path / "config.json").read_text())
         assert config["best"] == {"epoch": best, "validation": quality[best - 1][0]}
-        assert progress_of(tmp_path)["best_epoch"] == best
+        rows = checkpoint.load(tmp_path / "last.safetensors")["rows"]
+        assert best_epoch(rows)["epoch"] == best
 
-    def test_it_is_remembered_over_a_resume(self, tmp_path, sets, monkeypatch):
+    def test_it_is_remembered_when_a_run_resumes(self, tmp_path, sets, monkeypatch):
         self.fit(tmp_path, *sets, [(0.6, 0.3)])
         trainer = resumed_trainer(tmp_path)
         worse = Evaluation(0.4, 0.6, torch.empty(0))
@@ -430,7 +432,7 @@ class TestBestModel:
 
 
 class TestNotFinite:
-    """What went wrong is named, and no good checkpoint is replaced by a spoilt one."""
+    """The error names what went wrong, and no spoilt checkpoint replaces a good one."""
 
     FILES = (
         "last.safetensors", "last.previous.safetensors", "model_best.safetensors", "summary.csv",
@@ -462,10 +464,10 @@ class TestNotFinite:
         message = rf"the loss of batch 3 of 6 is {value}, in epoch 2 .*lower --lr$"
         self.assert_stops(trainer, train, validation, message)
 
-    def test_the_batch_is_named_that_was_the_first(self, trainer, train, validation):
+    def test_the_first_bad_batch_is_named(self, trainer, train, validation):
         trainer.log_interval = 4
         trainer.schedule = Schedule(1e30, 1.0, 0)
-        # The first step is taken from a finite loss.
+        # The first step still has a finite loss.
         message = r"the loss of batch 2 of 6 is nan, in epoch 2 \(found at step 8\)"
         self.assert_stops(trainer, train, validation, message)
 
@@ -485,7 +487,7 @@ class TestNotFinite:
 
     @pytest.mark.parametrize("step", [9, 12])
     def test_weights_are_not_saved_though_the_loss_was_fine(self, trainer, train, validation, step):
-        """The last step before a checkpoint, in or at the end of an epoch, spoils a weight."""
+        """The last step before a checkpoint, within or at the end of an epoch, spoils a weight."""
         inner = trainer._step
 
         def spoil(images, labels):
@@ -508,7 +510,7 @@ class TestNotFinite:
 
 
 class TestEvaluation:
-    def test_it_is_the_loss_and_accuracy_over_all_images(self, tmp_path, test):
+    def test_loss_and_accuracy_are_over_all_images(self, tmp_path, test):
         trainer = new_trainer(tmp_path)
         evaluation = trainer.evaluate(test)  # batches of 16, 16 and 8
         with torch.no_grad():
@@ -521,7 +523,7 @@ class TestEvaluation:
         assert evaluation.loss == pytest.approx(loss.item(), rel=1e-5)
 
     def test_the_decoder_sees_no_label(self, tmp_path, test):
-        """With other labels there are the same predictions and reconstructions, bit for bit."""
+        """With other labels, predictions and reconstructions are the same, bit for bit."""
         trainer = new_trainer(tmp_path)
         outputs, arguments = [], []
 
@@ -538,7 +540,7 @@ class TestEvaluation:
         assert torch.equal(right.predictions, wrong.predictions)
         assert right.loss != wrong.loss
 
-    def test_the_reconstruction_is_that_of_the_longest_capsule(self, tmp_path, test):
+    def test_the_reconstruction_comes_from_the_longest_capsule(self, tmp_path, test):
         trainer = new_trainer(tmp_path)
         output = trainer.predict(test.images / 255)
         with torch.no_grad():
@@ -546,7 +548,7 @@ class TestEvaluation:
         assert torch.equal(output.reconstruction, drawn)
 
     def test_it_does_not_change_the_training(self, tmp_path, sets, validation, uninterrupted):
-        """Neither through the random state nor through the mode of the model."""
+        """It changes neither the random state nor the mode of the model."""
         trainer = new_trainer(tmp_path)
 
         def evaluate(step):
@@ -589,7 +591,7 @@ class TestSignals:
         self, tmp_path, train, validation, capfd, number
     ):
         trainer = self.trainer(tmp_path, 7, number)
-        # Under nohup SIGHUP is ignored, by the tests' own process too.
+        # Under nohup, SIGHUP is ignored, also by the tests' own process.
         handled = signal.signal(number, signal.default_int_handler)
         try:
             assert not trainer.fit(train, validation, epochs=3)
@@ -622,7 +624,7 @@ class TestSignals:
     def test_a_signal_in_the_evaluation_ends_the_run_with_the_epoch(
         self, tmp_path, monkeypatch, train, validation, epochs, finished
     ):
-        """No batch of the next epoch is begun; a run that was at its end is finished."""
+        """No batch of the next epoch starts. A run that was at its end is finished."""
         trainer = new_trainer(tmp_path)
 
         def evaluate(images):
@@ -635,7 +637,7 @@ class TestSignals:
         assert (saved["step"], saved["epoch"]) == (6, 1)
 
     def test_a_stop_does_not_linger(self, tmp_path, train, validation):
-        """The same trainer can go on."""
+        """The same trainer can continue."""
         trainer = self.trainer(tmp_path, 2, signal.SIGTERM)
         assert not trainer.fit(train, validation, epochs=1)
         assert trainer.fit(train, validation, epochs=1)
@@ -647,7 +649,7 @@ class Terminal(io.StringIO):
 
 
 class TestReports:
-    def test_elsewhere_than_on_a_terminal_an_epoch_is_a_line(self, tmp_path, sets, capsys):
+    def test_without_a_terminal_an_epoch_is_a_line(self, tmp_path, sets, capsys):
         trainer = new_trainer(tmp_path)
         assert trainer.fit(*sets, epochs=2)
         captured = capsys.readouterr()
@@ -674,7 +676,7 @@ class TestReports:
         assert shown in text and " images/s" in text
 
     def test_the_time_left_is_said_once(self, tmp_path, monkeypatch, train, validation, capsys):
-        """Every batch takes 2 s: after the third there have been 5 s, and 15 are left of 18."""
+        """Every batch takes 2 s. After the third, at 5 s, 15 of 18 batches are left."""
         trainer = new_trainer(tmp_path)
         clock = iter(range(0, 1000, 2))
         monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
@@ -697,7 +699,7 @@ class TestSchedule:
         rates = [schedule(step, epoch=0) for step in range(6)]
         assert rates == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
         assert [schedule(100, epoch) for epoch in range(4)] == [0.1, 0.05, 0.025, 0.0125]
-        # A warm-up longer than an epoch goes on in the next.
+        # A warm-up longer than an epoch continues in the next one.
         assert schedule(2, epoch=1) == pytest.approx(0.0375)
 
     def test_without_a_warm_up_the_first_step_has_the_full_rate(self):

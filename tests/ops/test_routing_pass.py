@@ -34,7 +34,7 @@ def test_without_pose_and_prior_the_coupling_is_uniform(device):
     torch.testing.assert_close(s, u_hat.sum(dim=1) / J)
 
 
-@same_device
+@settings(same_device, max_examples=3 if INTERPRETED else settings.default.max_examples)
 @given(case=cases(OPERATORS["fused_dynamic_routing"], (torch.float64,)))
 def test_passes_with_the_sum_of_squashed_results_are_dynamic_routing(device, case):
     """x⁽ᵗ⁾ = Σ_{k<t} squash(s⁽ᵏ⁾): values, the last coupling, and gradients."""

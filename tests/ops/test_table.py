@@ -4,9 +4,6 @@ import pytest
 
 from tritoncaps import testing
 
-# Interpreted kernels compute with NumPy, which warns of the infinities and NaN that fuzzing draws.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 @pytest.mark.parametrize("operator", testing.OPERATORS.values(), ids=str)
 @pytest.mark.parametrize("check", testing.CHECKS.values(), ids=testing.CHECKS)

@@ -9,18 +9,20 @@ it. tests/kernels/test_kernels_compile.py checks the same launches.
 
 import argparse
 import importlib
+import inspect
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -31,13 +33,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tritoncaps import kernels
-from tritoncaps.kernels import (
-    dynamic_routing,
-    fused_dynamic_routing,
-    prediction_vectors,
-    routing_pass,
-)
 from tritoncaps.kernels._launch import Target
+from tritoncaps.testing import OPERATORS, Operator
 
 BATCH = 128
 
@@ -131,40 +128,60 @@ def record_launches(
     *,
     batch: int = BATCH,
     iterations: int = 3,
-    with_prior: bool = False,
-    with_bias: bool = False,
+    optional: Collection[str] = (),
     with_coupling: bool = False,
     gradient: str = "full",
 ) -> Iterator[Launch]:
-    """Return every distinct launch of every operator, forward and backward."""
-    I, P, J, D = shape
+    """Return every distinct launch of every operator in the table, forward and backward.
+
+    `optional` names the optional inputs that are given.
+    """
     found: dict[Launch, None] = {}
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         found[_record(kernel, *args, **kwargs)] = None
 
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    u, weight, u_hat = empty(batch, I, P), empty(I, P, J, D), empty(batch, I, J, D)
-    grad_v, s = empty(batch, J, D), empty(batch * J, D)
-    prior = empty(I, J) if with_prior else None
-    bias = empty(I, J) if with_bias else None
-    grad_coupling = empty(batch, I, J) if with_coupling else None
+    sizes = dict(zip("BIPJD", (batch, *shape), strict=True))
+    chosen = {"iterations": iterations, "gradient": gradient, "return_coupling": with_coupling}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        for module in (routing_pass, fused_dynamic_routing, dynamic_routing, prediction_vectors):
-            stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
-        for form in ("quadratic", "exponential"):
-            kernels.squash_bwd(kernels.squash_fwd(s, form), s, form)
-        kernels.prediction_vectors_bwd(kernels.prediction_vectors_fwd(u, weight), u, weight)
-        kernels.routing_pass_fwd(u, weight, grad_v, prior, bias, with_coupling)
-        kernels.routing_pass_bwd(grad_v, grad_coupling, u, weight, grad_v, prior, bias)
-        _, _, sums = kernels.dynamic_routing_fwd(u_hat, prior, iterations, with_coupling)
-        kernels.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, prior, sums, gradient)
-        _, _, sums = kernels.fused_dynamic_routing_fwd(u, weight, prior, iterations, with_coupling)
-        kernels.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, prior, sums, gradient)
+        for module in vars(kernels).values():
+            if isinstance(module, ModuleType) and hasattr(module, "target_of"):
+                stack.enter_context(mock.patch.object(module, "target_of", lambda _: target))
+        for operator in OPERATORS.values():
+            if operator.registered is not None:
+                for form in operator.options.get("form", (None,)):
+                    _launch(operator, sizes, dtype, optional, {**chosen, "form": form})
     yield from found
+
+
+def _launch(
+    operator: Operator,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    optional: Collection[str],
+    options: Mapping[str, Any],
+) -> None:
+    """Call both launchers of an operator with tensors that have no storage."""
+    given: dict[str, Any] = dict(options)
+    for name, axes in operator.axes.items():
+        tensor = torch.empty([sizes[axis] for axis in axes.split()], dtype=dtype, device="meta")
+        if operator.is_elementwise:
+            tensor = tensor.flatten(0, -2)
+        given[name] = None if name in operator.optional and name not in optional else tensor
+    results = _call(f"{operator}_fwd", given)
+    listed = (results,) if isinstance(results, torch.Tensor) else results
+    for name, result in zip(operator.registered.outputs, listed, strict=True):
+        given[name.removesuffix("?")] = result
+        is_given = options.get(f"return_{name[:-1]}") if name.endswith("?") else True
+        given[f"grad_{name.removesuffix('?')}"] = result if is_given else None
+    _call(f"{operator}_bwd", given)
+
+
+def _call(launcher: str, given: Mapping[str, Any]) -> Any:
+    """Call a launcher with the arguments that it names."""
+    function = getattr(kernels, launcher)
+    return function(*(given[name] for name in inspect.signature(function).parameters))
 
 
 def _cuobjdump(cubin: bytes, flag: str) -> str:

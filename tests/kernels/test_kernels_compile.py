@@ -4,7 +4,9 @@ This covers every configuration that the rules choose for the named shapes. A ke
 shared memory and keep its values in registers. float64 may spill: it serves to check gradients.
 """
 
+import importlib
 import inspect
+import pkgutil
 import re
 from itertools import product
 from pathlib import Path
@@ -23,25 +25,12 @@ from triton.runtime.jit import JITFunction
 
 from tools import compile_report
 from tools.compile_report import SHAPES, TARGETS
-from tritoncaps.kernels import (
-    _slots,
-    _tiles,
-    dynamic_routing,
-    fused_dynamic_routing,
-    prediction_vectors,
-    routing_pass,
-    squash,
-)
+from tritoncaps import kernels
 
-MODULES = (
-    _slots,
-    _tiles,
-    dynamic_routing,
-    fused_dynamic_routing,
-    prediction_vectors,
-    routing_pass,
-    squash,
-)
+MODULES = [
+    importlib.import_module(f"{kernels.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(kernels.__path__)
+]
 FP32 = torch.float32
 # These have the largest tilings. The other named shapes need no more.
 LARGE = ("MNIST", "1000 classes")
@@ -124,9 +113,8 @@ def every_mode(target_name):
                 [FP32],
                 shapes=["MNIST"],
                 iterations=iterations,
-                with_prior=with_prior,
+                optional=["prior"] * with_prior + ["bias"] * with_bias,
                 with_coupling=with_coupling,
-                with_bias=with_bias,
                 gradient=gradient,
             )
             found |= dict.fromkeys(of_mode)
@@ -144,7 +132,7 @@ def test_extents_of_one_compile(pool):
     """Triton turns an argument of 1 into a constant, which not every tensor operation accepts."""
     _, target = TARGETS["sm90"]
     found = compile_report.record_launches(
-        (1, 1, 1, 1), FP32, target, batch=1, with_prior=True, with_bias=True, with_coupling=True
+        (1, 1, 1, 1), FP32, target, batch=1, optional=("prior", "bias"), with_coupling=True
     )
     assert_compiles("sm90", found, pool)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps import ops, reference
 from tritoncaps.testing import OPERATORS, Case, cases, compare, draw_inputs
@@ -29,6 +30,30 @@ def test_rows_of_the_coupling_sum_to_one(device, operator, case):
     _, coupling = operator.call(inputs, case.options | {"return_coupling": True})
     rows = coupling.sum(dim=-1)
     torch.testing.assert_close(rows, torch.ones_like(rows), rtol=1e-10, atol=1e-12)
+
+
+class Zeros(TorchDispatchMode):
+    """Remembers the shapes of the tensors of zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "new_zeros":
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@every_loop
+def test_no_gradient_is_made_for_the_sums_that_nobody_reads(operator):
+    leaves = {name: x.requires_grad_() for name, x in draw_inputs(operator).items()}
+    (v,) = operator.call(leaves, operator.defaults)
+    with Zeros() as zeros:
+        v.sum().backward()
+    iterations, (B, J, D) = operator.defaults["iterations"], v.shape
+    assert (iterations, B, J, D) not in zeros.shapes
 
 
 @every_loop

@@ -12,6 +12,9 @@ from tritoncaps import _checks, testing
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
+# Where kernels run, a routing without one says so and runs in plain torch.
+pytestmark = pytest.mark.filterwarnings("ignore:uniform_routing_.* has no Triton kernel")
+
 # The mathematics, its twin in plain torch, and its registration with torch.
 
 
@@ -60,14 +63,6 @@ TOY = testing.Operator(
     outputs=registered.outputs,
     registered=registered,
 )
-
-
-@pytest.fixture(autouse=True)
-def on_the_torch_path(monkeypatch):
-    """It has no Triton kernel, so its torch path runs where kernels would be called."""
-    from tritoncaps._operators import _dispatch
-
-    monkeypatch.setattr(_dispatch, "_kernels", lambda: None)
 
 
 @pytest.mark.parametrize("check", testing.CHECKS.values(), ids=testing.CHECKS)

@@ -23,9 +23,10 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function of the torch path, or its twin among the Triton kernels.
 
     The kernels run CUDA and ROCm tensors, and with TRITON_INTERPRET=1 also CPU tensors. The torch
-    path runs on every other device, on platforms without Triton, and for shapes that no launch
-    fits. For such a shape the user is warned once. Autocast is off inside. It has already cast at
-    the operator's boundary, and a backward may run outside the autocast block of its forward.
+    path runs on every other device, on platforms without Triton, for operators without a kernel,
+    and for shapes that no launch fits. In the last two cases the user is warned once. Autocast is
+    off inside. It has already cast at the operator's boundary, and a backward may run outside the
+    autocast block of its forward.
     """
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     device_type = tensor.device.type
@@ -36,8 +37,12 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     kernels = _kernels() if wants_kernels else None
     if kernels is not None:
         name = function.__name__
+        kernel = getattr(kernels, name, None)
+        if kernel is None:
+            _warn_once(f"{name} has no Triton kernel and runs in plain torch")
+            return function(*args)
         try:
-            return getattr(kernels, name)(*args)
+            return kernel(*args)
         except kernels.REFUSALS as reason:
             _warn_once(f"{name} runs without its Triton kernel: {reason}")
     return function(*args)

@@ -73,9 +73,7 @@ def register(
         operator.register_vmap(_elementwise(operator))
         gradient_of.register_vmap(_elementwise(gradient_of))
     else:
-        operator.register_vmap(
-            _batched(operator, formulas.parameters, formulas.inputs, formulas.outputs)
-        )
+        operator.register_vmap(_batched(operator, formulas))
         # It sums over the batch, so each slice has its own gradient of the weight.
         gradient_of.register_vmap(
             lambda info, in_dims, *args: _loop(gradient_of, info, in_dims, args)
@@ -106,11 +104,17 @@ class _Formulas:
         self.inputs = {name.removesuffix("?"): axes for name, axes in inputs.items()}
         self.outputs = {name.removesuffix("?"): axes for name, axes in outputs.items()}
         self.optional = {name.removesuffix("?") for name in outputs if name.endswith("?")}
+        if missing := [name for name in self.inputs if name not in self.needed]:
+            raise TypeError(f"register: the backward has no parameter {missing[0]!r}")
 
     @property
     def is_elementwise(self) -> bool:
         """Whether the operator treats all axes but the last alike."""
         return any("..." in axes for axes in self.inputs.values())
+
+    def was_asked_for(self, output: str, given: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments returns this output, or an empty tensor for it."""
+        return output not in self.optional or bool(given[f"return_{output}"])
 
     def fake(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         """Results without values."""
@@ -122,8 +126,8 @@ class _Formulas:
         sizes["r"] = given.get("iterations", 1)
         made = []
         for name, axes in self.outputs.items():
-            asked_for = name not in self.optional or given[f"return_{name}"]
-            shape = [sizes[axis] for axis in axes.split()] if asked_for else [0]
+            is_given = self.was_asked_for(name, given)
+            shape = [sizes[axis] for axis in axes.split()] if is_given else [0]
             dtype = accumulation_dtype(first.dtype) if "r" in axes.split() else first.dtype
             made.append(first.new_empty(shape, dtype=dtype))
         return made[0] if len(made) == 1 else tuple(made)
@@ -160,7 +164,12 @@ class _Formulas:
         ctx.save_for_backward(*(given[name] for name in tensors))
         ctx.saved_names = tensors
         ctx.options = {n: given[n] for n in self.needed if n in given and n not in tensors}
-        ctx.shapes = {name: given[name].shape for name in self.outputs}
+        # The outputs whose gradients the backward reads.
+        ctx.shapes = {
+            name: given[name].shape
+            for name in self.outputs
+            if f"grad_{name}" in self.needed and self.was_asked_for(name, given)
+        }
         ctx.set_materialize_grads(False)
 
     def gradient(self, gradient_of: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,8 +180,8 @@ class _Formulas:
             given = {**saved, **ctx.options}
             like = next(tensor for tensor in ctx.saved_tensors if tensor is not None)
             for name, grad in zip(self.outputs, grads, strict=True):
-                if name in self.optional and len(ctx.shapes[name]) == 1:
-                    grad = None  # not asked for
+                if name not in ctx.shapes:
+                    grad = None
                 elif grad is None and name not in self.optional:
                     grad = like.new_zeros(ctx.shapes[name])
                 given[f"grad_{name}"] = grad
@@ -263,19 +272,17 @@ def _elementwise(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-def _batched(
-    operator: Any, parameters: list[str], tensors: Axes, results: Axes
-) -> Callable[..., Any]:
+def _batched(operator: Any, formulas: _Formulas) -> Callable[..., Any]:
     """The rule for an operator with a batch: the mapped axis becomes part of it.
 
     If an input without a batch is mapped too, such as the weight, each slice is a separate call.
     """
 
     def has_batch(name: str) -> bool:
-        return "B" in tensors.get(name, "").split()
+        return "B" in formulas.inputs.get(name, "").split()
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        named = list(zip(parameters, args, in_dims, strict=True))
+        named = list(zip(formulas.parameters, args, in_dims, strict=True))
         if not all(dim is None or has_batch(name) for name, _, dim in named):
             return _loop(operator, info, in_dims, args)
         sizes = (info.batch_size, 0)
@@ -289,11 +296,12 @@ def _batched(
         made = operator(*folded)
         outputs, dims = [], []
         listed = (made,) if isinstance(made, Tensor) else made
-        for output, axes in zip(listed, results.values(), strict=True):
+        given = {name: arg for name, arg, _ in named}
+        for output, (name, axes) in zip(listed, formulas.outputs.items(), strict=True):
             axis = axes.split().index("B")
-            is_empty = output.ndim < len(axes.split())  # not asked for
-            outputs.append(output if is_empty else output.unflatten(axis, sizes))
-            dims.append(None if is_empty else axis)
+            is_given = formulas.was_asked_for(name, given)
+            outputs.append(output.unflatten(axis, sizes) if is_given else output)
+            dims.append(axis if is_given else None)
         if isinstance(made, Tensor):
             return outputs[0], dims[0]
         return tuple(outputs), tuple(dims)

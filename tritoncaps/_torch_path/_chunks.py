@@ -31,20 +31,20 @@ def route_chunks(
     (scratch,) = buffers(1, longest(chunks) * J * P * B, u_last)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
 
-    def weighted_sum(t: int, v_sum: Tensor | None) -> Tensor:
+    def weighted_sum(t: int, V: Tensor | None) -> Tensor:
         keep_coupling = return_coupling and t == iterations - 1
-        if v_sum is None and prior is None:
+        if V is None and prior is None:
             if keep_coupling:
                 coupling.fill_(1 / J)
             flat = u.to(dtype).flatten(1) @ weight.to(dtype).flatten(0, 1).flatten(1)
             return flat.view(B, J, D) / J
         s = u_last.new_zeros(J, D, B)
-        V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()  # (J, D, B)
+        V_last = None if V is None else V.permute(1, 2, 0).contiguous()  # (J, D, B)
         for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
             x = u_last[chunk]  # (C, P, B)
             T = view(scratch, (J, *x.shape))
-            b = None if V is None else _contract(_product(w, V, T), x, out=T)
+            b = None if V_last is None else _contract(_product(w, V_last, T), x, out=T)
             c = _coupling(b, prior, chunk, x, J)  # (J, C, B)
             torch.mul(c.unsqueeze(2), x, out=T)  # c∘u, (J, C, P, B)
             s.baddbmm_(w.transpose(1, 2), T.flatten(1, 2))
@@ -119,19 +119,19 @@ def chunk_gradients(
         grad_u_last.flatten(0, 1).addmm_(rows, flat.T)
         grad_weight.flatten(0, 1).flatten(1).addmm_(u_last.flatten(0, 1), flat)
 
-    def step(t: int, v_sum: Tensor | None, grad_s: Tensor) -> Tensor | None:
-        if v_sum is None and prior is None:
+    def step(t: int, V: Tensor | None, grad_s: Tensor) -> Tensor | None:
+        if V is None and prior is None:
             uniform_step(grad_s)
             return None
         ds = grad_s.permute(1, 2, 0).contiguous()  # (J, D, B)
-        V = None if v_sum is None else v_sum.permute(1, 2, 0).contiguous()
-        grad_v_sum = torch.zeros_like(ds)
+        V_last = None if V is None else V.permute(1, 2, 0).contiguous()
+        grad_V = torch.zeros_like(ds)
         for chunk in chunks:
             w = _weight_rows(weight[chunk].to(dtype))  # (J, C·P, D)
             x = u_last[chunk]  # (C, P, B)
             W_V, W_ds, scaled = (view(buffer, (J, *x.shape)) for buffer in scratch)
             grad_w = view(weight_scratch, (J, w.shape[1], D))
-            b = None if V is None else _contract(_product(w, V, W_V), x, out=scaled)
+            b = None if V_last is None else _contract(_product(w, V_last, W_V), x, out=scaled)
             c = _coupling(b, prior, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
             _product(w, ds, W_ds)
             if is_full:
@@ -141,11 +141,11 @@ def chunk_gradients(
                 grad_b = coupling_gradient(c, grad_c, dim=0)  # (J, C, 1, B)
                 if grad_prior is not None:
                     grad_prior[chunk] += grad_b.sum(dim=(2, 3)).T
-            if is_full and V is not None:
+            if is_full and V_last is not None:
                 grad_u_last[chunk] += W_V.mul_(grad_b).addcmul_(W_ds, c).sum(dim=0)
                 torch.mul(grad_b, x, out=scaled)  # db∘u
-                torch.bmm(scaled.flatten(1, 2), V.transpose(1, 2), out=grad_w)
-                grad_v_sum.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
+                torch.bmm(scaled.flatten(1, 2), V_last.transpose(1, 2), out=grad_w)
+                grad_V.baddbmm_(w.transpose(1, 2), scaled.flatten(1, 2))
             else:
                 grad_u_last[chunk] += W_ds.mul_(c).sum(dim=0)
                 grad_w.zero_()
@@ -153,7 +153,7 @@ def chunk_gradients(
             grad_w.baddbmm_(scaled.flatten(1, 2), ds.transpose(1, 2))
             # torch batches a product only into a contiguous result, so the sum comes afterwards.
             _weight_rows(grad_weight[chunk]).add_(grad_w)
-        return grad_v_sum.permute(2, 0, 1).contiguous()
+        return grad_V.permute(2, 0, 1).contiguous()
 
     route_backward(grad_v, sums, gradient, step)
     return (

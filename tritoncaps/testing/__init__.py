@@ -17,6 +17,10 @@ its inputs and outputs, and the options to draw. Everything else follows from th
     def test_my_routing(check):
         check(mine, torch.device("cpu"))
 
+Two of the checks, "errors" and "fuzz", expect messages like those of this package: a TypeError or
+ValueError that begins with the operator's name, names the argument, and gives both numbers if two
+disagree.
+
 `OPERATORS` is the table of this package, which its tests and benchmarks read. The checks need
 hypothesis, which comes with the extra `dev`.
 """

@@ -31,6 +31,8 @@ class Operator:
         registered: the operators registered with torch, forward and backward, or None for a
             function composed of torch's own operators.
         domain: by input name, a function that maps normal numbers to valid values of the input.
+        is_elementwise: whether any number of axes may stand before the last one, as for a squash;
+            `inputs` are then those of the tests.
     """
 
     function: Callable[..., Any]
@@ -41,6 +43,7 @@ class Operator:
     name: str = ""
     registered: Any = None
     domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    is_elementwise: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -133,6 +136,7 @@ _ROWS = (
         outputs={"v": "B J D"},
         options={"form": ("quadratic", "exponential")},
         registered=squash,
+        is_elementwise=True,
     ),
     Operator(
         ops.prediction_vectors,

@@ -1,5 +1,6 @@
 """Calls of the launchers, and tools that watch them: allocations, guard bands, launches."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps import kernels, reference, testing
 
-ROUTINGS = ("routing_pass", "dynamic_routing", "fused_dynamic_routing")
+EVERY = [name for name, row in testing.OPERATORS.items() if row.registered is not None]
+ROUTINGS = [name for name, row in testing.OPERATORS.items() if "coupling?" in row.outputs]
 SIZES = {"B": 3, "I": 19, "P": 3, "J": 4, "D": 5}
 Call = dict[str, Tensor]
 
@@ -52,26 +54,26 @@ def run(
 ) -> Call:
     """Results of both launchers by name. Names of the inputs' gradients begin with "d_"."""
     operator = testing.OPERATORS[name]
-    forward, backward = (getattr(kernels, f"{name}_{way}") for way in ("fwd", "bwd"))
-    inputs = {key: call.get(key) for key in operator.axes}
-    if name == "squash":
-        s, grad = (x.reshape(-1, x.shape[-1]) for x in (call["s"], call["grad"]))
-        return {"v": forward(s, form), "d_s": backward(grad, s, form)}
-    if name == "prediction_vectors":
-        results = {"u_hat": forward(*inputs.values())}
-        grads = backward(call["grad"], *inputs.values())
-    else:
-        grad_coupling = call["grad_coupling"] if with_coupling else None
-        if name == "routing_pass":
-            s, coupling = forward(*inputs.values(), with_coupling)
-            results = {"s": s, "coupling": coupling}
-            grads = backward(call["grad"], grad_coupling, *inputs.values())
-        else:
-            v, coupling, sums = forward(*inputs.values(), iterations, with_coupling)
-            results = {"v": v, "coupling": coupling, "sums": sums}
-            grads = backward(call["grad"], grad_coupling, *inputs.values(), sums, gradient)
-    for key, grad in zip(inputs, grads, strict=True):
-        assert (grad is None) == (inputs[key] is None)
+    given: dict[str, Any] = {key: call.get(key) for key in operator.axes}
+    inputs = list(given)
+    given |= {"iterations": iterations, "gradient": gradient, "form": form}
+    given["return_coupling"] = with_coupling
+    given["grad_coupling"] = call.get("grad_coupling") if with_coupling else None
+    outputs = [output.removesuffix("?") for output in operator.registered.outputs]
+    given[f"grad_{outputs[0]}"] = call["grad"]
+    if operator.is_elementwise:
+        for key in (*inputs, f"grad_{outputs[0]}"):
+            given[key] = given[key].reshape(-1, given[key].shape[-1])
+
+    def launch(way: str) -> tuple[Tensor, ...]:
+        launcher = getattr(kernels, f"{name}_{way}")
+        made = launcher(*(given[key] for key in inspect.signature(launcher).parameters))
+        return (made,) if isinstance(made, Tensor) else made
+
+    results = dict(zip(outputs, launch("fwd"), strict=True))
+    given |= results
+    for key, grad in zip(inputs, launch("bwd"), strict=True):
+        assert (grad is None) == (given[key] is None)
         if grad is not None:
             results[f"d_{key}"] = grad
     return results

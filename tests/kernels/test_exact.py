@@ -14,13 +14,12 @@ from tritoncaps._operators import INTERPRETED
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 to interpret", allow_module_level=True)
 
-from kernel_cases import ROUTINGS, SIZES, assert_exact, counted_launches, draw, exact, run
+from kernel_cases import EVERY, ROUTINGS, SIZES, assert_exact, counted_launches, draw, exact, run
 
 from tritoncaps import kernels, testing
 from tritoncaps.kernels import _launch
 
 LOOPS = ("dynamic_routing", "fused_dynamic_routing")
-EVERY = ("squash", "prediction_vectors", *ROUTINGS)
 
 
 def sized(B, I, P, J, D):

@@ -11,6 +11,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 to interpret", allow_module_level=True)
 
 from kernel_cases import (
+    EVERY,
     ROUTINGS,
     Allocations,
     assert_same_bits,
@@ -20,8 +21,6 @@ from kernel_cases import (
 )
 
 from tritoncaps import kernels, testing
-
-EVERY = ("squash", "prediction_vectors", *ROUTINGS)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

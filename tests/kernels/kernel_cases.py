@@ -63,7 +63,7 @@ def run(
     given[f"grad_{outputs[0]}"] = call["grad"]
     if operator.is_elementwise:
         for key in (*inputs, f"grad_{outputs[0]}"):
-            given[key] = given[key].reshape(-1, given[key].shape[-1])
+            given[key] = given[key].flatten(0, -2)
 
     def launch(way: str) -> tuple[Tensor, ...]:
         launcher = getattr(kernels, f"{name}_{way}")

@@ -113,7 +113,7 @@ def exact(
     for (key, leaf), grad in zip(leaves.items(), grads, strict=True):
         results[f"d_{key}"] = torch.zeros_like(leaf) if grad is None else grad
     if name == "squash":
-        results = {key: result.reshape(-1, result.shape[-1]) for key, result in results.items()}
+        results = {key: result.flatten(0, -2) for key, result in results.items()}
     return results
 
 

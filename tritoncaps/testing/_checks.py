@@ -390,9 +390,8 @@ def _some(operator: Operator) -> list[dict[str, Any]]:
 
 
 def _extreme_subsets(operator: Operator) -> list[tuple[str, ...]]:
-    """None of the optional inputs, and all of them; interpreted all alone."""
-    everything = tuple(operator.optional)
-    return [everything] if INTERPRETED else list(dict.fromkeys([(), everything]))
+    """None of the optional inputs, and all of them."""
+    return list(dict.fromkeys([(), tuple(operator.optional)]))
 
 
 def _extremes(operator: Operator) -> list[dict[str, Any]]:
@@ -426,7 +425,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
     needed = list(inspect.signature(registered.backward._init_fn).parameters)
     # A graph does not depend on numbers such as the iterations, so only words and flags vary.
     numbers = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
-    varied = [options for options in _some(operator) if numbers.items() <= options.items()]
+    varied = [options for options in _combinations(operator) if numbers.items() <= options.items()]
     subsets = [(), tuple(operator.optional)]
     for options, layout in product(varied, ("contiguous", "transposed")):
         optional = subsets[layout == "transposed"]

@@ -30,14 +30,19 @@ def flag(default: Any, help: str, *short: str, fixed: bool = True, **options: An
         help: one line for --help.
         short: a second name, such as "-b".
         fixed: in a recipe: whether a resumed run has to keep it.
-        options: other arguments of `argparse.ArgumentParser.add_argument`.
+        options: other arguments of `argparse.ArgumentParser.add_argument`. In a dict,
+            `shortcuts` maps further flags that fill it to arguments of their own.
     """
+    shortcuts = options.pop("shortcuts", {})
     if isinstance(default, bool):
         options["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, (int, float)):
         options.setdefault("type", type(default))
     options["help"] = help
-    metadata = {"default": default, "names": short, "fixed": fixed, "options": options}
+    metadata = {
+        "default": default, "names": short, "fixed": fixed, "options": options,
+        "shortcuts": shortcuts,
+    }  # fmt: skip
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=MISSING if default is ... else default, metadata=metadata)
@@ -52,13 +57,19 @@ def positive(text: str) -> int:
 
 
 class KeyValues(argparse.Action):
-    """Reads KEY=VALUE ... into a dict; a value is a Python literal, or else a str."""
+    """Adds KEY=VALUE ... to a dict; a value is a Python literal, or else a str.
+
+    A shortcut, such as ``--gradient last``, adds what ``gradient=last`` does.
+    """
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         """Store what the flag was given."""
         pairs: dict[str, Any] = {}
+        if self.const is not None:  # a shortcut
+            pairs = {self.const: True if self.nargs == 0 else values}
+            values = ()
         for text in values:
             key, equals, value = text.partition("=")
             if not (equals and key.isidentifier()):
@@ -68,7 +79,13 @@ class KeyValues(argparse.Action):
                 json.dumps(pairs[key])  # args.json keeps it
             except (ValueError, TypeError, SyntaxError):
                 pairs[key] = value
-        setattr(namespace, self.dest, pairs)
+        before = getattr(namespace, self.dest)
+        for key, value in pairs.items():
+            if before.get(key, value) != value and key not in self.default:
+                raise argparse.ArgumentError(
+                    self, f"{key} is given twice, as {before[key]} and as {value}"
+                )
+        setattr(namespace, self.dest, {**before, **pairs})
 
 
 # Options of flags that count something.
@@ -87,6 +104,13 @@ class Recipe:
         action=KeyValues,
         nargs="+",
         metavar="KEY=VALUE",
+        shortcuts={
+            "gradient": {
+                "choices": ["full", "last"],
+                "help": "through all routing iterations or the last alone (default: full)",
+            },
+            "learned_prior": {"nargs": 0, "help": "train routing priors too (default: no)"},
+        },
     )
     dataset: str = flag(
         "auto",
@@ -113,6 +137,9 @@ class Recipe:
     batch_size: int = flag(128, "images per step", "-b", **COUNT)
     lr: float = flag(1e-3, "learning rate of Adam")
     gamma: float = flag(0.9, "factor on the learning rate after every epoch")
+    weight_decay: float = flag(
+        0.0, "decay of the weights, decoupled from the gradient as in AdamW", metavar="F"
+    )
     warmup_steps: int = flag(
         50, "steps over which the learning rate rises to its full value", metavar="N"
     )
@@ -211,7 +238,10 @@ def parse(
                 default = defaults[entry.name]
                 options["help"] = options["help"].partition(" (default")[0]
             flags = (*entry.metadata["names"], flag_name(entry.name))
-            box.add_argument(*flags, default=default, **options)
+            action = box.add_argument(*flags, default=default, **options)
+            for name, own in entry.metadata["shortcuts"].items():
+                shared = {"action": type(action), "dest": entry.name, "default": default}
+                box.add_argument(flag_name(name), const=name, **shared, **own)
     values = {**defaults, **vars(parser.parse_args(argv))}
     return tuple(
         group(**{entry.name: values[entry.name] for entry in fields(group) if entry.name in values})

@@ -10,8 +10,11 @@ from engine.runtime import Runtime
 from engine.training import Evaluation, Trainer
 from tritoncaps.data import Dataset, ImageSet, to_float
 
-# How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4).
-OFFSETS = [step * 0.05 for step in range(-5, 6)]
+# How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4), in
+# standard deviations of that dimension.
+OFFSETS = [step * 0.4 for step in range(-5, 6)]
+# The most images of a class that the standard deviations are taken over.
+_SAMPLE = 200
 
 
 def draw(
@@ -38,9 +41,11 @@ def draw(
     # The first image that is classified right, and the dimensions of its longest capsule.
     right = int((evaluation.predictions == labels).int().argmax())
     label = int(labels[right])
-    poses = trainer.predict(to_float(test.images[right : right + 1])).poses
+    members = (labels == label).nonzero()[:_SAMPLE, 0]
+    chosen = torch.cat([members.new_tensor([right]), members]).to(test.images.device)
+    poses = trainer.predict(to_float(test.images[chosen])).poses.float()
     figures.plot_perturbations(
-        perturbed(trainer.model, trainer.runtime, poses, label),
+        perturbed(trainer.model, trainer.runtime, poses[:1], label, spread(poses[1:, label])),
         OFFSETS,
         directory / "perturbations.png",
         f"{title}: the dimensions of a capsule of class {names[label]}",
@@ -51,14 +56,21 @@ def draw(
     figures.plot_confusion(matrix, directory / "confusion.png", f"{title}, test set", names)
 
 
+def spread(poses: Tensor) -> Tensor:
+    """Return the standard deviation of each dimension of a class capsule: (N, D) → (D,)."""
+    return poses.std(dim=0, correction=0)
+
+
 @torch.inference_mode()
-def perturbed(model: Any, runtime: Runtime, poses: Tensor, label: int) -> Tensor:
-    """Decode one capsule with each dimension moved by each offset; (D, steps, C, H, W)."""
-    D, steps = poses.shape[-1], len(OFFSETS)
-    offsets = torch.tensor(OFFSETS, device=poses.device)
+def perturbed(model: Any, runtime: Runtime, poses: Tensor, label: int, spread: Tensor) -> Tensor:
+    """Decode one capsule of poses (1, K, D), each dimension moved by each offset × its spread (D,).
+
+    Returns images of shape (D, steps, C, H, W).
+    """
+    D, steps = len(spread), len(OFFSETS)
     moved = poses.float().repeat(D * steps, 1, 1).unflatten(0, (D, steps))
-    for dimension in range(D):
-        moved[dimension, :, label, dimension] += offsets
+    # The diagonal pairs each row with the dimension that it moves.
+    moved[:, :, label].diagonal(dim1=0, dim2=2).add_(poses.new_tensor(OFFSETS)[:, None] * spread)
     target = torch.full((D * steps,), label, device=poses.device)
     with runtime.autocast():
         images = model.decoder(moved.flatten(0, 1), target)

@@ -3,11 +3,13 @@
 args.json               the flags, and the versions, device and commit they ran on
 summary.csv             one row per epoch
 metrics.jsonl           one record every few steps
-last.safetensors        all that is needed to continue; last.previous.safetensors is the one before
-model_best.safetensors  the weights of the best epoch by validation, and a description of the model;
-                        model_best.previous.safetensors holds the best before
+last.safetensors        all that is needed to continue: three times as large as the weights
+model_best.safetensors  the weights of the best epoch by validation, and a description of the model
 config.json             the same description, to read
 .lock                   held by the process that trains, so that no other one does
+
+Until the run is finished, last.previous.safetensors and model_best.previous.safetensors hold what
+the two checkpoints replaced.
 """
 
 import csv
@@ -164,6 +166,12 @@ def latest(loaded: tuple[T, Path, str | None]) -> T:
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     return content
+
+
+def finish(directory: Path) -> None:
+    """Remove the replaced checkpoints of a finished run: nothing writes over the newest again."""
+    for path in directory.glob("*.previous.safetensors"):
+        path.unlink()
 
 
 def open_experiment(directory: Path, program: str, recipe: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from engine.flags import Machine, Output, Recipe, as_dict, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
+    finish,
     locked,
     open_experiment,
     write_json,
@@ -152,6 +153,8 @@ class Runner:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
             )
+        if not 0 <= recipe.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {recipe.weight_decay} must be >= 0 and finite")
         with world.first_on_each_machine():
             dataset = load_dataset(recipe.dataset, machine.data_dir, download=machine.download)
         if len(set(found := world.gather(dataset.name))) > 1:
@@ -229,11 +232,17 @@ class Runner:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
         args = {**args, "model_kwargs": job.config["model_kwargs"]}
+        optimizer = None
+        if decay := self.recipe.weight_decay:
+            optimizer = torch.optim.AdamW(
+                job.model.parameters(), lr=self.recipe.lr, weight_decay=decay, fused=True
+            )
         trainer = Trainer(
             job.model,
             directory,
             task=job.task,
             schedule=self.schedule,
+            optimizer=optimizer,
             runtime=self.runtime,
             args=args,
             config=job.config,
@@ -394,9 +403,7 @@ class Experiment(Runner):
             **{name: environment[name] for name in ("threads", "precision", "commit")},
         }
         write_json(directory / "result.json", result)
-        # There are many runs, and one generation of files is enough to train for more epochs.
-        for path in directory.glob("*.previous.safetensors"):
-            path.unlink()
+        finish(directory)
         return result
 
 

@@ -66,11 +66,15 @@ def small(tmp_path, monkeypatch, dataset):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, dataset):
-    """A complete run with pictures: its directory, and what it printed."""
+    """A complete run with pictures: its directory, and what it printed.
+
+    It keeps the checkpoints that were replaced, as a run does that was stopped.
+    """
     directory = tmp_path_factory.mktemp("finished") / "run"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
         make_small(monkeypatch.setattr, dataset, draws=True)
+        monkeypatch.setattr(train_mnist, "finish", lambda directory: None)
         assert run(*NEW, "--output-dir", str(directory)) == 0
     return directory, printed.getvalue()
 
@@ -273,17 +277,18 @@ class TestPictures:
         assert {path.name for path in Path("run").glob("*.png")} == PICTURES
 
     def test_what_moves_a_perturbed_capsule(self):
-        """Each dimension of one capsule is moved by each offset, and nothing else is."""
+        """Each dimension of one capsule moves by each offset, in units of its spread."""
         model = small_network("capsnet")
-        poses = torch.randn(1, 10, 16) * 0.2
-        images = pictures.perturbed(model, Runtime(torch.device("cpu"), "fp32"), poses, label=3)
+        poses = torch.randn(30, 10, 16) * 0.2
+        spread = pictures.spread(poses[:, 3])
+        runtime = Runtime(torch.device("cpu"), "fp32")
+        images = pictures.perturbed(model, runtime, poses[:1], 3, spread)
         assert images.shape == (16, 11, 1, 28, 28)
-        assert pytest.approx([-0.25, -0.2, 0.0, 0.25]) == [
-            pictures.OFFSETS[step] for step in (0, 1, 5, 10)
-        ]
+        assert pictures.OFFSETS[::5] == pytest.approx([-2, 0, 2])
         for dimension, step in ((0, 0), (7, 3), (15, 10)):
-            moved = poses.clone()
-            moved[0, 3, dimension] += pictures.OFFSETS[step]
+            moved = poses[:1].clone()
+            of_all = poses[:, 3, dimension]
+            moved[0, 3, dimension] += pictures.OFFSETS[step] * of_all.var(correction=0).sqrt()
             with torch.no_grad():
                 expected = model.decoder(moved, torch.tensor([3]))
             torch.testing.assert_close(images[dimension, step], expected[0])
@@ -296,7 +301,7 @@ class TestPictures:
 CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
-    "validation_fraction": "0.2", "reconstruction_weight": "0.1",
+    "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
 }  # fmt: skip
 
 
@@ -323,6 +328,18 @@ class TestResume:
         # The number is remembered.
         assert run("--resume=run") == 0
         assert json.loads((tmp_path / "run/args.json").read_text())["args"]["epochs"] == 3
+
+    def test_a_finished_run_keeps_one_generation_and_says_what_takes_the_space(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2 * BATCHES + 1)
+            assert run(*NEW, "--output-dir=run") == 130
+        assert len(list(tmp_path.glob("run/*.previous.safetensors"))) == 2
+        assert run("--resume=run") == 0
+        assert not list(tmp_path.glob("run/*.previous.safetensors"))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert re.fullmatch(r"last\.safetensors \(\d+ MB\) is needed only to train on: .*", last)
 
     def test_auto_takes_the_newest_run(self, tmp_path, capsys, a_run):
         for name, age in (("20240101-000000", 10), ("20230101-000000", 0)):

@@ -93,9 +93,23 @@ COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
 STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 
+# The defaults that depend on the data set: those of MNIST and the like, and what is different for
+# scikit-learn's digits. A few images need more steps to draw what they show, and these are centred.
+_DEFAULTS = {"batch_size": 128, "max_shift": 2, "reconstruction_weight": 0.0005}
+_OF_DATASET = {"digits": {"batch_size": 32, "max_shift": 0, "reconstruction_weight": 0.05}}
+
+
+def _default(name: str) -> str:
+    """Name the defaults of a flag, for its help."""
+    others = (f", on {data} {values[name]}" for data, values in _OF_DATASET.items())
+    return f"(default: {_DEFAULTS[name]}{''.join(others)})"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the result depends on. A resumed run may change the number of epochs alone."""
+
+    # A field whose default depends on the data set is None until `on` fills it in.
 
     model: str = flag("deep_capsnet", "the network to train", choices=list_models())
     model_kwargs: dict[str, Any] = flag(
@@ -126,7 +140,12 @@ class Recipe:
     validation_fraction: float = flag(
         0.1, "share of the training images held out to choose the best epoch", metavar="F"
     )
-    max_shift: int = flag(2, "shift each training image by up to this much", metavar="PIXELS")
+    max_shift: int = flag(
+        None,
+        f"shift each training image by up to this much {_default('max_shift')}",
+        type=int,
+        metavar="PIXELS",
+    )
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
@@ -134,7 +153,9 @@ class Recipe:
         fixed=False,
         **COUNT,
     )
-    batch_size: int = flag(128, "images per step", "-b", **COUNT)
+    batch_size: int = flag(
+        None, f"images per step {_default('batch_size')}", "-b", **COUNT
+    )
     lr: float = flag(1e-3, "learning rate of Adam")
     gamma: float = flag(0.9, "factor on the learning rate after every epoch")
     weight_decay: float = flag(
@@ -144,9 +165,19 @@ class Recipe:
         50, "steps over which the learning rate rises to its full value", metavar="N"
     )
     reconstruction_weight: float = flag(
-        0.0005, "weight of the reconstruction's squared error in the loss", metavar="W"
+        None,
+        "weight of the reconstruction's squared error in the loss "
+        f"{_default('reconstruction_weight')}",
+        type=float,
+        metavar="W",
     )
     seed: int = flag(1, "decides the weights, the order of the images and their shifts")
+
+    def on(self, dataset: str, epochs: int) -> "Recipe":
+        """Fill in a data set, and its defaults where no flag was given."""
+        defaults: dict[str, Any] = {"epochs": epochs, **_DEFAULTS, **_OF_DATASET.get(dataset, {})}
+        missing = {name: v for name, v in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, dataset=dataset, **missing)
 
 
 @dataclass(frozen=True)

@@ -149,10 +149,6 @@ class Runner:
         self.machine, self.output = machine, output
         self.runtime = choose_runtime(machine.device, machine.precision, world)
         world = self.runtime.world
-        if recipe.batch_size < world.size:
-            raise ValueError(
-                f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
-            )
         if not 0 <= recipe.weight_decay < math.inf:
             raise ValueError(f"--weight-decay {recipe.weight_decay} must be >= 0 and finite")
         with world.first_on_each_machine():
@@ -162,10 +158,14 @@ class Runner:
                 f"--dataset {recipe.dataset}: the {world.size} processes found {', '.join(found)}; "
                 "name one, and put it where all of them find it"
             )
+        recipe = recipe.on(dataset.name, dataset.epochs)
+        if recipe.batch_size < world.size:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
+            )
         if output.dry_run:
             recipe = _shortened(recipe, dataset, self.dry_run_batch)
-        self.epochs = recipe.epochs or dataset.epochs
-        self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
+        self.recipe, self.epochs = recipe, recipe.epochs or dataset.epochs
         self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
         self.train_images = self.dataset.train.to(self.runtime.device)

@@ -387,7 +387,7 @@ class TestResume:
         change_state(a_run, lambda state: state["args"].update(data_dir="of the checkpoint"))
         asked = []
 
-        def load(name, data_dir, download):
+        def load(name, data_dir, *, image_size, download):
             asked.append((data_dir, download))
             return few_digits()
 

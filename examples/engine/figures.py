@@ -183,13 +183,16 @@ def plot_confusion(
         bar.set_ticks([1e-4, 1e-3, 1e-2, 0.1, 1], labels=["0.01", "0.1", "1", "10", "100"])
         bar.minorticks_off()
         names = [shortened(name, 28) for name in class_names]
-        font = {"fontsize": min(9.0, 0.5 * size / len(counts))}
-        axes.set_yticks(range(len(counts)), names, **font)
-        axes.set_xticks(range(len(counts)), names, **font)
+        font_size = min(9.0, 0.5 * size / len(counts))
+        axes.set_yticks(range(len(counts)), names, fontsize=font_size)
+        axes.set_xticks(range(len(counts)), names, fontsize=font_size)
         if max(map(len, class_names)) > 2:
-            axes.tick_params("x", rotation=45)
-            for name in axes.get_xticklabels():
-                name.set(horizontalalignment="right", rotation_mode="anchor")
+            # Slanted names would run into each other where columns are narrow.
+            rotation = 45 if len(counts) <= 25 else 90
+            axes.tick_params("x", rotation=rotation)
+            if rotation == 45:
+                for name in axes.get_xticklabels():
+                    name.set(horizontalalignment="right", rotation_mode="anchor")
         axes.set(xlabel="predicted", ylabel="true")
 
 

@@ -152,12 +152,10 @@ class Runner:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
             )
+        size = (recipe.image_size[0], recipe.image_size[1]) if recipe.image_size else None
         with world.first_on_each_machine():
             dataset = load_dataset(
-                recipe.dataset,
-                machine.data_dir,
-                image_size=recipe.image_size and (recipe.image_size[0], recipe.image_size[1]),
-                download=machine.download,
+                recipe.dataset, machine.data_dir, image_size=size, download=machine.download
             )
         if len(set(found := world.gather(dataset.name))) > 1:
             raise DatasetError(
@@ -190,10 +188,10 @@ class Runner:
         if self.dataset.validation is not None:
             return self.train_images, self.dataset.validation.to(self.runtime.device)
         fraction, count = recipe.validation_fraction, len(self.train_images)
-        if not 0.5 <= fraction * count < count - 0.5:
+        if not math.isfinite(fraction) or not 0 < round(fraction * count) < count:
             raise ValueError(
-                f"--validation-fraction {fraction}: of {count:,} images, at least one has to be "
-                "held out and one to be left for training"
+                f"--validation-fraction {fraction} holds out {fraction * count:.0f} of {count:,} "
+                "images, but both parts need at least one"
             )
         return split_validation(self.train_images, fraction, recipe.seed)
 
@@ -315,7 +313,8 @@ class Experiment(Runner):
         recipe = {k: v for k, v in as_dict(self.recipe).items() if k not in self.varied}
         self.shared = {**recipe, "precision": self.runtime.precision, **shared}
         if self.dataset.name == "folder":
-            self.shared["folder"] = str(Path(str(self.machine.data_dir)).expanduser().resolve())
+            folder = Path(str(self.machine.data_dir)).expanduser()
+            self.shared["data_dir"] = str(folder.resolve())
         name = "-".join(filter(None, (self.program, variant, self.dataset.name)))
         self.directory = Path(self.output.output_dir or f"runs/{name}")
         open_experiment(self.directory, self.program, self.shared)

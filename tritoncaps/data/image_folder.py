@@ -143,7 +143,7 @@ def _find_classes(folder: Path) -> dict[str, _Class]:
     folders = _subfolders(folder)
     if not folders:
         inside = sum(1 for _ in _visible(folder))
-        files = f"has {inside:,} files but no subfolders" if inside else "is empty"
+        files = f"has {_plural(inside)} but no subfolders" if inside else "is empty"
         raise DatasetError(f"{folder} {files}. {_LAYOUT.format(folder)}")
     # A link to one of these adds nothing: it leads back up, or from one class into another.
     known = {*folder.resolve().parents, *(path.resolve() for path in (folder, *folders))}
@@ -173,8 +173,8 @@ def _check_classes(parts: dict[str, dict[str, _Class]], folders: dict[str, Path]
     train, folder = parts["train"], folders["train"]
     if len(train) == 1:
         (name,) = train
-        inside = len(_subfolders(folder / name))
-        hint = f". Did you mean {folder / name}, which has {inside} subfolders?" if inside else ""
+        inside = _subfolders(folder / name)
+        hint = f". Did you mean {folder / name}, which has subfolders?" if inside else ""
         raise DatasetError(
             f"{folder} has one class, {name}, but at least two are needed{hint or ': add another'}"
         )
@@ -368,5 +368,8 @@ def _listed(items: Sequence[str]) -> str:
 
 def _counted(others: Counter[str]) -> str:
     kinds = ", ".join(kind for kind, _ in others.most_common(_SHOWN))
-    count = others.total()
-    return f"{count:,} {'file' if count == 1 else 'files'} of other types: {kinds}"
+    return f"{_plural(others.total())} of other types: {kinds}"
+
+
+def _plural(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"

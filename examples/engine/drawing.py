@@ -76,8 +76,12 @@ def figure(
 def shrink_to(width: float, text: Text) -> None:
     """Reduce the font of a text until it is at most this many pixels wide."""
     # The width of small letters is not quite proportional to the font, so again until it fits.
-    while (actual := text.get_window_extent().width) > width > 0:
-        text.set_fontsize(float(text.get_fontsize()) * min(width / actual, 0.98))
+    for _ in range(10):
+        actual = text.get_window_extent().width
+        if actual <= width:
+            return
+        smaller = float(text.get_fontsize()) * min(width / actual, 0.98)
+        text.set_fontsize(max(1.0, smaller))
 
 
 def shortened(name: str, length: int) -> str:

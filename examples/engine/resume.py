@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from engine import checkpoint
 from engine.flags import Machine, Output, Recipe, first_difference, flag_name
 from engine.run_directory import RunDirectoryError, find_run, latest, locked
 from engine.runner import FROM_DATA
+from engine.trained import check_images
 from tritoncaps._files import CheckpointError, read_sealed
+from tritoncaps.data import Dataset
 
 # Flags that are not taken over from the resumed run.
 _OF_NOW = ("resume", "eval_only", "dry_run", "output_dir")
@@ -21,13 +23,21 @@ _OF_NOW = ("resume", "eval_only", "dry_run", "output_dir")
 
 @dataclass
 class Start:
-    """What a run continues from: the flags and the state of an earlier one, or weights to test."""
+    """What a run continues from: the flags and the state of an earlier one, or weights to test.
+
+    `config` describes the images that the network takes.
+    """
 
     directory: Path
     args: dict[str, Any]
     epoch: int
     weights: dict[str, Tensor]
     state: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def check_images(self, dataset: Dataset) -> None:
+        """Refuse images that the network was not made for."""
+        check_images(self.directory, self.config, dataset)
 
 
 def find_start(
@@ -76,12 +86,13 @@ def find_start(
         )
     if weights:
         args = {**_flags_beside(directory), **{name: header[name] for name in needed[:3]}}
-        return Start(directory, _own(args), header["epoch"], weights)
+        return Start(directory, _own(args), header["epoch"], weights, config=header)
     epoch = header["progress"]["epoch"]
     if epoch and not eval_only:
         # The best model is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
-    return Start(directory, _own(header["args"]), epoch, header["model"], header)
+    args = header["args"]
+    return Start(directory, _own(args), epoch, header["model"], header, config=args)
 
 
 def _flags_beside(directory: Path) -> dict[str, Any]:
@@ -99,6 +110,8 @@ def _flags_beside(directory: Path) -> dict[str, Any]:
 def _own(args: dict[str, Any]) -> dict[str, Any]:
     """Leave out the arguments of the network that the images determine: no flag gave them."""
     kwargs = args.get("model_kwargs", {})
+    if args.get("dataset") == "folder":
+        args = {**args, "image_size": list(kwargs["image_size"])}
     return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
 

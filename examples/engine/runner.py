@@ -249,16 +249,12 @@ class Runner:
     def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
-<<<<<<< HEAD
-        args = {**args, "model_kwargs": job.config["model_kwargs"]}
+        args = {**args, **{name: job.config[name] for name in ("model_kwargs", "class_names")}}
         optimizer = None
         if decay := self.recipe.weight_decay:
             optimizer = torch.optim.AdamW(
                 job.model.parameters(), lr=self.recipe.lr, weight_decay=decay, fused=True
             )
-=======
-        args = {**args, **{name: job.config[name] for name in ("model_kwargs", "class_names")}}
->>>>>>> folder
         trainer = Trainer(
             job.model,
             directory,

@@ -107,8 +107,14 @@ STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 # The defaults that depend on the data set: those of MNIST and the like, and what is different for
 # scikit-learn's digits. A few images need more steps to draw what they show, and these are centred.
-_DEFAULTS = {"batch_size": 128, "max_shift": 2, "reconstruction_weight": 0.0005}
-_OF_DATASET = {"digits": {"batch_size": 32, "max_shift": 0, "reconstruction_weight": 0.05}}
+_DEFAULTS = {
+    "batch_size": 128, "max_shift": 2, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
+}  # fmt: skip
+_OF_DATASET = {
+    "digits": {
+        "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
+    },
+}  # fmt: skip
 
 
 def _default(name: str) -> str:
@@ -178,10 +184,14 @@ class Recipe:
         fixed=False,
         **COUNT,
     )
-    batch_size: int = flag(
-        None, f"images per step {_default('batch_size')}", "-b", **COUNT
-    )
+    batch_size: int = flag(None, f"images per step {_default('batch_size')}", "-b", **COUNT)
     lr: float = flag(1e-3, "learning rate of Adam")
+    decoder_lr_factor: float = flag(
+        None,
+        f"factor on the learning rate of the decoder {_default('decoder_lr_factor')}",
+        type=float,
+        metavar="F",
+    )
     gamma: float = flag(0.9, "factor on the learning rate after every epoch")
     weight_decay: float = flag(
         0.0, "decay of the weights, decoupled from the gradient as in AdamW", metavar="F"

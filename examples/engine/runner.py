@@ -28,7 +28,7 @@ from torch import nn
 
 from engine import baseline
 from engine.distributed import World, require_one_process
-from engine.flags import Machine, Output, Recipe, as_dict, parse
+from engine.flags import Machine, Output, Recipe, as_dict, flag_name, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
@@ -149,8 +149,6 @@ class Runner:
         self.machine, self.output = machine, output
         self.runtime = choose_runtime(machine.device, machine.precision, world)
         world = self.runtime.world
-        if not 0 <= recipe.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay {recipe.weight_decay} must be >= 0 and finite")
         size = (recipe.image_size[0], recipe.image_size[1]) if recipe.image_size else None
         with world.first_on_each_machine():
             dataset = load_dataset(
@@ -162,6 +160,9 @@ class Runner:
                 "name one, and put it where all of them find it"
             )
         recipe = recipe.on(dataset.name, dataset.epochs)
+        for name in ("weight_decay", "decoder_lr_factor"):
+            if not 0 <= (value := getattr(recipe, name)) < math.inf:
+                raise ValueError(f"{flag_name(name)} {value} must be >= 0 and finite")
         if recipe.batch_size < world.size:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
@@ -246,21 +247,30 @@ class Runner:
             task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW, which is Adam without weight decay; the decoder has a rate of its own."""
+        decoder = getattr(model, "decoder", None)
+        apart = set() if decoder is None else set(decoder.parameters())
+        recipe, parameters = self.recipe, list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p not in apart]},
+            {
+                "params": [p for p in parameters if p in apart],
+                "lr_factor": recipe.decoder_lr_factor,
+            },
+        ]
+        return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
     def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
         args = {**args, **{name: job.config[name] for name in ("model_kwargs", "class_names")}}
-        optimizer = None
-        if decay := self.recipe.weight_decay:
-            optimizer = torch.optim.AdamW(
-                job.model.parameters(), lr=self.recipe.lr, weight_decay=decay, fused=True
-            )
         trainer = Trainer(
             job.model,
             directory,
             task=job.task,
             schedule=self.schedule,
-            optimizer=optimizer,
+            optimizer=self.optimizer(job.model),
             runtime=self.runtime,
             args=args,
             config=job.config,

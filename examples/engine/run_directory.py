@@ -119,19 +119,20 @@ def check_directory(requested: str | None) -> None:
         raise RunDirectoryError(f"--output-dir {requested or ROOT}: {path} cannot be written to")
 
 
-def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
+def find_run(resume: str, output_dir: str | None, model: str, name: str = LAST) -> Path | None:
     """Find the run that --resume means, or None where "auto" finds none.
 
     "auto" means the run in --output-dir, or without one the newest run of this model under runs/.
-    A path is a run directory or a checkpoint in one.
+    A path is a run directory or a checkpoint in one. The directory holds the checkpoint `name`.
 
     Raises:
         RunDirectoryError: the path holds no checkpoint.
     """
     if resume == "auto":
         if output_dir:
-            return Path(output_dir) if has_checkpoint(Path(output_dir)) else None
-        runs = sorted(filter(has_checkpoint, ROOT.glob("*-*-*-*")), key=_newest)
+            return Path(output_dir) if has_checkpoint(Path(output_dir), name) else None
+        runs = [run for run in ROOT.glob("*-*-*-*") if has_checkpoint(run, name)]
+        runs.sort(key=lambda run: max(p.stat().st_mtime for p in _generations(run, name)))
         own = [run for run in runs if run.match(f"{model}-*-*-*")]
         if own and runs[-1] != own[-1]:
             print(f"resuming    {own[-1]}; {runs[-1]} is newer, but not of --model {model}")
@@ -141,8 +142,8 @@ def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
         return path.parent
     if path.suffix:
         raise RunDirectoryError(f"--resume {resume}: there is no checkpoint of that name")
-    if not has_checkpoint(path):
-        raise RunDirectoryError(f"--resume {resume}: there is no checkpoint in {path}")
+    if not has_checkpoint(path, name):
+        raise RunDirectoryError(f"--resume {resume}: there is no {name} in {path}")
     return path
 
 
@@ -151,13 +152,9 @@ def has_checkpoint(run: Path, name: str = LAST) -> bool:
     return bool(_generations(run, name))
 
 
-def _generations(run: Path, name: str = LAST) -> list[Path]:
+def _generations(run: Path, name: str) -> list[Path]:
     path = run / name
     return [p for p in (path, checkpoint.previous_path(path)) if p.is_file()]
-
-
-def _newest(run: Path) -> float:
-    return max(path.stat().st_mtime for path in _generations(run))
 
 
 def latest(loaded: tuple[T, Path, str | None]) -> T:

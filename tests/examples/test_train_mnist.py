@@ -512,7 +512,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "path, message",
         [
-            ("nowhere", "there is no checkpoint in nowhere"),
+            ("nowhere", "there is no last.safetensors in nowhere"),
             ("nope.pt", "there is no checkpoint of that name"),
             ("nowhere/last.safetensors", "there is no checkpoint of that name"),
         ],
@@ -595,6 +595,13 @@ class TestEvalOnly:
         wrong = round(40 * (1 - float(summary(a_run)[epoch - 1]["test_accuracy"])))
         assert last.startswith(f"test of epoch {epoch}: ") and f"({wrong} of 40 wrong)" in last
         assert snapshot(tmp_path) == before
+
+    def test_the_state_to_continue_from_is_not_needed(self, a_run, capsys):
+        """The last line of a run says that this file may be deleted."""
+        for path in a_run.glob("last*.safetensors"):
+            path.unlink()
+        assert run("--eval-only", f"--resume={a_run}") == 0
+        assert "test of epoch " in capsys.readouterr().out
 
     def test_nothing_is_written_for_a_run_with_tensorboard_either(self, a_run, tmp_path):
         path = a_run / "args.json"

@@ -252,7 +252,7 @@ class Runner:
         decoder = getattr(model, "decoder", None)
         apart = set() if decoder is None else set(decoder.parameters())
         recipe, parameters = self.recipe, list(model.parameters())
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p not in apart]},
             {
                 "params": [p for p in parameters if p in apart],

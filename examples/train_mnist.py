@@ -32,6 +32,7 @@ from engine.run_directory import LAST, finish, latest, locked, new_directory, te
 from engine.runner import Runner, count_parameters, run_program
 from engine.runtime import require
 from engine.tables import counted
+from engine.trained import check_images
 from engine.training import Evaluation
 
 
@@ -78,7 +79,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         runner = Runner(recipe, machine, output, world)
         recipe = runner.recipe
         if start is not None:
-            start.check_images(runner.dataset)
+            check_images(start.directory, start.config, runner.dataset)
         job = runner.classification(recipe)
 
         # -- the run directory, and what is about to happen

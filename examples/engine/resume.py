@@ -13,9 +13,7 @@ from engine import checkpoint
 from engine.flags import Machine, Output, Recipe, first_difference, flag_name
 from engine.run_directory import BEST, LAST, RunDirectoryError, find_run, latest, locked
 from engine.runner import FROM_DATA
-from engine.trained import check_images
 from tritoncaps._files import CheckpointError, read_sealed
-from tritoncaps.data import Dataset
 
 # Flags that are not taken over from the resumed run.
 _OF_NOW = ("resume", "eval_only", "dry_run", "output_dir")
@@ -34,10 +32,6 @@ class Start:
     weights: dict[str, Tensor]
     state: dict[str, Any] | None = None
     config: dict[str, Any] = field(default_factory=dict)
-
-    def check_images(self, dataset: Dataset) -> None:
-        """Refuse images that the network was not made for."""
-        check_images(self.directory, self.config, dataset)
 
 
 def find_start(
@@ -87,13 +81,13 @@ def find_start(
         )
     if weights:
         args = {**_flags_beside(directory), **{name: header[name] for name in needed[:3]}}
-        return Start(directory, _own(args), header["epoch"], weights, config=header)
+        return Start(directory, _own(args), header["epoch"], weights, None, header)
     epoch = header["progress"]["epoch"]
     if epoch and not eval_only:
         # The best model is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
-    args = header["args"]
-    return Start(directory, _own(args), epoch, header["model"], header, config=args)
+    args, config = header["args"], header.get("config", {})
+    return Start(directory, _own(args), epoch, header["model"], header, config)
 
 
 def _flags_beside(directory: Path) -> dict[str, Any]:
@@ -112,7 +106,8 @@ def _own(args: dict[str, Any]) -> dict[str, Any]:
     """Leave out the arguments of the network that the images determine: no flag gave them."""
     kwargs = args.get("model_kwargs", {})
     if args.get("dataset") == "folder":
-        args = {**args, "image_size": list(kwargs["image_size"])}
+        sides = kwargs.get("image_size")
+        args = {**args, "image_size": sides and list(sides)}
     return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
 

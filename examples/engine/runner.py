@@ -264,7 +264,7 @@ class Runner:
     def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
-        args = {**args, **{name: job.config[name] for name in ("model_kwargs", "class_names")}}
+        args = {**args, "model_kwargs": job.config["model_kwargs"]}
         trainer = Trainer(
             job.model,
             directory,

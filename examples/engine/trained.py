@@ -101,15 +101,21 @@ def check_images(run: Path, config: Mapping[str, Any], dataset: Dataset) -> None
     kwargs = config.get("model_kwargs", {})
     channels, *size = dataset.train.images.shape[1:]
     if (known_channels := kwargs.get("in_channels", channels)) != channels:
-        kinds = {1: "grey", 3: "RGB"}
+        found, remedy = "RGB", "convert them to grey"
+        if channels == 1:
+            found, remedy = "grey", "with one coloured image among them, all are read as RGB"
         raise ValueError(
-            f"{run} was trained on {kinds.get(known_channels, known_channels)} images, but those "
-            f"of --data-dir are {kinds.get(channels, channels)}: convert them"
+            f"{run} was trained on images of {known_channels} channels, but those of "
+            f"--data-dir are {found}: {remedy}"
         )
-    if (known_size := list(kwargs.get("image_size", size))) != size:
+    known_size = kwargs.get("image_size", size)
+    known_size = [known_size] * 2 if isinstance(known_size, int) else list(known_size)
+    if known_size != size:
+        height, width = known_size
+        remedy = f": give --image-size {height} {width}" if dataset.name == "folder" else ""
         raise ValueError(
-            f"{run} was trained on images of {known_size[0]}x{known_size[1]} pixels, not "
-            f"{size[0]}x{size[1]}: give --image-size {known_size[0]} {known_size[1]}"
+            f"{run} was trained on images of {height}x{width} pixels, not {size[0]}x{size[1]}"
+            f"{remedy}"
         )
 
 

@@ -8,6 +8,7 @@ import pytest
 from example_runs import small_network
 
 import compare_models
+import reconstruct
 import train_mnist
 from engine import baseline
 
@@ -64,6 +65,13 @@ def test_it_is_trained_tested_and_continued(own, tmp_path, capsys):
     assert run("--resume=run", "--epochs=2", "--image-size", "20", "18") == 0
     assert "test accuracy" in capsys.readouterr().out
 
+    # The experiments take the run too, and say which size it needs.
+    there = ("run", "--dataset=folder", "--data-dir=own", *MACHINE)
+    assert reconstruct.main([*there, "--image-size", "20", "18"]) == 0
+    assert reconstruct.main([*there, "--output-dir=out"]) == 2
+    expected = "images of 20x18 pixels, not 40x30: give --image-size 20 18"
+    assert expected in capsys.readouterr().err
+
     # Images of other classes, colours or sizes are refused.
     assert run("--resume=run", "--epochs=3", "--image-size=20") == 2
     assert (
@@ -72,9 +80,8 @@ def test_it_is_trained_tested_and_continued(own, tmp_path, capsys):
     for path in own.rglob("*.png"):
         Image.open(path).convert("L").save(path)
     assert run("--eval-only", "--resume=run") == 2
-    assert "run was trained on RGB images, but those of --data-dir are grey" in (
-        capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert "trained on images of 3 channels, but those of --data-dir are grey: with one" in error
     for part in COUNTS:
         (own / part / "red").rename(own / part / "rot")
     for flags in (("--epochs=3",), ("--eval-only",)):

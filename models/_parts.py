@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps._checks import (
     check_choice,
@@ -12,6 +13,7 @@ from tritoncaps._checks import (
     check_size,
     shape_of,
 )
+from tritoncaps._tracing import is_proxy
 
 
 class CapsuleOutput(NamedTuple):
@@ -27,6 +29,10 @@ class CapsuleOutput(NamedTuple):
     poses: Tensor
     reconstruction: Tensor | None = None
     logits: Tensor | None = None
+
+
+# torch.export writes an output by the name of its type.
+_register_namedtuple(CapsuleOutput, serialized_type_name="tritoncaps.CapsuleOutput")
 
 
 def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
@@ -70,6 +76,8 @@ def check_capsules(model: str, in_capsules: int, image: tuple[int, int], smalles
 
 def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
     """Raise if the images do not have the type or shape that the model was built for."""
+    if is_proxy(images):
+        return
     check_floating(model, "images", images)
     if images.shape[1:] != image_shape:
         raise ValueError(

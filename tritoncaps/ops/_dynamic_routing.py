@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.dynamic_routing import dynamic_routing as _registered
+from tritoncaps._tracing import one_node
 
 Gradient = Literal["full", "last"]
 
@@ -28,6 +29,7 @@ def dynamic_routing(
     gradient: Gradient = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@one_node
 def dynamic_routing(
     u_hat: Tensor,
     iterations: int = 3,

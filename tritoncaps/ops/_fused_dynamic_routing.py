@@ -29,6 +29,16 @@ def fused_dynamic_routing(
     gradient: Gradient = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def fused_dynamic_routing(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = ...,
+    *,
+    prior: Tensor | None = ...,
+    gradient: Gradient = ...,
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,

@@ -1,4 +1,4 @@
-"""RoutedCapsules: shared weights, masks, coupling, options of a call, parameters built and reset."""
+"""RoutedCapsules: shared weights, masks, coupling, options of a call, building and resetting."""
 
 import pytest
 import torch
@@ -32,7 +32,9 @@ class TestSharedWeights:
         u = torch.randn(2, count * T, P, device=device)
         result, expected = shared(u), repeated(u)
         assert torch.equal(result, expected)
-        for grad, grads in zip(gradients(shared, result), gradients(repeated, expected), strict=True):
+        for grad, grads in zip(
+            gradients(shared, result), gradients(repeated, expected), strict=True
+        ):
             torch.testing.assert_close(grad, grads.view(count, *grad.shape).sum(0))
 
     def test_one_matrix_routes_a_set(self, device):

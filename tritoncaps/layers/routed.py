@@ -89,6 +89,7 @@ class RoutedCapsules(nn.Module):
         self.iterations = iterations
         self.positions = positions
         self.gradient: ops.Gradient = gradient
+        self.learned_prior = learned_prior
         self.input_length = input_length
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -162,6 +163,6 @@ class RoutedCapsules(nn.Module):
             f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
             f"iterations={self.iterations}, positions={self.positions}, "
-            f"gradient={self.gradient!r}, learned_prior={self.prior is not None}, "
+            f"gradient={self.gradient!r}, learned_prior={self.learned_prior}, "
             f"input_length={self.input_length}"
         )

@@ -42,6 +42,8 @@ class CapsNet(nn.Module):
         shared_weights: primary capsules of one type share their matrices at all positions. With the
             defaults these are 40,960 parameters instead of 1,474,560.
         learned_prior: learn the initial logits of the routing.
+        pose_bias: learn a bias, added to the sums before each squash.
+        leaky: add an orphan class to each softmax. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
         reconstruction: build the decoder.
 
@@ -73,6 +75,8 @@ class CapsNet(nn.Module):
         class_dim: int = 16,
         shared_weights: bool = False,
         learned_prior: bool = False,
+        pose_bias: bool = False,
+        leaky: bool = False,
         gradient: ops.Gradient = "full",
         reconstruction: bool = True,
     ) -> None:
@@ -92,6 +96,8 @@ class CapsNet(nn.Module):
             {
                 "shared_weights": shared_weights,
                 "learned_prior": learned_prior,
+                "pose_bias": pose_bias,
+                "leaky": leaky,
                 "reconstruction": reconstruction,
             },
         )
@@ -113,6 +119,8 @@ class CapsNet(nn.Module):
             class_dim,
             iterations,
             positions=in_capsules // capsule_types if shared_weights else None,
+            pose_bias=pose_bias,
+            leaky=leaky,
             gradient=gradient,
             learned_prior=learned_prior,
         )

@@ -47,6 +47,8 @@ class DeepCapsNet(nn.Module):
         class_dim: components of a class capsule, D.
         shared_weights: primary capsules of one type share their matrices at all positions.
         learned_prior: learn the initial logits of both routings.
+        pose_bias: learn a bias, added to the sums before each squash in both routes.
+        leaky: add an orphan class to each softmax in both routes. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
         reconstruction: build the decoder.
 
@@ -80,6 +82,8 @@ class DeepCapsNet(nn.Module):
         class_dim: int = 16,
         shared_weights: bool = False,
         learned_prior: bool = False,
+        pose_bias: bool = False,
+        leaky: bool = False,
         gradient: ops.Gradient = "full",
         reconstruction: bool = True,
     ) -> None:
@@ -101,6 +105,8 @@ class DeepCapsNet(nn.Module):
             {
                 "shared_weights": shared_weights,
                 "learned_prior": learned_prior,
+                "pose_bias": pose_bias,
+                "leaky": leaky,
                 "reconstruction": reconstruction,
             },
         )
@@ -124,6 +130,8 @@ class DeepCapsNet(nn.Module):
             hidden_dim,
             primary_iterations,
             positions=in_capsules // capsule_types if shared_weights else None,
+            pose_bias=pose_bias,
+            leaky=leaky,
             gradient=gradient,
             learned_prior=learned_prior,
         )
@@ -133,6 +141,8 @@ class DeepCapsNet(nn.Module):
             num_classes,
             class_dim,
             secondary_iterations,
+            pose_bias=pose_bias,
+            leaky=leaky,
             gradient=gradient,
             learned_prior=learned_prior,
         )

@@ -317,6 +317,11 @@ CASES = {
         ValueError,
         "RoutedCapsules: u must have 3 axes (B, I, P), got 2 (u: (6, 8))",
     ),
+    "routed-leaky": (
+        lambda: RoutedCapsules(6, 8, 10, 16, leaky=1),
+        TypeError,
+        "RoutedCapsules: leaky must be a bool, got int",
+    ),
     "routed-mask-dtype": (
         lambda: ROUTED(U, torch.ones(2, 6)),
         TypeError,
@@ -423,6 +428,16 @@ CASES = {
         lambda: CapsNet(gradient=None),
         ValueError,
         'CapsNet: gradient must be "full" or "last", got None',
+    ),
+    "capsnet-pose-bias": (
+        lambda: CapsNet(pose_bias="yes"),
+        TypeError,
+        "CapsNet: pose_bias must be a bool, got str",
+    ),
+    "capsnet-stride": (
+        lambda: CapsNet(stride=0),
+        ValueError,
+        "CapsNet: stride must be >= 1, got 0",
     ),
     "deep-reconstruction": (
         lambda: DeepCapsNet(reconstruction="no"),

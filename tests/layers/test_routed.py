@@ -54,7 +54,9 @@ class TestSharedWeights:
 
 
 class TestMask:
-    @pytest.mark.parametrize("options", [{}, {"learned_prior": True}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"learned_prior": True}, {"pose_bias": True, "leaky": True}], ids=str
+    )
     @pytest.mark.parametrize("padding", [0.0, 1.0, float("nan"), float("inf")])
     def test_masked_capsules_are_as_if_left_out(self, device, padding, options):
         layer = build(positions=1, **options).to(device)
@@ -93,6 +95,11 @@ class TestCall:
         torch.testing.assert_close(coupling.sum(2), torch.ones(2, T, device=device))
         assert torch.equal(poses, layer(u))
 
+    def test_an_orphan_class_takes_a_share(self, device):
+        layer = build(leaky=True).to(device)
+        _, coupling = layer(torch.zeros(2, T, P, device=device), return_coupling=True)
+        torch.testing.assert_close(coupling, torch.full_like(coupling, 1 / (J + 1)))
+
     def test_iterations_of_a_call(self, device):
         layer = build(iterations=1).to(device)
         u = torch.randn(2, T, P, device=device)
@@ -102,7 +109,9 @@ class TestCall:
 
 class TestParameters:
     @pytest.mark.parametrize(
-        "options", [{}, {"learned_prior": True, "positions": 9}], ids=["default", "all"]
+        "options",
+        [{}, {"learned_prior": True, "pose_bias": True, "positions": 9}],
+        ids=["default", "all"],
     )
     def test_reset_after_to_empty_is_a_fresh_layer(self, options):
         torch.manual_seed(3)
@@ -119,7 +128,7 @@ class TestParameters:
             assert torch.equal(layer.state_dict()[name], value), name
 
     def test_dtype(self):
-        layer = RoutedCapsules(T, P, J, D, learned_prior=True, dtype=torch.float64)
+        layer = RoutedCapsules(T, P, J, D, learned_prior=True, pose_bias=True, dtype=torch.float64)
         assert {parameter.dtype for parameter in layer.parameters()} == {torch.float64}
         assert layer(torch.randn(2, T, P, dtype=torch.float64)).dtype == torch.float64
 

@@ -107,10 +107,13 @@ def test_a_call_sets_the_iterations(small_model, name):
 
 @every_model
 def test_options_reach_the_routings(small_model, name):
-    model = small_model(name, learned_prior=True)
+    options = {"learned_prior": True, "pose_bias": True, "leaky": True}
+    model = small_model(name, **options)
     for routing in ROUTINGS[name]:
         layer = model.get_submodule(routing)
         assert layer.prior.shape == layer.weight.shape[::2]
+        assert layer.pose_bias.shape == layer.weight.shape[2:]
+        assert layer.leaky
     model(torch.rand(2, 1, 28, 28)).activations.sum().backward()
     assert model.get_submodule(ROUTINGS[name][0]).prior.grad.any()
 

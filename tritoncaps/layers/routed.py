@@ -24,14 +24,18 @@ class RoutedCapsules(nn.Module):
         iterations: the number of weighted sums, at least 1.
         positions: share the matrices over all positions. The value is the number of positions to
             expect. It sets the scale of the initial weight and no limit.
+        pose_bias: learn a bias, (J, D), that is added to s before each squash. It starts at 0.1, as
+            in the authors' code.
+        leaky: add an orphan class to the softmax, which takes in what belongs to no output capsule.
         gradient: "full" differentiates through all iterations. "last" treats the last coupling as a
             constant.
         learned_prior: learn the initial logits, (I, J), which start at 0.
         input_length: ρ, the expected length of an input capsule. See `reset_parameters`.
         device, dtype: of the parameters.
 
-    Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None. With
-    `positions`, u is (B, n·T, P) for any n ≥ 1, `weight` (T, P, J, D) and `prior` (T, J).
+    Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None,
+    `pose_bias` (J, D) or None. With `positions`, u is (B, n·T, P) for any n ≥ 1, `weight`
+    (T, P, J, D) and `prior` (T, J).
 
     Raises:
         TypeError, ValueError: a size is not an int of at least 1, `gradient` is unknown, or
@@ -61,6 +65,8 @@ class RoutedCapsules(nn.Module):
         iterations: int = 3,
         *,
         positions: int | None = None,
+        pose_bias: bool = False,
+        leaky: bool = False,
         gradient: ops.Gradient = "full",
         learned_prior: bool = False,
         input_length: float = 1.0,
@@ -77,8 +83,13 @@ class RoutedCapsules(nn.Module):
             ("positions", 1 if positions is None else positions),
         ):
             _checks.check_size("RoutedCapsules", name, value)
+        for name, flag in (
+            ("pose_bias", pose_bias),
+            ("leaky", leaky),
+            ("learned_prior", learned_prior),
+        ):
+            _checks.check_flag("RoutedCapsules", name, flag)
         _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
-        _checks.check_flag("RoutedCapsules", "learned_prior", learned_prior)
         _checks.check_number("RoutedCapsules", "input_length", input_length)
         if not input_length > 0:
             raise ValueError(f"RoutedCapsules: input_length must be > 0, got {input_length}")
@@ -88,6 +99,7 @@ class RoutedCapsules(nn.Module):
         self.out_dim = out_dim
         self.iterations = iterations
         self.positions = positions
+        self.leaky = leaky
         self.gradient: ops.Gradient = gradient
         self.learned_prior = learned_prior
         self.input_length = input_length
@@ -97,6 +109,7 @@ class RoutedCapsules(nn.Module):
 
         self.weight = parameter(in_capsules, in_dim, out_capsules, out_dim)
         self.prior = parameter(in_capsules, out_capsules) if learned_prior else None
+        self.pose_bias = parameter(out_capsules, out_dim) if pose_bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -113,6 +126,8 @@ class RoutedCapsules(nn.Module):
         nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))
         if self.prior is not None:
             nn.init.zeros_(self.prior)
+        if self.pose_bias is not None:
+            nn.init.constant_(self.pose_bias, 0.1)
 
     def forward(
         self,
@@ -142,6 +157,8 @@ class RoutedCapsules(nn.Module):
             self._spread(self.weight, u),
             self.iterations if iterations is None else iterations,
             prior=None if self.prior is None else self._spread(self.prior, u),
+            pose_bias=self.pose_bias,
+            leaky=self.leaky,
             gradient=self.gradient,
             return_coupling=return_coupling,
         )
@@ -163,6 +180,7 @@ class RoutedCapsules(nn.Module):
             f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
             f"iterations={self.iterations}, positions={self.positions}, "
+            f"pose_bias={self.pose_bias is not None}, leaky={self.leaky}, "
             f"gradient={self.gradient!r}, learned_prior={self.learned_prior}, "
             f"input_length={self.input_length}"
         )

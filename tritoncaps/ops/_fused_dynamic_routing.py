@@ -42,7 +42,10 @@ def fused_dynamic_routing(
     iterations: int = ...,
     *,
     prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
     gradient: Gradient = ...,
+    output: Output = ...,
     return_coupling: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def fused_dynamic_routing(

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps._checks import (
     check_choice,
@@ -14,6 +15,7 @@ from tritoncaps._checks import (
     check_size,
     shape_of,
 )
+from tritoncaps._tracing import is_proxy
 from tritoncaps.layers import RoutedCapsules
 
 # A network with more is rarely meant: the largest of the papers has 8 million.
@@ -37,6 +39,10 @@ class CapsuleOutput(NamedTuple):
     reconstruction: Tensor | None = None
     logits: Tensor | None = None
     coupling: Tensor | tuple[Tensor, ...] | None = None
+
+
+# torch.export writes an output by the name of its type.
+_register_namedtuple(CapsuleOutput, serialized_type_name="tritoncaps.CapsuleOutput")
 
 
 class ReLUConvolution(nn.Conv2d):
@@ -102,6 +108,8 @@ def warn_of_size(model: nn.Module, in_capsules: int, routing: int, pixels: int) 
 
 def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
     """Raise if the images do not have the type or shape that the model was built for."""
+    if is_proxy(images):
+        return
     check_floating(model, "images", images)
     if images.shape[1:] != image_shape:
         raise ValueError(
@@ -114,10 +122,5 @@ def route(
     layer: RoutedCapsules, u: Tensor, iterations: int | None, return_coupling: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Route, and return the coupling as well, or None if it is not wanted."""
-    # torch.fx traces a model with a proxy for every argument, even for one that is not given.
-    if isinstance(iterations, fx.Proxy):
-        iterations = None
-    if isinstance(return_coupling, fx.Proxy):
-        return_coupling = False
     result = layer(u, iterations=iterations, return_coupling=return_coupling)
     return result if isinstance(result, tuple) else (result, None)

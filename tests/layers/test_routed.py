@@ -106,6 +106,14 @@ class TestCall:
         assert torch.equal(layer(u, iterations=4), build(iterations=4).to(device)(u))
         assert layer.iterations == 1
 
+    @pytest.mark.parametrize("options", [{}, {"positions": 2, "learned_prior": True}], ids=str)
+    def test_a_traced_layer_takes_a_mask(self, options):
+        layer, u = build(**options), torch.randn(2, T, P)
+        mask = torch.tensor([[True, True, False], [True, False, True]])
+        traced = torch.fx.symbolic_trace(layer)
+        assert torch.equal(traced(u), layer(u))
+        assert torch.equal(traced(u, mask), layer(u, mask))
+
 
 class TestParameters:
     @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. `_checks` and
-# `_version` know nothing about the operators, so anybody may import them.
-ALWAYS = {"_checks", "_version"}
+# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`,
+# `_tracing` and `_version` know nothing about the operators, so anybody may import them.
+ALWAYS = {"_checks", "_tracing", "_version"}
 ROOMS = {
     "reference": set(),
     "_checks": set(),

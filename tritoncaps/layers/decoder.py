@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._tracing import one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
@@ -75,22 +75,8 @@ class ReconstructionDecoder(nn.Module):
 
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask all but one capsule and decode it."""
-        poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
-        _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
-        if poses.shape[1:] != (self.num_classes, self.dim):
-            raise ValueError(
-                f"ReconstructionDecoder: poses must be (B, {self.num_classes}, {self.dim}), "
-                f"got {_checks.shape_of(poses)}"
-            )
-        if target is None:
-            activations = capsule_lengths(poses) if activations is None else activations
-            target = activations.argmax(dim=1)
-        else:
-            _checks.check_class_indices(
-                "ReconstructionDecoder", target, poses.shape[0], self.num_classes, poses.device
-            )
-        mask = F.one_hot(target, self.num_classes).to(poses.dtype)
-        flat = self.layers(rearrange(poses * mask.unsqueeze(-1), "B K D -> B (K D)"))
+        masked = _masked(capsules, target, self.num_classes, self.dim)
+        flat = self.layers(rearrange(masked, "B K D -> B (K D)"))
         channels, height, width = self.image_shape
         return rearrange(flat, "B (C H W) -> B C H W", C=channels, H=height, W=width)
 
@@ -100,3 +86,27 @@ class ReconstructionDecoder(nn.Module):
             f"num_classes={self.num_classes}, dim={self.dim}, image_shape={self.image_shape}, "
             f"hidden={self.hidden}"
         )
+
+
+# One node of a traced graph, so that the graph takes calls with and without a target.
+@one_node
+def _masked(
+    capsules: Tensor | Capsules, target: Tensor | None, num_classes: int, dim: int
+) -> Tensor:
+    """Return the poses, (B, K, D), with zeros in place of all capsules but the chosen one."""
+    poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
+    _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
+    if poses.shape[1:] != (num_classes, dim):
+        raise ValueError(
+            f"ReconstructionDecoder: poses must be (B, {num_classes}, {dim}), "
+            f"got {_checks.shape_of(poses)}"
+        )
+    if target is None:
+        activations = capsule_lengths(poses) if activations is None else activations
+        target = activations.argmax(dim=1)
+    else:
+        _checks.check_class_indices(
+            "ReconstructionDecoder", target, poses.shape[0], num_classes, poses.device
+        )
+    mask = F.one_hot(target, num_classes).to(poses.dtype)
+    return poses * mask.unsqueeze(-1)

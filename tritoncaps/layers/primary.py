@@ -1,9 +1,9 @@
 """Primary capsules, the first capsules of a network, made from feature maps."""
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
+from tritoncaps._tracing import is_proxy, rearrange
 
 
 class PrimaryCapsules(nn.Module):
@@ -71,6 +71,12 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Convolve, cut into capsules, squash."""
+        if not is_proxy(features):
+            self._check(features)
+        maps = self.conv(features)
+        return ops.squash(rearrange(maps, "B (T P) H W -> B (H W T) P", P=self.dim))
+
+    def _check(self, features: Tensor) -> None:
         _checks.check_floating("PrimaryCapsules", "features", features)
         if features.ndim != 4 or features.shape[1] != self.in_channels:
             raise ValueError(
@@ -83,8 +89,6 @@ class PrimaryCapsules(nn.Module):
                 f"PrimaryCapsules: features of {height}x{width} are smaller than the kernel, "
                 f"{self.kernel_size}x{self.kernel_size}"
             )
-        maps = self.conv(features)
-        return ops.squash(rearrange(maps, "B (T P) H W -> B (H W T) P", P=self.dim))
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""

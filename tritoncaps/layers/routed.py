@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
+from tritoncaps._tracing import concrete, one_node
 
 
 class RoutedCapsules(nn.Module):
@@ -147,32 +148,28 @@ class RoutedCapsules(nn.Module):
             return_coupling: also return the coupling of the last iteration, (B, I, J). It is 0
                 where the mask is False.
         """
-        present = None
-        if mask is not None:
-            _checks.check_mask("RoutedCapsules", mask, u)
-            present = mask.unsqueeze(2)
-            u = torch.where(present, u, 0)
+        iterations = concrete("iterations", iterations, None)
+        return_coupling = concrete("return_coupling", return_coupling, False)
+        u = _without_padding(u, mask)
+        weight: Tensor = self.weight
+        prior: Tensor | None = self.prior
+        if self.positions is not None:
+            weight = _at_all_positions(weight, u)
+            prior = None if prior is None else _at_all_positions(prior, u)
         result = ops.fused_dynamic_routing(
             u,
-            self._spread(self.weight, u),
+            weight,
             self.iterations if iterations is None else iterations,
-            prior=None if self.prior is None else self._spread(self.prior, u),
+            prior=prior,
             pose_bias=self.pose_bias,
             leaky=self.leaky,
             gradient=self.gradient,
             return_coupling=return_coupling,
         )
-        if present is None or isinstance(result, Tensor):
+        if mask is None or not return_coupling:
             return result
         v, coupling = result
-        return v, torch.where(present, coupling, 0)
-
-    def _spread(self, parameter: Tensor, u: Tensor) -> Tensor:
-        """Repeat a shared parameter, (T, ...), for all positions: (n·T, ...)."""
-        if self.positions is None:
-            return parameter
-        count = _checks.count_positions("RoutedCapsules", u, self.in_capsules)
-        return parameter.expand(count, *parameter.shape).flatten(0, 1)
+        return v, torch.where(mask.unsqueeze(2), coupling, 0)
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
@@ -184,3 +181,19 @@ class RoutedCapsules(nn.Module):
             f"gradient={self.gradient!r}, learned_prior={self.learned_prior}, "
             f"input_length={self.input_length}"
         )
+
+
+@one_node
+def _without_padding(u: Tensor, mask: Tensor | None) -> Tensor:
+    """Put zeros, which predict nothing, in place of the capsules that the mask leaves out."""
+    if mask is None:
+        return u
+    _checks.check_mask("RoutedCapsules", mask, u)
+    return torch.where(mask.unsqueeze(2), u, 0)
+
+
+@one_node
+def _at_all_positions(parameter: Tensor, u: Tensor) -> Tensor:
+    """Repeat a shared parameter, (T, ...), for each position of u: (n·T, ...)."""
+    count = _checks.count_positions("RoutedCapsules", u, len(parameter))
+    return parameter.expand(count, *parameter.shape).flatten(0, 1)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing as _registered
+from tritoncaps._tracing import one_node
 from tritoncaps.ops._dynamic_routing import Gradient, Output
 
 
@@ -48,6 +49,7 @@ def fused_dynamic_routing(
     output: Output = ...,
     return_coupling: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+@one_node
 def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,

@@ -6,10 +6,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._tracing import one_node
 
 Reduction = Literal["mean", "sum", "none"]
 
 
+@one_node
 def margin_loss(
     activations: Tensor,
     target: Tensor,

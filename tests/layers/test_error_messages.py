@@ -22,6 +22,7 @@ from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 U, WEIGHT = torch.ones(2, 6, 8), torch.ones(6, 8, 10, 16)
 U_HAT, PRIOR = torch.ones(2, 6, 10, 16), torch.zeros(6, 10)
+ROUTED = RoutedCapsules(6, 8, 10, 16)
 LENGTHS, TARGET = torch.ones(2, 10), torch.tensor([3, 9])
 
 CASES = {
@@ -295,6 +296,53 @@ CASES = {
         TypeError,
         "RoutedCapsules: learned_prior must be a bool, got NoneType",
     ),
+    "routed-positions": (
+        lambda: RoutedCapsules(6, 8, 10, 16, positions=0),
+        ValueError,
+        "RoutedCapsules: positions must be >= 1, got 0",
+    ),
+    "routed-part-of-a-position": (
+        lambda: RoutedCapsules(4, 8, 10, 16, positions=2)(U),
+        ValueError,
+        "RoutedCapsules: u has I=6 but needs a multiple of in_capsules=4, the capsules at each "
+        "position (u: (2, 6, 8))",
+    ),
+    "routed-no-position": (
+        lambda: RoutedCapsules(3, 8, 10, 16, positions=2)(U[:, :0]),
+        ValueError,
+        "RoutedCapsules: u has I=0 but needs a multiple of in_capsules=3",
+    ),
+    "routed-shared-rank": (
+        lambda: RoutedCapsules(3, 8, 10, 16, positions=2)(U[0]),
+        ValueError,
+        "RoutedCapsules: u must have 3 axes (B, I, P), got 2 (u: (6, 8))",
+    ),
+    "routed-leaky": (
+        lambda: RoutedCapsules(6, 8, 10, 16, leaky=1),
+        TypeError,
+        "RoutedCapsules: leaky must be a bool, got int",
+    ),
+    "routed-mask-dtype": (
+        lambda: ROUTED(U, torch.ones(2, 6)),
+        TypeError,
+        "RoutedCapsules: mask must be a bool tensor, False where a capsule is padding, "
+        "got torch.float32",
+    ),
+    "routed-mask-kind": (
+        lambda: ROUTED(U, [True] * 6),
+        TypeError,
+        "RoutedCapsules: mask must be a bool tensor, False where a capsule is padding, got list",
+    ),
+    "routed-mask-shape": (
+        lambda: ROUTED(U, torch.ones(6, dtype=torch.bool)),
+        ValueError,
+        "RoutedCapsules: mask must be (B, I) = (2, 6), got (6,)",
+    ),
+    "routed-mask-device": (
+        lambda: ROUTED(U, torch.ones(2, 6, dtype=torch.bool, device="meta")),
+        ValueError,
+        "RoutedCapsules: mask is on meta but u is on cpu",
+    ),
     "decoder-image-kind": (
         lambda: ReconstructionDecoder(10, 16, 28),
         TypeError,
@@ -380,6 +428,16 @@ CASES = {
         lambda: CapsNet(gradient=None),
         ValueError,
         'CapsNet: gradient must be "full" or "last", got None',
+    ),
+    "capsnet-pose-bias": (
+        lambda: CapsNet(pose_bias="yes"),
+        TypeError,
+        "CapsNet: pose_bias must be a bool, got str",
+    ),
+    "capsnet-stride": (
+        lambda: CapsNet(stride=0),
+        ValueError,
+        "CapsNet: stride must be >= 1, got 0",
     ),
     "deep-reconstruction": (
         lambda: DeepCapsNet(reconstruction="no"),

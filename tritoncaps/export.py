@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from tritoncaps import _checks, _operators, reference
 from tritoncaps._files import atomic_write
@@ -136,8 +137,8 @@ def to_onnx(
 
     The inputs are named as the parameters of `forward`. The outputs are named as the fields or keys
     of the result: `activations`, `poses` and `reconstruction` for our networks. A single tensor is
-    called "output", and the tensors of a plain tuple "output_0", "output_1" and so on. The dynamic
-    axis is called "batch". The file is written as a whole or not at all.
+    called "output", and those of a tuple "output_0", "output_1" and so on. The dynamic axis is
+    called "batch". The file is written as a whole or not at all.
 
     Args:
         model: as for `to_program`.
@@ -191,17 +192,26 @@ def to_onnx(
 
 
 class _Plain(nn.Module):
-    """A model whose result any process can rebuild: a named tuple becomes a dict."""
+    """A model whose result any process can rebuild."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *args: Any) -> Any:
-        result = self.model(*args)
-        if not hasattr(result, "_asdict"):
-            return result
-        return {name: value for name, value in result._asdict().items() if value is not None}
+        return _plain(self.model(*args))
+
+
+def _plain(result: Any) -> Any:
+    """The same result with a dict in place of each named tuple, without entries that are None."""
+    if hasattr(result, "_asdict"):
+        entries = result._asdict().items()
+        return {name: _plain(value) for name, value in entries if value is not None}
+    if type(result) in (tuple, list):
+        return type(result)(_plain(value) for value in result)
+    if type(result) is dict:
+        return {name: _plain(value) for name, value in result.items()}
+    return result
 
 
 def _program(
@@ -262,10 +272,14 @@ def _input_names(model: nn.Module, example: Tensor | tuple[Any, ...]) -> list[st
 
 def _output_names(program: ExportedProgram) -> list[str]:
     tree = program.call_spec.out_spec
-    count = tree.num_leaves
-    if tree.type is dict and tree.num_children == count:
-        return [str(key) for key in tree.context]
-    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    leaves, _ = tree_flatten_with_path(tree_unflatten([0] * tree.num_leaves, tree))
+    names = []
+    for path, _ in leaves:
+        keys = [key.key if isinstance(key, MappingKey) else key.idx for key in path]
+        if not isinstance(next(iter(keys), 0), str):
+            keys.insert(0, "output")
+        names.append("_".join(map(str, keys)))
+    return names
 
 
 def _write(path: str | Path, content: Any) -> None:

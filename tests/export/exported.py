@@ -20,7 +20,7 @@ def difference(results, expected):
     assert results.keys() == expected.keys()
     for name, tensor in results.items():
         assert tensor.shape == expected[name].shape, name
-    return max(float((results[name] - expected[name]).abs().max()) for name in results)
+    return max(float((results[name] - expected[name]).detach().abs().max()) for name in results)
 
 
 class Call(torch.nn.Module):

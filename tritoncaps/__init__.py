@@ -8,6 +8,7 @@ own checks on a routing that you wrote.
 from tritoncaps import layers, losses, ops, reference
 from tritoncaps._version import __version__
 from tritoncaps.layers import (
+    CapsuleHead,
     Capsules,
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -16,6 +17,7 @@ from tritoncaps.layers import (
 from tritoncaps.losses import CapsuleLoss, MarginLoss
 
 __all__ = [
+    "CapsuleHead",
     "CapsuleLoss",
     "Capsules",
     "MarginLoss",

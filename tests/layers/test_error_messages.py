@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tritoncaps import (
+    CapsuleHead,
     CapsuleLoss,
     MarginLoss,
     PrimaryCapsules,
@@ -546,6 +547,26 @@ CASES = {
         lambda: PrimaryCapsules(3)([1.0]),
         TypeError,
         "PrimaryCapsules: features must be a torch.Tensor, got list",
+    ),
+    "head-classes": (
+        lambda: CapsuleHead(4, 0),
+        ValueError,
+        "CapsuleHead: num_classes must be >= 1, got 0",
+    ),
+    "head-size-kind": (
+        lambda: CapsuleHead(4, 10, feature_size=(7, 7, 7)),
+        TypeError,
+        "CapsuleHead: feature_size must be an int or (height, width), got (7, 7, 7)",
+    ),
+    "head-size": (
+        lambda: CapsuleHead(4, 10, kernel_size=9),
+        ValueError,
+        "CapsuleHead: feature_size=7 leaves no primary capsule, kernel_size=9 is larger",
+    ),
+    "head-shared": (
+        lambda: CapsuleHead(4, 10, shared_weights=7),
+        TypeError,
+        "CapsuleHead: shared_weights must be a bool, got int",
     ),
     # models
     "capsnet-size-kind": (

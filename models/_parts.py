@@ -45,21 +45,6 @@ class CapsuleOutput(NamedTuple):
 _register_namedtuple(CapsuleOutput, serialized_type_name="tritoncaps.CapsuleOutput")
 
 
-class ReLUConvolution(nn.Conv2d):
-    """A convolution that a ReLU follows, with He initialisation, which keeps the scale.
-
-    With torch's default, each convolution cuts the power of the features to about a third, and the
-    squashed primary capsules start with lengths of a few hundredths.
-    """
-
-    def reset_parameters(self) -> None:
-        """Draw kernels for the gain of a ReLU."""
-        super().reset_parameters()  # its draws are part of what a seed stands for
-        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
 def check_arguments(
     model: str, sizes: Mapping[str, object], gradient: object, flags: Mapping[str, object]
 ) -> None:

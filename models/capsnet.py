@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
+from tritoncaps._checks import check_size
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
     RoutedCapsules,
     capsule_lengths,
 )
+from tritoncaps.layers._convolution import ReluConv2d
 from tritoncaps.models._parts import (
     CapsuleOutput,
-    ReLUConvolution,
     check_arguments,
     check_images,
     check_sides,
@@ -32,12 +33,13 @@ class CapsNet(nn.Module):
     Args:
         num_classes: class capsules, K.
         in_channels: channels of the images.
-        image_size: side of square images, or (height, width). At least 17 with the default stride.
+        image_size: side of square images, or (height, width). At least 17 by default.
         iterations: routing iterations.
         channels: feature maps of the first convolution.
         stride: stride of the first convolution. The primary capsules of a large image are many, and
             a larger stride divides their number by its square.
         capsule_types: primary capsules at each position, 8-dimensional.
+        padding: zeros around the feature maps for the convolution of the primary capsules.
         class_dim: components of a class capsule, D.
         shared_weights: primary capsules of one type share their matrices at all positions. With the
             defaults these are 40,960 parameters instead of 1,474,560.
@@ -45,7 +47,8 @@ class CapsNet(nn.Module):
         pose_bias: learn a bias, added to the sums before each squash.
         leaky: add an orphan class to each softmax. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder.
+        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
+            stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -72,6 +75,7 @@ class CapsNet(nn.Module):
         channels: int = 256,
         stride: int = 1,
         capsule_types: int = 32,
+        padding: int = 0,
         class_dim: int = 16,
         shared_weights: bool = False,
         learned_prior: bool = False,
@@ -102,10 +106,14 @@ class CapsNet(nn.Module):
             },
         )
         height, width = image_sides("CapsNet", image_size)
-        check_sides("CapsNet", (height, width), smallest=9 + 8 * stride)
+        check_size("CapsNet", "padding", padding, smallest=0)
+        needed = max(1, 9 - 2 * padding)  # rows of the first convolution
+        check_sides("CapsNet", (height, width), smallest=9 + (needed - 1) * stride)
         self.image_shape = (in_channels, height, width)
-        self.conv = ReLUConvolution(in_channels, channels, kernel_size=9, stride=stride)
-        self.primary = PrimaryCapsules(channels, capsule_types, dim=8, kernel_size=9, stride=2)
+        self.conv = ReluConv2d(in_channels, channels, kernel_size=9, stride=stride)
+        self.primary = PrimaryCapsules(
+            channels, capsule_types, dim=8, kernel_size=9, stride=2, padding=padding
+        )
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride + 1, (width - 9) // stride + 1
         )
@@ -142,8 +150,9 @@ class CapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), of the capsules to decode, as in training. Without it the
-                longest capsule of each image is decoded.
+            target: the capsules to decode, as in training: class indices, (B,), or multi-hot,
+                (B, K), for all the present ones in one picture. See `ReconstructionDecoder`.
+                Without it the longest capsule of each image is decoded.
             iterations: routing iterations of this call, instead of the model's own.
             return_coupling: also return the coupling of the last iteration, (B, I, K).
         """

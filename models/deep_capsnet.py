@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
-from tritoncaps._checks import check_pair
+from tritoncaps._checks import check_pair, check_size
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
     RoutedCapsules,
     capsule_lengths,
 )
+from tritoncaps.layers._convolution import ReluConv2d
 from tritoncaps.models._parts import (
     CapsuleOutput,
-    ReLUConvolution,
     check_arguments,
     check_images,
     check_sides,
@@ -35,7 +35,7 @@ class DeepCapsNet(nn.Module):
     Args:
         num_classes: class capsules, K.
         in_channels: channels of the images.
-        image_size: side of square images, or (height, width). At least 17 with the default stride.
+        image_size: side of square images, or (height, width). At least 17 by default.
         hidden_capsules: capsules between the two routes.
         hidden_dim: components of a capsule between the two routes.
         primary_iterations: iterations of the main route, from primary to hidden capsules.
@@ -44,13 +44,15 @@ class DeepCapsNet(nn.Module):
         stride: stride of the first convolution. The primary capsules of a large image are many, and
             a larger stride divides their number by its square.
         capsule_types: primary capsules at each position, 8-dimensional.
+        padding: zeros around the feature maps for the convolution of the primary capsules.
         class_dim: components of a class capsule, D.
         shared_weights: primary capsules of one type share their matrices at all positions.
         learned_prior: learn the initial logits of both routings.
         pose_bias: learn a bias, added to the sums before each squash in both routes.
         leaky: add an orphan class to each softmax in both routes. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder.
+        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
+            stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -79,6 +81,7 @@ class DeepCapsNet(nn.Module):
         channels: tuple[int, int] = (512, 256),
         stride: int = 1,
         capsule_types: int = 32,
+        padding: int = 0,
         class_dim: int = 16,
         shared_weights: bool = False,
         learned_prior: bool = False,
@@ -111,12 +114,16 @@ class DeepCapsNet(nn.Module):
             },
         )
         height, width = image_sides("DeepCapsNet", image_size)
-        check_sides("DeepCapsNet", (height, width), smallest=9 + 8 * stride)
+        check_size("DeepCapsNet", "padding", padding, smallest=0)
+        needed = 4 + max(1, 5 - 2 * padding)  # rows of the first convolution
+        check_sides("DeepCapsNet", (height, width), smallest=9 + (needed - 1) * stride)
         check_pair("DeepCapsNet", "channels", channels, "two ints")
         self.image_shape = (in_channels, height, width)
-        self.conv1 = ReLUConvolution(in_channels, channels[0], kernel_size=9, stride=stride)
-        self.conv2 = ReLUConvolution(channels[0], channels[1], kernel_size=5)
-        self.primary = PrimaryCapsules(channels[1], capsule_types, dim=8, kernel_size=5, stride=2)
+        self.conv1 = ReluConv2d(in_channels, channels[0], kernel_size=9, stride=stride)
+        self.conv2 = ReluConv2d(channels[0], channels[1], kernel_size=5)
+        self.primary = PrimaryCapsules(
+            channels[1], capsule_types, dim=8, kernel_size=5, stride=2, padding=padding
+        )
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride - 3, (width - 9) // stride - 3
         )
@@ -164,8 +171,9 @@ class DeepCapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), of the capsules to decode, as in training. Without it the
-                longest capsule of each image is decoded.
+            target: the capsules to decode, as in training: class indices, (B,), or multi-hot,
+                (B, K), for all the present ones in one picture. See `ReconstructionDecoder`.
+                Without it the longest capsule of each image is decoded.
             iterations: iterations of each route in this call, instead of the model's own.
             return_coupling: also return the coupling of the last iterations, a pair: (B, I, hidden)
                 of the main route and (B, hidden, K) of the secondary route.

@@ -11,6 +11,7 @@ from typing import Any
 from tritoncaps import layers, losses, ops, reference
 from tritoncaps._version import __version__
 from tritoncaps.layers import (
+    CapsuleHead,
     Capsules,
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -19,6 +20,7 @@ from tritoncaps.layers import (
 from tritoncaps.losses import CapsuleLoss, MarginLoss
 
 __all__ = [
+    "CapsuleHead",
     "CapsuleLoss",
     "Capsules",
     "MarginLoss",

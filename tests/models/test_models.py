@@ -131,15 +131,18 @@ def test_weights_shared_by_position(small_model, name, weights):
     model(torch.rand(2, 1, 20, 20)).activations.sum().backward()
 
 
-@pytest.mark.parametrize("stride", [1, 2, 3])
+# The kernel of the primary capsules has 9 rows in one network and 5 in the other.
+@pytest.mark.parametrize(
+    ("stride", "padding", "smallest"),
+    [(1, 0, (17, 17)), (3, 0, (33, 33)), (2, 1, (21, 21)), (2, 3, (13, 17)), (1, 6, (9, 13))],
+)
 @every_model
-def test_the_smallest_image_leaves_one_primary_capsule_a_type(small_model, name, stride):
-    smallest = 9 + 8 * stride
-    model = small_model(name, image_size=(smallest, smallest + 1), stride=stride)
-    model(torch.rand(1, 1, smallest, smallest + 1))
-    assert model.get_submodule(ROUTINGS[name][0]).in_capsules == 2
-    with pytest.raises(ValueError, match=f"both sides must be at least {smallest}"):
-        small_model(name, image_size=smallest - 1, stride=stride)
+def test_the_smallest_image_leaves_a_position(small_model, name, stride, padding, smallest):
+    side = smallest[list_models().index(name)]
+    model = small_model(name, image_size=(side, side + 1), stride=stride, padding=padding)
+    assert model(torch.rand(1, 1, side, side + 1)).poses.shape == (1, 10, 16)
+    with pytest.raises(ValueError, match=f"both sides must be at least {side}"):
+        small_model(name, image_size=(side + 1, side - 1), stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,16 @@ def test_a_module_resets_to_its_own_initialisation(name):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         torch.testing.assert_close(spread(model), expected, rtol=0.05, atol=0)
+
+
+@every_model
+def test_a_multi_hot_target_draws_all_present_classes(small_model, name):
+    model, images = small_model(name), torch.rand(2, 1, 28, 28)
+    target = torch.zeros(2, 10)
+    target[0, [3, 7]] = target[1, 4] = 1
+    output = model(images, target)
+    drawn = model.decoder.layers((output.poses * target[:, :, None]).flatten(1))
+    torch.testing.assert_close(output.reconstruction.flatten(1), drawn)
 
 
 @every_model

@@ -59,6 +59,10 @@ def margin_loss_calls(draw):
         "down_weight": draw(st.sampled_from((0, 0.5, 1))),
         "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
     }
+    if draw(st.booleans()):
+        weight = draw(arrays((K,)))
+        weight = replace(weight, device=activations.device, requires_grad=False)
+        arguments["class_weight"] = weight
     return draw(spoilt(Call("margin_loss", arguments)))
 
 
@@ -100,7 +104,10 @@ def test_operators(fuzz):
 MODULES = {
     "PrimaryCapsules": (
         PrimaryCapsules,
-        {"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
+        {
+            **{"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
+            **{"padding": 1, "spatial_dims": 2},
+        },
     ),
     "RoutedCapsules": (
         RoutedCapsules,
@@ -118,14 +125,20 @@ MODULES = {
         MarginLoss,
         {"m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5, "reduction": "sum"},
     ),
-    "CapsuleLoss": (CapsuleLoss, {"reconstruction_weight": 0.1}),
+    "CapsuleLoss": (
+        CapsuleLoss,
+        {
+            **{"reconstruction_weight": 0.1, "m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5},
+            **{"reduction": "none", "class_weight": None},
+        },
+    ),
     "CapsNet": (
         CapsNet,
         {
             **{"num_classes": 2, "in_channels": 1, "image_size": 18, "iterations": 1},
             **{"channels": 2, "capsule_types": 1, "class_dim": 3, "gradient": "full"},
-            **{"stride": 1, "shared_weights": True, "learned_prior": True, "pose_bias": True},
-            **{"leaky": True, "reconstruction": False},
+            **{"stride": 1, "padding": 0, "shared_weights": True, "learned_prior": True},
+            **{"pose_bias": True, "leaky": True, "reconstruction": False},
         },
     ),
     "DeepCapsNet": (
@@ -134,8 +147,8 @@ MODULES = {
             **{"num_classes": 2, "in_channels": 1, "image_size": (17, 19), "channels": (2, 3)},
             **{"hidden_capsules": 2, "hidden_dim": 3, "primary_iterations": 1},
             **{"secondary_iterations": 2, "capsule_types": 1, "class_dim": 3},
-            **{"stride": 1, "shared_weights": True, "learned_prior": True, "pose_bias": True},
-            **{"leaky": True, "gradient": "full", "reconstruction": False},
+            **{"stride": 1, "padding": 0, "shared_weights": True, "learned_prior": True},
+            **{"pose_bias": True, "leaky": True, "gradient": "full", "reconstruction": False},
         },
     ),
     "create_model": (create_model, {"name": "capsnet"}),
@@ -175,9 +188,9 @@ def check_module(call):
             assert kept is value or kept == value or value != value
     a = arguments
     if call.name == "PrimaryCapsules":
-        size = a["kernel_size"]
-        capsules = module(torch.ones(2, a["in_channels"], size, size))
-        assert capsules.shape == (2, a["capsule_types"], a["dim"])
+        size = module.conv.kernel_size
+        capsules = module(torch.ones(2, a["in_channels"], *size))
+        assert capsules.shape == (2, module.num_capsules(*size), a["dim"])
     elif call.name == "RoutedCapsules":
         v = module(torch.ones(2, a["in_capsules"], a["in_dim"]))
         assert v.shape == (2, a["out_capsules"], a["out_dim"])
@@ -188,12 +201,12 @@ def check_module(call):
         output = module(torch.ones(2, *module.image_shape))
         assert output.poses.shape == (2, a["num_classes"], a["class_dim"])
         assert (output.reconstruction is not None) == a["reconstruction"]
-    elif call.name == "MarginLoss":
-        loss = module(torch.ones(2, 3), torch.tensor([0, 2]))
-        assert loss.shape == ((2,) if a["reduction"] == "none" else ())
     else:
         images = torch.ones(2, 1, 3, 3)
-        assert module(torch.ones(2, 3), torch.tensor([0, 2]), images, images).shape == ()
+        pictures = (images, images) if call.name == "CapsuleLoss" else ()
+        K = 3 if module.class_weight is None else len(module.class_weight)
+        loss = module(torch.ones(2, K), torch.zeros(2, dtype=torch.int64), *pictures)
+        assert loss.shape == ((2,) if a["reduction"] == "none" else ())
 
 
 def test_modules(fuzz):

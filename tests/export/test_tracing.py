@@ -15,6 +15,7 @@ from tritoncaps import (
     RoutedCapsules,
     ops,
 )
+from tritoncaps.layers import CapsuleHead
 from tritoncaps.models import CapsuleOutput, list_models
 from tritoncaps.ops import fused_dynamic_routing, squash
 
@@ -52,6 +53,7 @@ LAYERS = {
     "primary": (PrimaryCapsules(3, 2, dim=4, kernel_size=3), torch.rand(2, 3, 9, 7)),
     "routed": (RoutedCapsules(6, 4, 3, 5, learned_prior=True), torch.rand(2, 6, 4)),
     "shared": (RoutedCapsules(3, 4, 3, 5, positions=2), torch.rand(2, 12, 4)),
+    "head": (CapsuleHead(3, 2), torch.rand(2, 3, 7, 7)),
     "decoder": (ReconstructionDecoder(3, 4, (1, 2, 2), (5, 6)), torch.rand(2, 3, 4)),
     "decoder of capsules": (
         ReconstructionDecoder(3, 4, (1, 2, 2), (5, 6)),

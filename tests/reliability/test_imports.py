@@ -117,6 +117,25 @@ print(time.process_time() - begun)
     assert min(float(run_python(code)) for _ in range(3)) < 1.0
 
 
+def test_parts_that_are_imported_later_are_attributes_of_the_package():
+    code = """
+import sys
+import tritoncaps
+later = ["data", "export", "models", "testing"]
+assert set(later) <= set(dir(tritoncaps))
+assert not {f"tritoncaps.{name}" for name in later} & set(sys.modules)
+print(*(getattr(tritoncaps, name).__name__ for name in later))
+try:
+    tritoncaps.modles
+except AttributeError as error:
+    print(error)
+"""
+    assert run_python(code).splitlines() == [
+        "tritoncaps.data tritoncaps.export tritoncaps.models tritoncaps.testing",
+        "module 'tritoncaps' has no attribute 'modles'",
+    ]
+
+
 UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesis"]
 
 

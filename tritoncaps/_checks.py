@@ -208,8 +208,8 @@ def check_dim(function: str, dim: object, ndim: int) -> None:
 def check_target(function: str, target: Tensor, activations: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
-    Values are read only on a CPU. On an accelerator the read would make every step wait, and an
-    index out of range fails inside `one_hot` instead.
+    Values are read only on a CPU. On an accelerator the read would make every step wait. There, an
+    index out of range is not noticed: `present_classes` takes it for an image without any class.
     """
     B, K = activations.shape
     if isinstance(target, Tensor) and target.ndim not in (1, 2):

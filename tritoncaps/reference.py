@@ -114,8 +114,8 @@ def margin_loss(
 
     `activations` is (B, K). `target` is (B,) class indices or (B, K) multi-hot.
     """
-    is_index = target.ndim == 1
-    present = F.one_hot(target, activations.shape[1]) if is_index else target
+    classes = torch.arange(activations.shape[1], device=target.device)
+    present = target[:, None] == classes if target.ndim == 1 else target
     present = present.to(activations.dtype)
     too_short = (m_pos - activations).clamp(min=0) ** 2
     too_long = (activations - m_neg).clamp(min=0) ** 2

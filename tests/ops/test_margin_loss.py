@@ -63,3 +63,25 @@ def test_fake_tensors_work():
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = ops.margin_loss(torch.rand(3, 10), torch.zeros(3, dtype=torch.int64))
     assert fake.shape == ()
+
+
+def test_each_image_has_a_gradient_of_its_own(device):
+    """`vmap(grad(...))`, as in per-sample gradients: no value of the target may be read."""
+    activations = torch.rand(3, 10, device=device)
+    target = torch.tensor([1, 0, 9], device=device)
+
+    def loss(one, label):
+        return ops.margin_loss(one[None], label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss))(activations, target)
+    alone = [torch.func.grad(loss)(*pair) for pair in zip(activations, target, strict=True)]
+    torch.testing.assert_close(each, torch.stack(alone))
+
+
+def test_an_index_that_is_no_class_marks_none():
+    """A CPU refuses it. Where no value can be read, it is an image without any class."""
+    activations = torch.rand(2, 4)
+    each = torch.func.vmap(lambda x, y: ops.margin_loss(x[None], y[None]))
+    nowhere = each(activations, torch.tensor([4, -1]))
+    absent = ops.margin_loss(activations, torch.zeros(2, 4), reduction="none")
+    torch.testing.assert_close(nowhere, absent)

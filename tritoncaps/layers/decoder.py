@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._targets import present_classes
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
@@ -89,7 +89,7 @@ class ReconstructionDecoder(nn.Module):
             _checks.check_class_indices(
                 "ReconstructionDecoder", target, poses.shape[0], self.num_classes, poses.device
             )
-        mask = F.one_hot(target, self.num_classes).to(poses.dtype)
+        mask = present_classes(target, self.num_classes, poses.dtype)
         flat = self.layers(rearrange(poses * mask.unsqueeze(-1), "B K D -> B (K D)"))
         channels, height, width = self.image_shape
         return rearrange(flat, "B (C H W) -> B C H W", C=channels, H=height, W=width)

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._targets import present_classes
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -38,7 +38,8 @@ def margin_loss(
     Raises:
         TypeError: an argument of the wrong type, class indices that are not int64.
         ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`. On a CPU
-            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
+            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1. An accelerator
+            does not look: such an index counts all classes as absent.
 
     Example:
         >>> import torch
@@ -53,8 +54,7 @@ def margin_loss(
     _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
     activations = activations.to(_checks.routed_dtype(activations))
-    present = F.one_hot(target, activations.shape[1]) if target.ndim == 1 else target
-    present = present.to(activations.dtype)
+    present = present_classes(target, activations.shape[1], activations.dtype)
     too_short = (m_pos - activations).clamp(min=0).square()
     too_long = (activations - m_neg).clamp(min=0).square()
     loss = (present * too_short + down_weight * (1 - present) * too_long).sum(dim=1)

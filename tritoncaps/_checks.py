@@ -73,11 +73,18 @@ def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
 
 
 def check_routing_options(
-    function: str, iterations: object, gradient: object, return_coupling: object
+    function: str,
+    iterations: object,
+    leaky: object,
+    gradient: object,
+    output: object,
+    return_coupling: object,
 ) -> None:
     """The options of the routings by agreement."""
     check_iterations(function, iterations)
+    check_flag(function, "leaky", leaky)
     check_choice(function, "gradient", gradient, ("full", "last"))
+    check_choice(function, "output", output, ("v", "s"))
     check_flag(function, "return_coupling", return_coupling)
 
 

@@ -10,9 +10,25 @@ from tritoncaps._operators._register import register
 
 
 def _forward(
-    u_hat: Tensor, prior: Tensor | None, iterations: int, gradient: str, return_coupling: bool
+    u_hat: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    gradient: str,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run(_torch_path.dynamic_routing_fwd, u_hat, prior, iterations, return_coupling)
+    return run(
+        _torch_path.dynamic_routing_fwd,
+        u_hat,
+        prior,
+        pose_bias,
+        iterations,
+        leaky,
+        output,
+        return_coupling,
+    )
 
 
 def _backward(
@@ -20,10 +36,24 @@ def _backward(
     grad_coupling: Tensor | None,
     u_hat: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor | None]:
-    return run(_torch_path.dynamic_routing_bwd, grad_v, grad_coupling, u_hat, prior, sums, gradient)
+    output: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return run(
+        _torch_path.dynamic_routing_bwd,
+        grad_v,
+        grad_coupling,
+        u_hat,
+        prior,
+        pose_bias,
+        sums,
+        leaky,
+        gradient,
+        output,
+    )
 
 
 # These are the operations of the mathematics, with the prediction vectors computed once. What a
@@ -52,7 +82,7 @@ dynamic_routing = register(
     _forward,
     _backward,
     reference=reference.dynamic_routing,
-    inputs={"u_hat": "B I J D", "prior?": "I J"},
+    inputs={"u_hat": "B I J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
     flops=flops,
     backward_flops=backward_flops,

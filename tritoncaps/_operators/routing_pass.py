@@ -16,9 +16,10 @@ def _forward(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run(_torch_path.routing_pass_fwd, u, weight, pose, prior, bias, return_coupling)
+    return run(_torch_path.routing_pass_fwd, u, weight, pose, prior, bias, leaky, return_coupling)
 
 
 def _backward(
@@ -29,8 +30,11 @@ def _backward(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return run(_torch_path.routing_pass_bwd, grad_s, grad_coupling, u, weight, pose, prior, bias)
+    return run(
+        _torch_path.routing_pass_bwd, grad_s, grad_coupling, u, weight, pose, prior, bias, leaky
+    )
 
 
 def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:

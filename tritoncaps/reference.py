@@ -34,8 +34,11 @@ def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
         k = torch.where(n < 1, n, 1 / n.clamp(min=1))  # f is the same for n and 1/n
         f = k / (1 + k**2)
     else:
-        limit = torch.ones_like(n)  # at n = 0
-        f = torch.where(n > 0, -torch.expm1(-n) / n.clamp(min=finfo.tiny), limit)
+        # Near 0, the derivatives of the quotient cancel. Its series does not.
+        small = n < finfo.eps**0.25
+        near, far = torch.where(small, n, 0), torch.where(small, 1, n)
+        series = 1 - near / 2 * (1 - near / 3 * (1 - near / 4))
+        f = torch.where(small, series, -torch.expm1(-far) / far)
     # Rounding must not make v longer than 1.
     longest = 1 - 4 * min(finfo.eps, 2**-23)
     return torch.minimum(f, longest / n.clamp(min=0.5)) * s

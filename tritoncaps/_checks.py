@@ -323,7 +323,9 @@ def _check_multi_hot(function: str, target: Tensor, name: str, tensor: Tensor) -
             f"{function}: multi-hot target must be bool, an integer or a floating-point type, "
             f"got {target.dtype}; use target.float()"
         )
-    tolerance = multi_hot_tolerance(target.dtype)
+    # Mixing images and smoothing labels round.
+    floating = target.is_floating_point()
+    tolerance = max(1e-6, 4 * torch.finfo(target.dtype).eps) if floating else 0
     low, high = _range(target)
     if low < -tolerance or high > 1 + tolerance:
         raise ValueError(
@@ -348,11 +350,6 @@ def _remedy_for_shape(target: Tensor, B: int, K: int) -> str:
             f"if an image has several labels"
         )
     return f"it must be ({B}, {K})"
-
-
-def multi_hot_tolerance(dtype: torch.dtype) -> float:
-    """How far outside 0 .. 1 a multi-hot value may lie, as mixing and smoothing round."""
-    return max(1e-6, 4 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
 
 
 def _range(target: Tensor) -> tuple[float, float]:

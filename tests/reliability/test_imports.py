@@ -15,11 +15,12 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
 # Rooms within tritoncaps, each with those of our modules that it may import. `_checks`,
-# `_tracing` and `_version` know nothing about the operators, so anybody may import them.
-ALWAYS = {"_checks", "_tracing", "_version"}
+# `_targets`, `_tracing` and `_version` know nothing about the operators, so anybody may import them.
+ALWAYS = {"_checks", "_targets", "_tracing", "_version"}
 ROOMS = {
     "reference": set(),
     "_checks": set(),
+    "_targets": set(),
     "_torch_path": {"_torch_path"},
     "_operators": {"_operators", "_torch_path", "kernels"},
     "ops": {"ops", "_operators"},

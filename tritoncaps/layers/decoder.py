@@ -1,7 +1,6 @@
 """The decoder that reconstructs an image from class capsules."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -51,7 +50,7 @@ class ReconstructionDecoder(nn.Module):
         self,
         num_classes: int,
         dim: int,
-        image_shape: Sequence[int],
+        image_shape: tuple[int, ...] | list[int],
         hidden: tuple[int, int] = (512, 1024),
         *,
         device: torch.device | str | None = None,

@@ -15,7 +15,7 @@ from tritoncaps._checks import (
     check_size,
     shape_of,
 )
-from tritoncaps._tracing import is_proxy
+from tritoncaps._tracing import concrete, is_proxy
 from tritoncaps.layers import RoutedCapsules
 
 # A network with more is rarely meant: the largest of the papers has 8 million.
@@ -107,5 +107,9 @@ def route(
     layer: RoutedCapsules, u: Tensor, iterations: int | None, return_coupling: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Route, and return the coupling as well, or None if it is not wanted."""
+    return_coupling = concrete("return_coupling", return_coupling, False)
     result = layer(u, iterations=iterations, return_coupling=return_coupling)
-    return result if isinstance(result, tuple) else (result, None)
+    if not return_coupling:
+        return result, None
+    poses, coupling = result
+    return poses, coupling

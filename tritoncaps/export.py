@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
 
 from tritoncaps import _checks, _operators, reference
 from tritoncaps._files import atomic_write
@@ -34,7 +35,8 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     16-bit inputs in float32. The prediction vectors û are then written to memory in full.
 
     Example:
-        >>> layer = tritoncaps.RoutedCapsules(6, 4, 3, 5)
+        >>> from tritoncaps import RoutedCapsules
+        >>> layer = RoutedCapsules(6, 4, 3, 5)
         >>> program = torch.export.export(layer, (torch.rand(2, 6, 4),))
         >>> program = program.run_decompositions(decompositions())
         >>> any("tritoncaps" in str(node.target) for node in program.graph.nodes)
@@ -73,7 +75,8 @@ def to_program(
             `dynamic_batch` is true.
 
     Example:
-        >>> layer = tritoncaps.RoutedCapsules(6, 4, 3, 5)
+        >>> from tritoncaps import RoutedCapsules
+        >>> layer = RoutedCapsules(6, 4, 3, 5)
         >>> program = to_program(layer, torch.rand(1, 6, 4))
         >>> program.module()(torch.rand(7, 6, 4)).shape
         torch.Size([7, 3, 5])
@@ -94,20 +97,29 @@ def to_pt2(
 
     Args:
         model: as for `to_program`.
-        path: the file. By convention its name ends in `.pt2`.
+        path: the file. Its name ends in `.pt2`.
         example: as for `to_program`.
         dynamic_batch: as for `to_program`.
 
     Raises:
         TypeError, ValueError: as for `to_program`.
+        ValueError: the name of the file does not end in `.pt2`.
         OSError: the file cannot be written.
 
     Example:
-        >>> to_pt2(tritoncaps.models.create_model("capsnet"), "capsnet.pt2", torch.rand(1, 1, 28, 28))
-        >>> program = torch.export.load("capsnet.pt2").module()
+        >>> import tempfile
+        >>> from tritoncaps.models import create_model
+        >>> path = tempfile.mkdtemp() + "/capsnet.pt2"
+        >>> to_pt2(create_model("capsnet", channels=4), path, torch.rand(1, 1, 28, 28))
+        >>> program = torch.export.load(path).module()
         >>> program(torch.rand(5, 1, 28, 28))["activations"].shape
         torch.Size([5, 10])
     """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(
+            f"to_pt2: the name of the file must end in .pt2, or torch.export.load refuses it, "
+            f"got {str(path)!r}"
+        )
     program = _program("to_pt2", model, example, dynamic_batch)
     content = BytesIO()
     torch.export.save(program, content)
@@ -125,8 +137,8 @@ def to_onnx(
 
     The inputs are named as the parameters of `forward`. The outputs are named as the fields or keys
     of the result: `activations`, `poses` and `reconstruction` for our networks. A single tensor is
-    called "output", and the tensors of a plain tuple "output_0", "output_1" and so on. The dynamic
-    axis is called "batch". The file is written as a whole or not at all.
+    called "output", and those of a tuple "output_0", "output_1" and so on. The dynamic axis is
+    called "batch". The file is written as a whole or not at all.
 
     Args:
         model: as for `to_program`.
@@ -141,9 +153,12 @@ def to_onnx(
         OSError: the file cannot be written.
 
     Example:
+        >>> import tempfile
         >>> import onnxruntime
-        >>> to_onnx(tritoncaps.models.create_model("capsnet"), "capsnet.onnx", torch.rand(1, 1, 28, 28))
-        >>> session = onnxruntime.InferenceSession("capsnet.onnx")
+        >>> from tritoncaps.models import create_model
+        >>> path = tempfile.mkdtemp() + "/capsnet.onnx"
+        >>> to_onnx(create_model("capsnet", channels=4), path, torch.rand(1, 1, 28, 28))
+        >>> session = onnxruntime.InferenceSession(path)
         >>> lengths, _, _ = session.run(None, {"images": torch.rand(5, 1, 28, 28).numpy()})
         >>> lengths.shape
         (5, 10)
@@ -177,17 +192,26 @@ def to_onnx(
 
 
 class _Plain(nn.Module):
-    """A model whose result any process can rebuild: a named tuple becomes a dict."""
+    """A model whose result any process can rebuild."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *args: Any) -> Any:
-        result = self.model(*args)
-        if not hasattr(result, "_asdict"):
-            return result
-        return {name: value for name, value in result._asdict().items() if value is not None}
+        return _plain(self.model(*args))
+
+
+def _plain(result: Any) -> Any:
+    """The same result with a dict in place of each named tuple, without entries that are None."""
+    if hasattr(result, "_asdict"):
+        entries = result._asdict().items()
+        return {name: _plain(value) for name, value in entries if value is not None}
+    if type(result) in (tuple, list):
+        return type(result)(_plain(value) for value in result)
+    if type(result) is dict:
+        return {name: _plain(value) for name, value in result.items()}
+    return result
 
 
 def _program(
@@ -199,7 +223,8 @@ def _program(
     args = _arguments(example)
     if not any(isinstance(arg, Tensor) for arg in args):
         raise TypeError(
-            f"{function}: example must be a tensor, or a tuple with one, got {_checks.shown(example)}"
+            f"{function}: example must be a tensor, or a tuple with one, "
+            f"got {_checks.shown(example)}"
         )
     if dynamic_batch and _batch_size(function, args) < 2:
         # torch.export takes a size of 0 or 1 for a constant.
@@ -247,10 +272,14 @@ def _input_names(model: nn.Module, example: Tensor | tuple[Any, ...]) -> list[st
 
 def _output_names(program: ExportedProgram) -> list[str]:
     tree = program.call_spec.out_spec
-    count = tree.num_leaves
-    if tree.type is dict and tree.num_children == count:
-        return [str(key) for key in tree.context]
-    return ["output"] if count == 1 else [f"output_{index}" for index in range(count)]
+    leaves, _ = tree_flatten_with_path(tree_unflatten([0] * tree.num_leaves, tree))
+    names = []
+    for path, _ in leaves:
+        keys = [key.key if isinstance(key, MappingKey) else key.idx for key in path]
+        if not isinstance(next(iter(keys), 0), str):
+            keys.insert(0, "output")
+        names.append("_".join(map(str, keys)))
+    return names
 
 
 def _write(path: str | Path, content: Any) -> None:
@@ -265,15 +294,15 @@ def _formula(
     function: Callable[..., Any], overload: OpOverload, outputs: Mapping[str, str]
 ) -> Callable[..., Any]:
     """A function of `reference` with the arguments and the results of an operator."""
-    parameters = [(argument.name, argument) for argument in overload._schema.arguments]
+    names = [argument.name for argument in overload._schema.arguments]
 
     def formula(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        given = {name: arg for (name, _), arg in zip(parameters, args, strict=True)}
+        given = dict(zip(names, args, strict=True))
         first = args[0]
-        widened = accumulation_dtype(first.dtype)
+        wide = accumulation_dtype(first.dtype)
         returned = function(
             **{
-                name: arg.to(widened) if isinstance(arg, Tensor) else arg
+                name: arg.to(wide) if isinstance(arg, Tensor) else arg
                 for name, arg in given.items()
             }
         )
@@ -281,7 +310,7 @@ def _formula(
         made = []
         for name in outputs:
             asked = not name.endswith("?") or given[f"return_{name[:-1]}"]
-            # Outputs that only the backward reads, such as `sums`, have no part in the formula.
+            # What only a backward reads, such as `sums`, has no part in the formula.
             found = next(results, None) if asked else None
             made.append(first.new_empty(0) if found is None else found.to(first.dtype))
         return made[0] if len(made) == 1 else tuple(made)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
+from tritoncaps._tracing import concrete
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
@@ -128,8 +129,9 @@ class CapsuleHead(nn.Module):
             return_coupling: also return the coupling of the last iteration, (B, I, K).
         """
         u = self.primary(features)  # (B, I, dim)
+        return_coupling = concrete("return_coupling", return_coupling, False)
         result = self.routing(u, iterations=iterations, return_coupling=return_coupling)
-        if not isinstance(result, tuple):
+        if not return_coupling:
             return Capsules(result, capsule_lengths(result))
         poses, coupling = result
         return Capsules(poses, capsule_lengths(poses)), coupling

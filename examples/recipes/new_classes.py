@@ -1,7 +1,7 @@
 """How do I teach a trained network new classes?
 
-Build a new head and let it keep the primary capsules. Here a network learns the digits 0 to 4. Then
-a new head learns 5 to 9 from 200 images, while all that came before stays as it is.
+Build a new head that keeps the primary capsules. Here a network learns the digits 0 to 4. Then a
+new head learns 5 to 9 from 200 images, while all that came before stays as it is.
 """
 
 import torch
@@ -29,13 +29,12 @@ def train(network: torch.nn.Module, images: ImageSet, epochs: int) -> None:
 torch.manual_seed(0)
 digits = load_dataset("digits")
 backbone = torch.nn.Sequential(torch.nn.Conv2d(1, 16, 9, stride=2), torch.nn.ReLU())  # to 10×10
-old = CapsuleHead(16, num_classes=5, kernel_size=5, feature_size=10)
+old = CapsuleHead(16, num_classes=5, kernel_size=5, stride=2, feature_size=10)
 train(torch.nn.Sequential(backbone, old), five(digits.train, 0), epochs=4)
-new = CapsuleHead(16, num_classes=5, kernel_size=5, feature_size=10)
+new = CapsuleHead(16, num_classes=5, kernel_size=5, stride=2, feature_size=10)
 new.primary = old.primary.requires_grad_(False)
 backbone.requires_grad_(False)
 train(torch.nn.Sequential(backbone, new), five(digits.train, 5).subset(range(200)), epochs=10)
-for name, head, first in (("old", old, 0), ("new", new, 5)):
-    test = five(digits.test, first)
+for name, head, test in (("old", old, five(digits.test, 0)), ("new", new, five(digits.test, 5))):
     predicted = head(backbone(to_float(test.images))).activations.argmax(dim=1)
     print(f"{name} classes: test accuracy {(predicted == test.labels).float().mean():.1%}")

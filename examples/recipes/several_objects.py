@@ -12,7 +12,7 @@ from tritoncaps.models import CapsNet
 
 torch.manual_seed(0)
 digits = load_dataset("digits")
-model = CapsNet(10, 1, (28, 56), channels=32, stride=2, capsule_types=8, padding=2)
+model = CapsNet(10, 1, (28, 56), channels=16, stride=2, capsule_types=8, padding=2)
 loss_function = CapsuleLoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a multi-hot target may be: 0, 1, or a share between them.
@@ -43,17 +42,6 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{function}: {name} must be dense (torch.strided), got {value.layout}")
 
 
-def check_no_tangent(function: str, name: str, value: Tensor) -> None:
-    """Not a dual number: without a forward-mode formula, torch would silently return zeros."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"{function}: {name} has a forward-mode tangent, but there is no forward-mode "
-            f"derivative; use reverse mode, or tritoncaps.reference.{function}"
-        )
-
-
 def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
     """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
     check_floating(function, name, value)
@@ -80,7 +68,6 @@ def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
             continue
         check_tensor(function, name, tensor, named)
         check_not_empty(function, name, tensor, named)
-        check_no_tangent(function, name, tensor)
         tensors.append((name, tensor, named))
     check_axes(function, tensors)
     check_same_kind(function, [(name, tensor) for name, tensor, _ in tensors])

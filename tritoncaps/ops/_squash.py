@@ -47,5 +47,4 @@ def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
     _checks.check_floating("squash", "s", s)
     _checks.check_dim("squash", dim, s.ndim)
     _checks.check_choice("squash", "form", form, ("quadratic", "exponential"))
-    _checks.check_no_tangent("squash", "s", s)
     return _registered.forward(s.movedim(dim, -1), form).movedim(-1, dim)

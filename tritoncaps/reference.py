@@ -23,15 +23,22 @@ def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
     """
     finfo = torch.finfo(s.dtype)
     # n = |s| without a square that overflows. The scale cancels, so it needs no gradient.
-    scale = s.detach().abs().amax(dim=dim, keepdim=True).clamp(min=finfo.tiny)
-    n = scale * torch.linalg.vector_norm(s / scale, dim=dim, keepdim=True)
+    largest = s.detach().abs().amax(dim=dim, keepdim=True)
+    scale = largest.clamp(min=finfo.tiny)
+    # At 0, n has no derivative. A constant stands in there, so derivatives of v are finite.
+    not_zero = torch.where(largest != 0, s / scale, 1)
+    length = scale * not_zero.square().sum(dim=dim, keepdim=True).sqrt()
+    n = torch.where(largest != 0, length, 0)
     # v = f(n) · s. Either branch of `where` is finite where the other one is taken.
     if form == "quadratic":
         k = torch.where(n < 1, n, 1 / n.clamp(min=1))  # f is the same for n and 1/n
         f = k / (1 + k**2)
     else:
-        limit = torch.ones_like(n)  # at n = 0
-        f = torch.where(n > 0, -torch.expm1(-n) / n.clamp(min=finfo.tiny), limit)
+        # Near 0, the derivatives of the quotient cancel. Its series does not.
+        small = n < finfo.eps**0.25
+        near, far = torch.where(small, n, 0), torch.where(small, 1, n)
+        series = 1 - near / 2 * (1 - near / 3 * (1 - near / 4))
+        f = torch.where(small, series, -torch.expm1(-far) / far)
     # Rounding must not make v longer than 1.
     longest = 1 - 4 * min(finfo.eps, 2**-23)
     return torch.minimum(f, longest / n.clamp(min=0.5)) * s

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
@@ -81,6 +81,7 @@ dynamic_routing = register(
     "dynamic_routing",
     _forward,
     _backward,
+    reference=reference.dynamic_routing,
     inputs={"u_hat": "B I J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
     flops=flops,

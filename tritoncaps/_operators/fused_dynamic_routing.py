@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators import dynamic_routing, prediction_vectors
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
@@ -74,6 +74,7 @@ fused_dynamic_routing = register(
     "fused_dynamic_routing",
     _forward,
     _backward,
+    reference=reference.fused_dynamic_routing,
     inputs={"u": "B I P", "weight": "I P J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
     flops=_flops,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators import prediction_vectors
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
@@ -51,6 +51,7 @@ routing_pass = register(
     "routing_pass",
     _forward,
     _backward,
+    reference=reference.routing_pass,
     inputs={
         "u": "B I P",
         "weight": "I P J D",

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.squash import squash as _registered
+from tritoncaps._tracing import one_node
 
 Form = Literal["quadratic", "exponential"]
 
 
+@one_node
 def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
     """Scale vectors to a length of at most 1 and keep their direction.
 
@@ -50,5 +52,4 @@ def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
     _checks.check_floating("squash", "s", s)
     _checks.check_dim("squash", dim, s.ndim)
     _checks.check_choice("squash", "form", form, ("quadratic", "exponential"))
-    _checks.check_no_tangent("squash", "s", s)
     return _registered.forward(s.movedim(dim, -1), form).movedim(-1, dim)

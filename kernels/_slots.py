@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritoncaps.kernels._tiles import squash_rows, squash_rows_grad
+from tritoncaps.kernels._tiles import classes, squash_rows, squash_rows_grad
 from tritoncaps.kernels.squash import row_launch
 
 
@@ -26,11 +26,19 @@ def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS: tl.constexpr, UNIFORM: tl.constexpr):
-    """The weighted sum of an iteration from its slots, times the coupling 1/J if UNIFORM."""
-    s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
+def load_sum(
+    slots_ptr, bias_ptr, n, d, mask, slot_size, J, D,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """s of an iteration from its slots: times the uniform coupling if UNIFORM, plus pose bias.
+
+    `bias_ptr` points to a contiguous (J, D).
+    """
+    s = sum_slots(slots_ptr, n * D + d, mask, slot_size, SLOTS)
     if UNIFORM:
-        s = s / J
+        s = s / classes(J, LEAKY)
+    if HAS_BIAS:
+        s += tl.load(bias_ptr + n % J * D + d, mask, other=0.0).to(s.dtype)
     return s
 
 
@@ -46,11 +54,11 @@ def running_sum(sums_ptr, offsets, mask, slot_size, count):
 @triton.jit
 def advance_running_sum(
     # pointers
-    slots_ptr, sums_ptr, V_ptr,
+    slots_ptr, bias_ptr, sums_ptr, V_ptr,
     # extents
     first_row, last_row, slot_size, J, D, iteration, is_writer,
     # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Open forward pass t = `iteration`: finish s⁽ᵗ⁻¹⁾ of some rows and store their V⁽ᵗ⁻¹⁾.
@@ -62,7 +70,9 @@ def advance_running_sum(
         n = row + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (n < last_row) & (d < D)
         offsets = n * D + d
-        s = load_sum(slots_ptr, offsets, mask, slot_size, J, SLOTS, UNIFORM)
+        s = load_sum(
+            slots_ptr, bias_ptr, n, d, mask, slot_size, J, D, SLOTS, UNIFORM, LEAKY, HAS_BIAS
+        )
         V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 2) + squash_rows(s)
         tl.store(V_ptr + offsets, V, mask=mask)
         if is_writer:
@@ -78,13 +88,15 @@ def pull_back(
     # extents
     first_row, last_row, slot_size, D, iteration, is_writer,
     # meta-parameters
-    CARRY: tl.constexpr, SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    CARRY: tl.constexpr, SQUASHED: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Open backward pass t = `iteration`: ds⁽ᵗ⁾ from the slots of dv⁽ᵗ⁾, and V⁽ᵗ⁻¹⁾, of some rows.
 
     `V_ptr` and `ds_ptr` are this program's own copies. One writer saves both for the kernel that
     contracts them with û. The slot that the pass adds to starts at zero. If dv⁽ᵗ⁾ is dV⁽ᵗ⁾ (CARRY),
-    the writer's slot starts at dv⁽ᵗ⁾ instead, and the next slots then add up to dV⁽ᵗ⁻¹⁾.
+    the writer's slot starts at dv⁽ᵗ⁾ instead, and the next slots then add up to dV⁽ᵗ⁻¹⁾. Unless
+    SQUASHED, the slots hold ds⁽ᵗ⁾ itself.
     """
     d = tl.arange(0, BLOCK_D)[None, :]
     for row in range(first_row, last_row, BLOCK_ROWS):
@@ -93,7 +105,7 @@ def pull_back(
         offsets = n * D + d
         s = tl.load(sums_ptr + (iteration - 1) * slot_size + offsets, mask=mask, other=0.0)
         dv = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS).to(s.dtype)
-        ds = squash_rows_grad(s, dv)
+        ds = squash_rows_grad(s, dv) if SQUASHED else dv
         V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 1)
         tl.store(ds_ptr + offsets, ds, mask=mask)
         tl.store(V_ptr + offsets, V, mask=mask)
@@ -128,20 +140,24 @@ def _sum_slots_kernel(
 @triton.jit
 def _squash_slots_kernel(
     # pointers
-    slots_ptr, s_ptr, v_ptr,
+    slots_ptr, bias_ptr, s_ptr, v_ptr,
     # extents
     N, J, D,
     # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SQUASHED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Finish a routing: the last weighted sum s from its slots, and the output v = squash(s)."""
+    """Finish a routing: the last s from its slots, and the output, squash(s) or s itself."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (n < N) & (d < D)
     offsets = n * D + d
-    s = load_sum(slots_ptr, offsets, mask, tl.cast(N, tl.int64) * D, J, SLOTS, UNIFORM)
+    s = load_sum(
+        slots_ptr, bias_ptr, n, d, mask, tl.cast(N, tl.int64) * D, J, D,
+        SLOTS, UNIFORM, LEAKY, HAS_BIAS,
+    )  # fmt: skip
     tl.store(s_ptr + offsets, s, mask)
-    tl.store(v_ptr + offsets, squash_rows(s), mask)
+    tl.store(v_ptr + offsets, squash_rows(s) if SQUASHED else s, mask)
 
 
 def write_sum(slots: Tensor, total: Tensor) -> None:
@@ -156,20 +172,35 @@ def write_sum(slots: Tensor, total: Tensor) -> None:
     )  # fmt: skip
 
 
-def write_squashed_sum(slots: Tensor, uniform: bool, s: Tensor, v: Tensor) -> None:
-    """Write s = Σ slots (divided by J if uniform) and v = squash(s).
+def write_result(
+    slots: Tensor,
+    pose_bias: Tensor | None,
+    s: Tensor,
+    v: Tensor,
+    *,
+    uniform: bool,
+    leaky: bool,
+    output: str,
+) -> None:
+    """Write s = Σ slots (times the uniform coupling if uniform) + pose_bias, and v = squash(s).
 
     Args:
         slots: contiguous, shape (slots, B, J, D).
-        uniform: whether the slots hold Σ_i û_ij, which still lacks the uniform coupling 1/J.
+        pose_bias: contiguous, shape (J, D), or None.
         s, v: contiguous outputs, shape (B, J, D).
+        uniform: whether the slots hold Σ_i û_ij, which still lacks the uniform coupling.
+        leaky: whether that coupling is 1/(J + 1) instead of 1/J.
+        output: "v", or "s" to write s to `v` too.
     """
     B, J, D = s.shape
     launch = row_launch(D)
     _squash_slots_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
-        slots, s, v,
+        slots, slots if pose_bias is None else pose_bias, s, v,
         B * J, J, D,
         SLOTS=slots.shape[0],
         UNIFORM=uniform,
+        LEAKY=leaky,
+        HAS_BIAS=pose_bias is not None,
+        SQUASHED=output == "v",
         **launch,
     )  # fmt: skip

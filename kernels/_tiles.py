@@ -9,6 +9,10 @@ import triton.language as tl
 _LOWEST_FLOAT32 = tl.constexpr(torch.finfo(torch.float32).min)
 _LOWEST_FLOAT64 = tl.constexpr(torch.finfo(torch.float64).min)
 
+# No squash is longer, so that rounding makes none longer than 1.
+_LONGEST_FLOAT32 = tl.constexpr(1 - 4 * torch.finfo(torch.float32).eps)
+_LONGEST_FLOAT64 = tl.constexpr(1 - 4 * torch.finfo(torch.float64).eps)
+
 
 @triton.jit
 def full_of_lowest(shape: tl.constexpr, dtype: tl.constexpr):
@@ -18,6 +22,27 @@ def full_of_lowest(shape: tl.constexpr, dtype: tl.constexpr):
     else:
         filled = tl.full(shape, _LOWEST_FLOAT32, dtype)
     return filled
+
+
+@triton.jit
+def softmax_start(shape: tl.constexpr, dtype: tl.constexpr, LEAKY: tl.constexpr):
+    """Running maximum and sum of a softmax before the first logit.
+
+    If LEAKY, an orphan class comes first, whose logit is 0.
+    """
+    if LEAKY:
+        top = tl.zeros(shape, dtype)
+        mass = tl.full(shape, 1.0, dtype)
+    else:
+        top = full_of_lowest(shape, dtype)
+        mass = tl.zeros(shape, dtype)
+    return top, mass
+
+
+@triton.jit
+def classes(J, LEAKY: tl.constexpr):
+    """How many classes share an input capsule: the output capsules, and an orphan if LEAKY."""
+    return J + 1 if LEAKY else J
 
 
 @triton.jit
@@ -77,6 +102,16 @@ def _length_and_direction(s):
 
 
 @triton.jit
+def _at_most_one(length):
+    """The length of a squash, limited so that rounding cannot take it past 1."""
+    if length.dtype == tl.float64:
+        limited = tl.minimum(length, _LONGEST_FLOAT64)
+    else:
+        limited = tl.minimum(length, _LONGEST_FLOAT32)
+    return limited
+
+
+@triton.jit
 def squash_rows(s):
     """squash(s) = n² / (1 + n²) e of each row, n its length and e its direction.
 
@@ -86,7 +121,7 @@ def squash_rows(s):
     length, direction = _length_and_direction(s)
     inverse = 1.0 / tl.maximum(length, 1.0)
     small = tl.minimum(length, 1.0)
-    return small * small / (inverse * inverse + small * small) * direction
+    return _at_most_one(small * small / (inverse * inverse + small * small)) * direction
 
 
 @triton.jit
@@ -130,7 +165,9 @@ def squash_rows_exponential(s):
     """
     length, direction = _length_and_direction(s)
     return tl.where(
-        length < 1.0, _exponential_scale(length) * s, (1.0 - tl.exp(-length)) * direction
+        length < 1.0,
+        _exponential_scale(length) * s,
+        _at_most_one(1.0 - tl.exp(-length)) * direction,
     )
 
 

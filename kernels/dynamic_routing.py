@@ -21,8 +21,8 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
-from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_squashed_sum
-from tritoncaps.kernels._tiles import full_of_lowest, load_grad_coupling
+from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
+from tritoncaps.kernels._tiles import classes, load_grad_coupling, softmax_start
 
 
 def dynamic_routing_launch(
@@ -93,14 +93,14 @@ def _logits(
 @triton.jit
 def _dynamic_fwd_kernel(
     # pointers
-    u_hat_ptr, prior_ptr, slots_ptr, next_slots_ptr, V_ptr, sums_ptr, coupling_ptr,
+    u_hat_ptr, prior_ptr, pose_bias_ptr, slots_ptr, next_slots_ptr, V_ptr, sums_ptr, coupling_ptr,
     # extents
     B, I, J, D, iteration, tiles,
     # strides
     stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     # meta-parameters
-    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, SAVE_COUPLING: tl.constexpr,
-    SLOTS: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_POSE_BIAS: tl.constexpr, LEAKY: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr, SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Put one program's share of s⁽ᵗ⁾ in its slot.
@@ -115,9 +115,9 @@ def _dynamic_fwd_kernel(
     next_slots_ptr += split * slot_size
     if HAS_V:
         advance_running_sum(
-            slots_ptr, sums_ptr, V_ptr,
+            slots_ptr, pose_bias_ptr, sums_ptr, V_ptr,
             b * J, (b + 1) * J, slot_size, J, D, iteration, split == 0,
-            SLOTS, False, BLOCK_ROWS, BLOCK_D,
+            SLOTS, False, LEAKY, HAS_POSE_BIAS, BLOCK_ROWS, BLOCK_D,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -129,8 +129,7 @@ def _dynamic_fwd_kernel(
         prior_ptrs = prior_ptr + (i * stride_prior_i)[:, None]
         started = tl.where(tile > split * tiles, J, 0)
 
-        top = full_of_lowest((BLOCK_I,), dtype)
-        mass = tl.zeros((BLOCK_I,), dtype)
+        top, mass = softmax_start((BLOCK_I,), dtype, LEAKY)
         for first_j in range(0, J, BLOCK_J):
             u_hat, j, mask_jd = _load_u_hat(
                 row_ptrs, mask_id, first_j, J, D, stride_u_hat_j, dtype, BLOCK_J, BLOCK_D
@@ -200,14 +199,15 @@ def _dynamic_bwd_kernel(
     stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
-    IS_LAST: tl.constexpr, FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
-    HAS_GRAD_COUPLING: tl.constexpr, SLOTS: tl.constexpr,
+    IS_LAST: tl.constexpr, SQUASHED: tl.constexpr, FULL: tl.constexpr, HAS_V: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Backward of one iteration: add to dV⁽ᵗ⁻¹⁾, save log Σ_j exp and δ for every (b, i).
 
-    Unless FULL, the coupling is a constant: db = 0. Without V and prior it is 1/J, and nothing is
-    left to do after the prologue. Such a pass is launched with no tiles.
+    Unless FULL, the coupling is a constant: db = 0. Without V and prior it is uniform, and
+    nothing is left to do after the prologue. Such a pass is launched with no tiles.
     """
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
@@ -219,7 +219,7 @@ def _dynamic_bwd_kernel(
     pull_back(
         slots_ptr, sums_ptr, V_ptr, ds_ptr, next_slots_ptr, saved_V_ptr, saved_ds_ptr,
         b * J, (b + 1) * J, slot_size, D, iteration, split == 0,
-        not IS_LAST, SLOTS, BLOCK_ROWS, BLOCK_D,
+        not IS_LAST, SQUASHED, SLOTS, BLOCK_ROWS, BLOCK_D,
     )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -232,8 +232,7 @@ def _dynamic_bwd_kernel(
         grad_coupling_ptrs = grad_coupling_ptr + b * stride_grad_coupling_b
         grad_coupling_ptrs += (i * stride_grad_coupling_i)[:, None]
 
-        top = full_of_lowest((BLOCK_I,), dtype)
-        mass = tl.zeros((BLOCK_I,), dtype)
+        top, mass = softmax_start((BLOCK_I,), dtype, LEAKY)
         moment = tl.zeros((BLOCK_I,), dtype)  # Σ_j exp(logit - top) dc
         for first_j in range(0, J, BLOCK_J):
             u_hat, j, mask_jd = _load_u_hat(
@@ -292,7 +291,7 @@ def _dynamic_bwd_kernel(
 def _add_iteration(
     du_hat, dlogits, u_hat, V_ptrs, ds_ptrs, mask_jd, prior_ptrs, mask_ij, mask_j,
     normaliser_ptrs, delta_ptrs, mask_i, grad_coupling, J,
-    FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr,
 ):  # fmt: skip
     """Add c ds + db V of an iteration to dû, (BLOCK_I, BLOCK_J, BLOCK_D), and db to dlogits."""
     ds, dc = _coupling_gradient(u_hat, ds_ptrs, mask_jd, V_ptrs, mask_ij, False)
@@ -307,7 +306,7 @@ def _add_iteration(
             if HAS_V:
                 du_hat += db[:, :, None] * V[None, :, :]
     else:
-        du_hat += (ds / J)[None, :, :]
+        du_hat += (ds / classes(J, LEAKY))[None, :, :]
     return du_hat, dlogits
 
 
@@ -322,7 +321,7 @@ def _u_hat_gradient_kernel(
     stride_u_hat_b, stride_u_hat_i, stride_u_hat_j, stride_u_hat_d, stride_prior_i, stride_prior_j,
     stride_grad_coupling_b, stride_grad_coupling_i, stride_grad_coupling_j,
     # meta-parameters
-    FULL: tl.constexpr, WITH_FIRST: tl.constexpr, HAS_PRIOR: tl.constexpr,
+    FULL: tl.constexpr, WITH_FIRST: tl.constexpr, HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -362,7 +361,7 @@ def _u_hat_gradient_kernel(
             du_hat, dlogits = _add_iteration(
                 du_hat, dlogits, u_hat, V_ptr + offs_V, ds_ptr + offs_V, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + pairs, delta_ptr + pairs, i < I,
-                grad_coupling, J, FULL, True, HAS_PRIOR,
+                grad_coupling, J, FULL, True, HAS_PRIOR, LEAKY,
             )  # fmt: skip
         if WITH_FIRST:
             grad_coupling = load_grad_coupling(
@@ -371,7 +370,7 @@ def _u_hat_gradient_kernel(
             du_hat, dlogits = _add_iteration(
                 du_hat, dlogits, u_hat, V_ptr + offs_jd, ds_ptr + offs_jd, mask_jd,
                 prior_ptrs, mask_ij, j < J, normaliser_ptr + offs_i, delta_ptr + offs_i, i < I,
-                grad_coupling, J, FULL, False, HAS_PRIOR,
+                grad_coupling, J, FULL, False, HAS_PRIOR, LEAKY,
             )  # fmt: skip
         offs_ij = offs_i[:, None] * J + j[None, :]
         offs_ijd = offs_ij[:, :, None] * D + d[None, None, :]
@@ -384,18 +383,27 @@ def _u_hat_gradient_kernel(
 
 
 def dynamic_routing_fwd(
-    u_hat: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+    u_hat: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route given prediction vectors.
 
     Args:
         u_hat: shape (B, I, J, D), any strides.
         prior: initial logits, shape (I, J), or None for zeros.
+        pose_bias: added to every sum, shape (J, D), or None for zeros.
         iterations: the number of weighted sums, at least 1.
+        leaky: whether an orphan class with logit 0 takes part in the softmax.
+        output: "v", or "s" to return the last sum instead of its squash.
         return_coupling: whether to write the coupling of the last iteration.
 
     Returns:
-        v (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
+        v or s (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
         (iterations, B, J, D) in the accumulation type, for `dynamic_routing_bwd`.
     """
     B, I, J, D = u_hat.shape
@@ -408,24 +416,31 @@ def dynamic_routing_fwd(
 
     target = target_of(u_hat)
     launch, splits, tiles = dynamic_routing_launch(I, J, D, u_hat.dtype, target)
+    pose_bias = None if pose_bias is None else pose_bias.contiguous()
     # Two buffers take turns, because a pass reads every slot of the previous iteration.
     slots = u_hat.new_empty((2, splits, B, J, D), dtype=dtype)
     V = u_hat.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u_hat):
         for iteration in range(1, iterations + 1):
             _dynamic_fwd_kernel[(B, splits)](
-                u_hat, u_hat if prior is None else prior,
+                # In place of a missing tensor, a kernel gets u_hat, which it does not touch.
+                u_hat, *(u_hat if x is None else x for x in (prior, pose_bias)),
                 slots[(iteration - 1) % 2], slots[iteration % 2], V, sums, coupling,
                 B, I, J, D, iteration, tiles,
                 *u_hat.stride(),
                 *strides(prior, 2),
                 HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
+                HAS_POSE_BIAS=pose_bias is not None,
+                LEAKY=leaky,
                 SAVE_COUPLING=return_coupling and iteration == iterations,
                 SLOTS=splits,
                 **launch,
             )  # fmt: skip
-        write_squashed_sum(slots[iterations % 2], False, sums[-1], v)
+        write_result(
+            slots[iterations % 2], pose_bias, sums[-1], v,
+            uniform=False, leaky=leaky, output=output,
+        )  # fmt: skip
     return v, coupling, sums
 
 
@@ -434,15 +449,18 @@ def dynamic_routing_bwd(
     grad_coupling: Tensor | None,
     u_hat: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the prediction vectors and the prior (None where there is none).
+    output: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the prediction vectors, the prior and the pose bias (None where there is none).
 
     Args:
         grad_v: shape (B, J, D), any strides.
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
-        u_hat, prior: as given to `dynamic_routing_fwd`.
+        u_hat, prior, pose_bias, leaky, output: as given to `dynamic_routing_fwd`.
         sums: as returned by `dynamic_routing_fwd`.
         gradient: "full" differentiates through every iteration. "last" treats the last coupling as
             a constant.
@@ -451,11 +469,12 @@ def dynamic_routing_bwd(
     iterations = sums.shape[0]
     full = gradient == "full"
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
-    grad_prior = None
-    if prior is not None:
-        grad_prior = torch.zeros_like(prior, memory_format=torch.contiguous_format)
+    grad_prior, grad_pose_bias = (
+        None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for x in (prior, pose_bias)
+    )
     if B == 0 or I == 0 or J == 0:
-        return grad_u_hat.zero_(), grad_prior
+        return grad_u_hat.zero_(), grad_prior, grad_pose_bias
 
     target = target_of(u_hat)
     launch, splits, tiles = dynamic_routing_launch(I, J, D, u_hat.dtype, target)
@@ -483,9 +502,11 @@ def dynamic_routing_bwd(
                 B, I, J, D, iteration, 0 if uniform else tiles,
                 *all_strides,
                 IS_LAST=iteration == iterations,
+                SQUASHED=output == "v" or iteration < iterations,
                 FULL=full,
                 HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
+                LEAKY=leaky,
                 HAS_GRAD_COUPLING=has_grad_coupling and iteration == iterations,
                 SLOTS=filled.shape[0],
                 **launch,
@@ -502,9 +523,12 @@ def dynamic_routing_bwd(
             FULL=full,
             WITH_FIRST=first == 1,
             HAS_PRIOR=prior is not None,
+            LEAKY=leaky,
             HAS_GRAD_COUPLING=has_grad_coupling,
             **launch,
         )  # fmt: skip
         if grad_prior is not None and sum_logits:
             grad_prior.copy_(grad_logits.sum(0))
-    return grad_u_hat, grad_prior
+        if grad_pose_bias is not None:
+            grad_pose_bias.copy_(saved_ds[first - 1 :].sum((0, 1)))
+    return grad_u_hat, grad_prior, grad_pose_bias

@@ -16,7 +16,7 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
-from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_squashed_sum
+from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
 from tritoncaps.kernels.routing_pass import (
     pass_backward,
     pass_forward,
@@ -28,7 +28,7 @@ from tritoncaps.kernels.routing_pass import (
 @triton.jit
 def _routing_fwd_kernel(
     # pointers
-    u_ptr, weight_ptr, prior_ptr,
+    u_ptr, weight_ptr, prior_ptr, pose_bias_ptr,
     slots_ptr, next_slots_ptr, V_ptr, sums_ptr, coupling_ptr,
     # extents
     B, I, P, J, D, iteration, tiles,
@@ -37,7 +37,8 @@ def _routing_fwd_kernel(
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j,
     # meta-parameters
-    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, SAVE_COUPLING: tl.constexpr,
+    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_POSE_BIAS: tl.constexpr, LEAKY: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr,
     SLOTS: tl.constexpr, UNIFORM: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -52,9 +53,9 @@ def _routing_fwd_kernel(
     V_ptr += split * slot_size
     if HAS_V:
         advance_running_sum(
-            slots_ptr, sums_ptr, V_ptr,
+            slots_ptr, pose_bias_ptr, sums_ptr, V_ptr,
             first_b * J, tl.minimum(first_b + BLOCK_B, B) * J, slot_size, J, D, iteration,
-            split == 0, SLOTS, UNIFORM, BLOCK_ROWS, BLOCK_D,
+            split == 0, SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS, BLOCK_ROWS, BLOCK_D,
         )  # fmt: skip
     pass_forward(
         u_ptr, weight_ptr, V_ptr, prior_ptr, u_ptr, next_slots_ptr + split * slot_size,
@@ -63,7 +64,7 @@ def _routing_fwd_kernel(
         stride_u_b, stride_u_i, stride_u_p,
         stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
         stride_prior_i, stride_prior_j, 0, 0,
-        sums_ptr.dtype.element_ty, HAS_V, HAS_PRIOR, False, SAVE_COUPLING, PRECISION, GROUPS,
+        sums_ptr.dtype.element_ty, HAS_V, HAS_PRIOR, False, LEAKY, SAVE_COUPLING, PRECISION, GROUPS,
         BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
     )  # fmt: skip
 
@@ -94,8 +95,8 @@ def _routing_bwd_kernel(
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j,
     # meta-parameters
-    IS_LAST: tl.constexpr, FULL: tl.constexpr, HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr,
-    HAS_GRAD_COUPLING: tl.constexpr,
+    IS_LAST: tl.constexpr, SQUASHED: tl.constexpr, FULL: tl.constexpr, HAS_V: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
     SLOTS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -110,7 +111,7 @@ def _routing_bwd_kernel(
     pull_back(
         slots_ptr, sums_ptr, V_ptr, ds_ptr, next_slot_ptr, saved_V_ptr, saved_ds_ptr,
         first_b * J, tl.minimum(first_b + BLOCK_B, B) * J, slot_size, D, iteration, split == 0,
-        not IS_LAST, SLOTS, BLOCK_ROWS, BLOCK_D,
+        not IS_LAST, SQUASHED, SLOTS, BLOCK_ROWS, BLOCK_D,
     )  # fmt: skip
     pass_backward(
         u_ptr, weight_ptr, V_ptr, ds_ptr, prior_ptr, u_ptr, grad_coupling_ptr, next_slot_ptr,
@@ -119,8 +120,8 @@ def _routing_bwd_kernel(
         stride_u_b, stride_u_i, stride_u_p,
         stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
         stride_prior_i, stride_prior_j, 0, 0,
-        sums_ptr.dtype.element_ty, not IS_LAST, FULL, HAS_V, HAS_PRIOR, False, HAS_GRAD_COUPLING,
-        PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
+        sums_ptr.dtype.element_ty, not IS_LAST, FULL, HAS_V, HAS_PRIOR, False, LEAKY,
+        HAS_GRAD_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
     )  # fmt: skip
 
 
@@ -143,7 +144,14 @@ def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
 
 
 def fused_dynamic_routing_fwd(
-    u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route the prediction vectors W u without storing them.
 
@@ -151,11 +159,14 @@ def fused_dynamic_routing_fwd(
         u: input poses, shape (B, I, P), any strides.
         weight: shape (I, P, J, D), any strides, dtype of `u`.
         prior: initial logits, shape (I, J), or None for zeros.
+        pose_bias: added to every sum, shape (J, D), or None for zeros.
         iterations: the number of weighted sums, at least 1.
+        leaky: whether an orphan class with logit 0 takes part in the softmax.
+        output: "v", or "s" to return the last sum instead of its squash.
         return_coupling: whether to write the coupling of the last iteration.
 
     Returns:
-        v (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
+        v or s (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
         (iterations, B, J, D) in the accumulation type, for `fused_dynamic_routing_bwd`.
     """
     B, I, P = u.shape
@@ -171,6 +182,7 @@ def fused_dynamic_routing_fwd(
     launch, splits, tiles = pass_launch(
         "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=False, prologue=True
     )
+    pose_bias = None if pose_bias is None else pose_bias.contiguous()
     # Two buffers take turns, because a pass reads every slot of the previous iteration.
     slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
     V = u.new_empty((splits, B, J, D), dtype=dtype)
@@ -180,15 +192,19 @@ def fused_dynamic_routing_fwd(
         if prior is None:
             filled, uniform, first = _uniform_sums(u, weight), True, 2
             if iterations == 1:
-                coupling.fill_(1 / J)
+                coupling.fill_(1 / (J + leaky))
         for iteration in range(first, iterations + 1):
             next_slots = slots[iteration % 2]
             _routing_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-                u, weight, u if prior is None else prior, filled, next_slots, V, sums, coupling,
+                # In place of a missing tensor, a kernel gets u, which it does not touch.
+                u, weight, *(u if tensor is None else tensor for tensor in (prior, pose_bias)),
+                filled, next_slots, V, sums, coupling,
                 B, I, P, J, D, iteration, tiles,
                 *u.stride(), *weight.stride(), *strides(prior, 2),
                 HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
+                HAS_POSE_BIAS=pose_bias is not None,
+                LEAKY=leaky,
                 SAVE_COUPLING=return_coupling and iteration == iterations,
                 SLOTS=filled.shape[0],
                 UNIFORM=uniform,
@@ -196,7 +212,9 @@ def fused_dynamic_routing_fwd(
                 **launch,
             )  # fmt: skip
             filled, uniform = next_slots, False
-        write_squashed_sum(filled, uniform, sums[-1], v)
+        write_result(
+            filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output
+        )  # fmt: skip
     return v, coupling, sums
 
 
@@ -206,15 +224,18 @@ def fused_dynamic_routing_bwd(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, the weight and the prior (None where there is none).
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u, the weight, the prior and the pose bias (None where there is none).
 
     Args:
         grad_v: shape (B, J, D), any strides.
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
-        u, weight, prior: as given to `fused_dynamic_routing_fwd`.
+        u, weight, prior, pose_bias, leaky, output: as given to `fused_dynamic_routing_fwd`.
         sums: as returned by `fused_dynamic_routing_fwd`.
         gradient: "full" differentiates through every iteration. "last" treats the last coupling as
             a constant.
@@ -225,11 +246,12 @@ def fused_dynamic_routing_bwd(
     full = gradient == "full"
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_prior = None
-    if prior is not None:
-        grad_prior = torch.zeros_like(prior, memory_format=torch.contiguous_format)
+    grad_prior, grad_pose_bias = (
+        None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for x in (prior, pose_bias)
+    )
     if B == 0 or I == 0 or J == 0:
-        return grad_u.zero_(), grad_weight.zero_(), grad_prior
+        return grad_u.zero_(), grad_weight.zero_(), grad_prior, grad_pose_bias
 
     target = target_of(u)
     launch, splits, tiles = pass_launch(
@@ -265,9 +287,11 @@ def fused_dynamic_routing_bwd(
                 B, I, P, J, D, iteration, tiles,
                 *u.stride(), *weight.stride(), *strides(prior, 2),
                 IS_LAST=iteration == iterations,
+                SQUASHED=output == "v" or iteration < iterations,
                 FULL=full,
                 HAS_V=iteration > 1,
                 HAS_PRIOR=prior is not None,
+                LEAKY=leaky,
                 HAS_GRAD_COUPLING=grad_coupling is not None and iteration == iterations,
                 SLOTS=filled.shape[0],
                 PRECISION=dot_precision(u.dtype, target),
@@ -280,7 +304,10 @@ def fused_dynamic_routing_bwd(
             first_step=max(first - 1, 1),
             steps=iterations,
             full=full,
+            leaky=leaky,
             without_pose=first == 1,
             unlogged=unlogged,
         )  # fmt: skip
-    return grad_u, grad_weight, grad_prior
+        if grad_pose_bias is not None:
+            grad_pose_bias.copy_(saved_ds[first - 1 :].sum((0, 1)))
+    return grad_u, grad_weight, grad_prior, grad_pose_bias

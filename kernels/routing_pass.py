@@ -35,7 +35,7 @@ from tritoncaps.kernels._launch import (
     target_of,
 )
 from tritoncaps.kernels._slots import write_sum
-from tritoncaps.kernels._tiles import dot, full_of_lowest, load_grad_coupling
+from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def pass_forward(
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
     DTYPE: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    LEAKY: tl.constexpr, SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write Σ_i c_ij û_ij over a run of tiles to a slot, for BLOCK_B batch rows.
@@ -235,8 +235,7 @@ def pass_forward(
         prior_ptrs = prior_ptr + i * stride_prior_i
         mask_started = (b < tl.where(tile > first_tile, B, 0))[:, None] & (d < D)[None, :]
 
-        top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
-        mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+        top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, LEAKY)
         for j in range(tl.cast(J, tl.int64)):
             w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
             _, logits = _logits(
@@ -276,8 +275,8 @@ def _pass_fwd_kernel(
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_COUPLING: tl.constexpr,
-    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Put one program's share of s in its slot."""
@@ -290,7 +289,7 @@ def _pass_fwd_kernel(
         stride_u_b, stride_u_i, stride_u_p,
         stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
         stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-        slots_ptr.dtype.element_ty, True, HAS_PRIOR, HAS_BIAS,
+        slots_ptr.dtype.element_ty, True, HAS_PRIOR, HAS_BIAS, LEAKY,
         SAVE_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
     )  # fmt: skip
 
@@ -339,15 +338,15 @@ def pass_backward(
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
     DTYPE: tl.constexpr, ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
-    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
+    HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add dpose over a run of tiles to a slot, write du, save log Σ_j exp and δ for every (b, i).
 
     `pose_ptr`, `ds_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). With ADD_DU, the du
     of a later pass, at `du_ptr`, is added. Unless FULL, the coupling is a constant: db = 0. Without
-    pose and prior it is 1/J, and log Σ_j exp and δ are not saved.
+    pose and prior it is uniform, and log Σ_j exp and δ are not saved.
     """
     b = first_b + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -364,11 +363,10 @@ def pass_backward(
         offs_bi = (b * I)[None, :, None] + i[:, None, :]
 
         top = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
-        mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE) + J
+        mass = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE) + classes(J, LEAKY)
         moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)  # Σ_j exp(logit - top) dc
         if HAS_POSE or HAS_PRIOR:
-            top = full_of_lowest((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
-            mass = tl.zeros_like(mass)
+            top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, LEAKY)
             for j in range(tl.cast(J, tl.int64)):
                 w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
                 _, logits = _logits(
@@ -434,8 +432,8 @@ def _pass_bwd_kernel(
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
-    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
+    HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add one program's share of dpose to its slot, which starts at zero, and write its du."""
@@ -449,8 +447,8 @@ def _pass_bwd_kernel(
         stride_u_b, stride_u_i, stride_u_p,
         stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
         stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-        slots_ptr.dtype.element_ty, False, True, True, HAS_PRIOR, HAS_BIAS, HAS_GRAD_COUPLING,
-        PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
+        slots_ptr.dtype.element_ty, False, True, True, HAS_PRIOR, HAS_BIAS, LEAKY,
+        HAS_GRAD_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
     )  # fmt: skip
 
 
@@ -459,7 +457,7 @@ def _add_pairs(
     dw, dprior, dbias, u, w, prior, bias, pose_ptrs, ds_ptrs, mask_bd,
     normaliser_ptrs, delta_ptrs, grad_coupling, mask_ib, J,
     FULL: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LEAKY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a pass over one batch tile to dW_j, (K, BLOCK_D), dprior_j and dbias_j.
 
@@ -481,7 +479,8 @@ def _add_pairs(
     if HAS_POSE or HAS_PRIOR:
         softmax = tl.exp(logits - tl.load(normaliser_ptrs, mask_ib, other=float("inf")))
     else:
-        softmax = tl.where(mask_ib, tl.full(mask_ib.shape, 1.0, u.dtype) / J, 0.0)
+        ones = tl.full(mask_ib.shape, 1.0, u.dtype)
+        softmax = tl.where(mask_ib, ones / classes(J, LEAKY), 0.0)
     c = softmax
     if HAS_BIAS:
         c += tl.where(mask_ib, bias, 0.0)
@@ -512,8 +511,8 @@ def _weight_gradient_kernel(
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
     FULL: tl.constexpr, WITHOUT_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr, UNLOGGED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
+    UNLOGGED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dW, (BLOCK_I, P, D), dprior and dbias, (BLOCK_I,), of one tile of input capsules and one j.
@@ -567,7 +566,7 @@ def _weight_gradient_kernel(
             dw, dprior, dbias = _add_pairs(
                 dw, dprior, dbias, u, w, prior, bias, pose_ptr + offs_pose, ds_ptr + offs_pose,
                 mask_bd, normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib, J,
-                FULL, True, HAS_PRIOR, HAS_BIAS, PRECISION,
+                FULL, True, HAS_PRIOR, HAS_BIAS, LEAKY, PRECISION,
             )  # fmt: skip
         if WITHOUT_POSE:
             grad_coupling = load_grad_coupling(
@@ -576,7 +575,7 @@ def _weight_gradient_kernel(
             dw, dprior, dbias = _add_pairs(
                 dw, dprior, dbias, u, w, prior, bias, pose_ptr + offs_bd, ds_ptr + offs_bd,
                 mask_bd, normaliser_ptr + offs_ib, delta_ptr + offs_ib, grad_coupling, mask_ib, J,
-                FULL, False, HAS_PRIOR, HAS_BIAS, PRECISION,
+                FULL, False, HAS_PRIOR, HAS_BIAS, LEAKY, PRECISION,
             )  # fmt: skip
     offs_dw = ((ki * P + p) * J + j)[:, None] * D + d[None, :]
     tl.store(grad_weight_ptr + offs_dw, dw, mask_w)
@@ -605,6 +604,7 @@ def write_weight_gradient(
     first_step: int = 0,
     steps: int = 1,
     full: bool = True,
+    leaky: bool,
     without_pose: bool = False,
     unlogged: int = 0,
 ) -> None:
@@ -615,7 +615,7 @@ def write_weight_gradient(
         grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
         saved: poses and ds, (steps, B, J, D), then log Σ_j exp and δ, (steps - unlogged, B, I).
         grads: contiguous outputs dW, dprior and dbias, or None if there is no prior or no bias.
-        first_step, steps, full, without_pose, unlogged: see `_weight_gradient_kernel`.
+        first_step, steps, full, leaky, without_pose, unlogged: see `_weight_gradient_kernel`.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
@@ -633,6 +633,7 @@ def write_weight_gradient(
         WITHOUT_POSE=without_pose,
         HAS_PRIOR=prior is not None,
         HAS_BIAS=bias is not None,
+        LEAKY=leaky,
         HAS_GRAD_COUPLING=grad_coupling is not None,
         UNLOGGED=unlogged,
         PRECISION=dot_precision(u.dtype, target),
@@ -646,6 +647,7 @@ def routing_pass_fwd(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run one pass: s_j = Σ_i c_ij û_ij with c = softmax_j(û·pose + prior) + bias.
@@ -656,6 +658,7 @@ def routing_pass_fwd(
         pose: vectors that û is compared with, shape (B, J, D), any strides, dtype of `u`.
         prior: added to the logits, shape (I, J), or None for zeros.
         bias: added to the softmax, shape (I, J), or None for zeros.
+        leaky: whether an orphan class with logit 0 takes part in the softmax.
         return_coupling: whether to write the coupling c.
 
     Returns:
@@ -681,6 +684,7 @@ def routing_pass_fwd(
             *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
             HAS_PRIOR=prior is not None,
             HAS_BIAS=bias is not None,
+            LEAKY=leaky,
             SAVE_COUPLING=return_coupling,
             PRECISION=dot_precision(u.dtype, target),
             **launch,
@@ -697,13 +701,14 @@ def routing_pass_bwd(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, weight, pose, prior and bias (None where there is no prior or no bias).
 
     Args:
         grad_s: shape (B, J, D), any strides.
         grad_coupling: shape (B, I, J), any strides, or None.
-        u, weight, pose, prior, bias: as given to `routing_pass_fwd`.
+        u, weight, pose, prior, bias, leaky: as given to `routing_pass_fwd`.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
@@ -733,6 +738,7 @@ def routing_pass_bwd(
             *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
             HAS_PRIOR=prior is not None,
             HAS_BIAS=bias is not None,
+            LEAKY=leaky,
             HAS_GRAD_COUPLING=grad_coupling is not None,
             PRECISION=dot_precision(u.dtype, target),
             **launch,
@@ -741,5 +747,6 @@ def routing_pass_bwd(
         write_weight_gradient(
             u, weight, prior, bias, grad_coupling,
             (pose, grad_s, normaliser, delta), (grad_weight, grad_prior, grad_bias),
+            leaky=leaky,
         )  # fmt: skip
     return grad_u, grad_weight, grad_pose, grad_prior, grad_bias

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What a multi-hot target may be: 0, 1, or a share between them.
@@ -43,17 +42,6 @@ def check_floating(function: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{function}: {name} must be dense (torch.strided), got {value.layout}")
 
 
-def check_no_tangent(function: str, name: str, value: Tensor) -> None:
-    """Not a dual number: without a forward-mode formula, torch would silently return zeros."""
-    if torch.compiler.is_compiling():
-        return
-    if forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"{function}: {name} has a forward-mode tangent, but there is no forward-mode "
-            f"derivative; use reverse mode, or tritoncaps.reference.{function}"
-        )
-
-
 def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
     """A floating-point tensor with the axes named in `axes`, such as "B I P"."""
     check_floating(function, name, value)
@@ -80,18 +68,24 @@ def check_inputs(function: str, axes: Mapping[str, str], **given: Any) -> None:
             continue
         check_tensor(function, name, tensor, named)
         check_not_empty(function, name, tensor, named)
-        check_no_tangent(function, name, tensor)
         tensors.append((name, tensor, named))
     check_axes(function, tensors)
     check_same_kind(function, [(name, tensor) for name, tensor, _ in tensors])
 
 
 def check_routing_options(
-    function: str, iterations: object, gradient: object, return_coupling: object
+    function: str,
+    iterations: object,
+    leaky: object,
+    gradient: object,
+    output: object,
+    return_coupling: object,
 ) -> None:
     """The options of the routings by agreement."""
     check_iterations(function, iterations)
+    check_flag(function, "leaky", leaky)
     check_choice(function, "gradient", gradient, ("full", "last"))
+    check_choice(function, "output", output, ("v", "s"))
     check_flag(function, "return_coupling", return_coupling)
 
 
@@ -206,6 +200,33 @@ def check_pair(function: str, name: str, value: object, expected: str) -> None:
         raise TypeError(f"{function}: {name} must be {expected}, got {shown(value)}")
     for size in value:
         check_size(function, name, size)
+
+
+def check_mask(function: str, mask: Tensor, u: Tensor) -> None:
+    """A bool for each input capsule of u, on its device."""
+    check_tensor(function, "u", u, "B I P")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{function}: mask must be a bool tensor, False where a capsule is padding, got {got}"
+        )
+    if mask.shape != u.shape[:2]:
+        raise ValueError(
+            f"{function}: mask must be (B, I) = {shape_of(u)[:2]}, got {shape_of(mask)}"
+        )
+    if mask.device != u.device:
+        raise ValueError(f"{function}: mask is on {mask.device} but u is on {u.device}")
+
+
+def count_positions(function: str, u: Tensor, types: int) -> int:
+    """The number of positions that the capsules of u fill, `types` capsules each."""
+    check_tensor(function, "u", u, "B I P")
+    if u.shape[1] == 0 or u.shape[1] % types:
+        raise ValueError(
+            f"{function}: u has I={u.shape[1]} but needs a multiple of in_capsules={types}, "
+            f"the capsules at each position (u: {shape_of(u)})"
+        )
+    return u.shape[1] // types
 
 
 def check_dim(function: str, dim: object, ndim: int) -> None:

@@ -16,22 +16,42 @@ from torch.nn import functional as F
 
 
 def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
-    """Scale vectors of length n = |s| to a length in [0, 1), keeping their direction.
+    """Scale vectors of length n = |s| to a length in [0, 1], keeping their direction.
 
     "quadratic": v = n² / (1 + n²) · s / n (Sabour 2017, 1).
     "exponential": v = (1 − e⁻ⁿ) · s / n (Mazzia, Salvetti, Chiaberge 2021, 4).
     """
-    n = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
+    finfo = torch.finfo(s.dtype)
+    # n = |s| without a square that overflows. The scale cancels, so it needs no gradient.
+    largest = s.detach().abs().amax(dim=dim, keepdim=True)
+    scale = largest.clamp(min=finfo.tiny)
+    # At 0, n has no derivative. A constant stands in there, so derivatives of v are finite.
+    not_zero = torch.where(largest != 0, s / scale, 1)
+    length = scale * not_zero.square().sum(dim=dim, keepdim=True).sqrt()
+    n = torch.where(largest != 0, length, 0)
+    # v = f(n) · s. Either branch of `where` is finite where the other one is taken.
     if form == "quadratic":
-        return n / (1 + n**2) * s
-    # 1 is the limit at n = 0. The clamp keeps the branch that is not taken there finite.
-    limit = torch.ones_like(n)
-    return torch.where(n > 0, -torch.expm1(-n) / n.clamp(min=torch.finfo(n.dtype).tiny), limit) * s
+        k = torch.where(n < 1, n, 1 / n.clamp(min=1))  # f is the same for n and 1/n
+        f = k / (1 + k**2)
+    else:
+        # Near 0, the derivatives of the quotient cancel. Its series does not.
+        small = n < finfo.eps**0.25
+        near, far = torch.where(small, n, 0), torch.where(small, 1, n)
+        series = 1 - near / 2 * (1 - near / 3 * (1 - near / 4))
+        f = torch.where(small, series, -torch.expm1(-far) / far)
+    # Rounding must not make v longer than 1.
+    longest = 1 - 4 * min(finfo.eps, 2**-23)
+    return torch.minimum(f, longest / n.clamp(min=0.5)) * s
 
 
 def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
     """Compute û_{j|i} = W_ij u_i; (B, I, P), (I, P, J, D) → (B, I, J, D) (Sabour 2017, 2)."""
     return einsum(u, weight, "B I P, I P J D -> B I J D")
+
+
+def _softmax(b: Tensor, leaky: bool) -> Tensor:
+    """Softmax over the *output* capsules j, and over an orphan class with logit 0 if leaky."""
+    return F.softmax(F.pad(b, (0, 1)), dim=-1)[..., :-1] if leaky else F.softmax(b, dim=-1)
 
 
 def routing_pass(
@@ -41,16 +61,17 @@ def routing_pass(
     *,
     prior: Tensor | None = None,
     bias: Tensor | None = None,
+    leaky: bool = False,
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run one pass of agreement with given poses; (B, I, P), (I, P, J, D) → (B, J, D).
 
     c = softmax_j(û·pose + prior) + bias and s_j = Σ_i c_ij û_{j|i}. `pose` is (B, J, D), `prior`
-    and `bias` are (I, J), the coupling c is (B, I, J).
+    and `bias` are (I, J), the coupling c is (B, I, J). `leaky` is that of `dynamic_routing`.
     """
     u_hat = prediction_vectors(u, weight)
     b = einsum(u_hat, pose, "B I J D, B J D -> B I J")
-    c = F.softmax(b if prior is None else b + prior, dim=-1)  # over the *output* capsules j
+    c = _softmax(b if prior is None else b + prior, leaky)
     if bias is not None:
         c = c + bias
     s = einsum(c, u_hat, "B I J, B I J D -> B J D")
@@ -62,25 +83,33 @@ def dynamic_routing(
     iterations: int = 3,
     *,
     prior: Tensor | None = None,
+    pose_bias: Tensor | None = None,
+    leaky: bool = False,
     gradient: str = "full",
+    output: str = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route by agreement (Sabour 2017, procedure 1); (B, I, J, D) → (B, J, D).
 
-    `iterations` counts weighted sums. With `gradient="last"`, autograd treats the coupling of the
-    last iteration as a constant. With `return_coupling`, that coupling, (B, I, J), is returned too.
+    `iterations` counts weighted sums. `pose_bias`, (J, D), is added to each of them. If `leaky`, an
+    orphan class with logit 0 takes its share of every input capsule. With `gradient="last"`,
+    autograd treats the coupling of the last iteration as a constant. With `output="s"`, the last
+    sum is returned instead of its squash. With `return_coupling`, the coupling of the last
+    iteration, (B, I, J), is returned too.
     """
     B, I, J, _ = u_hat.shape
     b = u_hat.new_zeros(B, I, J) if prior is None else repeat(prior, "I J -> B I J", B=B)
     for iteration in range(1, iterations + 1):
-        c = F.softmax(b, dim=-1)  # over the *output* capsules j
+        c = _softmax(b, leaky)
         if gradient == "last":
             c = c.detach()
         s = einsum(c, u_hat, "B I J, B I J D -> B J D")
-        v = squash(s)
+        if pose_bias is not None:
+            s = s + pose_bias
         if iteration < iterations:
-            b = b + einsum(u_hat, v, "B I J D, B J D -> B I J")
-    return (v, c) if return_coupling else v
+            b = b + einsum(u_hat, squash(s), "B I J D, B J D -> B I J")
+    result = s if output == "s" else squash(s)
+    return (result, c) if return_coupling else result
 
 
 def fused_dynamic_routing(
@@ -89,7 +118,10 @@ def fused_dynamic_routing(
     iterations: int = 3,
     *,
     prior: Tensor | None = None,
+    pose_bias: Tensor | None = None,
+    leaky: bool = False,
     gradient: str = "full",
+    output: str = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route the prediction vectors of `u`; (B, I, P), (I, P, J, D) → (B, J, D)."""
@@ -97,7 +129,10 @@ def fused_dynamic_routing(
         prediction_vectors(u, weight),
         iterations,
         prior=prior,
+        pose_bias=pose_bias,
+        leaky=leaky,
         gradient=gradient,
+        output=output,
         return_coupling=return_coupling,
     )
 

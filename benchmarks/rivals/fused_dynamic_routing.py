@@ -36,15 +36,17 @@ def torch_path(u: Tensor, weight: Tensor, iterations: int, **_: Any) -> Tensor:
 class _TorchPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, weight: Tensor, iterations: int) -> Tensor:
-        v, _, sums = _torch_path.fused_dynamic_routing_fwd(u, weight, None, iterations, False)
+        v, _, sums = _torch_path.fused_dynamic_routing_fwd(
+            u, weight, None, None, iterations, False, "v", False
+        )
         ctx.save_for_backward(u, weight, sums)
         return v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         u, weight, sums = ctx.saved_tensors
-        grad_u, grad_weight, _ = _torch_path.fused_dynamic_routing_bwd(
-            grads[0], None, u, weight, None, sums, "full"
+        grad_u, grad_weight, *_ = _torch_path.fused_dynamic_routing_bwd(
+            grads[0], None, u, weight, None, None, sums, False, "full", "v"
         )
         return grad_u, grad_weight, None
 

@@ -48,7 +48,9 @@ def run(
     call: Call,
     *,
     iterations: int = 3,
+    leaky: bool = False,
     gradient: str = "full",
+    output: str = "v",
     with_coupling: bool = True,
     form: str = "quadratic",
 ) -> Call:
@@ -56,7 +58,8 @@ def run(
     operator = testing.OPERATORS[name]
     given: dict[str, Any] = {key: call.get(key) for key in operator.axes}
     inputs = list(given)
-    given |= {"iterations": iterations, "gradient": gradient, "form": form}
+    given |= {"iterations": iterations, "leaky": leaky, "gradient": gradient}
+    given |= {"output": output, "form": form}
     given["return_coupling"] = with_coupling
     given["grad_coupling"] = call.get("grad_coupling") if with_coupling else None
     outputs = [output.removesuffix("?") for output in operator.registered.outputs]
@@ -84,7 +87,9 @@ def exact(
     call: Call,
     *,
     iterations: int = 3,
+    leaky: bool = False,
     gradient: str = "full",
+    output: str = "v",
     with_coupling: bool = True,
     form: str = "quadratic",
     dtype: torch.dtype = torch.float64,
@@ -98,9 +103,9 @@ def exact(
     if name == "squash":
         options = {"form": form}
     elif name in ROUTINGS:
-        options = {"return_coupling": True}
+        options = {"leaky": leaky, "return_coupling": True}
         if name != "routing_pass":
-            options |= {"iterations": iterations, "gradient": gradient}
+            options |= {"iterations": iterations, "gradient": gradient, "output": output}
     outputs = operator.call(leaves, options, getattr(reference, name))
     loss = (outputs[0] * call["grad"].to(dtype)).sum()
     if name in ROUTINGS and with_coupling and gradient == "full":

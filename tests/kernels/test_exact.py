@@ -41,10 +41,26 @@ def test_every_mode_of_a_loop(device, name, iterations, with_coupling, gradient,
     check(name, device, optional=optional, **options)
 
 
+@pytest.mark.parametrize("optional", [(), ("prior",), ("pose_bias",), None], ids=str)
+@pytest.mark.parametrize("leaky", [False, True], ids=["", "leaky"])
+@pytest.mark.parametrize("output", ["v", "s"])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("name", LOOPS)
+def test_every_option_of_a_loop(device, name, iterations, output, leaky, optional):
+    check(name, device, optional=optional, iterations=iterations, output=output, leaky=leaky)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_pose_bias_with_the_gradient_of_the_last_iteration(device, name):
+    check(name, device, gradient="last", leaky=True)
+    check(name, device, gradient="last", output="s")
+
+
 @pytest.mark.parametrize("optional", [(), ("prior",), ("bias",), ("prior", "bias")], ids=str)
 @pytest.mark.parametrize("with_coupling", [False, True], ids=["", "coupling"])
-def test_every_mode_of_a_pass(device, with_coupling, optional):
-    check("routing_pass", device, optional=optional, with_coupling=with_coupling)
+@pytest.mark.parametrize("leaky", [False, True], ids=["", "leaky"])
+def test_every_mode_of_a_pass(device, leaky, with_coupling, optional):
+    check("routing_pass", device, optional=optional, with_coupling=with_coupling, leaky=leaky)
 
 
 @pytest.mark.parametrize("axis", "BIPJD")
@@ -147,6 +163,15 @@ def test_prior_of_minus_infinity_forbids_a_pair(device, name):
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
+def test_a_prior_that_forbids_every_pair_leaves_a_capsule_to_the_orphan(device, name):
+    call = draw(name, device, optional=("prior",))
+    call["prior"][1] = float("-inf")
+    actual = run(name, call, leaky=True)
+    assert not actual["coupling"][:, 1].any()
+    assert_exact(actual, exact(name, call, leaky=True))
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
 def test_large_agreement_stays_finite(device, name):
     call = draw(name, device, dtype=torch.float32)
     call["u_hat" if name == "dynamic_routing" else "u"] *= 1e4
@@ -172,9 +197,17 @@ def test_float16_agrees(device, name):
     [
         ("squash_fwd", [(2, 20000)], ("exponential",)),
         ("prediction_vectors_fwd", [(1, 1, 1), (1, 1, 1, 2**23)], ()),
-        ("dynamic_routing_fwd", [(1, 1, 1, 5000)], (None, 3, False)),
-        ("fused_dynamic_routing_fwd", [(1, 1, 200), (1, 200, 1, 40)], (None, 3, False)),
-        ("routing_pass_fwd", [(1, 1, 200), (1, 200, 1, 40), (1, 1, 40)], (None, None, False)),
+        ("dynamic_routing_fwd", [(1, 1, 1, 5000)], (None, None, 3, False, "v", False)),
+        (
+            "fused_dynamic_routing_fwd",
+            [(1, 1, 200), (1, 200, 1, 40)],
+            (None, None, 3, False, "v", False),
+        ),
+        (
+            "routing_pass_fwd",
+            [(1, 1, 200), (1, 200, 1, 40), (1, 1, 40)],
+            (None, None, False, False),
+        ),
     ],
 )
 def test_shape_that_no_launch_fits_is_refused(device, function, shapes, rest):

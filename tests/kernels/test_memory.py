@@ -74,8 +74,8 @@ def test_equal_bits_from_run_to_run(device, name):
     ("name", "optional"),
     [
         ("dynamic_routing", ()),
-        ("dynamic_routing", ("prior",)),
-        ("fused_dynamic_routing", ("prior",)),
+        ("dynamic_routing", ("prior", "pose_bias")),
+        ("fused_dynamic_routing", ("prior", "pose_bias")),
         ("routing_pass", ()),
         ("routing_pass", ("prior", "bias")),
     ],
@@ -97,7 +97,7 @@ def test_batch_rows_do_not_depend_on_the_batch(device, name, optional):
         for key, result in part.items():
             if key == "sums":
                 assert torch.equal(result, whole[key][:, rows]), key
-            elif key.removeprefix("d_") not in {"weight", "prior", "bias"}:
+            elif key.removeprefix("d_") not in {"weight", "prior", "bias", "pose_bias"}:
                 assert torch.equal(result, whole[key][rows]), key
 
 
@@ -130,12 +130,17 @@ def assert_no_u_hat(allocations, I, D, weight):
 def test_fused_routing_launches_few_kernels_and_stores_no_u_hat(device, iterations, with_prior):
     I, D = 11, 7
     call = draw("fused_dynamic_routing", device, {"B": 2, "I": I, "P": 3, "J": 5, "D": D})
-    u, weight, prior = call["u"], call["weight"], call["prior"] if with_prior else None
+    u, weight, bias = call["u"], call["weight"], call["pose_bias"]
+    prior = call["prior"] if with_prior else None
     with Allocations() as allocations:
         with counted_launches() as forward:
-            _, _, sums = kernels.fused_dynamic_routing_fwd(u, weight, prior, iterations, False)
+            _, _, sums = kernels.fused_dynamic_routing_fwd(
+                u, weight, prior, bias, iterations, False, "v", False
+            )
         with counted_launches() as backward:
-            kernels.fused_dynamic_routing_bwd(call["grad"], None, u, weight, prior, sums, "full")
+            kernels.fused_dynamic_routing_bwd(
+                call["grad"], None, u, weight, prior, bias, sums, False, "full", "v"
+            )
     # Without a prior the first pass is one product of the vendor's library.
     assert allocations.products == (0 if with_prior else 1)
     assert len(forward) == iterations + with_prior
@@ -150,9 +155,9 @@ def test_a_pass_launches_few_kernels_and_stores_no_u_hat(device):
     inputs = [call[key] for key in ("u", "weight", "pose", "prior", "bias")]
     with Allocations() as allocations:
         with counted_launches() as forward:
-            kernels.routing_pass_fwd(*inputs, True)
+            kernels.routing_pass_fwd(*inputs, False, True)
         with counted_launches() as backward:
-            kernels.routing_pass_bwd(call["grad"], call["grad_coupling"], *inputs)
+            kernels.routing_pass_bwd(call["grad"], call["grad_coupling"], *inputs, False)
     assert forward == ["_pass_fwd_kernel", "_sum_slots_kernel"]
     assert backward == ["_pass_bwd_kernel", "_sum_slots_kernel", "_weight_gradient_kernel"]
     assert allocations.products == 0

@@ -41,13 +41,15 @@ def test_passes_with_the_sum_of_squashed_results_are_dynamic_routing(device, cas
     inputs = case.inputs(OPERATORS["fused_dynamic_routing"], device)
     options = case.options | {"gradient": "full", "return_coupling": True}
 
-    def passes(u, weight, iterations, gradient, return_coupling, prior=None):
+    def passes(u, weight, iterations, leaky, output, prior=None, pose_bias=0, **_):
         pose = u.new_zeros(len(u), *weight.shape[2:])
+        given = {"prior": prior, "leaky": leaky, "return_coupling": True}
         for _ in range(iterations):
-            s, coupling = ops.routing_pass(u, weight, pose, prior=prior, return_coupling=True)
+            s, coupling = ops.routing_pass(u, weight, pose, **given)
+            s = s + pose_bias
             v = ops.squash(s)
             pose = pose + v
-        return v, coupling
+        return s if output == "s" else v, coupling
 
     fused = OPERATORS["fused_dynamic_routing"]
     actual = evaluate(fused, inputs, options, passes, seed=case.seed)

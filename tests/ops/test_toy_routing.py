@@ -43,6 +43,7 @@ registered = register(
     "uniform_routing",
     _forward,
     _backward,
+    reference=reference,
     inputs={"u_hat": "B I J D"},
     outputs={"s": "B J D"},
 )

@@ -177,7 +177,8 @@ def test_weighted_sums_add_up_over_the_input_capsules(device, B, operator):
         if operator.name == "routing_pass":
             sums.append(operator.function(u, weight, inputs["pose"], prior=prior))
         else:  # the last output of the registered operator is s of each iteration
-            sums.append(operator.registered.forward(u, weight, prior, 1, "full", False)[-1])
+            given = (u, weight, prior, None, 1, False, "full", "v", False)
+            sums.append(operator.registered.forward(*given)[-1])
     torch.testing.assert_close(sums[0] + sums[1], sums[2], rtol=1e-10, atol=1e-12)
 
 
@@ -203,10 +204,14 @@ def fused_peaks(B, I, P, J, D, iterations=3):
     )
     u, weight = inputs.values()
     with LiveBytes() as forward:
-        _, _, sums = _torch_path.fused_dynamic_routing_fwd(u, weight, None, iterations, False)
+        _, _, sums = _torch_path.fused_dynamic_routing_fwd(
+            u, weight, None, None, iterations, False, "v", False
+        )
     grad_v = normal(B, J, D, dtype=torch.float32)
     with LiveBytes() as backward:
-        _torch_path.fused_dynamic_routing_bwd(grad_v, None, u, weight, None, sums, "full")
+        _torch_path.fused_dynamic_routing_bwd(
+            grad_v, None, u, weight, None, None, sums, False, "full", "v"
+        )
     return {"forward": forward.peak, "both": backward.peak + sums.nbytes}
 
 
@@ -269,10 +274,10 @@ def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
     sizes = {"B": B, "I": I, "P": P, "J": J, "D": D}
     inputs = draw_inputs(operator, sizes, dtype=dtype)
     with LiveBytes() as forward:
-        results = _torch_path.routing_pass_fwd(*inputs.values(), True)
+        results = _torch_path.routing_pass_fwd(*inputs.values(), False, True)
     grads = [torch.ones_like(result) for result in results]
     with LiveBytes() as backward:
-        gradients = _torch_path.routing_pass_bwd(*grads, *inputs.values())
+        gradients = _torch_path.routing_pass_bwd(*grads, *inputs.values(), False)
     # Sums are float32. For a bfloat16 weight, they are a second copy of its gradient.
     copies = sum(4 * x.numel() for x in inputs.values()) if dtype == torch.bfloat16 else 0
     sums = 4 * inputs["weight"].numel() if dtype == torch.bfloat16 else 0
@@ -294,9 +299,9 @@ def peak_of_dynamic_routing(B, iterations, gradient, dtype):
     sizes = {"B": B, "I": 100, "J": 10, "D": 16}
     inputs = draw_inputs(OPERATORS["dynamic_routing"], sizes, dtype=dtype, optional=())
     u_hat, grad_v = inputs["u_hat"], normal(B, 10, 16, dtype=dtype)
-    _, _, sums = _torch_path.dynamic_routing_fwd(u_hat, None, iterations, False)
+    _, _, sums = _torch_path.dynamic_routing_fwd(u_hat, None, None, iterations, False, "v", False)
     with LiveBytes() as backward:
-        _torch_path.dynamic_routing_bwd(grad_v, None, u_hat, None, sums, gradient)
+        _torch_path.dynamic_routing_bwd(grad_v, None, u_hat, None, None, sums, False, gradient, "v")
     return backward.peak - u_hat.nbytes
 
 

@@ -4,13 +4,16 @@ Each operator is opaque to the compiler: one node in a graph and one boundary pe
 happens inside. `register` gives it a schema, a fake (shapes and dtypes only), an autograd formula
 whose backward is an operator too, an autocast rule, a vmap rule and FLOP counts.
 
+First derivatives in reverse mode come from the backward. All others are those of the operator's
+reference formula: torch differentiates it, as often as asked.
+
 Axes are written as in "B I P". A name that ends in "?" is optional: such an input may be None, and
 such an output is an empty tensor of shape (0,) if it was not asked for.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from tritoncaps._operators._autograd import in_forward_mode, set_autograd
 from tritoncaps._torch_path import accumulation_dtype
 
 Axes = Mapping[str, str]
@@ -40,6 +44,7 @@ def register(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     *,
+    reference: Callable[..., Any],
     inputs: Axes,
     outputs: Axes,
     flops: Flops | None = None,
@@ -54,20 +59,24 @@ def register(
             loss did not use an optional output), or an input, an output or an option of the
             forward. It returns a gradient for each input, or None if the input is None. With a
             single input it returns the gradient itself.
+        reference: the forward in torch's own operations, called with the inputs and options by
+            name. It returns the first outputs, as many as it has, without those not asked for.
         inputs: axes by name. "B", if present, comes first. "..." stands for any axes that the
             operator treats alike.
         outputs: axes by name. An output with the axis "r" (iterations) is in the accumulation type.
         flops: counts the products of a call, two operations for each multiply-add.
         backward_flops: the same for the backward. Its arguments have the backward's names.
     """
-    formulas = _Formulas(forward, backward, inputs, outputs)
+    formulas = _Formulas(forward, backward, reference, inputs, outputs)
     operator = torch.library.custom_op(f"tritoncaps::{name}", forward, mutates_args=())
     gradient_of = torch.library.custom_op(
         f"tritoncaps::{name}_backward", formulas.filled_backward(), mutates_args=()
     )
     operator.register_fake(formulas.fake)
     gradient_of.register_fake(formulas.fake_backward)
-    operator.register_autograd(formulas.gradient(gradient_of), setup_context=formulas.save)
+    first = formulas.gradient(gradient_of)
+    set_autograd(operator, formulas.save, first, formulas.forward_by_reference)
+    set_autograd(gradient_of, formulas.save_backward, formulas.second, _refuse_tangents(name))
     _set_autocast(operator)
     if formulas.is_elementwise:
         operator.register_vmap(_elementwise(operator))
@@ -81,28 +90,34 @@ def register(
     if flops is not None:
         _set_flops(operator, formulas.parameters, formulas.inputs, flops)
     if backward_flops is not None:
-        _set_flops(gradient_of, formulas.needed, formulas.inputs, backward_flops)
+        _set_flops(gradient_of, formulas.taken, formulas.inputs, backward_flops)
     return Registered(inputs, outputs, operator, gradient_of)
 
 
 class _Formulas:
     """The shapes and the chain rule of one operator, by the names of its tensors.
 
-    `parameters` are the arguments of the forward, `needed` those of the backward.
+    `parameters` are the arguments of the forward, `needed` those of the backward. The operator of
+    the backward has `taken`: also the options that only its own derivative needs.
     """
 
     def __init__(
         self,
         forward: Callable[..., Any],
         backward: Callable[..., Any],
+        reference: Callable[..., Any],
         inputs: Axes,
         outputs: Axes,
     ) -> None:
+        self.forward = forward
         self.backward = backward
+        self.reference = reference
         self.parameters = list(inspect.signature(forward).parameters)
         self.needed = list(inspect.signature(backward).parameters)
         self.inputs = {name.removesuffix("?"): axes for name, axes in inputs.items()}
         self.outputs = {name.removesuffix("?"): axes for name, axes in outputs.items()}
+        options = [name for name in self.parameters if name not in self.inputs]
+        self.taken = self.needed + [name for name in options if name not in self.needed]
         self.optional = {name.removesuffix("?") for name in outputs if name.endswith("?")}
         if missing := [name for name in self.inputs if name not in self.needed]:
             raise TypeError(f"register: the backward has no parameter {missing[0]!r}")
@@ -134,7 +149,7 @@ class _Formulas:
 
     def fake_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         """Gradients without values."""
-        given = dict(zip(self.needed, args, strict=True))
+        given = dict(zip(self.taken, args, strict=True))
         grads = tuple(
             args[0].new_empty(0) if given[name] is None else _contiguous_like(given[name])
             for name in self.inputs
@@ -142,18 +157,26 @@ class _Formulas:
         return grads[0] if len(grads) == 1 else grads
 
     def filled_backward(self) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-        """The backward with empty tensors in place of None, which a schema cannot express."""
+        """The backward with empty tensors in place of None, which a schema cannot express.
+
+        It also takes the options that it does not need.
+        """
 
         def backward(*args: Any) -> Any:
-            grads = self.backward(*args)
+            grads = self.backward(*args[: len(self.needed)])
             if isinstance(grads, Tensor):
                 return grads
             return tuple(args[0].new_empty(0) if grad is None else grad for grad in grads)
 
         count = len(self.inputs)
         annotation: Any = Tensor if count == 1 else tuple[(Tensor,) * count]  # type: ignore[misc]
-        signature = inspect.signature(self.backward).replace(return_annotation=annotation)
-        backward.__signature__ = signature  # type: ignore[attr-defined]
+        declared = {
+            **inspect.signature(self.forward).parameters,
+            **inspect.signature(self.backward).parameters,
+        }
+        backward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [declared[name] for name in self.taken], return_annotation=annotation
+        )
         return backward
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,7 +186,7 @@ class _Formulas:
         tensors = [name for name in self.needed if name in self.inputs or name in self.outputs]
         ctx.save_for_backward(*(given[name] for name in tensors))
         ctx.saved_names = tensors
-        ctx.options = {n: given[n] for n in self.needed if n in given and n not in tensors}
+        ctx.options = {n: given[n] for n in self.taken if n in given and n not in tensors}
         # The outputs whose gradients the backward reads.
         ctx.shapes = {
             name: given[name].shape
@@ -173,7 +196,7 @@ class _Formulas:
         ctx.set_materialize_grads(False)
 
     def gradient(self, gradient_of: Callable[..., Any]) -> Callable[..., Any]:
-        """The autograd formula: call the backward operator with the arguments that it names."""
+        """The autograd formula: call the backward operator with the arguments that it takes."""
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
@@ -185,15 +208,123 @@ class _Formulas:
                 elif grad is None and name not in self.optional:
                     grad = like.new_zeros(ctx.shapes[name])
                 given[f"grad_{name}"] = grad
-            found = gradient_of(*(given[name] for name in self.needed))
-            found = (found,) if isinstance(found, Tensor) else found
-            by_name = dict(zip(self.inputs, found, strict=True))
+            if in_forward_mode():
+                by_name = self.backward_by_reference(given)
+            else:
+                found = _listed(gradient_of(*(given[name] for name in self.taken)))
+                by_name = dict(zip(self.inputs, found, strict=True))
             return tuple(
-                by_name[name] if given.get(name) is not None and name in by_name else None
+                by_name[name] if given[name] is not None and name in by_name else None
                 for name in self.parameters
             )
 
         return formula
+
+    def evaluate(
+        self, given: Mapping[str, Any], precision: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """The results of the reference by name, computed in `precision`.
+
+        The default is that in which the operator adds up.
+        """
+        dtype = next(given[name].dtype for name in self.inputs if given[name] is not None)
+        precision = precision or accumulation_dtype(dtype)
+        raised = {
+            name: given[name].to(precision)
+            if name in self.inputs and given[name] is not None
+            else given[name]
+            for name in self.parameters
+        }
+        made = _listed(self.reference(**raised))
+        names = [name for name in self.outputs if self.was_asked_for(name, given)]
+        return {name: result.to(dtype) for name, result in zip(names, made, strict=False)}
+
+    def forward_by_reference(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """The forward in torch's own operations.
+
+        Outputs that the reference lacks are zero. Only the backward would read them, and that one
+        is then computed from the reference too.
+        """
+        given = dict(zip(self.parameters, args, strict=True))
+        # `torch.func` may switch autocast on again for what is called in here. It spares float64.
+        made = self.evaluate(given, torch.float64 if _is_under_autocast() else None)
+        shapes = dict(zip(self.outputs, _listed(self.fake(*args)), strict=True))
+        results = tuple(
+            made[name] if name in made else torch.zeros_like(empty)
+            for name, empty in shapes.items()
+        )
+        return results[0] if len(results) == 1 else results
+
+    def backward_by_reference(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The gradients of the inputs that are given, by name, in torch's own operations."""
+        inputs = {name: given[name] for name in self.inputs if given[name] is not None}
+        grads = {name: given.get(f"grad_{name}") for name in self.outputs}
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
+
+        def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+            made = self.evaluate({**given, **dict(zip(inputs, tensors, strict=True))})
+            return tuple(made[name] for name in grads)
+
+        with _autocast_off(next(iter(inputs.values()))):
+            _, pull = torch.func.vjp(outputs, *inputs.values())
+            return dict(zip(inputs, pull(tuple(grads.values())), strict=True))
+
+    def save_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the arguments of the backward, except what it has from the forward's outputs."""
+        given = {n: x for n, x in zip(self.taken, inputs, strict=True) if n not in self.outputs}
+        tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        ctx.save_for_backward(*tensors.values())
+        ctx.saved_names = list(tensors)
+        ctx.rest = {name: x for name, x in given.items() if name not in tensors}
+
+    def second(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """The autograd formula of the backward: differentiate that of the reference."""
+        saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
+        given = {**saved, **ctx.rest}
+
+        def gradients(*tensors: Tensor) -> dict[str, Tensor]:
+            return self.backward_by_reference({**given, **dict(zip(saved, tensors, strict=True))})
+
+        by_name = dict(zip(self.inputs, cotangents, strict=True))
+        with _autocast_off(cotangents[0]):
+            _, pull = torch.func.vjp(gradients, *saved.values())
+            found = pull({name: by_name[name] for name in self.inputs if name in saved})
+        grads = dict(zip(saved, found, strict=True))
+        return tuple(grads.get(name) for name in self.taken)
+
+
+def _listed(result: Any) -> tuple[Any, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _autocast_off(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has cast the operator's inputs, and must not lower the products of its formula."""
+    device_type = tensor.device.type
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _is_under_autocast() -> bool:
+    """Whether the operator was called under autocast, which is off once its rule has run."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth > 1
+
+
+def _refuse_tangents(name: str) -> Callable[..., Any]:
+    """Stand in for a backward whose arguments have forward-mode tangents.
+
+    `_Formulas.gradient` looks out for them. Only a call by hand, or by a traced graph, ends here.
+    """
+
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError(
+            f"tritoncaps::{name}_backward: an argument has a forward-mode tangent, but only "
+            f"tritoncaps::{name} has a forward-mode derivative; differentiate that one instead"
+        )
+
+    return refuse
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
@@ -295,9 +426,8 @@ def _batched(operator: Any, formulas: _Formulas) -> Callable[..., Any]:
             folded.append(arg)
         made = operator(*folded)
         outputs, dims = [], []
-        listed = (made,) if isinstance(made, Tensor) else made
         given = {name: arg for name, arg, _ in named}
-        for output, (name, axes) in zip(listed, formulas.outputs.items(), strict=True):
+        for output, (name, axes) in zip(_listed(made), formulas.outputs.items(), strict=True):
             axis = axes.split().index("B")
             is_given = formulas.was_asked_for(name, given)
             outputs.append(output.unflatten(axis, sizes) if is_given else output)

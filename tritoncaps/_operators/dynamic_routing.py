@@ -4,15 +4,31 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
 
 def _forward(
-    u_hat: Tensor, prior: Tensor | None, iterations: int, gradient: str, return_coupling: bool
+    u_hat: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    gradient: str,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run(_torch_path.dynamic_routing_fwd, u_hat, prior, iterations, return_coupling)
+    return run(
+        _torch_path.dynamic_routing_fwd,
+        u_hat,
+        prior,
+        pose_bias,
+        iterations,
+        leaky,
+        output,
+        return_coupling,
+    )
 
 
 def _backward(
@@ -20,10 +36,24 @@ def _backward(
     grad_coupling: Tensor | None,
     u_hat: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor | None]:
-    return run(_torch_path.dynamic_routing_bwd, grad_v, grad_coupling, u_hat, prior, sums, gradient)
+    output: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return run(
+        _torch_path.dynamic_routing_bwd,
+        grad_v,
+        grad_coupling,
+        u_hat,
+        prior,
+        pose_bias,
+        sums,
+        leaky,
+        gradient,
+        output,
+    )
 
 
 # These are the operations of the mathematics, with the prediction vectors computed once. What a
@@ -51,7 +81,8 @@ dynamic_routing = register(
     "dynamic_routing",
     _forward,
     _backward,
-    inputs={"u_hat": "B I J D", "prior?": "I J"},
+    reference=reference.dynamic_routing,
+    inputs={"u_hat": "B I J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
     flops=flops,
     backward_flops=backward_flops,

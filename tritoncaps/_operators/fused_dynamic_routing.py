@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators import dynamic_routing, prediction_vectors
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
@@ -14,11 +14,24 @@ def _forward(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     iterations: int,
+    leaky: bool,
     gradient: str,
+    output: str,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run(_torch_path.fused_dynamic_routing_fwd, u, weight, prior, iterations, return_coupling)
+    return run(
+        _torch_path.fused_dynamic_routing_fwd,
+        u,
+        weight,
+        prior,
+        pose_bias,
+        iterations,
+        leaky,
+        output,
+        return_coupling,
+    )
 
 
 def _backward(
@@ -27,9 +40,12 @@ def _backward(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     return run(
         _torch_path.fused_dynamic_routing_bwd,
         grad_v,
@@ -37,8 +53,11 @@ def _backward(
         u,
         weight,
         prior,
+        pose_bias,
         sums,
+        leaky,
         gradient,
+        output,
     )
 
 
@@ -55,7 +74,8 @@ fused_dynamic_routing = register(
     "fused_dynamic_routing",
     _forward,
     _backward,
-    inputs={"u": "B I P", "weight": "I P J D", "prior?": "I J"},
+    reference=reference.fused_dynamic_routing,
+    inputs={"u": "B I P", "weight": "I P J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
     flops=_flops,
     backward_flops=_backward_flops,

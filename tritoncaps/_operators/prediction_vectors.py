@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
@@ -31,6 +31,7 @@ prediction_vectors = register(
     "prediction_vectors",
     _forward,
     _backward,
+    reference=reference.prediction_vectors,
     inputs={"u": "B I P", "weight": "I P J D"},
     outputs={"u_hat": "B I J D"},
     flops=flops,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators import prediction_vectors
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
@@ -16,9 +16,10 @@ def _forward(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run(_torch_path.routing_pass_fwd, u, weight, pose, prior, bias, return_coupling)
+    return run(_torch_path.routing_pass_fwd, u, weight, pose, prior, bias, leaky, return_coupling)
 
 
 def _backward(
@@ -29,8 +30,11 @@ def _backward(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return run(_torch_path.routing_pass_bwd, grad_s, grad_coupling, u, weight, pose, prior, bias)
+    return run(
+        _torch_path.routing_pass_bwd, grad_s, grad_coupling, u, weight, pose, prior, bias, leaky
+    )
 
 
 def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
@@ -47,6 +51,7 @@ routing_pass = register(
     "routing_pass",
     _forward,
     _backward,
+    reference=reference.routing_pass,
     inputs={
         "u": "B I P",
         "weight": "I P J D",

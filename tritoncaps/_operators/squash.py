@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from tritoncaps import _torch_path
+from tritoncaps import _torch_path, reference
 from tritoncaps._operators._dispatch import run
 from tritoncaps._operators._register import register
 
@@ -26,6 +26,7 @@ squash = register(
     "squash",
     _forward,
     _backward,
+    reference=reference.squash,
     inputs={"s": "... D"},
     outputs={"v": "... D"},
 )

@@ -10,7 +10,7 @@ s_j += W_jᵀ (c∘u), (D, C·P) × (C·P, B).
 import torch
 from torch import Tensor
 
-from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._loop import coupling_gradient, leaky_softmax, route, route_backward
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
     buffers,
@@ -21,9 +21,16 @@ from tritoncaps._torch_path._slices import (
 
 
 def route_chunks(
-    u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return v, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾."""
+    """Return v or s, the last coupling, (B, I, J) or an empty tensor, and all s⁽ᵗ⁾."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
     u_last = _batch_last(u.to(dtype))  # (I, P, B)
@@ -35,9 +42,9 @@ def route_chunks(
         keep_coupling = return_coupling and t == iterations - 1
         if V is None and prior is None:
             if keep_coupling:
-                coupling.fill_(1 / J)
+                coupling.fill_(1 / (J + leaky))
             flat = u.to(dtype).flatten(1) @ weight.to(dtype).flatten(0, 1).flatten(1)
-            return flat.view(B, J, D) / J
+            return flat.view(B, J, D) / (J + leaky)
         s = u_last.new_zeros(J, D, B)
         V_last = None if V is None else V.permute(1, 2, 0).contiguous()  # (J, D, B)
         for chunk in chunks:
@@ -45,7 +52,7 @@ def route_chunks(
             x = u_last[chunk]  # (C, P, B)
             T = view(scratch, (J, *x.shape))
             b = None if V_last is None else _contract(_product(w, V_last, T), x, out=T)
-            c = _coupling(b, prior, chunk, x, J)  # (J, C, B)
+            c = _coupling(b, prior, leaky, chunk, x, J)  # (J, C, B)
             torch.mul(c.unsqueeze(2), x, out=T)  # c∘u, (J, C, P, B)
             s.baddbmm_(w.transpose(1, 2), T.flatten(1, 2))
             if keep_coupling:
@@ -53,7 +60,8 @@ def route_chunks(
         return s.permute(2, 0, 1).contiguous()
 
     sums = u_last.new_empty(iterations, B, J, D)
-    v = route(weighted_sum, sums)
+    pose_bias = None if pose_bias is None else pose_bias.to(dtype)
+    v = route(weighted_sum, sums, pose_bias, output)
     return v.to(u.dtype), coupling, sums
 
 
@@ -78,13 +86,15 @@ def _contract(T: Tensor, x: Tensor, out: Tensor) -> Tensor:
     return torch.mul(T, x, out=out).sum(dim=2)
 
 
-def _coupling(b: Tensor | None, prior: Tensor | None, chunk: slice, x: Tensor, J: int) -> Tensor:
+def _coupling(
+    b: Tensor | None, prior: Tensor | None, leaky: bool, chunk: slice, x: Tensor, J: int
+) -> Tensor:
     """c = softmax_j(prior + b) of a chunk, (J, C, B). b is None before there are agreements."""
     if b is None:
         b = x.new_zeros(J, len(x), x.shape[-1])
     if prior is not None:
         b = b + prior[chunk].to(x.dtype).T.unsqueeze(-1)
-    return b.softmax(dim=0)
+    return leaky_softmax(b, leaky, dim=0)
 
 
 def chunk_gradients(
@@ -93,10 +103,13 @@ def chunk_gradients(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u, (B, I, P), the weight, (I, P, J, D), the prior, (I, J), and the pose bias.
 
     dû_ij = Σ_t (c⁽ᵗ⁾ ds⁽ᵗ⁾ + db⁽ᵗ⁾ V⁽ᵗ⁻¹⁾) is never stored: iteration t contracts its share at
     once. A term k·x, with a coefficient k and a vector x for each output capsule, adds
@@ -110,11 +123,13 @@ def chunk_gradients(
     (weight_scratch,) = buffers(1, longest(chunks) * J * P * D, u_last)
     grad_u_last = torch.zeros_like(u_last)
     grad_weight = u_last.new_zeros(weight.shape)
-    grad_prior = None if prior is None else u_last.new_zeros(prior.shape)
+    grad_prior, grad_pose_bias = (
+        None if x is None else u_last.new_zeros(x.shape) for x in (prior, pose_bias)
+    )
 
     def uniform_step(grad_s: Tensor) -> None:
-        """Iteration 1 without a prior: c = 1/J, two plain products."""
-        flat = grad_s.flatten(1) / J  # (B, J·D)
+        """Iteration 1 without a prior: c is uniform, two plain products."""
+        flat = grad_s.flatten(1) / (J + leaky)  # (B, J·D)
         rows = weight.to(dtype).flatten(0, 1).flatten(1)  # (I·P, J·D)
         grad_u_last.flatten(0, 1).addmm_(rows, flat.T)
         grad_weight.flatten(0, 1).flatten(1).addmm_(u_last.flatten(0, 1), flat)
@@ -132,7 +147,7 @@ def chunk_gradients(
             W_V, W_ds, scaled = (view(buffer, (J, *x.shape)) for buffer in scratch)
             grad_w = view(weight_scratch, (J, w.shape[1], D))
             b = None if V_last is None else _contract(_product(w, V_last, W_V), x, out=scaled)
-            c = _coupling(b, prior, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
+            c = _coupling(b, prior, leaky, chunk, x, J).unsqueeze(2)  # (J, C, 1, B)
             _product(w, ds, W_ds)
             if is_full:
                 grad_c = _contract(W_ds, x, out=scaled).unsqueeze(2)
@@ -155,9 +170,10 @@ def chunk_gradients(
             _weight_rows(grad_weight[chunk]).add_(grad_w)
         return grad_V.permute(2, 0, 1).contiguous()
 
-    route_backward(grad_v, sums, gradient, step)
+    route_backward(grad_v, sums, gradient, output, step, grad_pose_bias)
     return (
         grad_u_last.flatten(0, 1).t().to(u.dtype).contiguous().view(u.shape),
         grad_weight.to(u.dtype),
         None if grad_prior is None else grad_prior.to(u.dtype),
+        None if grad_pose_bias is None else grad_pose_bias.to(u.dtype),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tritoncaps._torch_path._loop import coupling_gradient, route, route_backward
+from tritoncaps._torch_path._loop import coupling_gradient, leaky_softmax, route, route_backward
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import (
     buffers,
@@ -25,9 +25,9 @@ class Group:
     couplings are (n, J, I): torch's softmax over J is ten times as fast when I is innermost.
     """
 
-    def __init__(self, u_hat: Tensor, prior: Tensor | None, logits: Tensor) -> None:
+    def __init__(self, u_hat: Tensor, prior: Tensor | None, logits: Tensor, leaky: bool) -> None:
         """Keep the prediction vectors, the prior (J, I) and a buffer for the logits (n, J, I)."""
-        self.u_hat, self.prior, self.logits = u_hat, prior, logits
+        self.u_hat, self.prior, self.logits, self.leaky = u_hat, prior, logits, leaky
         self.columns = u_hat.flatten(1, 2).permute(1, 2, 0)  # (n·J, D, I), a view
         self.matrices = self.columns.mT  # (n·J, I, D)
 
@@ -43,27 +43,31 @@ class Group:
     def coupling(self, V: Tensor | None, out: Tensor) -> Tensor:
         """c = softmax_j(prior + û·V) of V (n·J, 1, D), written to `out`, (n, J, I)."""
         if V is None and self.prior is None:
-            return out.fill_(1 / out.shape[1])
+            return out.fill_(1 / (out.shape[1] + self.leaky))
         if V is None:
             self.logits.zero_()
         else:
             self.agreements(V, out=self.logits)
         if self.prior is not None:
             self.logits += self.prior
-        return torch.softmax(self.logits, dim=1, out=out)
+        return leaky_softmax(self.logits, self.leaky, dim=1, out=out)
 
-    def route(self, sums: Tensor, c: Tensor) -> Tensor:
-        """Return v, (n·J, 1, D), of the last iteration.
+    def route(self, sums: Tensor, c: Tensor, pose_bias: Tensor | None, output: str) -> Tensor:
+        """Return v or s, (n·J, 1, D), of the last iteration.
 
-        This fills `sums`, (r, n·J, 1, D), and the last coupling `c`, (n, J, I).
+        This fills `sums`, (r, n·J, 1, D), and the last coupling `c`, (n, J, I). The pose bias is
+        (J, D).
         """
+        if pose_bias is not None:
+            pose_bias = pose_bias.repeat(len(c), 1).unsqueeze(1)  # (n·J, 1, D)
 
         def weighted_sum(t: int, V: Tensor | None) -> Tensor:
             if V is None and self.prior is None and len(sums) > 1:
-                return self.u_hat.sum(dim=0).div_(self.u_hat.shape[2]).view(sums[t].shape)
+                parts = self.u_hat.shape[2] + self.leaky
+                return self.u_hat.sum(dim=0).div_(parts).view(sums[t].shape)
             return self.weighted_sum(self.coupling(V, out=c))
 
-        return route(weighted_sum, sums)
+        return route(weighted_sum, sums, pose_bias, output)
 
     def gradient_terms(
         self,
@@ -71,14 +75,17 @@ class Group:
         grad_coupling: Tensor | None,
         sums: Tensor,
         gradient: str,
+        output: str,
         grad_prior: Tensor | None,
+        grad_pose_bias: Tensor | None,
         rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The two factors of dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j).
 
         The inputs are dv, (n·J, 1, D), and s, (r, n·J, 1, D). The coefficients, (n·J, I, terms),
-        are collected in `rows`, (terms, n, J, I). The vectors are (n·J, terms, D). The gradient of
-        the prior is added to `grad_prior`, (J, I).
+        are collected in `rows`, (terms, n, J, I). The vectors are (n·J, terms, D). The gradients of
+        the prior and of the pose bias are added to `grad_prior`, (J, I), and `grad_pose_bias`,
+        (J, D).
         """
         vectors: list[Tensor] = []
 
@@ -98,7 +105,7 @@ class Group:
             vectors.append(V)
             return self.weighted_sum(grad_b)
 
-        route_backward(grad_v, sums, gradient, step)
+        route_backward(grad_v, sums, gradient, output, step, grad_pose_bias)
         coefficients = rows[: len(vectors)].flatten(1, 2).permute(1, 2, 0)
         return coefficients, torch.cat(vectors, dim=1)
 
@@ -123,13 +130,16 @@ def route_images(
     shape: Sequence[int],
     size: int,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     iterations: int,
+    leaky: bool,
+    output: str,
     return_coupling: bool,
     like: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Route `size` images at a time.
 
-    Returns v, (B, J, D), the last coupling, (B, I, J) or an empty tensor, both in the dtype of
+    Returns v or s, (B, J, D), the last coupling, (B, I, J) or an empty tensor, both in the dtype of
     `like`, and all s⁽ᵗ⁾, (r, B, J, D).
     """
     B, I, J, D = shape
@@ -137,12 +147,14 @@ def route_images(
     v, sums = like.new_empty(B, J, D), like.new_empty(iterations, B, J, D, dtype=dtype)
     coupling = like.new_empty((B, I, J) if return_coupling else (0,))
     prior = None if prior is None else prior.to(dtype).T
+    pose_bias = None if pose_bias is None else pose_bias.to(dtype)
     groups = slices(B, size)
     scratch = buffers(2, longest(groups) * I * J, sums)
     for images in groups:
         logits, c = (view(buffer, (length(images), J, I)) for buffer in scratch)
-        group = Group(u_hat_of(images), prior, logits)
-        v[images] = group.route(as_rows(sums[:, images]), c).view(v[images].shape)
+        group = Group(u_hat_of(images), prior, logits, leaky)
+        result = group.route(as_rows(sums[:, images]), c, pose_bias, output)
+        v[images] = result.view(v[images].shape)
         if return_coupling:
             coupling[images] = c.transpose(1, 2)
     return v, coupling, sums
@@ -156,13 +168,16 @@ def image_gradients(
     grad_coupling: Tensor | None,
     prior: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
+    output: str,
     grad_prior: Tensor | None,
+    grad_pose_bias: Tensor | None,
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield dû piece by piece: images, input capsules, and their dû, (C, n, J, D).
 
-    The next piece overwrites the buffer of dû. By the end, the gradient of the prior has been added
-    to `grad_prior`, (I, J).
+    The next piece overwrites the buffer of dû. By the end, the gradients of the prior and of the
+    pose bias have been added to `grad_prior`, (I, J), and `grad_pose_bias`, (J, D).
     """
     B, I, J, D = shape
     prior = None if prior is None else prior.to(sums.dtype).T
@@ -173,13 +188,15 @@ def image_gradients(
     (rows,) = buffers(1, terms * longest(groups) * I * J, sums)
     for images in groups:
         n = length(images)
-        group = Group(u_hat_of(images), prior, view(logits, (n, J, I)))
+        group = Group(u_hat_of(images), prior, view(logits, (n, J, I)), leaky)
         coefficients, vectors = group.gradient_terms(
             as_rows(grad_v[images].contiguous()),
             None if grad_coupling is None else grad_coupling[images],
             as_rows(sums[:, images]),
             gradient,
+            output,
             None if grad_prior is None else grad_prior.T,
+            grad_pose_bias,
             view(rows, (terms, n, J, I)),
         )
         for chunk, grad_u_hat in expand(coefficients, vectors, n):

@@ -14,12 +14,19 @@ from tritoncaps._torch_path._slices import even_size, group_bytes, length, view
 
 
 def dynamic_routing_fwd(
-    u_hat: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+    u_hat: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
+    """v or s (B, J, D), the last coupling (B, I, J) or an empty tensor, all s⁽ᵗ⁾ (r, B, J, D)."""
     size = group_size(u_hat, iterations, backward=False)
     u_hat_of = _laid_out(u_hat, size)
-    return route_images(u_hat_of, u_hat.shape, size, prior, iterations, return_coupling, u_hat)
+    options = (iterations, leaky, output, return_coupling)
+    return route_images(u_hat_of, u_hat.shape, size, prior, pose_bias, *options, like=u_hat)
 
 
 def dynamic_routing_bwd(
@@ -27,19 +34,29 @@ def dynamic_routing_bwd(
     grad_coupling: Tensor | None,
     u_hat: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of u_hat, (B, I, J, D), and of the prior, (I, J)."""
+    output: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u_hat, (B, I, J, D), of the prior, (I, J), and of the pose bias, (J, D)."""
     size = group_size(u_hat, len(sums), backward=True)
     u_hat_of = _laid_out(u_hat, size)
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
-    grad_prior = None if prior is None else sums.new_zeros(prior.shape)
+    grad_prior, grad_pose_bias = (
+        None if x is None else sums.new_zeros(x.shape) for x in (prior, pose_bias)
+    )
+    given = (grad_v, grad_coupling, prior, sums, leaky, gradient, output)
     for images, capsules, part in image_gradients(
-        u_hat_of, u_hat.shape, size, grad_v, grad_coupling, prior, sums, gradient, grad_prior
+        u_hat_of, u_hat.shape, size, *given, grad_prior, grad_pose_bias
     ):
         grad_u_hat[images, capsules] = part.transpose(0, 1)
-    return grad_u_hat, None if grad_prior is None else grad_prior.to(u_hat.dtype)
+    return (
+        grad_u_hat,
+        None if grad_prior is None else grad_prior.to(u_hat.dtype),
+        None if grad_pose_bias is None else grad_pose_bias.to(u_hat.dtype),
+    )
 
 
 def group_size(u_hat: Tensor, iterations: int, backward: bool) -> int:

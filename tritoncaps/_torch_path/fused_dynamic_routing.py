@@ -25,16 +25,24 @@ from tritoncaps._torch_path.prediction_vectors import predict
 
 
 def fused_dynamic_routing_fwd(
-    u: Tensor, weight: Tensor, prior: Tensor | None, iterations: int, return_coupling: bool
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    output: str,
+    return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v (B, J, D), the last coupling (B, I, J) or an empty tensor, and all s⁽ᵗ⁾ (r, B, J, D)."""
+    """v or s (B, J, D), the last coupling (B, I, J) or an empty tensor, all s⁽ᵗ⁾ (r, B, J, D)."""
     size = group_size(u, weight.shape, iterations, backward=False)
+    options = (prior, pose_bias, iterations, leaky, output, return_coupling)
     if size == 0:
-        return route_chunks(u, weight, prior, iterations, return_coupling)
+        return route_chunks(u, weight, *options)
     (B, I, _), (_, _, J, D) = u.shape, weight.shape
     dtype = accumulation_dtype(u.dtype)
     u_hat_of = predicted(u.to(dtype), weight.to(dtype).flatten(2), J, size)
-    return route_images(u_hat_of, (B, I, J, D), size, prior, iterations, return_coupling, u)
+    return route_images(u_hat_of, (B, I, J, D), size, *options, like=u)
 
 
 def fused_dynamic_routing_bwd(
@@ -43,23 +51,30 @@ def fused_dynamic_routing_bwd(
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
+    pose_bias: Tensor | None,
     sums: Tensor,
+    leaky: bool,
     gradient: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, (B, I, P), of the weight, (I, P, J, D), and of the prior, (I, J).
+    output: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of u, (B, I, P), the weight, (I, P, J, D), the prior, (I, J), and the pose bias.
 
     By images: du_i = Σ_j W_ij dû_ij and dW_ij = Σ_b u_i ⊗ dû_ij.
     """
     size = group_size(u, weight.shape, len(sums) if gradient == "full" else 1, backward=True)
     if size == 0:
-        return chunk_gradients(grad_v, grad_coupling, u, weight, prior, sums, gradient)
+        options = (sums, leaky, gradient, output)
+        return chunk_gradients(grad_v, grad_coupling, u, weight, prior, pose_bias, *options)
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
     raised, rows = u.to(sums.dtype), weight.to(sums.dtype).flatten(2)  # (I, P, J·D)
     grad_u, grad_rows = u.new_empty(B, I, P), rows.new_zeros(I, P, J * D)
-    grad_prior = None if prior is None else sums.new_zeros(prior.shape)
+    grad_prior, grad_pose_bias = (
+        None if x is None else sums.new_zeros(x.shape) for x in (prior, pose_bias)
+    )
+    given = (grad_v, grad_coupling, prior, sums, leaky, gradient, output)
     u_hat_of = predicted(raised, rows, J, size)
     for images, capsules, grad_u_hat in image_gradients(
-        u_hat_of, (B, I, J, D), size, grad_v, grad_coupling, prior, sums, gradient, grad_prior
+        u_hat_of, (B, I, J, D), size, *given, grad_prior, grad_pose_bias
     ):
         grad = grad_u_hat.flatten(2)  # (C, n, J·D)
         grad_u[images, capsules] = torch.bmm(grad, rows[capsules].transpose(1, 2)).transpose(0, 1)
@@ -68,6 +83,7 @@ def fused_dynamic_routing_bwd(
         grad_u,
         grad_rows.view(weight.shape).to(u.dtype),
         None if grad_prior is None else grad_prior.to(u.dtype),
+        None if grad_pose_bias is None else grad_pose_bias.to(u.dtype),
     )
 
 

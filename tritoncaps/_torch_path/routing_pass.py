@@ -33,6 +33,7 @@ def routing_pass_fwd(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor]:
     """s (B, J, D), and the coupling (B, I, J) or an empty tensor."""
@@ -46,7 +47,7 @@ def routing_pass_fwd(
     scratch = buffers(2, longest(groups) * I * J, pose)
     for images in groups:
         logits, c = (view(buffer, (length(images), J, I)) for buffer in scratch)
-        group = Group(u_hat_of(images), prior, logits)
+        group = Group(u_hat_of(images), prior, logits, leaky)
         group.coupling(as_rows(pose[images].contiguous()), out=c)
         if bias is not None:
             c += bias
@@ -64,6 +65,7 @@ def routing_pass_bwd(
     pose: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
+    leaky: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, weight, pose, prior and bias. Each is None if its input is None."""
     (B, I, P), (_, _, J, D) = u.shape, weight.shape
@@ -82,7 +84,7 @@ def routing_pass_bwd(
     (scratch,) = buffers(1, 2 * longest(groups) * I * J, rows)
     for images in groups:
         n = length(images)
-        group = Group(u_hat_of(images), prior, view(logits, (n, J, I)))
+        group = Group(u_hat_of(images), prior, view(logits, (n, J, I)), leaky)
         x, ds = (as_rows(tensor[images].contiguous()) for tensor in (pose, grad_s))
         coefficients = view(scratch, (2, n, J, I))
         c, grad_b = coefficients

@@ -1,4 +1,4 @@
-"""Squash: scale a vector's length to [0, 1) and keep its direction."""
+"""Squash: scale a vector's length to at most 1 and keep its direction."""
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ def squash_fwd(s: Tensor, form: str) -> Tensor:
     if s.numel() == 0:
         return torch.empty_like(s, memory_format=torch.contiguous_format)
     x, length = _scaled(s)
+    longest = 1 - 4 * torch.finfo(x.dtype).eps  # so that rounding makes no row longer than 1
     if form == "quadratic":
         # n + 1/n, scaled as x is
         divisor = torch.add(length, length.reciprocal(), alpha=_SCALE**2)
-        return x.div_(divisor).to(s.dtype).contiguous()
-    return x.mul_(_exponential_factor(length)).to(s.dtype).contiguous()
+        x.div_(torch.maximum(divisor, length / longest))
+    else:
+        x.mul_(torch.minimum(_exponential_factor(length), longest / length))
+    return x.to(s.dtype).contiguous()
 
 
 def squash_bwd(grad_v: Tensor, s: Tensor, form: str) -> Tensor:

@@ -12,7 +12,7 @@ derivatives in reverse mode are supported. Forward mode and second derivatives r
 names the operator.
 """
 
-from tritoncaps.ops._dynamic_routing import Gradient, dynamic_routing
+from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
 from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
 from tritoncaps.ops._margin_loss import Reduction, margin_loss
 from tritoncaps.ops._prediction_vectors import prediction_vectors
@@ -22,6 +22,7 @@ from tritoncaps.ops._squash import Form, squash
 __all__ = [
     "Form",
     "Gradient",
+    "Output",
     "Reduction",
     "dynamic_routing",
     "fused_dynamic_routing",

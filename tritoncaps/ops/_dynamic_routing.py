@@ -6,8 +6,10 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.dynamic_routing import dynamic_routing as _registered
+from tritoncaps._tracing import one_node
 
 Gradient = Literal["full", "last"]
+Output = Literal["v", "s"]
 
 
 @overload
@@ -16,7 +18,10 @@ def dynamic_routing(
     iterations: int = ...,
     *,
     prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
     gradient: Gradient = ...,
+    output: Output = ...,
     return_coupling: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -25,38 +30,51 @@ def dynamic_routing(
     iterations: int = ...,
     *,
     prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
     gradient: Gradient = ...,
+    output: Output = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@one_node
 def dynamic_routing(
     u_hat: Tensor,
     iterations: int = 3,
     *,
     prior: Tensor | None = None,
+    pose_bias: Tensor | None = None,
+    leaky: bool = False,
     gradient: Gradient = "full",
+    output: Output = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route prediction vectors to output capsules by agreement.
 
     Start with b = prior, or 0. Then repeat `iterations` times: c = softmax_j(b),
-    s_j = Σ_i c_ij û_{j|i}, v_j = squash(s_j), b_ij += û_{j|i}·v_j.
+    s_j = Σ_i c_ij û_{j|i} + pose_bias_j, v_j = squash(s_j), b_ij += û_{j|i}·v_j.
 
     Args:
         u_hat: prediction vectors, shape (B, I, J, D).
         iterations: the number of weighted sums, at least 1.
         prior: initial logits, shape (I, J). May be learned.
+        pose_bias: added to s in every iteration, shape (J, D). May be learned. The authors' own
+            code has one that starts at 0.1.
+        leaky: let an orphan class with logit 0 take part in the softmax, so that an input capsule
+            may belong to no output capsule: c_ij = exp b_ij / (1 + Σ_j exp b_ij).
         gradient: "full" differentiates through every iteration. "last" treats the coupling of the
             last iteration as a constant. This is cheaper, and many implementations do it.
+        output: "v" returns the output capsules v. "s" returns the last s, before its squash.
         return_coupling: also return the coupling of the last iteration. With "full" it is
             differentiable.
 
     Returns:
-        v, shape (B, J, D). With `return_coupling`, the pair (v, c), where c has shape (B, I, J).
+        v or s, shape (B, J, D). With `return_coupling`, the pair (v, c) or (s, c), where c has
+        shape (B, I, J).
 
     Raises:
         TypeError: an argument of the wrong type, dtypes that differ, `iterations` not an int.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices,
-            `iterations` < 1, an unknown `gradient`.
+            `iterations` < 1, an unknown `gradient` or `output`.
 
     Example:
         >>> import torch
@@ -67,9 +85,12 @@ def dynamic_routing(
 
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), procedure 1.
     """
-    _checks.check_inputs("dynamic_routing", _registered.inputs, u_hat=u_hat, prior=prior)
-    _checks.check_routing_options("dynamic_routing", iterations, gradient, return_coupling)
-    v, coupling, _ = _registered.forward(u_hat, prior, iterations, gradient, return_coupling)
+    name = "dynamic_routing"
+    _checks.check_inputs(name, _registered.inputs, u_hat=u_hat, prior=prior, pose_bias=pose_bias)
+    _checks.check_routing_options(name, iterations, leaky, gradient, output, return_coupling)
+    result, coupling, _ = _registered.forward(
+        u_hat, prior, pose_bias, iterations, leaky, gradient, output, return_coupling
+    )
     if not return_coupling:
-        return v
-    return v, coupling if gradient == "full" else coupling.detach()
+        return result
+    return result, coupling if gradient == "full" else coupling.detach()

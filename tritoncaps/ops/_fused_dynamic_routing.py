@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing as _registered
-from tritoncaps.ops._dynamic_routing import Gradient
+from tritoncaps._tracing import one_node
+from tritoncaps.ops._dynamic_routing import Gradient, Output
 
 
 @overload
@@ -16,7 +17,10 @@ def fused_dynamic_routing(
     iterations: int = ...,
     *,
     prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
     gradient: Gradient = ...,
+    output: Output = ...,
     return_coupling: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -26,16 +30,36 @@ def fused_dynamic_routing(
     iterations: int = ...,
     *,
     prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
     gradient: Gradient = ...,
+    output: Output = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def fused_dynamic_routing(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = ...,
+    *,
+    prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
+    gradient: Gradient = ...,
+    output: Output = ...,
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@one_node
 def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,
     iterations: int = 3,
     *,
     prior: Tensor | None = None,
+    pose_bias: Tensor | None = None,
+    leaky: bool = False,
     gradient: Gradient = "full",
+    output: Output = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Route input capsules to output capsules: `prediction_vectors` and `dynamic_routing` in one.
@@ -49,18 +73,24 @@ def fused_dynamic_routing(
         weight: one P×D matrix per pair of capsules, shape (I, P, J, D).
         iterations: the number of weighted sums, at least 1.
         prior: initial logits, shape (I, J). May be learned.
+        pose_bias: added to s in every iteration, shape (J, D). May be learned. The authors' own
+            code has one that starts at 0.1.
+        leaky: let an orphan class with logit 0 take part in the softmax, so that an input capsule
+            may belong to no output capsule: c_ij = exp b_ij / (1 + Σ_j exp b_ij).
         gradient: "full" differentiates through every iteration. "last" treats the coupling of the
             last iteration as a constant. This is cheaper, and many implementations do it.
+        output: "v" returns the output capsules v. "s" returns the last s, before its squash.
         return_coupling: also return the coupling of the last iteration. With "full" it is
             differentiable.
 
     Returns:
-        v, shape (B, J, D). With `return_coupling`, the pair (v, c), where c has shape (B, I, J).
+        v or s, shape (B, J, D). With `return_coupling`, the pair (v, c) or (s, c), where c has
+        shape (B, I, J).
 
     Raises:
         TypeError: an argument of the wrong type, dtypes that differ, `iterations` not an int.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices,
-            `iterations` < 1, an unknown `gradient`.
+            `iterations` < 1, an unknown `gradient` or `output`.
 
     Example:
         >>> import torch
@@ -71,9 +101,13 @@ def fused_dynamic_routing(
     Sabour, Frosst, Hinton: Dynamic Routing Between Capsules (2017), equation 2 and procedure 1.
     """
     name = "fused_dynamic_routing"
-    _checks.check_inputs(name, _registered.inputs, u=u, weight=weight, prior=prior)
-    _checks.check_routing_options(name, iterations, gradient, return_coupling)
-    v, coupling, _ = _registered.forward(u, weight, prior, iterations, gradient, return_coupling)
+    _checks.check_inputs(
+        name, _registered.inputs, u=u, weight=weight, prior=prior, pose_bias=pose_bias
+    )
+    _checks.check_routing_options(name, iterations, leaky, gradient, output, return_coupling)
+    result, coupling, _ = _registered.forward(
+        u, weight, prior, pose_bias, iterations, leaky, gradient, output, return_coupling
+    )
     if not return_coupling:
-        return v
-    return v, coupling if gradient == "full" else coupling.detach()
+        return result
+    return result, coupling if gradient == "full" else coupling.detach()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.routing_pass import routing_pass as _registered
+from tritoncaps._tracing import one_node
 
 
 @overload
@@ -16,6 +17,7 @@ def routing_pass(
     *,
     prior: Tensor | None = ...,
     bias: Tensor | None = ...,
+    leaky: bool = ...,
     return_coupling: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -26,8 +28,10 @@ def routing_pass(
     *,
     prior: Tensor | None = ...,
     bias: Tensor | None = ...,
+    leaky: bool = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@one_node
 def routing_pass(
     u: Tensor,
     weight: Tensor,
@@ -35,6 +39,7 @@ def routing_pass(
     *,
     prior: Tensor | None = None,
     bias: Tensor | None = None,
+    leaky: bool = False,
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Add up the prediction vectors, weighted by their agreement with given poses.
@@ -49,6 +54,8 @@ def routing_pass(
         pose: what the prediction vectors are compared with, shape (B, J, D).
         prior: added to the logits, shape (I, J). May be learned.
         bias: added to the coupling after the softmax, shape (I, J). May be learned.
+        leaky: let an orphan class with logit 0 take part in the softmax, so that an input capsule
+            may belong to no output capsule: c_ij = exp b_ij / (1 + Σ_j exp b_ij) + bias_ij.
         return_coupling: also return the coupling c.
 
     Returns:
@@ -76,6 +83,7 @@ def routing_pass(
     _checks.check_inputs(
         name, _registered.inputs, u=u, weight=weight, pose=pose, prior=prior, bias=bias
     )
+    _checks.check_flag(name, "leaky", leaky)
     _checks.check_flag(name, "return_coupling", return_coupling)
-    s, coupling = _registered.forward(u, weight, pose, prior, bias, return_coupling)
+    s, coupling = _registered.forward(u, weight, pose, prior, bias, leaky, return_coupling)
     return (s, coupling) if return_coupling else s

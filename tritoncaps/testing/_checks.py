@@ -5,7 +5,8 @@ operator, such as the FLOPs of a function that is not registered with torch.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -276,29 +277,92 @@ def check_repeatability(operator: Operator, device: torch.device) -> None:
         assert all(torch.equal(grad, second[1][name]) for name, grad in first[1].items())
 
 
-def check_missing_derivatives(operator: Operator, device: torch.device) -> None:
-    """Forward mode and second derivatives raise an error that names the operator."""
-    if operator.registered is None:
-        return
-    inputs = draw_inputs(operator, device=device)
-    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    first = next(iter(leaves))
-    (result, *_) = operator.call(leaves, operator.defaults)
-    (grad,) = torch.autograd.grad(result.square().sum(), leaves[first], create_graph=True)
-    _assert_raises(RuntimeError, rf"tritoncaps\.{operator}_backward", lambda: grad.sum().backward())
+def check_higher_derivatives(operator: Operator, device: torch.device) -> None:
+    """`gradgradcheck` passes, and derivatives up to the third are those of the reference.
 
-    def of_first(x: Tensor) -> Tensor:
-        return operator.call({**inputs, first: x}, operator.defaults)[0]
+    With `gradient="last"` only the second holds: the derivatives are those of what the backward
+    computes, with the coupling of the last iteration constant.
+    """
+    from torch.autograd import gradgradcheck
 
-    x = leaves[first].detach()
-    with warnings.catch_warnings():
-        # When torch 2.15 enters forward mode, it calls its own deprecated functions.
-        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
-        _assert_raises(
-            NotImplementedError,
-            f"{operator}: {first} has a forward-mode tangent",
-            lambda: torch.func.jvp(of_first, (x,), (torch.ones_like(x),)),
+    for options, optional in product(_some(operator), _extreme_subsets(operator)):
+        inputs = draw_inputs(operator, _SMALL, device=device, optional=optional)
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        if options.get("gradient") != "last":
+            call = _positional(operator, list(leaves), options)
+            assert gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+        actual, expected = (
+            _repeated_gradients(operator.call(leaves, options, function), list(leaves.values()))
+            for function in (operator.function, operator.reference)
         )
+        for order, derivatives in enumerate(zip(actual, expected, strict=True), start=1):
+            torch.testing.assert_close(*derivatives, msg=f"{operator}: {order}, {options}")
+
+
+def check_transforms(operator: Operator, device: torch.device) -> None:
+    """The transforms of `torch.func`, and nests of them, give what they give for the reference."""
+    for options in _worded(operator, _some(operator)):
+        drawn = [draw_inputs(operator, _SMALL, device=device, seed=seed) for seed in (1, 2)]
+        names = list(drawn[0])
+        first, second = (tuple(inputs.values()) for inputs in drawn)
+        with _forward_mode():
+            actual, expected = (
+                _transformed(_positional(operator, names, options, function), first, second)
+                for function in (operator.function, operator.reference)
+            )
+        for name, result in actual.items():
+            torch.testing.assert_close(result, expected[name], msg=f"{operator}: {name}, {options}")
+
+
+def check_sample_gradients(operator: Operator, device: torch.device) -> None:
+    """`vmap(grad(...))` over the images of a batch gives the gradients of a loop over them."""
+    for options in _worded(operator, _some(operator)):
+        inputs = draw_inputs(operator, _SMALL, device=device)
+        names = list(inputs)
+        has_batch = ["B" in operator.axes[name].split() for name in names]
+
+        def loss(*tensors: Tensor, options: Any = options, names: Any = names) -> Tensor:
+            batches = (
+                tensor[None] if mapped else tensor
+                for tensor, mapped in zip(tensors, has_batch, strict=True)  # noqa: B023
+            )
+            return _squares(operator.call(dict(zip(names, batches, strict=True)), options))
+
+        every = tuple(range(len(names)))
+        in_dims = tuple(0 if mapped else None for mapped in has_batch)
+        together = torch.func.vmap(torch.func.grad(loss, every), in_dims)(*inputs.values())
+        for image in range(_SMALL["B"]):
+            leaves = [
+                (tensor[image] if mapped else tensor).detach().requires_grad_()
+                for tensor, mapped in zip(inputs.values(), has_batch, strict=True)
+            ]
+            alone = torch.autograd.grad(loss(*leaves), leaves)
+            torch.testing.assert_close(tuple(grads[image] for grads in together), alone)
+
+
+def check_forward_mode(operator: Operator, device: torch.device) -> None:
+    """Tangents agree with finite differences, and outside of `torch.func` with those inside."""
+    from torch.autograd import forward_ad, gradcheck
+
+    for options, optional in product(_some(operator), _extreme_subsets(operator)):
+        inputs = draw_inputs(operator, _SMALL, device=device, optional=optional)
+        tangents = draw_inputs(operator, _SMALL, device=device, optional=optional, seed=1)
+        call = _positional(operator, list(inputs), options)
+        with _forward_mode():
+            inside = torch.func.jvp(call, tuple(inputs.values()), tuple(tangents.values()))[1]
+            with forward_ad.dual_level():
+                duals = map(forward_ad.make_dual, inputs.values(), tangents.values())
+                outside = [forward_ad.unpack_dual(result).tangent for result in call(*duals)]
+            for tangent, expected in zip(outside, inside, strict=True):
+                # A constant, such as the coupling with gradient="last", has none.
+                torch.testing.assert_close(
+                    torch.zeros_like(expected) if tangent is None else tangent, expected
+                )
+            if options.get("gradient") != "last":
+                leaves = tuple(tensor.requires_grad_() for tensor in inputs.values())
+                assert gradcheck(
+                    call, leaves, fast_mode=True, check_forward_ad=True, check_backward_ad=False
+                )
 
 
 def check_errors(operator: Operator, device: torch.device) -> None:
@@ -346,7 +410,10 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
         check_meta,
         check_flops,
         check_repeatability,
-        check_missing_derivatives,
+        check_higher_derivatives,
+        check_transforms,
+        check_sample_gradients,
+        check_forward_mode,
         check_errors,
         check_fuzz,
     )
@@ -354,6 +421,9 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
 
 
 # What the checks share ----------------------------------------------------------------------------
+
+# Sizes for derivatives of a second order, which have as many numbers as all inputs squared.
+_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4}
 
 
 class _Module(torch.nn.Module):
@@ -365,6 +435,77 @@ class _Module(torch.nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return self.operator.call(inputs, self.options)
+
+
+def _positional(
+    operator: Operator,
+    names: list[str],
+    options: Mapping[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The operator, or another function, with the named inputs in order."""
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return operator.call(dict(zip(names, tensors, strict=True)), options, function)
+
+    return call
+
+
+def _squares(results: Iterable[Tensor]) -> Tensor:
+    """A loss that is not linear in any result."""
+    return torch.stack([result.square().sum() for result in results]).sum()
+
+
+def _repeated_gradients(results: Iterable[Tensor], leaves: list[Tensor]) -> list[Any]:
+    """The gradients of the squares of the results, then those of their squares, and once more."""
+    found: list[Any] = [results]
+    for _ in range(3):
+        loss = _squares(found[-1])
+        found.append(
+            torch.autograd.grad(
+                loss, leaves, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+    return found[1:]
+
+
+def _transformed(
+    call: Callable[..., tuple[Tensor, ...]], x: tuple[Tensor, ...], t: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """What the transforms make of a function at x. Tangents, cotangents and second slices are t."""
+    from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return _squares(call(*tensors))
+
+    slopes = grad(loss, tuple(range(len(x))))
+    both = tuple(torch.stack(pair) for pair in zip(x, t, strict=True))
+    results, pull = vjp(call, *x)
+    return {
+        "grad": slopes(*x),
+        "vjp": pull(tuple(result.cos() for result in results)),
+        "jacrev": jacrev(call)(*x),
+        "jvp": jvp(call, x, t),
+        "jacfwd": jacfwd(call)(*x),
+        "hessian": hessian(loss)(*x),
+        "jvp of grad": jvp(slopes, x, t),
+        "vjp of grad": vjp(slopes, *x)[1](t),
+        "grad of jvp": grad(lambda *a: _squares(jvp(call, a, t)[1]))(*x),
+        "vmap of grad": vmap(slopes)(*both),
+        "grad of vmap": grad(lambda *a: _squares(vmap(call)(*a)))(*both),
+        "jvp of vmap": jvp(vmap(call), both, both),
+        "grad of grad of grad": grad(
+            lambda *a: _squares(grad(lambda *b: _squares(slopes(*b)))(*a))
+        )(*x),
+    }
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    """When torch enters forward mode, it calls its own deprecated functions."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        yield
 
 
 def _combinations(operator: Operator) -> list[dict[str, Any]]:
@@ -387,6 +528,15 @@ def _some(operator: Operator) -> list[dict[str, Any]]:
         return found
     returned = {name: True for name in operator.options if name.startswith("return_")}
     return [found[0] | returned]
+
+
+def _worded(operator: Operator, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those combinations that differ from the usual one in words and flags alone.
+
+    Neither a graph nor a transform depends on numbers such as the iterations.
+    """
+    numbers = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
+    return [options for options in found if numbers.items() <= options.items()]
 
 
 def _extreme_subsets(operator: Operator) -> list[tuple[str, ...]]:
@@ -423,9 +573,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
     registered = operator.registered
     parameters = list(inspect.signature(registered.forward._init_fn).parameters)
     needed = list(inspect.signature(registered.backward._init_fn).parameters)
-    # A graph does not depend on numbers such as the iterations, so only words and flags vary.
-    numbers = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
-    varied = [options for options in _combinations(operator) if numbers.items() <= options.items()]
+    varied = _worded(operator, _combinations(operator))
     subsets = [(), tuple(operator.optional)]
     for options, layout in product(varied, ("contiguous", "transposed")):
         optional = subsets[layout == "transposed"]

@@ -123,6 +123,8 @@ def _with_target(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 _ROUTING_OPTIONS = {
     "iterations": (3, 1, 2, 4),
+    "leaky": (False, True),
+    "output": ("v", "s"),
     "gradient": ("full", "last"),
     "return_coupling": (False, True),
 }
@@ -150,7 +152,7 @@ _ROWS = (
         reference.routing_pass,
         inputs=routing_pass.inputs,
         outputs=routing_pass.outputs,
-        options={"return_coupling": (False, True)},
+        options={"leaky": (False, True), "return_coupling": (False, True)},
         registered=routing_pass,
     ),
     Operator(

@@ -1,0 +1,85 @@
+"""The derivatives of an operator, under `.backward()` and under every transform of `torch.func`.
+
+torch has rules of its own, `torch.library.register_autograd`. They serve `.backward()` alone:
+`torch.func.grad` refuses them, and forward mode silently returns zeros. `set_autograd` leaves plain
+calls to torch's rules and adds one rule for each of the other two.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._library.autograd import make_autograd_impl
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+
+def in_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being computed, by `torch.func` or without it."""
+    levels = get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(
+        level.key() == TransformType.Jvp for level in levels
+    )
+
+
+def set_autograd(
+    operator: Any,
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    with_tangents: Callable[..., Any],
+) -> None:
+    """Make an operator differentiable.
+
+    Args:
+        operator: what `torch.library.custom_op` returned.
+        setup_context: keeps what the backward needs, as for `register_autograd`.
+        backward: the formula of reverse mode, as for `register_autograd`.
+        with_tangents: called in place of the operator if an argument has a forward-mode tangent. It
+            consists of operations that torch can differentiate.
+    """
+    operator.register_autograd(backward, setup_context=setup_context)
+    overload = operator._opoverload
+    plain = make_autograd_impl(overload, operator)
+
+    def call(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Level(_SingleLevelFunction):
+        """The operator at one level of nested transforms. The call inside goes to the next."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            # torch switches both modes off in here, but the next level needs them.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                result = call(keyset, args)
+            setup_context(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None, *backward(ctx, *grads))
+
+    def differentiable(keyset: Any, *args: Any) -> Any:
+        is_plain = not torch._C._are_functorch_transforms_active()
+        if is_plain and forward_ad._current_level < 0:
+            return plain(keyset, *args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if in_forward_mode() and any(_has_tangent(tensor) for tensor in tensors):
+            return with_tangents(*args)
+        if is_plain:
+            return plain(keyset, *args)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            with enable_single_level_autograd_function():
+                return Level.apply(keyset, *args)
+        return call(keyset, args)
+
+    operator._lib.impl(operator._name, differentiable, "Autograd", with_keyset=True)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    # There is only level 0. A compiled `jvp` enters it without telling `forward_ad`.
+    return forward_ad.unpack_dual(tensor, level=0).tangent is not None

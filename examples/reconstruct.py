@@ -24,7 +24,7 @@ from torch import Tensor
 
 from engine import figures
 from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag
-from engine.pictures import perturbed, spread
+from engine.pictures import perturbed
 from engine.runner import Experiment, run_experiment
 from engine.tables import percent
 from engine.trained import Trained, check_data, check_trained, load_trained
@@ -88,10 +88,13 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
 
     # -- the first image of each class, and the capsule dimension that shows most
     first = grid[:, 0]
+    moved = perturbed(network.model, experiment.runtime, poses, predictions, first.tolist())
+    moved = moved.flatten(0, 1)  # (images · D, steps, C, H, W)
+    change = (moved[:, -1] - moved[:, 0]).square().flatten(1).sum(dim=1)
     figures.plot_overview(
         images[first],
         decoded[first],
-        clearest_dimension(experiment, network, poses, predictions, first.tolist()),
+        moved[change.argmax()],
         [names[label] for label in classes],
         experiment.directory / "overview.png",
         f"{title}: images, what their capsules decode to, and one dimension moved",
@@ -158,29 +161,6 @@ def decode(
         decoded.append(output.reconstruction.float().cpu())
         poses.append(output.poses.float())
     return torch.cat(predictions), torch.cat(decoded), torch.cat(poses)
-
-
-def clearest_dimension(
-    experiment: Experiment,
-    network: Trained,
-    poses: Tensor,
-    predictions: Tensor,
-    indices: list[int],
-) -> Tensor:
-    """Move one dimension of the longest capsule of one image, the one that shows most.
-
-    `poses` (N, K, D) and `predictions` (N,) are those of all images, and `indices` those to choose
-    from. Returns the decoded images, (steps, C, H, W).
-    """
-    rows = []
-    for index in indices:
-        label = int(predictions[index])
-        of_class = spread(poses[(predictions == label).to(poses.device), label])
-        pose = poses[index : index + 1]
-        rows.append(perturbed(network.model, experiment.runtime, pose, label, of_class))
-    moved = torch.cat(rows)  # (images · D, steps, C, H, W)
-    change = (moved[:, -1] - moved[:, 0]).square().flatten(1).sum(dim=1)
-    return moved[change.argmax()]
 
 
 def measure(

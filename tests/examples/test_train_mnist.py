@@ -287,22 +287,22 @@ class TestPictures:
     def test_what_moves_a_perturbed_capsule(self):
         """Each dimension of one capsule moves by each offset, in units of its spread."""
         model = small_network("capsnet")
-        poses = torch.randn(30, 10, 16) * 0.2
-        spread = pictures.spread(poses[:, 3])
+        poses, classes = torch.randn(30, 10, 16) * 0.2, torch.arange(30) % 3 + 2
         runtime = Runtime(torch.device("cpu"), "fp32")
-        images = pictures.perturbed(model, runtime, poses[:1], 3, spread)
-        assert images.shape == (16, 11, 1, 28, 28)
-        assert pictures.OFFSETS[::5] == pytest.approx([-2, 0, 2])
+        images = pictures.perturbed(model, runtime, poses, classes, [4, 1])
+        assert images.shape == (2, 16, 11, 1, 28, 28)
+        assert pictures.OFFSETS[::5] == pytest.approx([-3, 0, 3])
+        of_class = poses[1::3, 3]  # image 1 is of class 3, as is image 4
         for dimension, step in ((0, 0), (7, 3), (15, 10)):
-            moved = poses[:1].clone()
-            of_all = poses[:, 3, dimension]
-            moved[0, 3, dimension] += pictures.OFFSETS[step] * of_all.var(correction=0).sqrt()
+            moved = poses[1:2].clone()
+            spread = of_class[:, dimension].var(correction=0).sqrt()
+            moved[0, 3, dimension] += pictures.OFFSETS[step] * spread
             with torch.no_grad():
                 expected = model.decoder(moved, torch.tensor([3]))
-            torch.testing.assert_close(images[dimension, step], expected[0])
+            torch.testing.assert_close(images[1, dimension, step], expected[0])
         # The middle column repeats the reconstruction itself, sixteen times.
         for dimension in range(1, 16):
-            torch.testing.assert_close(images[dimension, 5], images[0, 5])
+            torch.testing.assert_close(images[1, dimension, 5], images[1, 0, 5])
 
 
 # A different value for every field that a resumed run has to keep.

@@ -79,7 +79,8 @@ class TwoClasses(Task):
     """Two classes per image: the two longest capsules are the answer, each decoded on its own.
 
     The target is `Originals`: two labels and the two images that lie over each other. Each
-    reconstruction is compared with the original of its own class, not with the overlay.
+    reconstruction is compared with the original of its own class, not with the overlay. Without
+    such originals, a multi-hot target for model and `CapsuleLoss` draws both in one picture.
 
     Args:
         decoder: called as decoder(poses, labels); draws the image of one capsule.

@@ -460,7 +460,7 @@ def _squares(results: Iterable[Tensor]) -> Tensor:
 
 def _second_gradients(results: Iterable[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """The gradients of a gradient penalty, 0 for a leaf that it does not depend on."""
-    unused = {"allow_unused": True, "materialize_grads": True}
+    unused: Any = {"allow_unused": True, "materialize_grads": True}
     slopes = torch.autograd.grad(_squares(results), leaves, create_graph=True, **unused)
     return torch.autograd.grad(_squares(slopes), leaves, **unused)
 
@@ -476,7 +476,7 @@ def _transformed(
 
     slopes = grad(loss, tuple(range(len(x))))
     both = tuple(torch.stack(pair) for pair in zip(x, t, strict=True))
-    results, pull = vjp(call, *x)
+    results, pull, *_ = vjp(call, *x)
     return {
         "grad": slopes(*x),
         "vjp": pull(tuple(result.cos() for result in results)),

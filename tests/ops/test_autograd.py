@@ -21,7 +21,7 @@ def inputs(device, dtype=torch.float64):
 
 
 def loss(u, weight):
-    return ops.fused_dynamic_routing(u, weight).square().sum()
+    return ops.fused_dynamic_routing(u, weight, iterations=2).square().sum()
 
 
 def slopes(u, weight, **how):
@@ -49,7 +49,6 @@ def test_first_derivatives_come_from_the_backward_in_every_way(device):
 TRANSFORMS = {
     "per-sample gradients": vmap(grad(lambda u, w: loss(u[None], w)), in_dims=(0, None)),
     "hessian-vector product": lambda u, w: jvp(lambda u: grad(loss)(u, w), (u,), (u.cos(),))[1],
-    "gradient penalty": grad(lambda u, w: grad(loss)(u, w).square().sum()),
 }
 
 

@@ -77,7 +77,9 @@ def set_autograd(
                 return Level.apply(keyset, *args)  # type: ignore[attr-defined]
         return call(keyset, args)
 
-    operator._lib.impl(operator._name, differentiable, "Autograd", with_keyset=True)
+    operator._lib.impl(
+        operator._name, differentiable, "Autograd", with_keyset=True, allow_override=True
+    )
 
 
 def _has_tangent(tensor: Tensor) -> bool:

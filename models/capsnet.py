@@ -8,19 +8,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps import ops
+from tritoncaps._checks import check_size
 from tritoncaps.layers import (
     PrimaryCapsules,
     ReconstructionDecoder,
     RoutedCapsules,
     capsule_lengths,
 )
+from tritoncaps.layers._convolution import ReluConv2d
 from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
-    check_capsules,
     check_images,
+    check_sides,
     image_sides,
-    relu_convolution,
+    route,
+    warn_of_size,
 )
 
 
@@ -30,11 +33,19 @@ class CapsNet(nn.Module):
     Args:
         num_classes: class capsules, K.
         in_channels: channels of the images.
-        image_size: side of square images, or (height, width). At least 17.
+        image_size: side of square images, or (height, width). At least 17 by default.
         iterations: routing iterations.
         channels: feature maps of the first convolution.
+        stride: stride of the first convolution. The primary capsules of a large image are many, and
+            a larger stride divides their number by its square.
         capsule_types: primary capsules at each position, 8-dimensional.
+        padding: zeros around the feature maps for the convolution of the primary capsules.
         class_dim: components of a class capsule, D.
+        shared_weights: primary capsules of one type share their matrices at all positions. With the
+            defaults these are 40,960 parameters instead of 1,474,560.
+        learned_prior: learn the initial logits of the routing.
+        pose_bias: learn a bias, added to the sums before each squash.
+        leaky: add an orphan class to each softmax. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
         reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
             stops at parameters that the loss does not use.
@@ -42,6 +53,9 @@ class CapsNet(nn.Module):
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
             for the convolutions. In `forward`, the images have the wrong type or shape.
+
+    Warns:
+        UserWarning: routing and decoder have more than 100 million parameters.
 
     Example:
         >>> import torch
@@ -59,8 +73,14 @@ class CapsNet(nn.Module):
         *,
         iterations: int = 3,
         channels: int = 256,
+        stride: int = 1,
         capsule_types: int = 32,
+        padding: int = 0,
         class_dim: int = 16,
+        shared_weights: bool = False,
+        learned_prior: bool = False,
+        pose_bias: bool = False,
+        leaky: bool = False,
         gradient: ops.Gradient = "full",
         reconstruction: bool = True,
     ) -> None:
@@ -72,20 +92,45 @@ class CapsNet(nn.Module):
                 "in_channels": in_channels,
                 "iterations": iterations,
                 "channels": channels,
+                "stride": stride,
                 "capsule_types": capsule_types,
                 "class_dim": class_dim,
             },
             gradient,
-            reconstruction,
+            {
+                "shared_weights": shared_weights,
+                "learned_prior": learned_prior,
+                "pose_bias": pose_bias,
+                "leaky": leaky,
+                "reconstruction": reconstruction,
+            },
         )
         height, width = image_sides("CapsNet", image_size)
+        check_size("CapsNet", "padding", padding, smallest=0)
+        needed = max(1, 9 - 2 * padding)  # rows of the first convolution
+        check_sides("CapsNet", (height, width), smallest=9 + (needed - 1) * stride)
         self.image_shape = (in_channels, height, width)
-        self.conv = relu_convolution(in_channels, channels, kernel_size=9)
-        self.primary = PrimaryCapsules(channels, capsule_types, dim=8, kernel_size=9, stride=2)
-        in_capsules = self.primary.num_capsules(height - 8, width - 8)
-        check_capsules("CapsNet", in_capsules, (height, width), smallest=17)
+        self.conv = ReluConv2d(in_channels, channels, kernel_size=9, stride=stride)
+        self.primary = PrimaryCapsules(
+            channels, capsule_types, dim=8, kernel_size=9, stride=2, padding=padding
+        )
+        in_capsules = self.primary.num_capsules(
+            (height - 9) // stride + 1, (width - 9) // stride + 1
+        )
+        matrices = capsule_types if shared_weights else in_capsules
+        pixels = in_channels * height * width if reconstruction else 0
+        warn_of_size(self, in_capsules, matrices * 8 * num_classes * class_dim, pixels)
         self.routing = RoutedCapsules(
-            in_capsules, 8, num_classes, class_dim, iterations, gradient=gradient
+            matrices,
+            8,
+            num_classes,
+            class_dim,
+            iterations,
+            positions=in_capsules // capsule_types if shared_weights else None,
+            pose_bias=pose_bias,
+            leaky=leaky,
+            gradient=gradient,
+            learned_prior=learned_prior,
         )
         self.decoder = (
             ReconstructionDecoder(num_classes, class_dim, self.image_shape)
@@ -93,7 +138,14 @@ class CapsNet(nn.Module):
             else None
         )
 
-    def forward(self, images: Tensor, target: Tensor | None = None) -> CapsuleOutput:
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor | None = None,
+        *,
+        iterations: int | None = None,
+        return_coupling: bool = False,
+    ) -> CapsuleOutput:
         """Classify and reconstruct.
 
         Args:
@@ -101,9 +153,12 @@ class CapsNet(nn.Module):
             target: the capsules to decode, as in training: class indices, (B,), or multi-hot,
                 (B, K), for all the present ones in one picture. See `ReconstructionDecoder`.
                 Without it the longest capsule of each image is decoded.
+            iterations: routing iterations of this call, instead of the model's own.
+            return_coupling: also return the coupling of the last iteration, (B, I, K).
         """
         check_images("CapsNet", images, self.image_shape)
-        features = F.relu(self.conv(images))  # (B, channels, H-8, W-8)
-        poses = self.routing(self.primary(features))  # (B, K, D)
+        features = F.relu(self.conv(images))  # (B, channels, H', W')
+        u = self.primary(features)  # (B, I, 8)
+        poses, coupling = route(self.routing, u, iterations, return_coupling)  # (B, K, D)
         reconstruction = None if self.decoder is None else self.decoder(poses, target)
-        return CapsuleOutput(capsule_lengths(poses), poses, reconstruction)
+        return CapsuleOutput(capsule_lengths(poses), poses, reconstruction, None, coupling)

@@ -202,6 +202,33 @@ def check_pair(function: str, name: str, value: object, expected: str) -> None:
         check_size(function, name, size)
 
 
+def check_mask(function: str, mask: Tensor, u: Tensor) -> None:
+    """A bool for each input capsule of u, on its device."""
+    check_tensor(function, "u", u, "B I P")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{function}: mask must be a bool tensor, False where a capsule is padding, got {got}"
+        )
+    if mask.shape != u.shape[:2]:
+        raise ValueError(
+            f"{function}: mask must be (B, I) = {shape_of(u)[:2]}, got {shape_of(mask)}"
+        )
+    if mask.device != u.device:
+        raise ValueError(f"{function}: mask is on {mask.device} but u is on {u.device}")
+
+
+def count_positions(function: str, u: Tensor, types: int) -> int:
+    """The number of positions that the capsules of u fill, `types` capsules each."""
+    check_tensor(function, "u", u, "B I P")
+    if u.shape[1] == 0 or u.shape[1] % types:
+        raise ValueError(
+            f"{function}: u has I={u.shape[1]} but needs a multiple of in_capsules={types}, "
+            f"the capsules at each position (u: {shape_of(u)})"
+        )
+    return u.shape[1] // types
+
+
 def check_dim(function: str, dim: object, ndim: int) -> None:
     """The number of an axis that the tensor has."""
     if not isinstance(dim, int) or isinstance(dim, bool):

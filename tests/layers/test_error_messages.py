@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tritoncaps import (
+    CapsuleHead,
     CapsuleLoss,
     MarginLoss,
     PrimaryCapsules,
@@ -22,6 +23,7 @@ from tritoncaps.models import CapsNet, DeepCapsNet, create_model
 
 U, WEIGHT = torch.ones(2, 6, 8), torch.ones(6, 8, 10, 16)
 U_HAT, PRIOR = torch.ones(2, 6, 10, 16), torch.zeros(6, 10)
+ROUTED = RoutedCapsules(6, 8, 10, 16)
 LENGTHS, TARGET = torch.ones(2, 10), torch.tensor([3, 9])
 
 CASES = {
@@ -460,6 +462,53 @@ CASES = {
         TypeError,
         "RoutedCapsules: learned_prior must be a bool, got NoneType",
     ),
+    "routed-positions": (
+        lambda: RoutedCapsules(6, 8, 10, 16, positions=0),
+        ValueError,
+        "RoutedCapsules: positions must be >= 1, got 0",
+    ),
+    "routed-part-of-a-position": (
+        lambda: RoutedCapsules(4, 8, 10, 16, positions=2)(U),
+        ValueError,
+        "RoutedCapsules: u has I=6 but needs a multiple of in_capsules=4, the capsules at each "
+        "position (u: (2, 6, 8))",
+    ),
+    "routed-no-position": (
+        lambda: RoutedCapsules(3, 8, 10, 16, positions=2)(U[:, :0]),
+        ValueError,
+        "RoutedCapsules: u has I=0 but needs a multiple of in_capsules=3",
+    ),
+    "routed-shared-rank": (
+        lambda: RoutedCapsules(3, 8, 10, 16, positions=2)(U[0]),
+        ValueError,
+        "RoutedCapsules: u must have 3 axes (B, I, P), got 2 (u: (6, 8))",
+    ),
+    "routed-leaky": (
+        lambda: RoutedCapsules(6, 8, 10, 16, leaky=1),
+        TypeError,
+        "RoutedCapsules: leaky must be a bool, got int",
+    ),
+    "routed-mask-dtype": (
+        lambda: ROUTED(U, torch.ones(2, 6)),
+        TypeError,
+        "RoutedCapsules: mask must be a bool tensor, False where a capsule is padding, "
+        "got torch.float32",
+    ),
+    "routed-mask-kind": (
+        lambda: ROUTED(U, [True] * 6),
+        TypeError,
+        "RoutedCapsules: mask must be a bool tensor, False where a capsule is padding, got list",
+    ),
+    "routed-mask-shape": (
+        lambda: ROUTED(U, torch.ones(6, dtype=torch.bool)),
+        ValueError,
+        "RoutedCapsules: mask must be (B, I) = (2, 6), got (6,)",
+    ),
+    "routed-mask-device": (
+        lambda: ROUTED(U, torch.ones(2, 6, dtype=torch.bool, device="meta")),
+        ValueError,
+        "RoutedCapsules: mask is on meta but u is on cpu",
+    ),
     "decoder-image-kind": (
         lambda: ReconstructionDecoder(10, 16, 28),
         TypeError,
@@ -498,6 +547,26 @@ CASES = {
         lambda: PrimaryCapsules(3)([1.0]),
         TypeError,
         "PrimaryCapsules: features must be a torch.Tensor, got list",
+    ),
+    "head-classes": (
+        lambda: CapsuleHead(4, 0),
+        ValueError,
+        "CapsuleHead: num_classes must be >= 1, got 0",
+    ),
+    "head-size-kind": (
+        lambda: CapsuleHead(4, 10, feature_size=(7, 7, 7)),
+        TypeError,
+        "CapsuleHead: feature_size must be an int or (height, width), got (7, 7, 7)",
+    ),
+    "head-size": (
+        lambda: CapsuleHead(4, 10, kernel_size=9),
+        ValueError,
+        "CapsuleHead: feature_size=7 leaves no primary capsule, kernel_size=9 is larger",
+    ),
+    "head-shared": (
+        lambda: CapsuleHead(4, 10, shared_weights=7),
+        TypeError,
+        "CapsuleHead: shared_weights must be a bool, got int",
     ),
     # models
     "capsnet-size-kind": (
@@ -549,6 +618,16 @@ CASES = {
         lambda: CapsNet(gradient=None),
         ValueError,
         'CapsNet: gradient must be "full" or "last", got None',
+    ),
+    "capsnet-pose-bias": (
+        lambda: CapsNet(pose_bias="yes"),
+        TypeError,
+        "CapsNet: pose_bias must be a bool, got str",
+    ),
+    "capsnet-stride": (
+        lambda: CapsNet(stride=0),
+        ValueError,
+        "CapsNet: stride must be >= 1, got 0",
     ),
     "deep-reconstruction": (
         lambda: DeepCapsNet(reconstruction="no"),

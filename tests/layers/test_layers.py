@@ -12,10 +12,11 @@ from tritoncaps import (
     reference,
 )
 
+ALL = {"positions": 3, "pose_bias": True, "leaky": True, "gradient": "last", "learned_prior": True}
 # Every argument that is shown in full differs from its default.
 BUILDS = [
     PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1, padding="same", spatial_dims=3),
-    RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True, input_length=0.25),
+    RoutedCapsules(6, 8, 10, 16, 2, **ALL),
     ReconstructionDecoder(5, 8, (3, 9, 7), hidden=(32, 64)),
     MarginLoss(0.8, 0.2, 0.25, "sum"),
     CapsuleLoss(0.1, 0.8, 0.2, 0.25, "none"),
@@ -50,16 +51,21 @@ def test_channels_last_changes_no_result(device):
     torch.testing.assert_close(result, expected)
 
 
-def test_routed_capsules_are_the_operator(device):
+@pytest.mark.parametrize("leaky", [False, True])
+def test_routed_capsules_are_the_operator(device, leaky):
     torch.manual_seed(0)
-    layer = RoutedCapsules(6, 4, 5, 3, iterations=2, learned_prior=True).to(device)
+    layer = RoutedCapsules(6, 4, 5, 3, 2, pose_bias=True, leaky=leaky, learned_prior=True)
+    layer = layer.to(device)
     assert torch.equal(layer.prior, torch.zeros(6, 5, device=device))
+    assert torch.equal(layer.pose_bias, torch.full((5, 3), 0.1, device=device))
     torch.nn.init.normal_(layer.prior)
+    torch.nn.init.normal_(layer.pose_bias)
     u = torch.randn(2, 6, 4, device=device)
-    expected = reference.fused_dynamic_routing(u, layer.weight, 2, prior=layer.prior)
+    options = {"prior": layer.prior, "pose_bias": layer.pose_bias, "leaky": leaky}
+    expected = reference.fused_dynamic_routing(u, layer.weight, 2, **options)
     torch.testing.assert_close(layer(u), expected)
     layer(u).sum().backward()
-    assert layer.prior.grad.abs().sum() > 0
+    assert layer.prior.grad.any() and layer.pose_bias.grad.any()
 
 
 def test_decoder_masks_all_but_one_capsule(device):

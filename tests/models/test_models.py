@@ -55,7 +55,7 @@ def test_models_take_any_images(device, small_model, name, images):
     K = images["num_classes"]
     batch = torch.rand(3, *model.image_shape, device=device)
     target = torch.zeros(3, dtype=torch.int64, device=device)
-    activations, poses, reconstruction, _ = model(batch, target)
+    activations, poses, reconstruction, _, _ = model(batch, target)
     assert activations.shape == (3, K)
     assert poses.shape == (3, K, 12)
     assert reconstruction.shape == batch.shape
@@ -75,6 +75,109 @@ def test_model_without_decoder(small_model, name):
     assert output.reconstruction is None
     loss = CapsuleLoss()(output.activations, target, output.reconstruction, images)
     torch.testing.assert_close(loss, ops.margin_loss(output.activations, target))
+
+
+ROUTINGS = {"capsnet": ["routing"], "deep_capsnet": ["primary_routing", "secondary_routing"]}
+
+
+@every_model
+def test_a_call_returns_the_coupling_of_each_routing(small_model, name):
+    model, images = small_model(name).eval(), torch.rand(2, 1, 28, 28)
+    output = model(images, return_coupling=True)
+    couplings = output.coupling if isinstance(output.coupling, tuple) else (output.coupling,)
+    for coupling, routing in zip(couplings, ROUTINGS[name], strict=True):
+        layer = model.get_submodule(routing)
+        assert coupling.shape == (2, layer.in_capsules, layer.out_capsules)
+        torch.testing.assert_close(coupling.sum(2), torch.ones(coupling.shape[:2]))
+    assert torch.equal(output.poses, model(images).poses)
+    assert model(images).coupling is None
+
+
+@every_model
+def test_a_call_sets_the_iterations(small_model, name):
+    iterations = (
+        {"iterations": 1}
+        if name == "capsnet"
+        else {"primary_iterations": 1, "secondary_iterations": 1}
+    )
+    images = torch.rand(2, 1, 28, 28)
+    expected = small_model(name, **iterations)(images)
+    assert torch.equal(small_model(name)(images, iterations=1).poses, expected.poses)
+
+
+@every_model
+def test_options_reach_the_routings(small_model, name):
+    options = {"learned_prior": True, "pose_bias": True, "leaky": True}
+    model = small_model(name, **options)
+    for routing in ROUTINGS[name]:
+        layer = model.get_submodule(routing)
+        assert layer.prior.shape == layer.weight.shape[::2]
+        assert layer.pose_bias.shape == layer.weight.shape[2:]
+        assert layer.leaky
+    model(torch.rand(2, 1, 28, 28)).activations.sum().backward()
+    assert model.get_submodule(ROUTINGS[name][0]).prior.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("capsnet", 32 * 8 * 160), ("deep_capsnet", 32 * 8 * 160)]
+)
+def test_weights_shared_by_position(small_model, name, weights):
+    with torch.device("meta"):
+        plain, shared = create_model(name), create_model(name, shared_weights=True)
+    first = shared.get_submodule(ROUTINGS[name][0])
+    assert (first.weight.numel(), first.positions) == (weights, 36)
+    assert plain.get_submodule(ROUTINGS[name][0]).weight.numel() == 36 * weights
+    model = small_model(name, shared_weights=True, image_size=20)
+    model(torch.rand(2, 1, 20, 20)).activations.sum().backward()
+
+
+# The kernel of the primary capsules has 9 rows in one network and 5 in the other.
+@pytest.mark.parametrize(
+    ("stride", "padding", "smallest"),
+    [(1, 0, (17, 17)), (3, 0, (33, 33)), (2, 1, (21, 21)), (2, 3, (13, 17)), (1, 6, (9, 13))],
+)
+@every_model
+def test_the_smallest_image_leaves_a_position(small_model, name, stride, padding, smallest):
+    side = smallest[list_models().index(name)]
+    model = small_model(name, image_size=(side, side + 1), stride=stride, padding=padding)
+    assert model(torch.rand(1, 1, side, side + 1)).poses.shape == (1, 10, 16)
+    with pytest.raises(ValueError, match=f"both sides must be at least {side}"):
+        small_model(name, image_size=(side + 1, side - 1), stride=stride, padding=padding)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((7, 3, 224), "CapsNet: 470 M parameters, 310 M of them in the routing of 346,112 primary"),
+        ((3, 1, 224), "and 51 M in the decoder; use a larger stride or shared_weights=True"),
+    ],
+    ids=["7 classes, in colour", "3 classes"],
+)
+def test_a_very_large_network_warns(arguments, words):
+    with torch.device("meta"), pytest.warns(UserWarning, match=words):
+        CapsNet(*arguments)
+    # The remedies that it names.
+    with torch.device("meta"):
+        CapsNet(*arguments, stride=4, reconstruction=False)
+        CapsNet(*arguments, shared_weights=True, reconstruction=False)
+
+
+@every_model
+def test_a_module_resets_to_its_own_initialisation(name):
+    """After `to_empty`, module by module in either order, as FSDP does it."""
+
+    def spread(model):
+        return {name: value.std() for name, value in model.named_parameters() if value.ndim > 1}
+
+    expected = spread(create_model(name))
+    for modules in (list, lambda found: reversed(list(found))):
+        with torch.device("meta"):
+            model = create_model(name)
+        model.to_empty(device="cpu")
+        for module in modules(model.modules()):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        torch.testing.assert_close(spread(model), expected, rtol=0.05, atol=0)
 
 
 @every_model

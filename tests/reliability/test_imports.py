@@ -14,13 +14,14 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`,
-# `_targets` and `_version` know nothing about the operators, so anybody may import them.
-ALWAYS = {"_checks", "_targets", "_version"}
+# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`, `_targets`,
+# `_tracing` and `_version` know nothing about the operators, so anybody may import them.
+ALWAYS = {"_checks", "_targets", "_tracing", "_version"}
 ROOMS = {
     "reference": set(),
     "_checks": set(),
     "_targets": set(),
+    "_tracing": set(),
     "_torch_path": {"_torch_path"},
     "_operators": {"_operators", "_torch_path", "kernels"},
     "ops": {"ops", "_operators"},
@@ -116,6 +117,25 @@ print(time.process_time() - begun)
 """
     # Take the best of three, because the machine may be busy.
     assert min(float(run_python(code)) for _ in range(3)) < 1.0
+
+
+def test_parts_that_are_imported_later_are_attributes_of_the_package():
+    code = """
+import sys
+import tritoncaps
+later = ["data", "export", "models", "testing"]
+assert set(later) <= set(dir(tritoncaps))
+assert not {f"tritoncaps.{name}" for name in later} & set(sys.modules)
+print(*(getattr(tritoncaps, name).__name__ for name in later))
+try:
+    tritoncaps.modles
+except AttributeError as error:
+    print(error)
+"""
+    assert run_python(code).splitlines() == [
+        "tritoncaps.data tritoncaps.export tritoncaps.models tritoncaps.testing",
+        "module 'tritoncaps' has no attribute 'modles'",
+    ]
 
 
 UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesis"]

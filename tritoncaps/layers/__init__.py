@@ -6,10 +6,12 @@ layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has it
 
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.decoder import ReconstructionDecoder
+from tritoncaps.layers.head import CapsuleHead
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
 __all__ = [
+    "CapsuleHead",
     "Capsules",
     "PrimaryCapsules",
     "ReconstructionDecoder",

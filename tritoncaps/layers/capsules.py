@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 
 class Capsules(NamedTuple):
@@ -15,6 +16,10 @@ class Capsules(NamedTuple):
 
     poses: Tensor
     activations: Tensor
+
+
+# torch.export writes a module's inputs and outputs by the names of their types.
+_register_namedtuple(Capsules, serialized_type_name="tritoncaps.Capsules")
 
 
 def capsule_lengths(poses: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ import math
 from functools import partial
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tritoncaps import _checks
 from tritoncaps._targets import present_classes
+from tritoncaps._tracing import one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
@@ -90,20 +90,8 @@ class ReconstructionDecoder(nn.Module):
 
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask the absent capsules and decode the rest."""
-        poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
-        _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
-        if poses.shape[1:] != (self.num_classes, self.dim):
-            raise ValueError(
-                f"ReconstructionDecoder: poses must be (B, {self.num_classes}, {self.dim}), "
-                f"got {_checks.shape_of(poses)}"
-            )
-        if target is None:
-            activations = capsule_lengths(poses) if activations is None else activations
-            target = activations.argmax(dim=1)
-        else:
-            _checks.check_target("ReconstructionDecoder", target, "poses", poses)
-        present = present_classes(target, self.num_classes, poses.dtype)
-        flat = self.layers(rearrange(poses * present.unsqueeze(-1), "B K D -> B (K D)"))
+        masked = _masked(capsules, target, self.num_classes, self.dim)
+        flat = self.layers(rearrange(masked, "B K D -> B (K D)"))
         return flat.unflatten(1, self.image_shape)
 
     def extra_repr(self) -> str:
@@ -112,3 +100,25 @@ class ReconstructionDecoder(nn.Module):
             f"num_classes={self.num_classes}, dim={self.dim}, image_shape={self.image_shape}, "
             f"hidden={self.hidden}"
         )
+
+
+# One node of a traced graph, so that the graph takes calls with and without a target.
+@one_node
+def _masked(
+    capsules: Tensor | Capsules, target: Tensor | None, num_classes: int, dim: int
+) -> Tensor:
+    """Return the poses, (B, K, D), with zeros in place of the absent capsules."""
+    poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
+    _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
+    if poses.shape[1:] != (num_classes, dim):
+        raise ValueError(
+            f"ReconstructionDecoder: poses must be (B, {num_classes}, {dim}), "
+            f"got {_checks.shape_of(poses)}"
+        )
+    if target is None:
+        activations = capsule_lengths(poses) if activations is None else activations
+        target = activations.argmax(dim=1)
+    else:
+        _checks.check_target("ReconstructionDecoder", target, "poses", poses)
+    present = present_classes(target, num_classes, poses.dtype)
+    return poses * present.unsqueeze(-1)

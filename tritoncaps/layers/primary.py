@@ -3,10 +3,10 @@
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
+from tritoncaps._tracing import is_proxy, rearrange
 from tritoncaps.layers._convolution import LINEAR
 
 # The axes of the features after (B, in_channels), as torch names them.
@@ -135,6 +135,12 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Convolve, cut into capsules, squash."""
+        if not is_proxy(features):
+            self._check(features)
+        maps = self.conv(features)
+        return ops.squash(rearrange(maps, "B (T P) ... -> B (... T) P", P=self.dim))
+
+    def _check(self, features: Tensor) -> None:
         _checks.check_floating("PrimaryCapsules", "features", features)
         axes = _AXES[self.spatial_dims]
         if features.ndim != 2 + len(axes) or features.shape[1] != self.in_channels:
@@ -148,8 +154,6 @@ class PrimaryCapsules(nn.Module):
                 f"PrimaryCapsules: features of {_by(size)} with padding={self.padding!r} are "
                 f"smaller than the kernel, {_by(self.conv.kernel_size)}"
             )
-        maps = self.conv(features)
-        return ops.squash(rearrange(maps, "B (T P) ... -> B (... T) P", P=self.dim))
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.dynamic_routing import dynamic_routing as _registered
+from tritoncaps._tracing import one_node
 
 Gradient = Literal["full", "last"]
 Output = Literal["v", "s"]
@@ -35,6 +36,7 @@ def dynamic_routing(
     output: Output = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@one_node
 def dynamic_routing(
     u_hat: Tensor,
     iterations: int = 3,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing as _registered
+from tritoncaps._tracing import one_node
 from tritoncaps.ops._dynamic_routing import Gradient, Output
 
 
@@ -35,6 +36,20 @@ def fused_dynamic_routing(
     output: Output = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def fused_dynamic_routing(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = ...,
+    *,
+    prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
+    gradient: Gradient = ...,
+    output: Output = ...,
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@one_node
 def fused_dynamic_routing(
     u: Tensor,
     weight: Tensor,

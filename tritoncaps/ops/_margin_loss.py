@@ -6,10 +6,12 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._targets import present_classes
+from tritoncaps._tracing import one_node
 
 Reduction = Literal["mean", "sum", "none"]
 
 
+@one_node
 def margin_loss(
     activations: Tensor,
     target: Tensor,

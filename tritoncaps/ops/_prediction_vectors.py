@@ -4,8 +4,10 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.prediction_vectors import prediction_vectors as _registered
+from tritoncaps._tracing import one_node
 
 
+@one_node
 def prediction_vectors(u: Tensor, weight: Tensor) -> Tensor:
     """Compute what each input capsule predicts for each output capsule: û_{j|i} = W_ij u_i.
 

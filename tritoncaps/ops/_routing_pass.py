@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.routing_pass import routing_pass as _registered
+from tritoncaps._tracing import one_node
 
 
 @overload
@@ -30,6 +31,7 @@ def routing_pass(
     leaky: bool = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@one_node
 def routing_pass(
     u: Tensor,
     weight: Tensor,

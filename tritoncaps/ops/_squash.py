@@ -6,10 +6,12 @@ from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.squash import squash as _registered
+from tritoncaps._tracing import one_node
 
 Form = Literal["quadratic", "exponential"]
 
 
+@one_node
 def squash(s: Tensor, dim: int = -1, *, form: Form = "quadratic") -> Tensor:
     """Scale vectors to a length of at most 1 and keep their direction.
 

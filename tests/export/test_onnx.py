@@ -1,0 +1,129 @@
+"""ONNX files: ONNX Runtime computes what torch computes, for every model and operator."""
+
+import pytest
+import torch
+from exported import difference, tensors_of
+
+from tritoncaps import RoutedCapsules, export, ops
+from tritoncaps.models import list_models
+from tritoncaps.testing import OPERATORS, draw_inputs
+
+for _package in ("onnx", "onnxscript"):
+    pytest.importorskip(_package, reason=f"{_package} is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+def run(path, *inputs):
+    """The results of a file by name, and its inputs, as names and shapes."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {
+        entry.name: tensor.numpy()
+        for entry, tensor in zip(session.get_inputs(), inputs, strict=True)
+    }
+    names = [entry.name for entry in session.get_outputs()]
+    results = [torch.from_numpy(result) for result in session.run(names, given)]
+    return dict(zip(names, results, strict=True)), [
+        (entry.name, entry.shape) for entry in session.get_inputs()
+    ]
+
+
+MODELS = {
+    "wide, in colour": {"in_channels": 3, "image_size": (33, 40), "num_classes": 4},
+    "every option": {
+        "reconstruction": False,
+        "gradient": "last",
+        "shared_weights": True,
+        "learned_prior": True,
+        "pose_bias": True,
+        "leaky": True,
+    },
+}
+
+
+@pytest.mark.parametrize("arguments", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("name", list_models())
+def test_a_file_is_its_model(small_model, tmp_path, name, arguments):
+    model = small_model(name, **arguments).eval()
+    for parameter in model.parameters():  # a prior starts at 0
+        if not parameter.any():
+            torch.nn.init.normal_(parameter)
+    export.to_onnx(model, tmp_path / "model.onnx", torch.rand(1, *model.image_shape))
+    for B in (1, 2, 7):
+        images = torch.rand(B, *model.image_shape)
+        results, inputs = run(tmp_path / "model.onnx", images)
+        assert difference(results, tensors_of(model(images))) <= 1e-5
+    assert inputs == [("images", ["batch", *model.image_shape])]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_layer_alone(tmp_path):
+    layer = RoutedCapsules(6, 4, 3, 5, iterations=1, learned_prior=True)
+    torch.nn.init.normal_(layer.prior)
+    export.to_onnx(layer, tmp_path / "layer.onnx", torch.rand(2, 6, 4))
+    u = torch.rand(5, 6, 4)
+    results, inputs = run(tmp_path / "layer.onnx", u)
+    assert inputs == [("u", ["batch", 6, 4])]
+    assert difference(results, tensors_of(layer(u))) <= 1e-5
+
+
+class Loss(torch.nn.Module):
+    """A user's own module with two inputs and results of several kinds."""
+
+    def forward(self, poses, target, scale=None, *, form="exponential"):
+        v, coupling = ops.dynamic_routing(poses, return_coupling=True)
+        loss = ops.margin_loss(ops.squash(v, form=form).norm(dim=-1), target, reduction="none")
+        return {"loss": loss, "parts": (v, {"coupling": coupling})}
+
+
+def test_names_are_those_of_forward_and_its_result(tmp_path):
+    u_hat, target = torch.rand(3, 6, 4, 5), torch.tensor([1, 3, 0])
+    export.to_onnx(Loss(), tmp_path / "loss.onnx", (u_hat[:1], target[:1]))
+    results, inputs = run(tmp_path / "loss.onnx", u_hat, target)
+    assert inputs == [("poses", ["batch", 6, 4, 5]), ("target", ["batch"])]
+    expected = Loss()(u_hat, target)
+    v, coupling = expected["parts"][0], expected["parts"][1]["coupling"]
+    named = {"loss": expected["loss"], "parts_0": v, "parts_1_coupling": coupling}
+    assert difference(results, named) <= 1e-5
+
+
+class AllOperators(torch.nn.Module):
+    """Every operator of the table, each on its own inputs."""
+
+    def forward(self, *inputs):
+        rest, results = list(inputs), []
+        for operator in OPERATORS.values():
+            options = {
+                name: True if name.startswith("return_") else values[0]
+                for name, values in operator.options.items()
+            }
+            given = {name: rest.pop(0) for name in operator.axes}
+            results.extend(operator.call(given, options))
+        return tuple(results)
+
+
+def test_every_operator_of_the_table(tmp_path):
+    inputs = [
+        tensor
+        for operator in OPERATORS.values()
+        for tensor in draw_inputs(operator, dtype=torch.float32).values()
+    ]
+    module = AllOperators()
+    export.to_onnx(module, tmp_path / "all.onnx", tuple(inputs), dynamic_batch=False)
+    results, _ = run(tmp_path / "all.onnx", *inputs)
+    assert difference(results, tensors_of(module(*inputs))) <= 1e-5
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"onnx and onnxscript.*'tritoncaps\[export\]'"):
+        export.to_onnx(RoutedCapsules(6, 4, 3, 5), tmp_path / "layer.onnx", torch.rand(2, 6, 4))
+
+
+def test_weights_beyond_the_format_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(export, "_LARGEST_ONNX", 1440)  # 6·4·3·5 float32
+    with pytest.raises(ValueError, match="the weights take 1,440 bytes"):
+        export.to_onnx(RoutedCapsules(6, 4, 3, 5), tmp_path / "layer.onnx", torch.rand(2, 6, 4))
+    assert not list(tmp_path.iterdir())

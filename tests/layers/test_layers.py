@@ -15,7 +15,7 @@ from tritoncaps import (
 # Every argument differs from its default.
 BUILDS = [
     PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1),
-    RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True, input_length=0.25),
+    RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True),
     ReconstructionDecoder(5, 8, (3, 9, 7), hidden=(32, 64)),
     MarginLoss(0.8, 0.2, 0.25, "sum"),
     CapsuleLoss(0.1),

@@ -106,7 +106,7 @@ MODULES = {
         RoutedCapsules,
         {
             **{"in_capsules": 3, "in_dim": 4, "out_capsules": 2, "out_dim": 5, "iterations": 2},
-            **{"gradient": "last", "learned_prior": True, "input_length": 0.5},
+            **{"gradient": "last", "learned_prior": True},
         },
     ),
     "ReconstructionDecoder": (

@@ -4,15 +4,20 @@ The layers support any image size, channel count and number of classes. Capsules
 layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has its own activation.
 """
 
+from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_layers
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
 __all__ = [
+    "Calibrated",
     "Capsules",
+    "DeadLayer",
     "PrimaryCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
+    "calibrate",
     "capsule_lengths",
+    "dead_layers",
 ]

@@ -33,6 +33,8 @@ class PrimaryCapsules(nn.Module):
         torch.Size([2, 1152, 8])
     """
 
+    calibrated_weight = "conv.weight"
+
     def __init__(
         self,
         in_channels: int,

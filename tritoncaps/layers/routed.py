@@ -1,11 +1,10 @@
 """Capsules routed by agreement."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
+from tritoncaps.layers._initialisation import routing_weight_std
 
 
 class RoutedCapsules(nn.Module):
@@ -20,14 +19,12 @@ class RoutedCapsules(nn.Module):
         gradient: "full" differentiates through all iterations. "last" treats the last coupling as a
             constant.
         learned_prior: learn the initial logits, (I, J), which start at 0.
-        input_length: ρ, the expected length of an input capsule. See `reset_parameters`.
 
     Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None.
 
     Raises:
-        TypeError, ValueError: a size is not an int of at least 1, `gradient` is unknown, or
-            `input_length` is not a positive number. In `forward`, whatever
-            `ops.fused_dynamic_routing` raises.
+        TypeError, ValueError: a size is not an int of at least 1, or `gradient` is unknown. In
+            `forward`, whatever `ops.fused_dynamic_routing` raises.
 
     Example:
         >>> import torch
@@ -35,6 +32,8 @@ class RoutedCapsules(nn.Module):
         >>> routing(torch.rand(2, 1152, 8)).shape
         torch.Size([2, 10, 16])
     """
+
+    calibrated_weight = "weight"
 
     def __init__(
         self,
@@ -46,7 +45,6 @@ class RoutedCapsules(nn.Module):
         *,
         gradient: ops.Gradient = "full",
         learned_prior: bool = False,
-        input_length: float = 1.0,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -59,9 +57,6 @@ class RoutedCapsules(nn.Module):
             _checks.check_size("RoutedCapsules", name, value)
         _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
         _checks.check_flag("RoutedCapsules", "learned_prior", learned_prior)
-        _checks.check_number("RoutedCapsules", "input_length", input_length)
-        if not input_length > 0:
-            raise ValueError(f"RoutedCapsules: input_length must be > 0, got {input_length}")
         self.in_capsules = in_capsules
         self.in_dim = in_dim
         self.out_capsules = out_capsules
@@ -69,22 +64,19 @@ class RoutedCapsules(nn.Module):
         self.iterations = iterations
         self.gradient: ops.Gradient = gradient
         self.learned_prior = learned_prior
-        self.input_length = input_length
         self.weight = nn.Parameter(torch.empty(in_capsules, in_dim, out_capsules, out_dim))
         self.prior = nn.Parameter(torch.empty(in_capsules, out_capsules)) if learned_prior else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution with σ = J / (ρ·√(I·D)).
+        """Draw the weight from a normal distribution that starts routing alive at every size.
 
-        With uniform coupling and inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J. So the sums start near
-        length 1, whatever the sizes. A smaller σ kills the signal of routings in series, because
-        each squash squares a short length. A larger σ saturates them: iterations move the coupling
-        towards the prediction vectors that agree, and the sums grow beyond the uniform estimate.
-        The default is ρ = 1, the upper bound on the length of a squashed capsule.
+        In a stack of more than two routings, or behind layers of your own, the lengths also depend
+        on the inputs: call `calibrate` on a batch. `docs/initialisation.md` has the rule and
+        figures.
         """
-        fan = math.sqrt(self.in_capsules * self.out_dim)
-        nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))
+        sigma = routing_weight_std(self.in_capsules, self.out_capsules, self.out_dim)
+        nn.init.normal_(self.weight, std=sigma)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
 
@@ -100,5 +92,5 @@ class RoutedCapsules(nn.Module):
             f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
             f"iterations={self.iterations}, gradient={self.gradient!r}, "
-            f"learned_prior={self.learned_prior}, input_length={self.input_length}"
+            f"learned_prior={self.learned_prior}"
         )

@@ -1,7 +1,7 @@
 """Why does a deep stack of my own not learn?
 
-Because its capsules start too short: each squash squares them. `calibrate` scales the weights, layer
-by layer, until the capsules are half as long as they can be.
+Because its capsules start too short: each squash squares their lengths. `calibrate` scales the
+weights, layer by layer, until the mean length is 0.5.
 """
 
 import copy

@@ -131,6 +131,8 @@ def record_launches(
     optional: Collection[str] = (),
     with_coupling: bool = False,
     gradient: str = "full",
+    leaky: bool = False,
+    output: str = "v",
 ) -> Iterator[Launch]:
     """Return every distinct launch of every operator in the table, forward and backward.
 
@@ -143,6 +145,7 @@ def record_launches(
 
     sizes = dict(zip("BIPJD", (batch, *shape), strict=True))
     chosen = {"iterations": iterations, "gradient": gradient, "return_coupling": with_coupling}
+    chosen |= {"leaky": leaky, "output": output}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module in vars(kernels).values():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import MappingKey, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from tritoncaps import _checks, _operators, reference
 from tritoncaps._files import atomic_write
@@ -185,6 +185,7 @@ def to_onnx(
         dynamo=True,
         verbose=False,
     )
+    assert made is not None  # it would be None from the exporter without dynamo
     _write(path, made.model_proto.SerializeToString())
 
 
@@ -275,7 +276,11 @@ def _output_names(program: ExportedProgram) -> list[str]:
     leaves, _ = tree_flatten_with_path(tree_unflatten([0] * tree.num_leaves, tree))
     names = []
     for path, _ in leaves:
-        keys = [key.key if isinstance(key, MappingKey) else key.idx for key in path]
+        # A key of a dict, an index of a tuple, or a field of a dataclass that a user registered.
+        keys = [
+            next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind))
+            for key in path
+        ]
         if not isinstance(next(iter(keys), 0), str):
             keys.insert(0, "output")
         names.append("_".join(map(str, keys)))

@@ -41,7 +41,7 @@ def test_the_name_of_a_case_tells_everything_about_it():
         optional=("prior",),
     )
     assert str(case) == "dynamic_routing 7x3->4x5 B=6 r=2 bf16 with prior gradient=last"
-    assert case.options == {"iterations": 2, "gradient": "last", "return_coupling": False}
+    assert case.options == case.operator.defaults | {"iterations": 2, "gradient": "last"}
     assert case.arguments(CPU).keys() == {"u_hat", "prior"}
 
 

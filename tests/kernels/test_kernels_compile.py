@@ -99,23 +99,29 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
     assert_compiles("sm90", is_tf32, pool)
 
 
+# What the authors' code has besides. It costs little, so it is combined only with all of the other
+# flags and with none.
+AUTHORS = {"leaky": True, "output": "s"}
+
+
 def every_mode(target_name):
     """The launches of the MNIST shape in every mode."""
-    flags = [(False, True)] * 3
+    flags = [(False, True)] * 4
     found = {}
-    for iterations, with_prior, with_coupling, with_bias in product((3, 1, 2), *flags):
-        for gradient in ("full", "last"):
+    for iterations, prior, coupling, bias, is_authors in product((3, 1, 2), *flags):
+        for gradient in ("full",) if is_authors else ("full", "last"):
             # Fewer iterations would unroll fewer steps, of the same modes.
-            if iterations < 3 and not (with_prior == with_coupling == with_bias):
+            if (iterations < 3 or is_authors) and not (prior == coupling == bias):
                 continue
             of_mode = launches(
                 target_name,
                 [FP32],
                 shapes=["MNIST"],
                 iterations=iterations,
-                optional=["prior"] * with_prior + ["bias"] * with_bias,
-                with_coupling=with_coupling,
+                optional=["prior"] * prior + ["bias"] * bias + ["pose_bias"] * is_authors,
+                with_coupling=coupling,
                 gradient=gradient,
+                **AUTHORS if is_authors else {},
             )
             found |= dict.fromkeys(of_mode)
     return list(found)
@@ -132,7 +138,13 @@ def test_extents_of_one_compile(pool):
     """Triton turns an argument of 1 into a constant, which not every tensor operation accepts."""
     _, target = TARGETS["sm90"]
     found = compile_report.record_launches(
-        (1, 1, 1, 1), FP32, target, batch=1, optional=("prior", "bias"), with_coupling=True
+        (1, 1, 1, 1),
+        FP32,
+        target,
+        batch=1,
+        optional=("prior", "bias", "pose_bias"),
+        with_coupling=True,
+        leaky=True,
     )
     assert_compiles("sm90", found, pool)
 

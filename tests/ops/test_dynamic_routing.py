@@ -84,6 +84,16 @@ def test_a_leaky_softmax_has_a_capsule_without_weights(device, operator):
     torch.testing.assert_close(coupling, wide_coupling[..., :-1])
 
 
+@every_loop
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e15])
+def test_no_output_capsule_is_longer_than_one(device, operator, scale):
+    inputs = draw_inputs(operator, MNIST_LIKE, dtype=torch.float32, device=device, optional=())
+    first = next(iter(inputs))
+    v = operator.function(**inputs | {first: inputs[first] * scale})
+    for result in (v, operator.reference(**inputs | {first: inputs[first] * scale})):
+        assert (result.double().norm(dim=-1) <= 1).all()
+
+
 class Zeros(TorchDispatchMode):
     """Remembers the shapes of the tensors of zeros that are made."""
 

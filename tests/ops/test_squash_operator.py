@@ -8,7 +8,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tritoncaps import ops, reference
-from tritoncaps.testing import DTYPES, LAYOUTS, Case, Operator, assert_agrees, compare, gradients
+from tritoncaps.testing import (
+    DTYPES,
+    LAYOUTS,
+    Case,
+    Operator,
+    assert_agrees,
+    compare,
+    gradients,
+    normal,
+)
 
 FORMS = ["quadratic", "exponential"]
 SLOPE_AT_ZERO = {"quadratic": 0.0, "exponential": 1.0}
@@ -130,6 +139,31 @@ def test_direction_stays_and_length_is_below_one(device, dtype, form):
     assert (norms.diff() > -2 * roundings).all(), "a longer input must give a longer output"
     cosine = torch.nn.functional.cosine_similarity(v, s.double())
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=4 * roundings, atol=0)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    D=st.integers(1, 64),
+    form=st.sampled_from(FORMS),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-38, 37) | st.integers(1, 6),
+    positive=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_no_vector_is_longer_than_one(device, D, form, dtype, exponent, positive, seed):
+    """Also on the reference, and as users measure it. 16-bit components are rounded once more."""
+    directions = normal(64, D, seed=seed)
+    directions = torch.nn.functional.normalize(directions.abs() if positive else directions)
+    lengths = torch.logspace(exponent, exponent + 1, 64, dtype=torch.float64)
+    largest = torch.finfo(dtype).max
+    s = (lengths[:, None] * directions).clamp(-largest, largest).to(dtype).to(device)
+    allowed = 1 + torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 1
+    assert (ops.squash(s, form=form).double().norm(dim=-1) <= allowed).all()
+    if dtype.itemsize > 2:
+        for squash in (ops.squash, reference.squash):
+            v = squash(s, form=form)
+            assert (v.double().norm(dim=-1) <= 1).all()
+            assert (torch.linalg.vector_norm(v, dim=-1) <= 1).all()
 
 
 @every_dtype

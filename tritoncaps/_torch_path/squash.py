@@ -1,4 +1,4 @@
-"""Squash: scale a vector's length to [0, 1) and keep its direction."""
+"""Squash: scale a vector's length to at most 1 and keep its direction."""
 
 import torch
 from torch import Tensor

@@ -1,17 +1,19 @@
-"""Train a capsule network on handwritten digits.
+"""Train a capsule network on handwritten digits, or on a folder of your own images.
 
     python examples/train_mnist.py                                  # the deep capsule network
     python examples/train_mnist.py --model capsnet --epochs 10      # Sabour's CapsNet
     python examples/train_mnist.py --model capsnet --model-kwargs iterations=1 gradient=last
     python examples/train_mnist.py --dataset mnist --data-dir ~/data
+    python examples/train_mnist.py --dataset folder --data-dir PATH --image-size 32
     python examples/train_mnist.py --resume auto                    # continue the last run
     python examples/train_mnist.py --eval-only --resume runs/NAME   # test a trained model
     torchrun --standalone --nproc-per-node 8 examples/train_mnist.py --batch-size 1024
 
 If MNIST is neither there nor can be downloaded, it trains on the 1,797 digits that come with
-scikit-learn. engine/run_directory.py lists what a run writes; curves.png, reconstructions.png,
-perturbations.png and confusion.png show how it went. To train a model of your own, see
-docs/own-model.md.
+scikit-learn. docs/training.md says how a folder of your own images is laid out.
+
+engine/run_directory.py lists what a run writes; curves.png, reconstructions.png, perturbations.png
+and confusion.png show how it went. To train a model of your own, see docs/own-model.md.
 """
 
 import functools
@@ -30,6 +32,7 @@ from engine.run_directory import latest, locked, new_directory, tensorboard_writ
 from engine.runner import Runner, count_parameters, run_program
 from engine.runtime import require
 from engine.tables import counted
+from engine.trained import check_images
 from engine.training import Evaluation
 
 
@@ -75,6 +78,8 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         # -- device, images and model
         runner = Runner(recipe, machine, output, world)
         recipe = runner.recipe
+        if start is not None:
+            check_images(start.directory, start.config, runner.dataset)
         job = runner.classification(recipe)
 
         # -- the run directory, and what is about to happen

@@ -12,6 +12,7 @@ from tritoncaps._checks import (
     check_size,
     shape_of,
 )
+from tritoncaps.layers._convolution import ReluConv2d
 
 
 class CapsuleOutput(NamedTuple):
@@ -35,11 +36,7 @@ def relu_convolution(in_channels: int, out_channels: int, kernel_size: int) -> n
     With torch's default, each convolution cuts the power of the features to about a third, and the
     squashed primary capsules start with lengths of a few hundredths.
     """
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size)
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
+    return ReluConv2d(in_channels, out_channels, kernel_size)
 
 
 def check_arguments(

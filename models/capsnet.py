@@ -36,7 +36,8 @@ class CapsNet(nn.Module):
         capsule_types: primary capsules at each position, 8-dimensional.
         class_dim: components of a class capsule, D.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder.
+        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
+            stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -97,8 +98,9 @@ class CapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), of the capsules to decode, as in training. Without it the
-                longest capsule of each image is decoded.
+            target: the capsules to decode, as in training: class indices, (B,), or multi-hot,
+                (B, K), for all the present ones in one picture. See `ReconstructionDecoder`.
+                Without it the longest capsule of each image is decoded.
         """
         check_images("CapsNet", images, self.image_shape)
         features = F.relu(self.conv(images))  # (B, channels, H-8, W-8)

@@ -42,7 +42,8 @@ class DeepCapsNet(nn.Module):
         capsule_types: primary capsules at each position, 8-dimensional.
         class_dim: components of a class capsule, D.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder.
+        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
+            stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -117,8 +118,9 @@ class DeepCapsNet(nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: class indices, (B,), of the capsules to decode, as in training. Without it the
-                longest capsule of each image is decoded.
+            target: the capsules to decode, as in training: class indices, (B,), or multi-hot,
+                (B, K), for all the present ones in one picture. See `ReconstructionDecoder`.
+                Without it the longest capsule of each image is decoded.
         """
         check_images("DeepCapsNet", images, self.image_shape)
         features = F.relu(self.conv1(images))  # (B, 512, H-8, W-8)

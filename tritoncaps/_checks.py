@@ -60,7 +60,8 @@ def check_tensor(function: str, name: str, value: Tensor, axes: str) -> None:
     rank = len(axes.split())
     if value.ndim != rank:
         raise ValueError(
-            f"{function}: {name} must have {rank} axes ({axes.replace(' ', ', ')}), "
+            f"{function}: {name} must have {rank} {'axis' if rank == 1 else 'axes'} "
+            f"({axes.replace(' ', ', ')}), "
             f"got {value.ndim} ({name}: {shape_of(value)})"
         )
 
@@ -147,12 +148,7 @@ def routed_dtype(tensor: Tensor) -> torch.dtype:
 
 def check_iterations(function: str, iterations: object, name: str = "iterations") -> None:
     """An int, at least 1: the number of weighted sums."""
-    if not isinstance(iterations, int) or isinstance(iterations, bool):
-        raise TypeError(f"{function}: {name} must be an int, got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"{function}: {name} must be >= 1, got {iterations}")
-    if iterations > _LARGEST:
-        raise ValueError(f"{function}: {name} must be <= {_LARGEST}, got {iterations}")
+    check_size(function, name, iterations)
 
 
 def check_number(function: str, name: str, value: object) -> None:
@@ -184,9 +180,24 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str]
         raise ValueError(f"{function}: {name} must be {expected}, got {shown(value)}")
 
 
-def check_size(function: str, name: str, value: object) -> None:
+def check_size(function: str, name: str, value: object, smallest: int = 1) -> None:
     """An int, at least 1, such as a number of capsules."""
-    check_iterations(function, value, name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{function}: {name} must be >= {smallest}, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"{function}: {name} must be <= {_LARGEST}, got {value}")
+
+
+def check_per_axis(function: str, name: str, value: object, count: int, smallest: int = 1) -> None:
+    """An int, or one int for each of `count` axes of an image."""
+    if not isinstance(value, (tuple, list)):
+        value = (value,) * count
+    if len(value) != count:
+        raise ValueError(f"{function}: {name} must be an int or {count} ints, got {value!r}")
+    for size in value:
+        check_size(function, name, size, smallest)
 
 
 def check_pair(function: str, name: str, value: object, expected: str) -> None:
@@ -205,71 +216,149 @@ def check_dim(function: str, dim: object, ndim: int) -> None:
         raise ValueError(f"{function}: dim={dim} is out of range for a tensor with {ndim} axes")
 
 
-def check_target(function: str, target: Tensor, activations: Tensor) -> None:
+def check_target(function: str, target: Tensor, name: str, tensor: Tensor) -> None:
     """Class indices (B,) in [0, K), or multi-hot (B, K) with values in [0, 1].
 
-    Values are read only on a CPU. On an accelerator the read would make every step wait, and an
-    index out of range fails inside `one_hot` instead.
+    B and K are the first two axes of `tensor`, which the messages call `name`.
+
+    Values are read only on a CPU. On an accelerator the read would make every step wait. There, an
+    index out of range is not noticed: `present_classes` takes it for an image without any class.
     """
-    B, K = activations.shape
-    if isinstance(target, Tensor) and target.ndim not in (1, 2):
+    if not isinstance(target, Tensor):
+        remedy = ""
+        if isinstance(target, (int, float, list)) or hasattr(target, "__array__"):
+            remedy = "; use torch.as_tensor(target)"
+        raise TypeError(
+            f"{function}: target must be a torch.Tensor, got {type(target).__name__}{remedy}"
+        )
+    if target.ndim not in (1, 2):
+        remedy = ""
+        if target.ndim == 0:
+            remedy = "; for a single image use target.unsqueeze(0)"
+        elif target.shape[-1] == 1:
+            remedy = "; use target.squeeze(-1)"
         raise ValueError(
             f"{function}: target must have 1 axis (B) or 2 (B, K), got {target.ndim} "
-            f"(target: {shape_of(target)})"
+            f"(target: {shape_of(target)}){remedy}"
         )
-    if not isinstance(target, Tensor) or target.ndim == 1:
-        check_class_indices(function, target, B, K, activations.device)
-        return
-    _check_device(function, target, activations.device)
-    if target.dtype not in _MULTI_HOT or target.layout != torch.strided:
-        raise TypeError(
-            f"{function}: multi-hot target must be a dense tensor of bool, an integer or a "
-            f"floating-point type, got {target.dtype}, {target.layout}"
-        )
-    if target.shape != activations.shape:
+    if target.device != tensor.device:
         raise ValueError(
-            f"{function}: multi-hot target is {shape_of(target)} "
-            f"but activations is {shape_of(activations)}"
-        )
-    _check_range(function, "multi-hot values", target, 1)
-
-
-def check_class_indices(
-    function: str, target: Tensor, B: int, K: int, device: torch.device
-) -> None:
-    """Class indices (B,), int64, in [0, K). Values are read only on a CPU."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{function}: target must be a torch.Tensor, got {type(target).__name__}")
-    _check_device(function, target, device)
-    if target.ndim != 1:
-        raise ValueError(
-            f"{function}: target must have 1 axis (B), got {target.ndim} "
-            f"(target: {shape_of(target)})"
-        )
-    if target.shape[0] != B:
-        raise ValueError(f"{function}: target has B={target.shape[0]}, expected B={B}")
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"{function}: target with class indices must be torch.int64, got {target.dtype}"
+            f"{function}: target is on {target.device} but {name} is on {tensor.device}; "
+            f'use target.to("{tensor.device}")'
         )
     if target.layout != torch.strided:
-        raise TypeError(f"{function}: target must be dense (torch.strided), got {target.layout}")
-    _check_range(function, "class indices", target, K - 1)
+        raise TypeError(
+            f"{function}: target must be dense (torch.strided), got {target.layout}; "
+            f"use target.to_dense()"
+        )
+    check = _check_class_indices if target.ndim == 1 else _check_multi_hot
+    check(function, target, name, tensor)
 
 
-def _check_device(function: str, target: Tensor, device: torch.device) -> None:
-    if target.device != device:
-        raise ValueError(f"{function}: target is on {target.device}, expected {device}")
-
-
-def _check_range(function: str, what: str, target: Tensor, limit: int) -> None:
-    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
-        return
-    try:
-        low, high = target.min().item(), target.max().item()
-    except RuntimeError:  # under vmap, or for a fake tensor, there is no value to read
-        return
-    if low < 0 or high > limit:
+def _check_class_indices(function: str, target: Tensor, name: str, tensor: Tensor) -> None:
+    B, K = tensor.shape[:2]
+    size = target.shape[0]
+    if size != B:
+        remedy = "give one class index for each image"
+        if size == K:
+            remedy = (
+                "for the multi-hot target of one image, use target.unsqueeze(0)"
+                if B == 1
+                else f"if {name} is (K, B), use {name}.transpose(0, 1)"
+            )
         raise ValueError(
-            f"{function}: target holds {what} from {low} to {high}, they must lie in 0 .. {limit}"
+            f"{function}: target has B={size} but {name} has B={B} "
+            f"(target: {shape_of(target)}, {name}: {shape_of(tensor)}); {remedy}"
+        )
+    # One class is either present or absent, which an index cannot say.
+    only = "; for a single class, use the multi-hot target.unsqueeze(1)" if K == 1 else ""
+    if target.dtype != torch.int64:
+        remedy = only or "; use target.long()"
+        raise TypeError(
+            f"{function}: target with class indices must be torch.int64, got {target.dtype}"
+            f"{remedy if target.dtype in _MULTI_HOT else ''}"
+        )
+    low, high = _range(target)
+    if low < 0 or high >= K:
+        if low < 0:
+            remedy = "; for an image of no class, use a multi-hot target with a row of zeros"
+        else:
+            remedy = only or f"; count classes from 0, or build the model for {high + 1}"
+        raise ValueError(
+            f"{function}: target holds class indices from {low} to {high}, "
+            f"they must lie in 0 .. {K - 1}{remedy}"
+        )
+
+
+def _check_multi_hot(function: str, target: Tensor, name: str, tensor: Tensor) -> None:
+    B, K = tensor.shape[:2]
+    if target.shape != (B, K):
+        raise ValueError(
+            f"{function}: multi-hot target is {shape_of(target)} but {name} is {shape_of(tensor)}; "
+            f"{_remedy_for_shape(target, B, K)}"
+        )
+    if target.dtype not in _MULTI_HOT:
+        raise TypeError(
+            f"{function}: multi-hot target must be bool, an integer or a floating-point type, "
+            f"got {target.dtype}; use target.float()"
+        )
+    # Mixing images and smoothing labels round.
+    floating = target.is_floating_point()
+    tolerance = max(1e-6, 4 * torch.finfo(target.dtype).eps) if floating else 0
+    low, high = _range(target)
+    if low < -tolerance or high > 1 + tolerance:
+        raise ValueError(
+            f"{function}: target holds multi-hot values from {low} to {high}, "
+            f"they must lie in 0 .. 1; use target.clamp(0, 1)"
+        )
+
+
+def _remedy_for_shape(target: Tensor, B: int, K: int) -> str:
+    """What to do with a target of two axes that is not (B, K)."""
+    shape = shape_of(target)
+    to_index = "" if target.dtype == torch.int64 else ".long()"
+    if shape == (K, B):
+        return "both must start with B: transpose one of them"
+    if shape == (B, 1):
+        return f"for class indices use target.squeeze(1){to_index}"
+    if shape == (1, B):
+        return f"for class indices use target.squeeze(0){to_index}"
+    if shape[0] == B:
+        return (
+            f"use F.one_hot(labels, {K}) to make it, or F.one_hot(labels, {K}).amax(dim=1) "
+            f"if an image has several labels"
+        )
+    return f"it must be ({B}, {K})"
+
+
+def _range(target: Tensor) -> tuple[float, float]:
+    """The smallest and largest value, or (0, 0) where they cannot be read."""
+    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+        return 0, 0
+    try:
+        return target.min().item(), target.max().item()
+    except RuntimeError:  # under vmap, or for a fake tensor, there is no value to read
+        return 0, 0
+
+
+def check_class_weight(
+    function: str, class_weight: Tensor | None, activations: Tensor | None = None
+) -> None:
+    """None, or a factor for each class: (K,), floating-point, beside the activations."""
+    if class_weight is None:
+        return
+    if not isinstance(class_weight, Tensor):
+        raise TypeError(
+            f"{function}: class_weight must be a torch.Tensor or None, "
+            f"got {type(class_weight).__name__}; use torch.tensor([...])"
+        )
+    check_tensor(function, "class_weight", class_weight, "K")
+    if activations is None:
+        return
+    tensors = [("class_weight", class_weight, "K"), ("activations", activations, "B K")]
+    check_axes(function, tensors[::-1])
+    if class_weight.device != activations.device:
+        raise ValueError(
+            f"{function}: class_weight is on {class_weight.device} but activations is on "
+            f'{activations.device}; move it, or the loss module, with .to("{activations.device}")'
         )

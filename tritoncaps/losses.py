@@ -4,7 +4,15 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import ops
-from tritoncaps._checks import check_choice, check_margins, check_number, shape_of
+from tritoncaps._checks import (
+    check_choice,
+    check_class_weight,
+    check_floating,
+    check_margins,
+    check_number,
+    shape_of,
+)
+from tritoncaps.ops._margin_loss import reduced
 
 __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
 
@@ -13,13 +21,14 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Sum the squared error over each image (Sabour 2017, section 4.1).
 
     Args:
-        reconstruction: shape (B, C, H, W).
-        images: shape (B, C, H, W).
+        reconstruction: shape (B, C, H, W), or any other shape that starts with B.
+        images: of the same shape.
 
     Returns:
         The sums, shape (B,).
 
     Raises:
+        TypeError: one of them is not a floating-point tensor.
         ValueError: the shapes differ.
 
     Example:
@@ -27,6 +36,8 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
         >>> reconstruction_error(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4))
         tensor([16., 16.])
     """
+    check_floating("reconstruction_error", "reconstruction", reconstruction)
+    check_floating("reconstruction_error", "images", images)
     if reconstruction.shape != images.shape:
         raise ValueError(
             f"reconstruction_error: reconstruction is {shape_of(reconstruction)} "
@@ -35,14 +46,10 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
     return (reconstruction - images).square().flatten(1).sum(dim=1)
 
 
-class MarginLoss(nn.Module):
-    """`ops.margin_loss` as a module, with the same arguments.
+class _Margins(nn.Module):
+    """The arguments of the margin loss. `class_weight` is a buffer, so it moves with the module."""
 
-    Example:
-        >>> import torch
-        >>> MarginLoss()(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
-        tensor(0.0200)
-    """
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -50,64 +57,118 @@ class MarginLoss(nn.Module):
         m_neg: float = 0.1,
         down_weight: float = 0.5,
         reduction: ops.Reduction = "mean",
+        *,
+        class_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_margins("MarginLoss", m_pos, m_neg, down_weight)
+        name = type(self).__name__
+        check_margins(name, m_pos, m_neg, down_weight)
+        check_choice(name, "reduction", reduction, ("mean", "sum", "none"))
+        check_class_weight(name, class_weight)
         self.m_pos = m_pos
         self.m_neg = m_neg
         self.down_weight = down_weight
-        check_choice("MarginLoss", "reduction", reduction, ("mean", "sum", "none"))
         self.reduction: ops.Reduction = reduction
+        self.register_buffer("class_weight", class_weight)
 
-    def forward(self, activations: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss of activations (B, K) for class indices (B,) or multi-hot (B, K)."""
+    def margin_loss(self, activations: Tensor, target: Tensor) -> Tensor:
+        """Call the operator with these arguments."""
         return ops.margin_loss(
-            activations, target, self.m_pos, self.m_neg, self.down_weight, self.reduction
+            activations,
+            target,
+            self.m_pos,
+            self.m_neg,
+            self.down_weight,
+            self.reduction,
+            class_weight=self.class_weight,
         )
 
     def extra_repr(self) -> str:
-        """The arguments that build this module."""
+        """The arguments that build this module; of `class_weight`, the shape."""
+        weight = self.class_weight
         return (
             f"m_pos={self.m_pos}, m_neg={self.m_neg}, down_weight={self.down_weight}, "
             f"reduction={self.reduction!r}"
+            + ("" if weight is None else f", class_weight={shape_of(weight)}")
         )
 
 
-class CapsuleLoss(nn.Module):
-    """Margin loss + `reconstruction_weight` × summed squared error, mean over the batch.
+class MarginLoss(_Margins):
+    """`ops.margin_loss` as a module, with the same arguments.
+
+    `class_weight` is a buffer: it moves with the module, and is part of its state dict.
+
+    Example:
+        >>> import torch
+        >>> MarginLoss()(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
+        tensor(0.0200)
+    """
+
+    def forward(self, activations: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of activations (B, K) for class indices (B,) or multi-hot (B, K)."""
+        return self.margin_loss(activations, target)
+
+
+class CapsuleLoss(_Margins):
+    """Margin loss + `reconstruction_weight` × summed squared error of each image.
+
+    The reconstruction must be of what the target says is there: call the model as
+    `model(images, target)` with the same target. For a multi-hot target it is then a picture of all
+    the present classes, and is compared with the whole image. To compare the picture of each class
+    with an original of its own, see "Several objects in an image" in docs/own-model.md.
 
     Args:
         reconstruction_weight: 0.0005 in Sabour 2017 (section 4.1), small enough that the margin
             loss dominates.
+        m_pos, m_neg, down_weight, class_weight: of the margin loss. See `ops.margin_loss`.
+        reduction: of both terms over the batch: "mean", "sum" or "none".
 
     Raises:
-        TypeError, ValueError: the weight is not a number. In `forward`, whatever `ops.margin_loss`
-            and `reconstruction_error` raise.
+        TypeError, ValueError: an argument has the wrong type, shape or range. In `forward`,
+            whatever `ops.margin_loss` and `reconstruction_error` raise.
 
     Example:
         >>> import torch
         >>> images = torch.rand(2, 1, 28, 28)
-        >>> CapsuleLoss()(torch.rand(2, 10), torch.tensor([3, 7]), images, images).shape
-        torch.Size([])
+        >>> loss = CapsuleLoss(class_weight=torch.tensor([1.0, 1.0, 5.0]), reduction="none")
+        >>> loss(torch.rand(2, 3), torch.tensor([1, 2]), images, images).shape
+        torch.Size([2])
     """
 
-    def __init__(self, reconstruction_weight: float = 0.0005) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        reconstruction_weight: float = 0.0005,
+        m_pos: float = 0.9,
+        m_neg: float = 0.1,
+        down_weight: float = 0.5,
+        reduction: ops.Reduction = "mean",
+        *,
+        class_weight: Tensor | None = None,
+    ) -> None:
+        super().__init__(m_pos, m_neg, down_weight, reduction, class_weight=class_weight)
         check_number("CapsuleLoss", "reconstruction_weight", reconstruction_weight)
         self.reconstruction_weight = reconstruction_weight
 
     def forward(
         self, activations: Tensor, target: Tensor, reconstruction: Tensor | None, images: Tensor
     ) -> Tensor:
-        """Compute the loss, a scalar. Without a reconstruction it is the margin loss alone."""
-        loss = ops.margin_loss(activations, target)
+        """Compute the loss. Without a reconstruction it is the margin loss alone.
+
+        Args:
+            activations: shape (B, K).
+            target: class indices (B,) or multi-hot (B, K), as the model was called with.
+            reconstruction: shape (B, C, H, W), or None.
+            images: of the shape of `reconstruction`, values in [0, 1].
+
+        Returns:
+            A scalar, or shape (B,) with the reduction "none".
+        """
+        loss = self.margin_loss(activations, target)
         if reconstruction is None:
             return loss
-        error = reconstruction_error(reconstruction.to(images.dtype), images)
-        # The mean over an empty batch is 0.
-        mean = error.sum() / max(1, len(error))
-        return torch.add(loss, mean, alpha=self.reconstruction_weight)
+        error = reduced(reconstruction_error(reconstruction, images), self.reduction)
+        return torch.add(loss, error, alpha=self.reconstruction_weight)
 
     def extra_repr(self) -> str:
-        """The arguments that build this module."""
-        return f"reconstruction_weight={self.reconstruction_weight}"
+        """The arguments that build this module; of `class_weight`, the shape."""
+        return f"reconstruction_weight={self.reconstruction_weight}, {super().extra_repr()}"

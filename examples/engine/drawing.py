@@ -75,9 +75,18 @@ def figure(
 
 def shrink_to(width: float, text: Text) -> None:
     """Reduce the font of a text until it is at most this many pixels wide."""
-    actual = text.get_window_extent().width
-    if actual > width:
-        text.set_fontsize(float(text.get_fontsize()) * width / actual)
+    # The width of small letters is not quite proportional to the font, so again until it fits.
+    for _ in range(10):
+        actual = text.get_window_extent().width
+        if actual <= width:
+            return
+        smaller = float(text.get_fontsize()) * min(width / actual, 0.98)
+        text.set_fontsize(max(1.0, smaller))
+
+
+def shortened(name: str, length: int) -> str:
+    """Cut a long name, such as that of a folder, to this many characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 # -- images
@@ -170,7 +179,8 @@ def draw_blocks(
             ):
                 x = (column + 0.5) * width - GAP / 2
                 colour = _WRONG if wrong else "black"
-                text = axes.text(x, below, caption, color=colour, ha="center", va="top")
+                lines = "\n".join(shortened(line, 18) for line in caption.splitlines())
+                text = axes.text(x, below, lines, color=colour, ha="center", va="top")
                 shrink_to(width - GAP, text)
                 if wrong and frames:
                     corner = (column * width - 1.5, top - 1.5)

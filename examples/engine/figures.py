@@ -33,6 +33,7 @@ from engine.drawing import (
     line_styles,
     mosaic_figure,
     set_limits,
+    shortened,
     shrink_to,
     stretch_axis,
 )
@@ -181,12 +182,17 @@ def plot_confusion(
         bar = drawn.colorbar(image, ax=axes, shrink=0.8, label="share of the true class (%)")
         bar.set_ticks([1e-4, 1e-3, 1e-2, 0.1, 1], labels=["0.01", "0.1", "1", "10", "100"])
         bar.minorticks_off()
-        axes.set_yticks(range(len(counts)), class_names)
-        axes.set_xticks(range(len(counts)), class_names)
+        names = [shortened(name, 28) for name in class_names]
+        font_size = min(9.0, 0.5 * size / len(counts))
+        axes.set_yticks(range(len(counts)), names, fontsize=font_size)
+        axes.set_xticks(range(len(counts)), names, fontsize=font_size)
         if max(map(len, class_names)) > 2:
-            axes.tick_params("x", rotation=45)
-            for name in axes.get_xticklabels():
-                name.set(horizontalalignment="right", rotation_mode="anchor")
+            # Slanted names would run into each other where columns are narrow.
+            rotation = 45 if len(counts) <= 25 else 90
+            axes.tick_params("x", rotation=rotation)
+            if rotation == 45:
+                for name in axes.get_xticklabels():
+                    name.set(horizontalalignment="right", rotation_mode="anchor")
         axes.set(xlabel="predicted", ylabel="true")
 
 

@@ -71,6 +71,18 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class Sides(argparse.Action):
+    """Reads one side of a square, or height and width, into a list of both."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Store what the flag was given."""
+        if len(values) > 2:
+            raise argparse.ArgumentError(self, f"expected SIDE or HEIGHT WIDTH, got {values}")
+        setattr(namespace, self.dest, [values[0], values[-1]])
+
+
 # Options of flags that count something.
 COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
 STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
@@ -90,8 +102,18 @@ class Recipe:
     )
     dataset: str = flag(
         "auto",
-        "auto: MNIST if it is there or can be downloaded, else digits",
+        "auto: MNIST if it is there or can be downloaded, else digits; "
+        "folder: your own images, those of each class in a subfolder of --data-dir",
         choices=["auto", *list_datasets()],
+    )
+    image_size: list[int] | None = flag(
+        None,
+        "resize the images of --dataset folder to this, or to a height and a width (default: their "
+        "own size if they are equal and at most 64 a side, else 32)",
+        action=Sides,
+        nargs="+",
+        type=positive,
+        metavar="SIDE",
     )
     limit_train: int | None = flag(
         None, "use N training images, the classes in proportion (default: all)", **COUNT
@@ -100,7 +122,10 @@ class Recipe:
         None, "use N test images, the classes in proportion (default: all)", **COUNT
     )
     validation_fraction: float = flag(
-        0.1, "share of the training images held out to choose the best epoch", metavar="F"
+        0.1,
+        "share of the training images held out to choose the best epoch, unless the data set has "
+        "a validation set",
+        metavar="F",
     )
     max_shift: int = flag(2, "shift each training image by up to this much", metavar="PIXELS")
     epochs: int | None = flag(
@@ -126,7 +151,7 @@ class Recipe:
 class Machine:
     """Where it runs. The results are the same everywhere, up to rounding."""
 
-    data_dir: str = flag("data", "directory of the data sets")
+    data_dir: str | None = flag(None, "directory of the data sets (default: data)", metavar="DIR")
     download: bool = flag(True, "download a missing data set")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = flag(
@@ -154,7 +179,11 @@ class Output:
 
 
 # The fields of a recipe that a program does not need if it trains nothing.
-NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {"dataset", "limit_test"}
+NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {
+    "dataset",
+    "image_size",
+    "limit_test",
+}
 
 
 def models_flag(names: Sequence[str]) -> Any:

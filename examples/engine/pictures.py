@@ -21,8 +21,9 @@ def draw(
     directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
     figures.plot_curves(trainer.rows, directory / "curves.png", title)
 
-    # Two images of each class.
-    chosen = torch.cat([(labels == label).nonzero()[:2, 0] for label in range(len(names))])
+    # Two images of each class. More classes would be too tall for a picture.
+    shown = range(min(len(names), 100))
+    chosen = torch.cat([(labels == label).nonzero()[:2, 0] for label in shown])
     images = to_float(test.images[chosen.to(test.images.device)])
     output = trainer.predict(images)
     figures.plot_reconstructions(

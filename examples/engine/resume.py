@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ _OF_NOW = ("resume", "eval_only", "dry_run", "output_dir")
 
 @dataclass
 class Start:
-    """What a run continues from: the flags and the state of an earlier one, or weights to test."""
+    """What a run continues from: the flags and the state of an earlier one, or weights to test.
+
+    `config` describes the images that the network takes.
+    """
 
     directory: Path
     args: dict[str, Any]
     epoch: int
     weights: dict[str, Tensor]
     state: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def find_start(
@@ -76,12 +80,13 @@ def find_start(
         )
     if weights:
         args = {**_flags_beside(directory), **{name: header[name] for name in needed[:3]}}
-        return Start(directory, _own(args), header["epoch"], weights)
+        return Start(directory, _own(args), header["epoch"], weights, None, header)
     epoch = header["progress"]["epoch"]
     if epoch and not eval_only:
         # The best model is needed at the end. If it is gone, say so now.
         latest(checkpoint.load_latest_weights(directory))
-    return Start(directory, _own(header["args"]), epoch, header["model"], header)
+    args, config = header["args"], header.get("config", {})
+    return Start(directory, _own(args), epoch, header["model"], header, config)
 
 
 def _flags_beside(directory: Path) -> dict[str, Any]:
@@ -99,6 +104,9 @@ def _flags_beside(directory: Path) -> dict[str, Any]:
 def _own(args: dict[str, Any]) -> dict[str, Any]:
     """Leave out the arguments of the network that the images determine: no flag gave them."""
     kwargs = args.get("model_kwargs", {})
+    if args.get("dataset") == "folder":
+        sides = kwargs.get("image_size")
+        args = {**args, "image_size": sides and list(sides)}
     return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
 

@@ -152,8 +152,11 @@ class Runner:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
             )
+        size = (recipe.image_size[0], recipe.image_size[1]) if recipe.image_size else None
         with world.first_on_each_machine():
-            dataset = load_dataset(recipe.dataset, machine.data_dir, download=machine.download)
+            dataset = load_dataset(
+                recipe.dataset, machine.data_dir, image_size=size, download=machine.download
+            )
         if len(set(found := world.gather(dataset.name))) > 1:
             raise DatasetError(
                 f"--dataset {recipe.dataset}: the {world.size} processes found {', '.join(found)}; "
@@ -163,6 +166,10 @@ class Runner:
             recipe = _shortened(recipe, dataset, self.dry_run_batch)
         self.epochs = recipe.epochs or dataset.epochs
         self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
+        if dataset.name == "folder":
+            # Another run of this recipe must not choose another size.
+            height, width = dataset.train.images.shape[2:]
+            self.recipe = replace(self.recipe, image_size=[height, width])
         self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
         self.train_images = self.dataset.train.to(self.runtime.device)
@@ -177,8 +184,16 @@ class Runner:
     # what is trained
 
     def split(self, recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
-        """Hold out the validation set."""
-        return split_validation(self.train_images, recipe.validation_fraction, recipe.seed)
+        """Return the images to train on and those to choose the best epoch by."""
+        if self.dataset.validation is not None:
+            return self.train_images, self.dataset.validation.to(self.runtime.device)
+        fraction, count = recipe.validation_fraction, len(self.train_images)
+        if not math.isfinite(fraction) or not 0 < round(fraction * count) < count:
+            raise ValueError(
+                f"--validation-fraction {fraction} holds out {fraction * count:.0f} of {count:,} "
+                "images, but both parts need at least one"
+            )
+        return split_validation(self.train_images, fraction, recipe.seed)
 
     def build(self, recipe: Recipe, image_shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]:
         """Build a network from its seed, for images (C, H, W); returns it and its description.
@@ -198,6 +213,9 @@ class Runner:
         try:
             model = baseline.create_network(recipe.model, **kwargs)
         except (TypeError, ValueError) as error:
+            if recipe.image_size and "image_size" in str(error):
+                size = " ".join(map(str, image_shape[1:]))
+                raise ValueError(f"--image-size {size}: {error}") from error
             if not recipe.model_kwargs:
                 raise
             given = " ".join(f"{key}={value}" for key, value in recipe.model_kwargs.items())
@@ -294,6 +312,9 @@ class Experiment(Runner):
         """
         recipe = {k: v for k, v in as_dict(self.recipe).items() if k not in self.varied}
         self.shared = {**recipe, "precision": self.runtime.precision, **shared}
+        if self.dataset.name == "folder":
+            folder = Path(str(self.machine.data_dir)).expanduser()
+            self.shared["data_dir"] = str(folder.resolve())
         name = "-".join(filter(None, (self.program, variant, self.dataset.name)))
         self.directory = Path(self.output.output_dir or f"runs/{name}")
         open_experiment(self.directory, self.program, self.shared)
@@ -454,4 +475,7 @@ def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) 
                 f"--limit-{part} {limit}: {dataset.title} has {len(images):,} such images"
             )
         parts[part] = images if limit is None else stratified_subset(images, limit, seed=0)
+    validation = dataset.validation
+    if limit_test is not None and validation is not None and limit_test < len(validation):
+        parts["validation"] = stratified_subset(validation, limit_test, seed=0)
     return replace(dataset, **parts)

@@ -79,7 +79,8 @@ class TwoClasses(Task):
     """Two classes per image: the two longest capsules are the answer, each decoded on its own.
 
     The target is `Originals`: two labels and the two images that lie over each other. Each
-    reconstruction is compared with the original of its own class, not with the overlay.
+    reconstruction is compared with the original of its own class, not with the overlay. Without
+    such originals, a multi-hot target for model and `CapsuleLoss` draws both in one picture.
 
     Args:
         decoder: called as decoder(poses, labels); draws the image of one capsule.
@@ -105,7 +106,8 @@ class TwoClasses(Task):
     def loss(self, output: CapsuleOutput, target: Originals, images: Tensor) -> Tensor:
         """Compute the margin loss of both classes + the weighted squared errors, a scalar."""
         assert output.reconstruction is not None
-        present = F.one_hot(target.labels, output.activations.shape[1]).sum(dim=1)
+        classes = torch.arange(output.activations.shape[1], device=target.labels.device)
+        present = (target.labels.unsqueeze(2) == classes).any(dim=1)
         error = reconstruction_error(output.reconstruction.float(), target.images)
         # The mean of an empty batch is 0.
         mean = error.sum() / max(1, error.numel())

@@ -1,8 +1,10 @@
 """Networks that were trained before, read back from their run directories."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,13 +18,15 @@ from tritoncaps.data import Dataset
 class Trained:
     """A trained network, ready to be tested.
 
-    `epoch` is the one that the validation set chose. `digest` identifies the weights.
+    `config` describes the images that the network takes, and `epoch` is the one that the validation
+    set chose. `digest` identifies the weights.
     """
 
     directory: Path
     network: str
     model: nn.Module
     dataset: str
+    config: dict[str, Any]
     epoch: int
     digest: str
 
@@ -70,7 +74,7 @@ def load_trained(directory: str | Path, runtime: Runtime) -> Trained:
     for name in sorted(weights):  # a file has them in any order
         hashed.update(weights[name].contiguous().numpy().tobytes())
     digest = hashed.hexdigest()[:16]
-    return Trained(path, header["model"], model, header["dataset"], header["epoch"], digest)
+    return Trained(path, header["model"], model, header["dataset"], header, header["epoch"], digest)
 
 
 def check_data(trained: Trained, dataset: Dataset) -> None:
@@ -80,3 +84,40 @@ def check_data(trained: Trained, dataset: Dataset) -> None:
             f"{trained.directory} was trained on {trained.dataset}, but the test images are "
             f"{dataset.name}: add --dataset {trained.dataset}"
         )
+    check_images(trained.directory, trained.config, dataset)
+
+
+def check_images(run: Path, config: Mapping[str, Any], dataset: Dataset) -> None:
+    """Refuse images that differ from those of a run in their classes, channels or size.
+
+    `config` holds the run's `class_names` and `model_kwargs`. What it lacks is not checked.
+    """
+    known, names = config.get("class_names"), list(dataset.class_names)
+    if known is not None and list(known) != names:
+        raise ValueError(
+            f"{run} was trained on the classes {_shortened(known)}, but --data-dir holds "
+            f"{_shortened(names)}: give a folder with the same subfolders"
+        )
+    kwargs = config.get("model_kwargs", {})
+    channels, *size = dataset.train.images.shape[1:]
+    if (known_channels := kwargs.get("in_channels", channels)) != channels:
+        found, remedy = "RGB", "convert them to grey"
+        if channels == 1:
+            found, remedy = "grey", "with one coloured image among them, all are read as RGB"
+        raise ValueError(
+            f"{run} was trained on images of {known_channels} channels, but those of "
+            f"--data-dir are {found}: {remedy}"
+        )
+    known_size = kwargs.get("image_size", size)
+    known_size = [known_size] * 2 if isinstance(known_size, int) else list(known_size)
+    if known_size != size:
+        height, width = known_size
+        remedy = f": give --image-size {height} {width}" if dataset.name == "folder" else ""
+        raise ValueError(
+            f"{run} was trained on images of {height}x{width} pixels, not {size[0]}x{size[1]}"
+            f"{remedy}"
+        )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" … ({len(names)})" if len(names) > 12 else "")

@@ -190,6 +190,7 @@ class Trainer:
             "progress": asdict(self.progress),
             "rows": self.rows,
             "args": self.args,
+            "config": self.config,
             "rng": rng,
             "rng_of_others": others,
         }

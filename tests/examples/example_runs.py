@@ -62,7 +62,7 @@ def few_digits(train: int = 90, test: int = 40) -> Dataset:
 def make_small(set_attribute: Setter, dataset: Dataset, *, draws: bool = False) -> None:
     """Shrink the networks and data of train_mnist.py. Without `draws` it draws no pictures."""
     set_attribute(baseline, "create_network", small_network)
-    set_attribute(runner, "load_dataset", lambda name, data_dir, download: dataset)
+    set_attribute(runner, "load_dataset", lambda *args, **options: dataset)
     if not draws:
         set_attribute(pictures, "draw", lambda *args: None)
 

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from contextlib import contextmanager
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -191,6 +192,17 @@ class TestImages:
         assert columns.call_args.args[0] == [42, 132, 222, 312]
         assert rows.call_args.args == ([42, 132, 222], ["1", "2", "3"])
 
+    def test_long_names_stay_below_their_image(self, tmp_path):
+        names = [f"{label} coloured digits on paper" for label in range(10)]
+        labels, predictions = list(range(10)), [0, 1, 2, 3, 4, 5, 6, 7, 9, 8]
+        with drawn_texts() as texts:
+            path, images = tmp_path / "r.png", blobs(10, channels=3)
+            figures.plot_reconstructions(images, images, labels, predictions, path, "Test", names)
+        captions = [text for text in texts if "coloured" in text.get_text()]
+        assert len(captions) == 10
+        assert max(text.get_window_extent().width for text in captions) <= 84
+        assert captions[-1].get_text() == "8 coloured digits\u2026\ntrue: 9 coloured \u2026"
+
     @pytest.mark.parametrize("channels", [1, 3])
     @pytest.mark.parametrize("number", [1, 10, 13])
     def test_reconstructions_show_every_pair(self, tmp_path, channels, number):
@@ -270,6 +282,20 @@ class TestConfusion:
         matrix += torch.ones_like(matrix).triu(1).tril(3)
         figures.plot_confusion(matrix, tmp_path / "c.png", "Test", names)
         assert read(tmp_path / "c.png").shape == (side + 150, side + 260, 3)
+
+    @pytest.mark.parametrize("classes", [12, 100])
+    def test_long_names_neither_overlap_nor_crowd_out_the_matrix(self, tmp_path, classes):
+        names = [f"{label} of the folders with a name that is far too long" for label in range(100)]
+        with mock.patch.object(Axes, "imshow", autospec=True, side_effect=Axes.imshow) as shown:
+            figures.plot_confusion(torch.eye(classes), tmp_path / "c.png", "Test", names[:classes])
+        axes = shown.call_args.args[0]
+        rows = [name.get_window_extent() for name in axes.get_yticklabels()]
+        columns = [name.get_window_extent() for name in axes.get_xticklabels()]
+        # A line includes some space above its letters.
+        assert all(high.y0 - low.y0 > 0.8 * low.height for high, low in pairwise(rows))
+        if classes == 100:  # Fewer names are slanted.
+            assert all(right.x0 - left.x0 > 0.8 * left.width for left, right in pairwise(columns))
+        assert axes.get_window_extent().width > 500
 
     def test_every_count_is_written_and_zeros_are_not(self, tmp_path):
         matrix = [[1135, 0, 2], [0, 0, 0], [31, 1, 12345]]

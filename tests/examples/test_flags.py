@@ -128,8 +128,9 @@ class TestRecipe:
         names = [entry.name for group in groups for entry in fields(group)]
         assert len(names) == len(set(names))
 
-    def test_a_program_that_only_tests_needs_two_fields(self):
-        assert {entry.name for entry in fields(Recipe)} - NO_TRAINING == {"dataset", "limit_test"}
+    def test_a_program_that_only_tests_needs_the_images(self):
+        needed = {entry.name for entry in fields(Recipe)} - NO_TRAINING
+        assert needed == {"dataset", "image_size", "limit_test"}
 
 
 def test_the_help_of_train_mnist_names_every_flag(capsys):

@@ -46,6 +46,15 @@ def program(tmp_path):
     return run
 
 
+def test_the_program_for_several_objects_runs():
+    found = re.search(r"<!-- program: several-objects -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert found is not None
+    names = {}
+    exec(found[1], names)
+    assert names["picture"].shape == (8, 1, 28, 28)
+    assert all(p.grad is not None for p in names["model"].parameters())
+
+
 def test_the_program_on_the_page_learns_and_continues(program, tmp_path):
     printed = program()
     accuracy = re.search(r"test accuracy ([\d.]+)%", printed)

@@ -367,7 +367,7 @@ class TestResume:
 
     def test_every_flag_that_must_not_change_was_tried(self):
         fixed = {entry.name for entry in fields(Recipe) if entry.metadata["fixed"]}
-        assert CHANGES.keys() == fixed - {"limit_train", "limit_test"}
+        assert CHANGES.keys() == fixed - {"limit_train", "limit_test", "image_size"}
 
     def test_the_flags_of_the_run_may_be_given_again(self, a_run, finished):
         again = ("--dataset=auto", "--test-batch-size=7", "--log-interval=5")
@@ -387,7 +387,7 @@ class TestResume:
         change_state(a_run, lambda state: state["args"].update(data_dir="of the checkpoint"))
         asked = []
 
-        def load(name, data_dir, download):
+        def load(name, data_dir, *, image_size, download):
             asked.append((data_dir, download))
             return few_digits()
 

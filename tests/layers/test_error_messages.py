@@ -151,68 +151,184 @@ CASES = {
     "loss-target-kind": (
         lambda: ops.margin_loss(LENGTHS, [3, 9]),
         TypeError,
-        "margin_loss: target must be a torch.Tensor, got list",
+        "margin_loss: target must be a torch.Tensor, got list; use torch.as_tensor(target)",
+    ),
+    "loss-target-number": (
+        lambda: ops.margin_loss(LENGTHS[:1], 3),
+        TypeError,
+        "margin_loss: target must be a torch.Tensor, got int; use torch.as_tensor(target)",
+    ),
+    "loss-target-array": (
+        lambda: ops.margin_loss(LENGTHS, TARGET.numpy()),
+        TypeError,
+        "margin_loss: target must be a torch.Tensor, got ndarray; use torch.as_tensor(target)",
+    ),
+    "loss-target-none": (
+        lambda: ops.margin_loss(LENGTHS, None),
+        TypeError,
+        "margin_loss: target must be a torch.Tensor, got NoneType",
+    ),
+    "loss-target-single": (
+        lambda: ops.margin_loss(LENGTHS[:1], torch.tensor(3)),
+        ValueError,
+        "margin_loss: target must have 1 axis (B) or 2 (B, K), got 0 (target: ()); "
+        "for a single image use target.unsqueeze(0)",
     ),
     "loss-target-rank": (
         lambda: ops.margin_loss(LENGTHS, torch.zeros(2, 10, 1)),
         ValueError,
-        "margin_loss: target must have 1 axis (B) or 2 (B, K), got 3 (target: (2, 10, 1))",
+        "margin_loss: target must have 1 axis (B) or 2 (B, K), got 3 (target: (2, 10, 1)); "
+        "use target.squeeze(-1)",
     ),
     "loss-target-batch": (
         lambda: ops.margin_loss(LENGTHS, torch.tensor([1, 2, 3])),
         ValueError,
-        "margin_loss: target has B=3, expected B=2",
+        "margin_loss: target has B=3 but activations has B=2 (target: (3,), activations: (2, 10)); "
+        "give one class index for each image",
+    ),
+    "loss-activations-transposed": (
+        lambda: ops.margin_loss(LENGTHS.T, TARGET),
+        ValueError,
+        "margin_loss: target has B=2 but activations has B=10 (target: (2,), activations: (10, 2))"
+        "; if activations is (K, B), use activations.transpose(0, 1)",
+    ),
+    "loss-target-one-image": (
+        lambda: ops.margin_loss(LENGTHS[:1], torch.zeros(10)),
+        ValueError,
+        "margin_loss: target has B=10 but activations has B=1 (target: (10,), activations: (1, 10))"
+        "; for the multi-hot target of one image, use target.unsqueeze(0)",
     ),
     "loss-target-dtype": (
         lambda: ops.margin_loss(LENGTHS, torch.tensor([1.0, 2.0])),
         TypeError,
-        "margin_loss: target with class indices must be torch.int64, got torch.float32",
+        "margin_loss: target with class indices must be torch.int64, got torch.float32; "
+        "use target.long()",
+    ),
+    "loss-target-int32": (
+        lambda: ops.margin_loss(LENGTHS, TARGET.int()),
+        TypeError,
+        "margin_loss: target with class indices must be torch.int64, got torch.int32; "
+        "use target.long()",
+    ),
+    "loss-target-uint8": (
+        lambda: ops.margin_loss(LENGTHS, TARGET.byte()),
+        TypeError,
+        "got torch.uint8; use target.long()",
+    ),
+    "loss-one-class-bool": (
+        lambda: ops.margin_loss(LENGTHS[:, :1], TARGET > 5),
+        TypeError,
+        "margin_loss: target with class indices must be torch.int64, got torch.bool; "
+        "for a single class, use the multi-hot target.unsqueeze(1)",
+    ),
+    "loss-one-class-index": (
+        lambda: ops.margin_loss(LENGTHS[:, :1], torch.tensor([0, 1])),
+        ValueError,
+        "margin_loss: target holds class indices from 0 to 1, they must lie in 0 .. 0; "
+        "for a single class, use the multi-hot target.unsqueeze(1)",
     ),
     "loss-target-range": (
         lambda: ops.margin_loss(LENGTHS, torch.tensor([0, 10])),
         ValueError,
-        "margin_loss: target holds class indices from 0 to 10, they must lie in 0 .. 9",
+        "margin_loss: target holds class indices from 0 to 10, they must lie in 0 .. 9; "
+        "count classes from 0, or build the model for 11",
     ),
     "loss-target-negative": (
         lambda: ops.margin_loss(LENGTHS, torch.tensor([-1, 9])),
         ValueError,
-        "margin_loss: target holds class indices from -1 to 9",
+        "margin_loss: target holds class indices from -1 to 9, they must lie in 0 .. 9; "
+        "for an image of no class, use a multi-hot target with a row of zeros",
     ),
     "loss-target-device": (
         lambda: ops.margin_loss(LENGTHS, TARGET.to("meta")),
         ValueError,
-        "margin_loss: target is on meta, expected cpu",
+        'margin_loss: target is on meta but activations is on cpu; use target.to("cpu")',
     ),
     "loss-multi-hot-shape": (
         lambda: ops.margin_loss(LENGTHS, torch.zeros(2, 9)),
         ValueError,
-        "margin_loss: multi-hot target is (2, 9) but activations is (2, 10)",
+        "margin_loss: multi-hot target is (2, 9) but activations is (2, 10); "
+        "use F.one_hot(labels, 10) to make it, or F.one_hot(labels, 10).amax(dim=1) "
+        "if an image has several labels",
+    ),
+    "loss-multi-hot-batch": (
+        lambda: ops.margin_loss(LENGTHS, torch.zeros(3, 10)),
+        ValueError,
+        "margin_loss: multi-hot target is (3, 10) but activations is (2, 10); it must be (2, 10)",
+    ),
+    "loss-column": (
+        lambda: ops.margin_loss(LENGTHS, TARGET[:, None]),
+        ValueError,
+        "margin_loss: multi-hot target is (2, 1) but activations is (2, 10); "
+        "for class indices use target.squeeze(1)",
+    ),
+    "loss-column-float": (
+        lambda: ops.margin_loss(LENGTHS, TARGET[:, None].float()),
+        ValueError,
+        "for class indices use target.squeeze(1).long()",
+    ),
+    "loss-row": (
+        lambda: ops.margin_loss(LENGTHS, TARGET[None]),
+        ValueError,
+        "margin_loss: multi-hot target is (1, 2) but activations is (2, 10); "
+        "for class indices use target.squeeze(0)",
+    ),
+    "loss-multi-hot-transposed": (
+        lambda: ops.margin_loss(LENGTHS.T, torch.zeros(2, 10)),
+        ValueError,
+        "margin_loss: multi-hot target is (2, 10) but activations is (10, 2); "
+        "both must start with B: transpose one of them",
     ),
     "loss-multi-hot-range": (
         lambda: ops.margin_loss(LENGTHS, torch.full((2, 10), 2)),
         ValueError,
-        "margin_loss: target holds multi-hot values from 2 to 2, they must lie in 0 .. 1",
+        "margin_loss: target holds multi-hot values from 2 to 2, they must lie in 0 .. 1; "
+        "use target.clamp(0, 1)",
     ),
     "loss-multi-hot-device": (
         lambda: ops.margin_loss(LENGTHS, LENGTHS.to("meta")),
         ValueError,
-        "margin_loss: target is on meta, expected cpu",
+        'margin_loss: target is on meta but activations is on cpu; use target.to("cpu")',
     ),
     "loss-multi-hot-dtype": (
         lambda: ops.margin_loss(LENGTHS, torch.zeros(2, 10, dtype=torch.complex64)),
         TypeError,
-        "margin_loss: multi-hot target must be a dense tensor of bool, an integer or a "
-        "floating-point type, got torch.complex64, torch.strided",
+        "margin_loss: multi-hot target must be bool, an integer or a floating-point type, "
+        "got torch.complex64; use target.float()",
     ),
     "loss-multi-hot-sparse": (
         lambda: ops.margin_loss(LENGTHS, torch.zeros(2, 10).to_sparse()),
         TypeError,
-        "got torch.float32, torch.sparse_coo",
+        "margin_loss: target must be dense (torch.strided), got torch.sparse_coo; "
+        "use target.to_dense()",
     ),
     "loss-target-sparse": (
         lambda: ops.margin_loss(LENGTHS, TARGET.to_sparse()),
         TypeError,
         "margin_loss: target must be dense (torch.strided), got torch.sparse_coo",
+    ),
+    "loss-class-weight-kind": (
+        lambda: MarginLoss(class_weight=[1.0, 2.0]),
+        TypeError,
+        "MarginLoss: class_weight must be a torch.Tensor or None, got list; "
+        "use torch.tensor([...])",
+    ),
+    "loss-class-weight-rank": (
+        lambda: CapsuleLoss(class_weight=torch.ones(1, 10)),
+        ValueError,
+        "CapsuleLoss: class_weight must have 1 axis (K), got 2 (class_weight: (1, 10))",
+    ),
+    "loss-class-weight-size": (
+        lambda: ops.margin_loss(LENGTHS, TARGET, class_weight=torch.ones(9)),
+        ValueError,
+        "margin_loss: class_weight has K=9 but activations has K=10 "
+        "(activations: (2, 10), class_weight: (9,))",
+    ),
+    "loss-class-weight-device": (
+        lambda: ops.margin_loss(LENGTHS, TARGET, class_weight=torch.ones(10, device="meta")),
+        ValueError,
+        "margin_loss: class_weight is on meta but activations is on cpu; "
+        'move it, or the loss module, with .to("cpu")',
     ),
     "loss-m_pos": (
         lambda: ops.margin_loss(LENGTHS, TARGET, m_pos="0.9"),
@@ -249,6 +365,14 @@ CASES = {
         ValueError,
         "reconstruction_error: reconstruction is (2, 1, 5, 5) but images is (2, 1, 6, 5)",
     ),
+    "reconstruction-bytes": (
+        lambda: CapsuleLoss()(
+            LENGTHS, TARGET, torch.ones(2, 1, 5, 5), torch.ones(2, 1, 5, 5).byte()
+        ),
+        TypeError,
+        "reconstruction_error: images must be float16, bfloat16, float32 or float64, "
+        "got torch.uint8",
+    ),
     "reconstruction-error": (
         lambda: reconstruction_error(torch.ones(2, 1, 5, 5), torch.ones(1, 1, 5, 5)),
         ValueError,
@@ -268,7 +392,48 @@ CASES = {
     "primary-too-small": (
         lambda: PrimaryCapsules(4, kernel_size=9)(torch.ones(2, 4, 8, 20)),
         ValueError,
-        "PrimaryCapsules: features of 8x20 are smaller than the kernel, 9x9",
+        "PrimaryCapsules: features of 8x20 with padding=0 are smaller than the kernel, 9x9",
+    ),
+    "primary-dims": (
+        lambda: PrimaryCapsules(4, spatial_dims=4),
+        ValueError,
+        "PrimaryCapsules: spatial_dims must be 1, 2 or 3, got 4",
+    ),
+    "primary-features-1d": (
+        lambda: PrimaryCapsules(4, kernel_size=3, spatial_dims=1)(torch.ones(2, 4, 9, 9)),
+        ValueError,
+        "PrimaryCapsules: features must be (B, 4, L), got (2, 4, 9, 9)",
+    ),
+    "primary-kernel": (
+        lambda: PrimaryCapsules(4, kernel_size=(3, 3), spatial_dims=3),
+        ValueError,
+        "PrimaryCapsules: kernel_size must be an int or 3 ints, got (3, 3)",
+    ),
+    "primary-stride": (
+        lambda: PrimaryCapsules(4, stride=(1, 0)),
+        ValueError,
+        "PrimaryCapsules: stride must be >= 1, got 0",
+    ),
+    "primary-padding": (
+        lambda: PrimaryCapsules(4, padding=-1),
+        ValueError,
+        "PrimaryCapsules: padding must be >= 0, got -1",
+    ),
+    "primary-padding-word": (
+        lambda: PrimaryCapsules(4, padding="full"),
+        ValueError,
+        'PrimaryCapsules: padding must be "same" or "valid", got \'full\'',
+    ),
+    "primary-padding-same": (
+        lambda: PrimaryCapsules(4, padding="same"),
+        ValueError,
+        'PrimaryCapsules: padding="same" needs stride=1, got 2; '
+        "with a stride, give the padding as a number",
+    ),
+    "primary-count": (
+        lambda: PrimaryCapsules(4).num_capsules(20),
+        ValueError,
+        "PrimaryCapsules: num_capsules needs H, W, got (20,)",
     ),
     "routed-size": (
         lambda: RoutedCapsules(6, 8, 10.0, 16),
@@ -288,12 +453,14 @@ CASES = {
     "decoder-image-kind": (
         lambda: ReconstructionDecoder(10, 16, 28),
         TypeError,
-        "ReconstructionDecoder: image_shape must be (channels, height, width), got 28",
+        "ReconstructionDecoder: image_shape must be (channels, height, width), "
+        "or the like of other dimensions, got 28",
     ),
     "decoder-image": (
-        lambda: ReconstructionDecoder(10, 16, (28, 28)),
+        lambda: ReconstructionDecoder(10, 16, (28,)),
         ValueError,
-        "ReconstructionDecoder: image_shape must be (channels, height, width), got (28, 28)",
+        "ReconstructionDecoder: image_shape must be (channels, height, width), "
+        "or the like of other dimensions, got (28,)",
     ),
     "decoder-poses": (
         lambda: ReconstructionDecoder(10, 16, (1, 5, 5))(torch.ones(2, 10, 8)),
@@ -303,12 +470,14 @@ CASES = {
     "decoder-target": (
         lambda: ReconstructionDecoder(10, 16, (1, 5, 5))(torch.ones(2, 10, 16), torch.tensor([1])),
         ValueError,
-        "ReconstructionDecoder: target has B=1, expected B=2",
+        "ReconstructionDecoder: target has B=1 but poses has B=2 "
+        "(target: (1,), poses: (2, 10, 16)); give one class index for each image",
     ),
-    "decoder-target-rank": (
-        lambda: ReconstructionDecoder(10, 16, (1, 5, 5))(torch.ones(2, 10, 16), LENGTHS),
+    "decoder-target-column": (
+        lambda: CapsNet(channels=2, capsule_types=1)(torch.ones(2, 1, 28, 28), TARGET[:, None]),
         ValueError,
-        "ReconstructionDecoder: target must have 1 axis (B), got 2 (target: (2, 10))",
+        "ReconstructionDecoder: multi-hot target is (2, 1) but poses is (2, 10, 16); "
+        "for class indices use target.squeeze(1)",
     ),
     "decoder-hidden": (
         lambda: ReconstructionDecoder(10, 16, (1, 5, 5), hidden=512),

@@ -12,13 +12,13 @@ from tritoncaps import (
     reference,
 )
 
-# Every argument differs from its default.
+# Every argument that is shown in full differs from its default.
 BUILDS = [
-    PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1),
+    PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1, padding="same", spatial_dims=3),
     RoutedCapsules(6, 8, 10, 16, 2, gradient="last", learned_prior=True),
     ReconstructionDecoder(5, 8, (3, 9, 7), hidden=(32, 64)),
     MarginLoss(0.8, 0.2, 0.25, "sum"),
-    CapsuleLoss(0.1),
+    CapsuleLoss(0.1, 0.8, 0.2, 0.25, "none"),
 ]
 
 
@@ -35,16 +35,9 @@ def test_defaults_are_those_of_the_paper():
     primary, routed = PrimaryCapsules(256), RoutedCapsules(2, 2, 2, 2)
     sizes = (primary.capsule_types, primary.dim, primary.kernel_size, primary.stride)
     assert sizes == (32, 8, 9, 2)
+    assert (primary.padding, primary.spatial_dims) == (0, 2)
     assert (routed.iterations, routed.gradient, routed.prior) == (3, "full", None)
     assert ReconstructionDecoder(10, 16, (1, 28, 28)).hidden == (512, 1024)
-
-
-def test_primary_capsules_count_their_capsules():
-    layer = PrimaryCapsules(2, capsule_types=3, dim=4, kernel_size=5, stride=2)
-    for height, width in ((5, 5), (6, 9), (28, 17)):
-        poses = layer(torch.rand(1, 2, height, width))
-        assert poses.shape == (1, layer.num_capsules(height, width), 4)
-    assert layer.num_capsules(4, 28) == 0
 
 
 def test_channels_last_changes_no_result(device):
@@ -82,3 +75,36 @@ def test_decoder_masks_all_but_one_capsule(device):
     torch.testing.assert_close(decoder(only, target), images)
     longest = poses.norm(dim=-1).argmax(dim=1)
     torch.testing.assert_close(decoder(poses), decoder(poses, longest))
+
+
+def test_decoder_keeps_all_capsules_of_a_multi_hot_target(device):
+    torch.manual_seed(0)
+    decoder = ReconstructionDecoder(4, 3, (2, 5, 6)).to(device)
+    poses = torch.randn(3, 4, 3, device=device)
+    one_hot = torch.eye(4, dtype=torch.bool, device=device)[[2, 0, 3]]
+    torch.testing.assert_close(
+        decoder(poses, one_hot), decoder(poses, torch.tensor([2, 0, 3], device=device))
+    )
+    present = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], device=device)
+    kept = poses.clone()
+    kept[0, 2:] = kept[1] = 0
+    everything = torch.ones(3, 4, device=device)
+    torch.testing.assert_close(decoder(poses, present), decoder(kept, everything))
+    torch.testing.assert_close(decoder(poses, 0.3 * everything), decoder(0.3 * poses, everything))
+
+
+@pytest.mark.parametrize("shape", [(2, 7), (1, 3, 4, 5)])
+def test_decoder_draws_sequences_and_volumes(shape):
+    decoder = ReconstructionDecoder(3, 4, shape, hidden=(5, 6), dtype=torch.float64)
+    drawn = decoder(torch.rand(2, 3, 4, dtype=torch.float64))
+    assert (drawn.shape, drawn.dtype) == ((2, *shape), torch.float64)
+
+
+def test_decoder_draws_its_weights_anew():
+    torch.manual_seed(0)
+    expected = ReconstructionDecoder(3, 4, (1, 2, 2), hidden=(5, 6))
+    decoder = ReconstructionDecoder(3, 4, (1, 2, 2), hidden=(5, 6), device="meta")
+    decoder.to_empty(device="cpu")
+    torch.manual_seed(0)
+    decoder.reset_parameters()
+    torch.testing.assert_close(decoder.state_dict(), expected.state_dict())

@@ -1,9 +1,9 @@
-"""Losses as modules: the functions behind them, defaults, empty batches and dtypes."""
+"""Losses as modules: the functions behind them, defaults, targets, empty batches and dtypes."""
 
 import pytest
 import torch
 
-from tritoncaps import CapsuleLoss, MarginLoss, ops
+from tritoncaps import CapsuleLoss, MarginLoss, ReconstructionDecoder, ops
 from tritoncaps.losses import reconstruction_error
 
 
@@ -11,7 +11,9 @@ def test_defaults_are_those_of_the_paper():
     """Sabour 2017: equation 4 and section 4.1."""
     loss = MarginLoss()
     assert (loss.m_pos, loss.m_neg, loss.down_weight, loss.reduction) == (0.9, 0.1, 0.5, "mean")
-    assert CapsuleLoss().reconstruction_weight == 0.0005
+    loss = CapsuleLoss()
+    assert (loss.m_pos, loss.m_neg, loss.down_weight, loss.reduction) == (0.9, 0.1, 0.5, "mean")
+    assert loss.reconstruction_weight == 0.0005
 
 
 def test_reconstruction_error_is_summed_over_an_image():
@@ -26,6 +28,42 @@ def test_modules_are_the_functions():
     torch.testing.assert_close(MarginLoss(0.8, 0.2, 0.25, "sum")(activations, target), expected)
     loss = CapsuleLoss(0.1)(activations, target, drawn, images)
     expected = ops.margin_loss(activations, target) + 0.1 * (drawn - images).square().sum() / 3
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_arguments_are_passed_through(reduction):
+    activations, target, weight = torch.rand(3, 5), torch.tensor([1, 4, 0]), torch.rand(5)
+    images, drawn = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    margins = (0.8, 0.2, 0.25, reduction)
+    margin = ops.margin_loss(activations, target, *margins, class_weight=weight)
+    loss = MarginLoss(*margins, class_weight=weight)
+    torch.testing.assert_close(loss(activations, target), margin)
+    loss = CapsuleLoss(0.1, *margins, class_weight=weight)
+    torch.testing.assert_close(loss(activations, target, None, images), margin)
+    error = (drawn - images).square().sum(dim=(1, 2, 3))
+    error = error if reduction == "none" else getattr(error, reduction)()
+    torch.testing.assert_close(loss(activations, target, drawn, images), margin + 0.1 * error)
+
+
+@pytest.mark.parametrize("kind", [MarginLoss, CapsuleLoss])
+def test_class_weights_move_and_are_saved_with_the_module(kind):
+    loss = kind(class_weight=torch.tensor([1.0, 2.0]))
+    assert loss.to("meta").class_weight.is_meta
+    assert list(loss.state_dict()) == ["class_weight"]
+    assert not kind().state_dict()
+
+
+def test_a_picture_of_all_present_classes_is_compared_with_the_whole_image():
+    """With the same multi-hot target in decoder and loss."""
+    torch.manual_seed(0)
+    decoder = ReconstructionDecoder(4, 3, (1, 5, 5), hidden=(8, 8))
+    poses, images = torch.rand(2, 4, 3), torch.rand(2, 1, 5, 5)
+    target = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]])
+    drawn = decoder.layers((poses * target[:, :, None]).flatten(1)).view(2, 1, 5, 5)
+    activations = poses.norm(dim=-1)
+    loss = CapsuleLoss(0.1)(activations, target, decoder(poses, target), images)
+    expected = ops.margin_loss(activations, target) + 0.1 * (drawn - images).square().sum() / 2
     torch.testing.assert_close(loss, expected)
 
 

@@ -78,6 +78,16 @@ def test_model_without_decoder(small_model, name):
 
 
 @every_model
+def test_a_multi_hot_target_draws_all_present_classes(small_model, name):
+    model, images = small_model(name), torch.rand(2, 1, 28, 28)
+    target = torch.zeros(2, 10)
+    target[0, [3, 7]] = target[1, 4] = 1
+    output = model(images, target)
+    drawn = model.decoder.layers((output.poses * target[:, :, None]).flatten(1))
+    torch.testing.assert_close(output.reconstruction.flatten(1), drawn)
+
+
+@every_model
 def test_a_bad_image_stays_alone(device, small_model, name):
     model = small_model(name, image_size=20, num_classes=3).to(device).eval()
     images = torch.rand(3, 1, 20, 20, device=device)

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import small_run
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from engine import checkpoint, distributed
 from engine.distributed import World
 from engine.runtime import choose_runtime
+from tritoncaps.models import CapsNet
+from tritoncaps.ops import margin_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,6 +175,36 @@ def test_the_main_job_runs_under_torchrun(tmp_path):
     assert finished.stdout.count("device      2 processes, each on cpu (1 threads)") == 1
     assert "2 batches of 8 (4 on each process), seed 1" in finished.stdout
     assert "dry run: everything works; nothing was kept" in finished.stdout
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """This process alone. DistributedDataParallel asks no less of it."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class TestUnusedDecoder:
+    """What docs/own-model.md says of a loss without reconstruction."""
+
+    @pytest.mark.parametrize(
+        ("reconstruction", "options"), [(False, {}), (True, {"find_unused_parameters": True})]
+    )
+    def test_it_is_left_out_or_announced(self, process_group, reconstruction, options):
+        self.train(reconstruction, **options)
+
+    def test_else_torch_stops(self, process_group):
+        with pytest.raises(RuntimeError, match="Expected to have finished reduction"):
+            self.train(reconstruction=True)
+
+    def train(self, reconstruction, **options):
+        model = CapsNet(channels=2, capsule_types=1, reconstruction=reconstruction)
+        parallel = DistributedDataParallel(model, **options)
+        for _ in range(2):
+            output = parallel(torch.rand(2, 1, 28, 28))
+            margin_loss(output.activations, torch.tensor([3, 1])).backward()
 
 
 class TestWorld:

@@ -59,6 +59,10 @@ def margin_loss_calls(draw):
         "down_weight": draw(st.sampled_from((0, 0.5, 1))),
         "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
     }
+    if draw(st.booleans()):
+        weight = draw(arrays((K,)))
+        weight = replace(weight, device=activations.device, requires_grad=False)
+        arguments["class_weight"] = weight
     return draw(spoilt(Call("margin_loss", arguments)))
 
 
@@ -100,7 +104,10 @@ def test_operators(fuzz):
 MODULES = {
     "PrimaryCapsules": (
         PrimaryCapsules,
-        {"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
+        {
+            **{"in_channels": 2, "capsule_types": 3, "dim": 4, "kernel_size": 3, "stride": 2},
+            **{"padding": 1, "spatial_dims": 2},
+        },
     ),
     "RoutedCapsules": (
         RoutedCapsules,
@@ -117,7 +124,13 @@ MODULES = {
         MarginLoss,
         {"m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5, "reduction": "sum"},
     ),
-    "CapsuleLoss": (CapsuleLoss, {"reconstruction_weight": 0.1}),
+    "CapsuleLoss": (
+        CapsuleLoss,
+        {
+            **{"reconstruction_weight": 0.1, "m_pos": 0.9, "m_neg": 0.1, "down_weight": 0.5},
+            **{"reduction": "none", "class_weight": None},
+        },
+    ),
     "CapsNet": (
         CapsNet,
         {
@@ -171,9 +184,9 @@ def check_module(call):
         assert kept is value or kept == value or value != value or name == "reconstruction"
     a = arguments
     if call.name == "PrimaryCapsules":
-        size = a["kernel_size"]
-        capsules = module(torch.ones(2, a["in_channels"], size, size))
-        assert capsules.shape == (2, a["capsule_types"], a["dim"])
+        size = module.conv.kernel_size
+        capsules = module(torch.ones(2, a["in_channels"], *size))
+        assert capsules.shape == (2, module.num_capsules(*size), a["dim"])
     elif call.name == "RoutedCapsules":
         v = module(torch.ones(2, a["in_capsules"], a["in_dim"]))
         assert v.shape == (2, a["out_capsules"], a["out_dim"])
@@ -184,12 +197,12 @@ def check_module(call):
         output = module(torch.ones(2, *module.image_shape))
         assert output.poses.shape == (2, a["num_classes"], a["class_dim"])
         assert (output.reconstruction is not None) == a["reconstruction"]
-    elif call.name == "MarginLoss":
-        loss = module(torch.ones(2, 3), torch.tensor([0, 2]))
-        assert loss.shape == ((2,) if a["reduction"] == "none" else ())
     else:
         images = torch.ones(2, 1, 3, 3)
-        assert module(torch.ones(2, 3), torch.tensor([0, 2]), images, images).shape == ()
+        pictures = (images, images) if call.name == "CapsuleLoss" else ()
+        K = 3 if module.class_weight is None else len(module.class_weight)
+        loss = module(torch.ones(2, K), torch.zeros(2, dtype=torch.int64), *pictures)
+        assert loss.shape == ((2,) if a["reduction"] == "none" else ())
 
 
 def test_modules(fuzz):

@@ -14,12 +14,13 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. `_checks` and
-# `_version` know nothing about the operators, so anybody may import them.
-ALWAYS = {"_checks", "_version"}
+# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`,
+# `_targets` and `_version` know nothing about the operators, so anybody may import them.
+ALWAYS = {"_checks", "_targets", "_version"}
 ROOMS = {
     "reference": set(),
     "_checks": set(),
+    "_targets": set(),
     "_torch_path": {"_torch_path"},
     "_operators": {"_operators", "_torch_path", "kernels"},
     "ops": {"ops", "_operators"},

@@ -2,22 +2,24 @@
 
 from pathlib import Path
 
-from tritoncaps._checks import check_choice
+from tritoncaps._checks import check_choice, check_pair
 from tritoncaps.data.download import DownloadError, fetch
 from tritoncaps.data.files import DataFile, find_file
+from tritoncaps.data.image_folder import read_folder
 from tritoncaps.data.registry import REGISTRY, Entry
 from tritoncaps.data.sets import Dataset, DatasetError
 
 
 def list_datasets() -> list[str]:
     """Return the names of the data sets. `load_dataset` also takes "auto"."""
-    return list(REGISTRY)
+    return [*REGISTRY, "folder"]
 
 
 def load_dataset(
     name: str = "auto",
-    data_dir: str | Path = "data",
+    data_dir: str | Path | None = None,
     *,
+    image_size: int | tuple[int, int] | None = None,
     download: bool = True,
     verify: bool = True,
 ) -> Dataset:
@@ -27,20 +29,38 @@ def load_dataset(
     `data_dir`/MNIST/raw or `data_dir`/FashionMNIST/raw. "digits" are the 1,797 handwritten digits
     that scikit-learn contains.
 
-    "auto" is MNIST if it is in `data_dir` or can be downloaded, and the digits otherwise. An
-    attempt that gets no answer ends within 10 s. The `note` of the data set says which one it is
-    and why. Existing files are never ignored: a damaged or incomplete MNIST is an error.
+    "auto" is MNIST if it is in `data_dir` or can be downloaded. Otherwise it is the digits, unless
+    a `data_dir` was given. An attempt that gets no answer ends within 10 s. The `note` of the data
+    set says which one it is and why. Existing files are never ignored: a damaged or incomplete
+    MNIST is an error.
+
+    "folder" are your own images. `data_dir` has a subfolder for each class, or the folders train/
+    and val/ or test/, each with the same subfolders. Other usual names of these three are
+    recognized. Labels follow the sorted names of the classes.
+
+    - Test set: test/, or val/ if there is no test/, or a fifth of each class, the same every time.
+      With both, val/ is `validation`.
+    - Channels: 1 if all images are grey, else 3 (RGB). Pixels of 16 bits become 8, and transparent
+      ones white. The orientation in EXIF data is applied.
+    - Size: `image_size`. Without it, images of one size up to 64 pixels a side keep it, and others
+      become 32×32. The resizing is bilinear and antialiased. It does not keep the aspect ratio, so
+      nothing is cut off.
+    - Files: .jpg, .png, .bmp, .tif, .webp, .ppm and .pgm, at any depth. Hidden files and folders
+      are left out.
 
     Args:
         name: "auto" or one of `list_datasets()`.
-        data_dir: where data sets are, and where they are downloaded to.
+        data_dir: where data sets are, and where they are downloaded to, by default "data". "folder"
+            has no default.
+        image_size: side of square images, or (height, width), for "folder" alone.
         download: download missing files. This needs pooch.
         verify: accept only the published files, by shape and SHA-256 (0.1 s for MNIST). Without
             it, accept any well-formed files of that name.
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
-        ValueError: no data set has this name.
+        TypeError: `image_size` is neither an int nor a pair of them.
+        ValueError: no data set has this name, or the arguments contradict each other.
 
     Example:
         >>> dataset = load_dataset("digits")
@@ -48,9 +68,16 @@ def load_dataset(
         (torch.Size([1437, 1, 28, 28]), 360, 15)
     """
     check_choice("load_dataset", "name", name, ["auto", *list_datasets()])
+    if name == "folder":
+        return _read_folder(data_dir, image_size)
+    if image_size is not None:
+        raise ValueError(
+            f"load_dataset: image_size={image_size} (--image-size) is for name='folder' alone, the "
+            f"images of {name!r} keep their size"
+        )
     wanted = "mnist" if name == "auto" else name
     entry = REGISTRY[wanted]
-    folder = Path(data_dir).expanduser() / entry.folder
+    folder = Path("data" if data_dir is None else data_dir).expanduser() / entry.folder
     missing = _missing(entry, folder)
     how = f"downloaded to {folder}" if missing else f"found in {folder}"
     try:
@@ -62,6 +89,8 @@ def load_dataset(
         # Another process may have downloaded the files in the meantime.
         missing = _missing(entry, folder)
         if missing == list(entry.files) and name == "auto":
+            if data_dir is not None:
+                raise _nothing_there(entry, Path(data_dir), str(error)) from error
             return _digits_instead(entry, folder, str(error))
         if missing:
             raise _incomplete(entry, folder, missing, str(error)) from error
@@ -73,6 +102,27 @@ def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
     entry = REGISTRY[name]
     train, test = entry.read(folder, entry.files, len(entry.class_names), verify)
     return Dataset(name, entry.title, train, test, entry.class_names, note, entry.epochs)
+
+
+def _read_folder(data_dir: str | Path | None, image_size: int | tuple[int, int] | None) -> Dataset:
+    if data_dir is None:
+        raise ValueError(
+            "load_dataset: name='folder' needs data_dir (--data-dir), the folder that has a "
+            "subfolder for each class"
+        )
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if sides is not None:
+        check_pair("load_dataset", "image_size", sides, "an int or (height, width)")
+    return read_folder(Path(data_dir).expanduser(), sides)
+
+
+def _nothing_there(entry: Entry, data_dir: Path, reason: str) -> DatasetError:
+    found = "holds no" if data_dir.expanduser().is_dir() else "does not exist, so it holds no"
+    return DatasetError(
+        f"data_dir (--data-dir) {data_dir} {found} {entry.folder}, and {entry.title} was not "
+        f"downloaded ({reason}). Correct it, or leave it out to use scikit-learn's digits. If it "
+        "has a subfolder of images for each class, the name (--dataset) is folder"
+    )
 
 
 def _digits_instead(entry: Entry, folder: Path, reason: str) -> Dataset:

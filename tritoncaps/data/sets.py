@@ -53,6 +53,11 @@ class ImageSet:
         """Return the number of images."""
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        """Show shape and device, not the pixels."""
+        N, C, H, W = self.images.shape
+        return f"ImageSet(N={N}, C={C}, H={H}, W={W}, device={str(self.images.device)!r})"
+
     def to(self, device: torch.device | str) -> "ImageSet":
         """Return the set on `device`, without a copy if it is there already."""
         return ImageSet(self.images.to(device), self.labels.to(device))
@@ -65,18 +70,20 @@ class ImageSet:
         return ImageSet(self.images[chosen], self.labels[chosen])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """A training set and a test set.
+    """A training set, a test set, and a validation set if one is published with them.
 
     Args:
         name: its name for `load_dataset`, such as "mnist".
         title: its name as people read it, such as "MNIST".
-        train: the training images. `split_validation` takes a validation set from them.
+        train: the training images. Where there is no validation set, `split_validation` takes one
+            from them.
         test: the test images, the same for every seed.
         class_names: what each label stands for.
         note: one line that says which data set this is and why it was chosen.
         epochs: passes over `train` that a training script makes by default.
+        validation: images to choose the best epoch by, or None.
     """
 
     name: str
@@ -86,6 +93,15 @@ class Dataset:
     class_names: tuple[str, ...]
     note: str
     epochs: int = 30
+    validation: ImageSet | None = None
+
+    def __repr__(self) -> str:
+        """Show the sets and the number of classes, however many there are."""
+        validation = f", validation={self.validation}" if self.validation is not None else ""
+        return (
+            f"Dataset({self.name!r}, {len(self.class_names)} classes, train={self.train}"
+            f"{validation}, test={self.test})"
+        )
 
 
 def split_validation(

@@ -1,29 +1,39 @@
-"""The decoder that reconstructs an image from a class capsule."""
+"""The decoder that reconstructs an image from class capsules."""
 
-from collections.abc import Sequence
+import math
+from functools import partial
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._targets import present_classes
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
 class ReconstructionDecoder(nn.Module):
-    """Decode one class capsule to an image with three fully connected layers (Sabour 2017, 4.1).
+    """Decode the present capsules to an image, by three fully connected layers (Sabour 2017, 4.1).
 
-    All capsules but one are masked with zeros. The remaining one is the target's. Without a target
-    it is the most active capsule. For vector capsules, this is the longest one.
+    The other capsules are masked with zeros. The target says what is present:
+
+    - class indices (B,): one capsule of each image.
+    - multi-hot (B, K): each capsule is multiplied by its target, so all the present ones make one
+      picture together, and a share between 0 and 1 scales its capsule.
+    - None: the most active capsule. For vector capsules, this is the longest one.
+
+    To draw several capsules of an image one by one, decode once for each, with class indices.
 
     Args:
         num_classes: class capsules, K.
         dim: components of a class capsule, D.
-        image_shape: (channels, height, width) of the image.
+        image_shape: (channels, height, width) of the image, or (channels, length) of a sequence, or
+            any other shape after the batch.
         hidden: widths of the two hidden layers.
+        device, dtype: of the parameters, as for torch's layers.
 
     Shapes: poses (B, K, D), or `Capsules` of such poses with activations (B, K), and optionally a
-    target (B,), int64 → (B, channels, height, width), in (0, 1).
+    target (B,), int64, or (B, K) → (B, *image_shape), in (0, 1).
 
     Raises:
         TypeError, ValueError: a size is not an int of at least 1. In `forward`, the poses or the
@@ -40,41 +50,46 @@ class ReconstructionDecoder(nn.Module):
         self,
         num_classes: int,
         dim: int,
-        image_shape: Sequence[int],
+        image_shape: tuple[int, ...] | list[int],
         hidden: tuple[int, int] = (512, 1024),
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(image_shape, Sequence) or len(image_shape) != 3:
-            kind = ValueError if isinstance(image_shape, Sequence) else TypeError
+        if not isinstance(image_shape, (tuple, list)) or len(image_shape) < 2:
+            kind = ValueError if isinstance(image_shape, (tuple, list)) else TypeError
             raise kind(
-                f"ReconstructionDecoder: image_shape must be (channels, height, width), "
-                f"got {_checks.shown(image_shape)}"
+                f"ReconstructionDecoder: image_shape must be (channels, height, width), or the "
+                f"like of other dimensions, got {_checks.shown(image_shape)}"
             )
-        channels, height, width = image_shape
-        for name, value in (
-            ("num_classes", num_classes),
-            ("dim", dim),
-            ("channels", channels),
-            ("height", height),
-            ("width", width),
-        ):
-            _checks.check_size("ReconstructionDecoder", name, value)
+        _checks.check_size("ReconstructionDecoder", "num_classes", num_classes)
+        _checks.check_size("ReconstructionDecoder", "dim", dim)
+        for size in image_shape:
+            _checks.check_size("ReconstructionDecoder", "image_shape", size)
         _checks.check_pair("ReconstructionDecoder", "hidden", hidden, "two ints")
         self.num_classes = num_classes
         self.dim = dim
-        self.image_shape = (channels, height, width)
+        self.image_shape = tuple(image_shape)
         self.hidden = hidden
+        linear = partial(nn.Linear, device=device, dtype=dtype)
         self.layers = nn.Sequential(
-            nn.Linear(num_classes * dim, hidden[0]),
+            linear(num_classes * dim, hidden[0]),
             nn.ReLU(),
-            nn.Linear(hidden[0], hidden[1]),
+            linear(hidden[0], hidden[1]),
             nn.ReLU(),
-            nn.Linear(hidden[1], channels * height * width),
+            linear(hidden[1], math.prod(image_shape)),
             nn.Sigmoid(),
         )
 
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as torch's linear layers do."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
-        """Mask all but one capsule and decode it."""
+        """Mask the absent capsules and decode the rest."""
         poses, activations = capsules if isinstance(capsules, Capsules) else (capsules, None)
         _checks.check_tensor("ReconstructionDecoder", "poses", poses, "B K D")
         if poses.shape[1:] != (self.num_classes, self.dim):
@@ -86,13 +101,10 @@ class ReconstructionDecoder(nn.Module):
             activations = capsule_lengths(poses) if activations is None else activations
             target = activations.argmax(dim=1)
         else:
-            _checks.check_class_indices(
-                "ReconstructionDecoder", target, poses.shape[0], self.num_classes, poses.device
-            )
-        mask = F.one_hot(target, self.num_classes).to(poses.dtype)
-        flat = self.layers(rearrange(poses * mask.unsqueeze(-1), "B K D -> B (K D)"))
-        channels, height, width = self.image_shape
-        return rearrange(flat, "B (C H W) -> B C H W", C=channels, H=height, W=width)
+            _checks.check_target("ReconstructionDecoder", target, "poses", poses)
+        present = present_classes(target, self.num_classes, poses.dtype)
+        flat = self.layers(rearrange(poses * present.unsqueeze(-1), "B K D -> B (K D)"))
+        return flat.unflatten(1, self.image_shape)
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._targets import present_classes
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -17,19 +17,26 @@ def margin_loss(
     m_neg: float = 0.1,
     down_weight: float = 0.5,
     reduction: Reduction = "mean",
+    *,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """Push the activations of present classes above `m_pos` and those of absent ones below `m_neg`.
 
-    L = Σ_k T_k·max(0, m⁺ − a_k)² + λ·(1 − T_k)·max(0, a_k − m⁻)², summed over the classes k.
+    L = Σ_k w_k·(T_k·max(0, m⁺ − a_k)² + λ·(1 − T_k)·max(0, a_k − m⁻)²), summed over the classes k.
 
     Args:
         activations: how present each class is, in [0, 1], shape (B, K): the lengths of vector
             capsules, or the activations of matrix capsules.
-        target: class indices, shape (B,), int64, or multi-hot, shape (B, K), values in [0, 1].
+        target: class indices, shape (B,), int64, or multi-hot, shape (B, K), values in [0, 1]. A
+            value between 0 and 1 shares the loss between "present" and "absent". It may be a
+            rounding error outside: 1e-6, or 4 eps of a 16-bit target.
         m_pos: m⁺, the activation from which a present class costs nothing.
         m_neg: m⁻, the activation up to which an absent class costs nothing.
         down_weight: λ, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
+        class_weight: w, a factor for the whole term of each class, present or absent, shape (K,),
+            any floating-point dtype. The mean still divides by B alone, not by the sum of the
+            weights as `torch.nn.CrossEntropyLoss` does.
 
     Returns:
         A scalar, or shape (B,) with "none". The dtype is that of `activations`, or float32 under
@@ -38,7 +45,8 @@ def margin_loss(
     Raises:
         TypeError: an argument of the wrong type, class indices that are not int64.
         ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`. On a CPU
-            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1.
+            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1. An accelerator
+            does not look: such an index counts all classes as absent.
 
     Example:
         >>> import torch
@@ -49,15 +57,22 @@ def margin_loss(
     """
     _checks.check_tensor("margin_loss", "activations", activations, "B K")
     _checks.check_not_empty("margin_loss", "activations", activations, "B K")
-    _checks.check_target("margin_loss", target, activations)
+    _checks.check_target("margin_loss", target, "activations", activations)
     _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
+    _checks.check_class_weight("margin_loss", class_weight, activations)
     activations = activations.to(_checks.routed_dtype(activations))
-    present = F.one_hot(target, activations.shape[1]) if target.ndim == 1 else target
-    present = present.to(activations.dtype)
+    present = present_classes(target, activations.shape[1], activations.dtype)
     too_short = (m_pos - activations).clamp(min=0).square()
     too_long = (activations - m_neg).clamp(min=0).square()
-    loss = (present * too_short + down_weight * (1 - present) * too_long).sum(dim=1)
+    terms = present * too_short + down_weight * (1 - present) * too_long
+    if class_weight is not None:
+        terms = terms * class_weight.to(terms.dtype)
+    return reduced(terms.sum(dim=1), reduction)
+
+
+def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce the losses of a batch, (B,). The mean over an empty batch is 0."""
     if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / max(1, len(loss))
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max(1, len(losses))

@@ -11,7 +11,7 @@ directions of length 0.85. All weights come from seed 0.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +31,14 @@ PICTURE = ROOT / "docs" / "figures" / "initialisation.png"
 OUTPUTS = (1, 2, 10, 26, 43, 100, 200, 1000)
 DIMENSIONS = (2, 8, 16, 64)
 INPUTS = (10, 288, 1152)
+DRAWN = (10, 288)
 # The lengths at the start do not depend on it: û = W u is a random vector, whatever P is.
 IN_DIM = 2
 BATCH = 4
-LARGEST = 8_000_000  # prediction vectors' elements for one image
+# The numbers in the prediction vectors of one image.
+LARGEST = 8_000_000
 DEPTHS = range(1, 11)
-# (I, P, J, D); the last is the size at which the first rule learnt least.
+# I, P, J, D
 LEARNT = [(10, 16, 43, 16), (64, 8, 10, 2), (64, 8, 10, 64), (64, 2, 43, 16), (64, 64, 43, 16),
           (288, 8, 43, 16), (1152, 8, 100, 16)]  # fmt: skip
 
@@ -145,8 +147,8 @@ def learn(sizes: tuple[int, int, int, int], sigma: float) -> float:
 
 
 def draw(
-    by_outputs: dict[str, tuple[Sequence[int], Sequence[float]]],
-    by_depth: dict[str, Sequence[float]],
+    by_outputs: Mapping[str, tuple[Sequence[int], Sequence[float]]],
+    by_depth: Mapping[str, Sequence[float]],
     path: Path,
 ) -> None:
     """Draw mean lengths by the number of outputs, and by the layer of a stack."""
@@ -160,16 +162,18 @@ def draw(
             x = range(1, len(lengths) + 1)
             # Underflow ends a line: 0 has no logarithm.
             right.plot(x, [length or math.nan for length in lengths], label=name, **styles[name])
-        left.set(xscale="log", xlabel="output capsules (16 components each)", ylim=(0, 1))
-        left.set_title("one routing", fontsize=9)
-        right.set(yscale="log", xlabel="routing in a stack of ten", ylim=(1e-12, 2))
-        right.set_title("routings in series, 10 capsules of 16", fontsize=9)
-        right.axhspan(1e-12, 1e-3, color="0.9", zorder=0)
-        right.text(1, 2e-12, "dead: does not learn", color="0.4", va="bottom")
-        for axes in (left, right):
-            axes.set_ylabel("mean length")
+        left.set(xscale="log", xlabel="output capsules, of 16 components")
+        left.set_title("One routing, before and after the rule", fontsize=9)
+        left.axhspan(0.8, 1, color="0.9", zorder=0)
+        left.text(1, 0.8, "saturated", color="0.4", va="bottom")
+        right.set(xlabel="number of the routing")
+        right.set_title("Ten in series, 10 capsules of 16, before and after calibrate", fontsize=9)
+        for axes, lowest, side in ((left, 1e-4, "left"), (right, 1e-12, "right")):
+            axes.set(yscale="log", ylabel="mean length", ylim=(lowest, 2))
+            axes.axhspan(lowest, 1e-3, color="0.9", zorder=0)
+            axes.text(1, 2 * lowest, "dead", color="0.4")
             axes.grid(alpha=0.3)
-            axes.legend(loc="best", fontsize=8)
+            axes.legend(loc=f"center {side}", fontsize=8)
 
 
 def main() -> None:
@@ -190,9 +194,9 @@ def main() -> None:
         print(
             f"| {I} | {J} | {D} | {'random' if prior else ''} | {' | '.join(cells)} |", flush=True
         )
-        if D == 16 and not prior and I > 10:
+        if D == 16 and not prior and I in DRAWN:
             for when, measured in (("before", before), ("after", after)):
-                x, y = by_outputs.setdefault(f"{when}, {I:,} inputs", ([], []))
+                x, y = by_outputs.setdefault(f"{when}, {I} inputs", ([], []))
                 x.append(J)
                 y.append(measured.length)
 

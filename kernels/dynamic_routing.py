@@ -461,12 +461,12 @@ def dynamic_routing_bwd(
         grad_v: shape (B, J, D), any strides.
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
         u_hat, prior, pose_bias, leaky, output: as given to `dynamic_routing_fwd`.
-        sums: as returned by `dynamic_routing_fwd`.
+        sums: as returned by `dynamic_routing_fwd`, any strides: a `vmap` takes slices of it.
         gradient: "full" differentiates through every iteration. "last" treats the last coupling as
             a constant.
     """
     B, I, J, D = u_hat.shape
-    iterations = sums.shape[0]
+    iterations, sums = sums.shape[0], sums.contiguous()
     full = gradient == "full"
     grad_u_hat = torch.empty_like(u_hat, memory_format=torch.contiguous_format)
     grad_prior, grad_pose_bias = (

@@ -236,13 +236,13 @@ def fused_dynamic_routing_bwd(
         grad_v: shape (B, J, D), any strides.
         grad_coupling: shape (B, I, J), any strides, or None. Ignored unless `gradient` is "full".
         u, weight, prior, pose_bias, leaky, output: as given to `fused_dynamic_routing_fwd`.
-        sums: as returned by `fused_dynamic_routing_fwd`.
+        sums: as returned by `fused_dynamic_routing_fwd`, any strides: a `vmap` takes slices of it.
         gradient: "full" differentiates through every iteration. "last" treats the last coupling as
             a constant.
     """
     B, I, P = u.shape
     _, _, J, D = weight.shape
-    iterations = sums.shape[0]
+    iterations, sums = sums.shape[0], sums.contiguous()
     full = gradient == "full"
     grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)

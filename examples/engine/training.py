@@ -38,9 +38,13 @@ from engine.tables import best_epoch, counted, percent
 from engine.tasks import Source, Task
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import Batches, ImageSet
+from tritoncaps.layers import dead_layers
 
 # Several processes agree on a stop once in this many batches.
 _AGREE_EVERY = 10
+
+# The images on which capsule layers are measured before a run.
+_PROBED = 16
 
 _ESTIMATE_AFTER_SECONDS = 5.0
 
@@ -279,6 +283,7 @@ class Trainer:
             opened = closing(MetricsLog(self.directory / "metrics.jsonl", self.progress.step))
         with opened as log, self._stop_on_signals():
             if self.progress.step == 0:
+                self._warn_of_dead_layers(train)
                 # So that a run killed in its first epoch can be resumed too.
                 self._save_last()
             while self.progress.epoch < epochs:
@@ -288,6 +293,20 @@ class Trainer:
                     return False
                 self._finish_epoch(train, validation, test, epochs)
         return True
+
+    def _warn_of_dead_layers(self, train: Source) -> None:
+        """Name the capsule layers that start too short to learn. Collective."""
+        images = next(train.epoch(0))[0][:_PROBED]
+        images = self.world.share(images).contiguous(memory_format=torch.channels_last)
+        with self.runtime.autocast():
+            dead = dead_layers(self.model, images)
+        if dead and self.world.is_main:
+            found = ", ".join(f"{layer.name} (mean length {layer.length:.1g})" for layer in dead)
+            print(
+                f"warning: these layers start with capsules too short to learn: {found}. "
+                "Before training, call tritoncaps.layers.calibrate(model, images)",
+                file=sys.stderr,
+            )
 
     def _train_epoch(self, train: Source, epochs: int, log: MetricsLog | None) -> bool:
         """Train the rest of an epoch; returns False if it was stopped and saved."""

@@ -15,6 +15,7 @@ PAGE = (ROOT / "docs/recipes.md").read_text()
 SHOWN = {
     "capsule_head": (r"step 0: loss ([\d.]+)", 0.5),
     "coupling": (r"share of class \d at each position.*\n(?:0\.\d\d ){5}0\.\d\d\n", None),
+    "deep_stack": (r"calibrated: accuracy ([\d.]+)%", 60),
     "new_classes": (r"new classes: test accuracy ([\d.]+)%", 75),
     "orphan_class": (r"and ([\d.]+)% of the rest", 20),
     "own_loop": (r"test accuracy ([\d.]+)%", 90),

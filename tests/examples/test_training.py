@@ -27,8 +27,11 @@ from engine.runtime import Runtime
 from engine.tables import best_epoch
 from engine.tasks import Task
 from engine.training import Evaluation, Schedule, Trainer, TrainingError
+from tritoncaps import RoutedCapsules
 from tritoncaps.data import Batches, ImageSet
+from tritoncaps.layers import capsule_lengths
 from tritoncaps.losses import CapsuleLoss
+from tritoncaps.models import CapsuleOutput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -714,3 +717,42 @@ class TestSchedule:
     def test_a_negative_warm_up_is_refused(self):
         with pytest.raises(ValueError, match="warmup_steps must be >= 0, got -1"):
             Schedule(0.1, 0.9, -1)
+
+
+class Stack(torch.nn.Module):
+    """Routings in series behind a linear layer, in train mode with a batch normalisation."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.normalise = torch.nn.BatchNorm2d(1)
+        self.features = torch.nn.Linear(28 * 28, 10 * 16)
+        self.routings = torch.nn.Sequential(*(RoutedCapsules(10, 16, 10, 16) for _ in range(depth)))
+
+    def forward(self, images, target=None):
+        u = self.features(self.normalise(images).flatten(1)).unflatten(1, (10, 16))
+        poses = self.routings(u / 20)
+        return CapsuleOutput(capsule_lengths(poses), poses)
+
+
+def test_a_run_that_starts_dead_says_so_once(tmp_path, train, capsys):
+    torch.manual_seed(0)
+    trainer = Trainer(Stack(3), tmp_path, runtime=CPU)
+    trainer.fit(train, epochs=1)
+    trainer.fit(train, epochs=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: these layers start with capsules too short to learn: routings.1 (mean"
+    )
+    assert "routings.2 (" in line
+    assert "tritoncaps.layers.calibrate(model, images)" in line
+
+
+def test_looking_for_dead_layers_changes_no_bits(tmp_path, train, monkeypatch):
+    directories = tmp_path / "looked", tmp_path / "not"
+    for directory in directories:
+        torch.manual_seed(0)
+        Trainer(Stack(1), directory, runtime=CPU).fit(train, epochs=1)
+        monkeypatch.setattr(training, "dead_layers", lambda model, images: [])
+    looked, other = (checkpoint.load(directory / "last.safetensors") for directory in directories)
+    assert_same(looked["model"], other["model"])
+    assert_same(looked["rng"], other["rng"])

@@ -447,16 +447,6 @@ CASES = {
         ValueError,
         'RoutedCapsules: gradient must be "full" or "last", got \'first\'',
     ),
-    "routed-input-length": (
-        lambda: RoutedCapsules(6, 8, 10, 16, input_length=0.0),
-        ValueError,
-        "RoutedCapsules: input_length must be > 0, got 0.0",
-    ),
-    "routed-input-length-kind": (
-        lambda: RoutedCapsules(6, 8, 10, 16, input_length="1"),
-        TypeError,
-        "RoutedCapsules: input_length must be a number, got str",
-    ),
     "routed-learned-prior": (
         lambda: RoutedCapsules(6, 8, 10, 16, learned_prior=None),
         TypeError,

@@ -13,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from tritoncaps import (
+    CapsuleHead,
     CapsuleLoss,
     MarginLoss,
     PrimaryCapsules,
@@ -117,6 +118,13 @@ MODULES = {
             **{"gradient": "last", "learned_prior": True},
         },
     ),
+    "CapsuleHead": (
+        CapsuleHead,
+        {
+            **{"in_channels": 2, "num_classes": 3, "capsule_types": 2, "dim": 4, "class_dim": 5},
+            **{"feature_size": 3, "shared_weights": True},
+        },
+    ),
     "ReconstructionDecoder": (
         ReconstructionDecoder,
         {"num_classes": 3, "dim": 2, "image_shape": (1, 4, 5), "hidden": (3, 4)},
@@ -194,6 +202,9 @@ def check_module(call):
     elif call.name == "RoutedCapsules":
         v = module(torch.ones(2, a["in_capsules"], a["in_dim"]))
         assert v.shape == (2, a["out_capsules"], a["out_dim"])
+    elif call.name == "CapsuleHead":
+        poses, _ = module(torch.ones(2, a["in_channels"], 3, 3))
+        assert poses.shape == (2, a["num_classes"], a["class_dim"])
     elif call.name == "ReconstructionDecoder":
         images = module(torch.ones(2, a["num_classes"], a["dim"]))
         assert images.shape == (2, *a["image_shape"])

@@ -23,7 +23,7 @@ ROOMS = {
     "_targets": set(),
     "_tracing": set(),
     "_torch_path": {"_torch_path"},
-    "_operators": {"_operators", "_torch_path", "kernels"},
+    "_operators": {"_operators", "_torch_path", "kernels", "reference"},
     "ops": {"ops", "_operators"},
     "layers": {"layers", "ops"},
     "losses": {"ops"},

@@ -74,10 +74,12 @@ def set_autograd(
             return plain(keyset, *args)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             with enable_single_level_autograd_function():
-                return Level.apply(keyset, *args)
+                return Level.apply(keyset, *args)  # type: ignore[attr-defined]
         return call(keyset, args)
 
-    operator._lib.impl(operator._name, differentiable, "Autograd", with_keyset=True)
+    operator._lib.impl(
+        operator._name, differentiable, "Autograd", with_keyset=True, allow_override=True
+    )
 
 
 def _has_tangent(tensor: Tensor) -> bool:

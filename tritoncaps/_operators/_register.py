@@ -199,9 +199,10 @@ class _Formulas:
         """The autograd formula: call the backward operator with the arguments that it takes."""
 
         def formula(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            # Read once: a checkpoint hands its tensors out a single time.
             saved = dict(zip(ctx.saved_names, ctx.saved_tensors, strict=True))
             given = {**saved, **ctx.options}
-            like = next(tensor for tensor in ctx.saved_tensors if tensor is not None)
+            like = next(tensor for tensor in saved.values() if tensor is not None)
             for name, grad in zip(self.outputs, grads, strict=True):
                 if name not in ctx.shapes:
                     grad = None
@@ -266,7 +267,7 @@ class _Formulas:
             return tuple(made[name] for name in grads)
 
         with _autocast_off(next(iter(inputs.values()))):
-            _, pull = torch.func.vjp(outputs, *inputs.values())
+            pull: Any = torch.func.vjp(outputs, *inputs.values())[1]
             return dict(zip(inputs, pull(tuple(grads.values())), strict=True))
 
     def save_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -287,7 +288,7 @@ class _Formulas:
 
         by_name = dict(zip(self.inputs, cotangents, strict=True))
         with _autocast_off(cotangents[0]):
-            _, pull = torch.func.vjp(gradients, *saved.values())
+            pull: Any = torch.func.vjp(gradients, *saved.values())[1]
             found = pull({name: by_name[name] for name in self.inputs if name in saved})
         grads = dict(zip(saved, found, strict=True))
         return tuple(grads.get(name) for name in self.taken)

@@ -4,6 +4,7 @@ The layers support any image size, channel count and number of classes. Capsules
 layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has its own activation.
 """
 
+from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_layers
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.head import CapsuleHead
@@ -11,10 +12,14 @@ from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
 __all__ = [
+    "Calibrated",
     "CapsuleHead",
     "Capsules",
+    "DeadLayer",
     "PrimaryCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
+    "calibrate",
     "capsule_lengths",
+    "dead_layers",
 ]

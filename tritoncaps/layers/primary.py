@@ -50,6 +50,8 @@ class PrimaryCapsules(nn.Module):
         torch.Size([2, 200, 8])
     """
 
+    calibrated_weight = "conv.weight"
+
     def __init__(
         self,
         in_channels: int,

@@ -1,12 +1,11 @@
 """Capsules routed by agreement."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
 from tritoncaps._tracing import concrete, one_node
+from tritoncaps.layers._initialisation import routing_weight_std
 
 
 class RoutedCapsules(nn.Module):
@@ -31,7 +30,6 @@ class RoutedCapsules(nn.Module):
         gradient: "full" differentiates through all iterations. "last" treats the last coupling as a
             constant.
         learned_prior: learn the initial logits, (I, J), which start at 0.
-        input_length: ρ, the expected length of an input capsule. See `reset_parameters`.
         device, dtype: of the parameters.
 
     Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None,
@@ -39,10 +37,9 @@ class RoutedCapsules(nn.Module):
     (T, P, J, D) and `prior` (T, J).
 
     Raises:
-        TypeError, ValueError: a size is not an int of at least 1, `gradient` is unknown, or
-            `input_length` is not a positive number. In `forward`, the inputs do not fill whole
-            positions, the mask has the wrong dtype, shape or device, and whatever
-            `ops.fused_dynamic_routing` raises.
+        TypeError, ValueError: a size is not an int of at least 1, or `gradient` is unknown. In
+            `forward`, the inputs do not fill whole positions, the mask has the wrong dtype, shape
+            or device, and whatever `ops.fused_dynamic_routing` raises.
 
     Example:
         >>> import torch
@@ -57,6 +54,8 @@ class RoutedCapsules(nn.Module):
         torch.Size([2, 10, 16])
     """
 
+    calibrated_weight = "weight"
+
     def __init__(
         self,
         in_capsules: int,
@@ -70,7 +69,6 @@ class RoutedCapsules(nn.Module):
         leaky: bool = False,
         gradient: ops.Gradient = "full",
         learned_prior: bool = False,
-        input_length: float = 1.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,9 +89,6 @@ class RoutedCapsules(nn.Module):
         ):
             _checks.check_flag("RoutedCapsules", name, flag)
         _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
-        _checks.check_number("RoutedCapsules", "input_length", input_length)
-        if not input_length > 0:
-            raise ValueError(f"RoutedCapsules: input_length must be > 0, got {input_length}")
         self.in_capsules = in_capsules
         self.in_dim = in_dim
         self.out_capsules = out_capsules
@@ -103,7 +98,6 @@ class RoutedCapsules(nn.Module):
         self.leaky = leaky
         self.gradient: ops.Gradient = gradient
         self.learned_prior = learned_prior
-        self.input_length = input_length
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -114,17 +108,15 @@ class RoutedCapsules(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight from a normal distribution with σ = J / (ρ·√(I·D)).
+        """Draw the weight from a normal distribution that starts routing alive at every size.
 
-        With uniform coupling and inputs of length ρ, |s_j| ≈ σ·ρ·√(I·D)/J. So the sums start near
-        length 1, whatever the sizes. A smaller σ kills the signal of routings in series, because
-        each squash squares a short length. A larger σ saturates them: iterations move the coupling
-        towards the prediction vectors that agree, and the sums grow beyond the uniform estimate.
-        The default is ρ = 1, the upper bound on the length of a squashed capsule.
+        In a stack of more than two routings, or behind layers of your own, the lengths also depend
+        on the inputs: call `calibrate` on a batch. `docs/initialisation.md` has the rule and
+        figures.
         """
         inputs = self.in_capsules * (self.positions or 1)
-        fan = math.sqrt(inputs * self.out_dim)
-        nn.init.normal_(self.weight, std=self.out_capsules / (self.input_length * fan))
+        sigma = routing_weight_std(inputs, self.out_capsules, self.out_dim)
+        nn.init.normal_(self.weight, std=sigma)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
         if self.pose_bias is not None:
@@ -178,8 +170,7 @@ class RoutedCapsules(nn.Module):
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
             f"iterations={self.iterations}, positions={self.positions}, "
             f"pose_bias={self.pose_bias is not None}, leaky={self.leaky}, "
-            f"gradient={self.gradient!r}, learned_prior={self.learned_prior}, "
-            f"input_length={self.input_length}"
+            f"gradient={self.gradient!r}, learned_prior={self.learned_prior}"
         )
 
 

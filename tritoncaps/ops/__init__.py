@@ -7,9 +7,11 @@ Axes: B batch, I input capsules, P input pose dimension, J output capsules, D ou
 
 The arguments of a call share one device and one dtype (float16, bfloat16, float32 or float64). Sums
 are accumulated in float32, or in float64 for float64 inputs. Inside `torch.autocast`, 16-bit inputs
-are raised to float32 first and may be mixed with float32, and results are float32. Only first
-derivatives in reverse mode are supported. Forward mode and second derivatives raise an error that
-names the operator.
+are raised to float32 first and may be mixed with float32, and results are float32.
+
+Derivatives of any order work, in reverse and in forward mode, and so do the transforms of
+`torch.func`. First derivatives in reverse mode are fast. All others come from the formulas in
+`tritoncaps.reference`, with û in memory.
 """
 
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing

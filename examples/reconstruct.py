@@ -69,7 +69,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
 
     images = to_float(experiment.test_images.images)
     labels = experiment.test_images.labels.cpu()
-    predictions, decoded = decode(experiment, network, images)
+    predictions, decoded, poses = decode(experiment, network, images)
     images = images.cpu()
 
     # -- the first images of each class, beside their reconstructions
@@ -88,10 +88,13 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
 
     # -- the first image of each class, and the capsule dimension that shows most
     first = grid[:, 0]
+    moved = perturbed(network.model, experiment.runtime, poses, predictions, first.tolist())
+    moved = moved.flatten(0, 1)  # (images · D, steps, C, H, W)
+    change = (moved[:, -1] - moved[:, 0]).square().flatten(1).sum(dim=1)
     figures.plot_overview(
         images[first],
         decoded[first],
-        clearest_dimension(experiment, network, images[first]),
+        moved[change.argmax()],
         [names[label] for label in classes],
         experiment.directory / "overview.png",
         f"{title}: images, what their capsules decode to, and one dimension moved",
@@ -103,7 +106,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
     failures = wrong.nonzero()[: pictures.failures, 0]
     if len(failures):
         inputs = images[failures].to(experiment.runtime.device)
-        _, as_labelled = decode(experiment, network, inputs, labels[failures])
+        _, as_labelled, _ = decode(experiment, network, inputs, labels[failures])
         figures.plot_failures(
             images[failures],
             decoded[failures],
@@ -142,9 +145,12 @@ def chosen_classes(wanted: list[str] | None, names: tuple[str, ...]) -> list[int
 @torch.inference_mode()
 def decode(
     experiment: Experiment, network: Trained, images: Tensor, target: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return predictions (N,) and decoded images, of the longest capsule or of the target's."""
-    predictions, decoded = [], []
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return predictions (N,), decoded images and poses (N, K, D).
+
+    The decoded capsule is the longest one, or the target's.
+    """
+    predictions, decoded, poses = [], [], []
     size = experiment.machine.test_batch_size
     for first in range(0, len(images), size):
         part = slice(first, first + size)
@@ -153,25 +159,8 @@ def decode(
             output = network.model(images[part], labels)
         predictions.append(output.activations.argmax(dim=1).cpu())
         decoded.append(output.reconstruction.float().cpu())
-    return torch.cat(predictions), torch.cat(decoded)
-
-
-@torch.inference_mode()
-def clearest_dimension(experiment: Experiment, network: Trained, images: Tensor) -> Tensor:
-    """Move one dimension of the longest capsule of one image, the one that shows most.
-
-    Returns the decoded images, (steps, C, H, W).
-    """
-    with experiment.runtime.autocast():
-        output = network.model(images.to(experiment.runtime.device))
-    rows = torch.cat(
-        [
-            perturbed(network.model, experiment.runtime, poses[None], int(label))
-            for poses, label in zip(output.poses, output.activations.argmax(dim=1), strict=True)
-        ]
-    )  # (images · D, steps, C, H, W)
-    change = (rows[:, -1] - rows[:, 0]).square().flatten(1).sum(dim=1)
-    return rows[change.argmax()]
+        poses.append(output.poses.float())
+    return torch.cat(predictions), torch.cat(decoded), torch.cat(poses)
 
 
 def measure(

@@ -28,7 +28,7 @@ from engine import checkpoint, pictures
 from engine.distributed import join
 from engine.flags import Machine, Output, Recipe, as_dict, flag, parse
 from engine.resume import find_start, merge_flags
-from engine.run_directory import latest, locked, new_directory, tensorboard_writer
+from engine.run_directory import LAST, finish, latest, locked, new_directory, tensorboard_writer
 from engine.runner import Runner, count_parameters, run_program
 from engine.runtime import require
 from engine.tables import counted
@@ -133,8 +133,11 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         if world.is_main:
             title = f"{recipe.model} on {runner.dataset.title}"
             pictures.draw(trainer, runner.dataset, runner.test_images, evaluation, title)
+            finish(directory)
         if not output.dry_run:
+            size = f"{(directory / LAST).stat().st_size / 1e6:,.0f} MB"
             print(f"pictures, checkpoints and tables are in {directory}")
+            print(f"{LAST} ({size}) is needed only to train on: delete it to save space")
     return 0
 
 

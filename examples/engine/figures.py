@@ -125,7 +125,8 @@ def plot_perturbations(
 ) -> None:
     """Draw what the decoder makes of a capsule when one of its dimensions is changed.
 
-    `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset.
+    `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset, in
+    standard deviations of the dimension.
     """
     tiles = enlarged(images_grid, GAP, GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
@@ -142,7 +143,10 @@ def plot_perturbations(
             [row * height + (height - GAP) / 2 for row in range(rows)],
             [str(row + 1) for row in range(rows)],
         )
-        axes.set(xlabel="offset", ylabel="capsule dimension")
+        axes.set(
+            xlabel="offset, in standard deviations over the images of the class",
+            ylabel="capsule dimension",
+        )
 
 
 def _signed(offset: float) -> str:

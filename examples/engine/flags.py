@@ -30,14 +30,19 @@ def flag(default: Any, help: str, *short: str, fixed: bool = True, **options: An
         help: one line for --help.
         short: a second name, such as "-b".
         fixed: in a recipe: whether a resumed run has to keep it.
-        options: other arguments of `argparse.ArgumentParser.add_argument`.
+        options: other arguments of `argparse.ArgumentParser.add_argument`. In a dict,
+            `shortcuts` maps further flags that fill it to arguments of their own.
     """
+    shortcuts = options.pop("shortcuts", {})
     if isinstance(default, bool):
         options["action"] = argparse.BooleanOptionalAction if default else "store_true"
     elif isinstance(default, (int, float)):
         options.setdefault("type", type(default))
     options["help"] = help
-    metadata = {"default": default, "names": short, "fixed": fixed, "options": options}
+    metadata = {
+        "default": default, "names": short, "fixed": fixed, "options": options,
+        "shortcuts": shortcuts,
+    }  # fmt: skip
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=MISSING if default is ... else default, metadata=metadata)
@@ -52,13 +57,19 @@ def positive(text: str) -> int:
 
 
 class KeyValues(argparse.Action):
-    """Reads KEY=VALUE ... into a dict; a value is a Python literal, or else a str."""
+    """Adds KEY=VALUE ... to a dict; a value is a Python literal, or else a str.
+
+    A shortcut, such as ``--gradient last``, adds what ``gradient=last`` does.
+    """
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         """Store what the flag was given."""
         pairs: dict[str, Any] = {}
+        if self.const is not None:  # a shortcut
+            pairs = {self.const: True if self.nargs == 0 else values}
+            values = ()
         for text in values:
             key, equals, value = text.partition("=")
             if not (equals and key.isidentifier()):
@@ -68,7 +79,13 @@ class KeyValues(argparse.Action):
                 json.dumps(pairs[key])  # args.json keeps it
             except (ValueError, TypeError, SyntaxError):
                 pairs[key] = value
-        setattr(namespace, self.dest, pairs)
+        before = getattr(namespace, self.dest)
+        for key, value in pairs.items():
+            if before.get(key, value) != value and key not in self.default:
+                raise argparse.ArgumentError(
+                    self, f"{key} is given twice, as {before[key]} and as {value}"
+                )
+        setattr(namespace, self.dest, {**before, **pairs})
 
 
 class Sides(argparse.Action):
@@ -88,9 +105,29 @@ COUNT: dict[str, Any] = {"type": positive, "metavar": "N"}
 STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 
+# The defaults that depend on the data set: those of MNIST and the like, and what is different for
+# scikit-learn's digits. A few images need more steps to draw what they show, and these are centred.
+_DEFAULTS = {
+    "batch_size": 128, "max_shift": 2, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
+}  # fmt: skip
+_OF_DATASET = {
+    "digits": {
+        "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
+    },
+}  # fmt: skip
+
+
+def _default(name: str) -> str:
+    """Name the defaults of a flag, for its help."""
+    others = (f", on {data} {values[name]}" for data, values in _OF_DATASET.items())
+    return f"(default: {_DEFAULTS[name]}{''.join(others)})"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the result depends on. A resumed run may change the number of epochs alone."""
+
+    # A field whose default depends on the data set is None until `on` fills it in.
 
     model: str = flag("deep_capsnet", "the network to train", choices=list_models())
     model_kwargs: dict[str, Any] = flag(
@@ -99,6 +136,13 @@ class Recipe:
         action=KeyValues,
         nargs="+",
         metavar="KEY=VALUE",
+        shortcuts={
+            "gradient": {
+                "choices": ["full", "last"],
+                "help": "through all routing iterations or the last alone (default: full)",
+            },
+            "learned_prior": {"nargs": 0, "help": "train routing priors too (default: no)"},
+        },
     )
     dataset: str = flag(
         "auto",
@@ -127,7 +171,12 @@ class Recipe:
         "a validation set",
         metavar="F",
     )
-    max_shift: int = flag(2, "shift each training image by up to this much", metavar="PIXELS")
+    max_shift: int = flag(
+        None,
+        f"shift each training image by up to this much {_default('max_shift')}",
+        type=int,
+        metavar="PIXELS",
+    )
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
@@ -135,16 +184,35 @@ class Recipe:
         fixed=False,
         **COUNT,
     )
-    batch_size: int = flag(128, "images per step", "-b", **COUNT)
+    batch_size: int = flag(None, f"images per step {_default('batch_size')}", "-b", **COUNT)
     lr: float = flag(1e-3, "learning rate of Adam")
+    decoder_lr_factor: float = flag(
+        None,
+        f"factor on the learning rate of the decoder {_default('decoder_lr_factor')}",
+        type=float,
+        metavar="F",
+    )
     gamma: float = flag(0.9, "factor on the learning rate after every epoch")
+    weight_decay: float = flag(
+        0.0, "decay of the weights, decoupled from the gradient as in AdamW", metavar="F"
+    )
     warmup_steps: int = flag(
         50, "steps over which the learning rate rises to its full value", metavar="N"
     )
     reconstruction_weight: float = flag(
-        0.0005, "weight of the reconstruction's squared error in the loss", metavar="W"
+        None,
+        "weight of the reconstruction's squared error in the loss "
+        f"{_default('reconstruction_weight')}",
+        type=float,
+        metavar="W",
     )
     seed: int = flag(1, "decides the weights, the order of the images and their shifts")
+
+    def on(self, dataset: str, epochs: int) -> "Recipe":
+        """Fill in a data set, and its defaults where no flag was given."""
+        defaults: dict[str, Any] = {"epochs": epochs, **_DEFAULTS, **_OF_DATASET.get(dataset, {})}
+        missing = {name: v for name, v in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, dataset=dataset, **missing)
 
 
 @dataclass(frozen=True)
@@ -240,7 +308,10 @@ def parse(
                 default = defaults[entry.name]
                 options["help"] = options["help"].partition(" (default")[0]
             flags = (*entry.metadata["names"], flag_name(entry.name))
-            box.add_argument(*flags, default=default, **options)
+            action = box.add_argument(*flags, default=default, **options)
+            for name, own in entry.metadata["shortcuts"].items():
+                shared = {"action": type(action), "dest": entry.name, "default": default}
+                box.add_argument(flag_name(name), const=name, **shared, **own)
     values = {**defaults, **vars(parser.parse_args(argv))}
     return tuple(
         group(**{entry.name: values[entry.name] for entry in fields(group) if entry.name in values})

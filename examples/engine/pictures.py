@@ -1,5 +1,6 @@
 """The four pictures of a run: curves, reconstructions, perturbed capsules, confusion matrix."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from engine.runtime import Runtime
 from engine.training import Evaluation, Trainer
 from tritoncaps.data import Dataset, ImageSet, to_float
 
-# How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4).
-OFFSETS = [step * 0.05 for step in range(-5, 6)]
+# How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4), in
+# standard deviations of that dimension.
+OFFSETS = [step * 0.6 for step in range(-5, 6)]
+# The most images of a class that the standard deviations are taken over.
+_SAMPLE = 50
 
 
 def draw(
@@ -36,15 +40,20 @@ def draw(
         names,
     )
 
-    # The first image that is classified right, and the dimensions of its longest capsule.
-    right = int((evaluation.predictions == labels).int().argmax())
-    label = int(labels[right])
-    poses = trainer.predict(to_float(test.images[right : right + 1])).poses
+    # The first image of each class that is read right. Draw the one that changes most.
+    sample = torch.cat([(labels == label).nonzero()[:_SAMPLE, 0] for label in range(len(names))])
+    poses = trainer.predict(to_float(test.images[sample.to(test.images.device)])).poses.float()
+    found = evaluation.predictions[sample]
+    right = (found == labels[sample]).nonzero()[:, 0].tolist() or [0]
+    first = list({int(found[index]): index for index in reversed(right)}.values())
+    moved = perturbed(trainer.model, trainer.runtime, poses, found, first)
+    change = (moved[:, :, -1] - moved[:, :, 0]).square().flatten(1).sum(dim=1)
+    clearest = int(change.argmax())
     figures.plot_perturbations(
-        perturbed(trainer.model, trainer.runtime, poses, label),
+        moved[clearest],
         OFFSETS,
         directory / "perturbations.png",
-        f"{title}: the dimensions of a capsule of class {names[label]}",
+        f"{title}: the dimensions of a capsule of class {names[found[first[clearest]]]}",
     )
 
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
@@ -53,14 +62,34 @@ def draw(
 
 
 @torch.inference_mode()
-def perturbed(model: Any, runtime: Runtime, poses: Tensor, label: int) -> Tensor:
-    """Decode one capsule with each dimension moved by each offset; (D, steps, C, H, W)."""
-    D, steps = poses.shape[-1], len(OFFSETS)
-    offsets = torch.tensor(OFFSETS, device=poses.device)
-    moved = poses.float().repeat(D * steps, 1, 1).unflatten(0, (D, steps))
-    for dimension in range(D):
-        moved[dimension, :, label, dimension] += offsets
-    target = torch.full((D * steps,), label, device=poses.device)
-    with runtime.autocast():
-        images = model.decoder(moved.flatten(0, 1), target)
-    return images.float().unflatten(0, (D, steps)).cpu()
+def perturbed(
+    model: Any, runtime: Runtime, poses: Tensor, classes: Tensor, indices: Sequence[int]
+) -> Tensor:
+    """Decode one capsule of each image in `indices`, each of its dimensions moved by each offset.
+
+    Args:
+        model: its decoder is used.
+        runtime: where it runs.
+        poses: all capsules of all images, (N, K, D).
+        classes: which capsule of an image is meant, (N,). An offset is in standard deviations over
+            the images with the same class.
+        indices: the images to decode, n of them.
+
+    Returns:
+        The decoded images, (n, D, steps, C, H, W), on the CPU.
+    """
+    D, steps = poses.shape[2], len(OFFSETS)
+    rows = []
+    for index in indices:
+        label = int(classes[index])
+        of_class = poses[(classes == label).to(poses.device), label]
+        spread = of_class.std(dim=0, correction=0)
+        moved = poses[index].float().repeat(D, steps, 1, 1)
+        # The diagonal pairs each row with the dimension that it moves.
+        offsets = poses.new_tensor(OFFSETS)[:, None] * spread
+        moved[:, :, label].diagonal(dim1=0, dim2=2).add_(offsets)
+        target = torch.full((D * steps,), label, device=poses.device)
+        with runtime.autocast():
+            images = model.decoder(moved.flatten(0, 1), target)
+        rows.append(images.float().unflatten(0, (D, steps)).cpu())
+    return torch.stack(rows)

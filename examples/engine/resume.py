@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine import checkpoint
 from engine.flags import Machine, Output, Recipe, first_difference, flag_name
-from engine.run_directory import RunDirectoryError, find_run, latest, locked
+from engine.run_directory import BEST, LAST, RunDirectoryError, find_run, latest, locked
 from engine.runner import FROM_DATA
 from tritoncaps._files import CheckpointError, read_sealed
 
@@ -50,7 +50,8 @@ def find_start(
         raise ValueError("--eval-only needs a model to test: add --resume PATH or --resume auto")
     if output.dry_run:
         raise ValueError("--dry-run tries a new run and keeps nothing: leave out --resume")
-    directory = find_run(resume, output.output_dir, recipe.model)
+    name = BEST if eval_only else LAST
+    directory = find_run(resume, output.output_dir, recipe.model, name)
     if directory is None:
         if eval_only:
             raise RunDirectoryError("--resume auto: there is no run to test")

@@ -3,11 +3,13 @@
 args.json               the flags, and the versions, device and commit they ran on
 summary.csv             one row per epoch
 metrics.jsonl           one record every few steps
-last.safetensors        all that is needed to continue; last.previous.safetensors is the one before
-model_best.safetensors  the weights of the best epoch by validation, and a description of the model;
-                        model_best.previous.safetensors holds the best before
+last.safetensors        all that is needed to continue: three times as large as the weights
+model_best.safetensors  the weights of the best epoch by validation, and a description of the model
 config.json             the same description, to read
 .lock                   held by the process that trains, so that no other one does
+
+Until the run is finished, last.previous.safetensors and model_best.previous.safetensors hold what
+the two checkpoints replaced.
 """
 
 import csv
@@ -117,19 +119,20 @@ def check_directory(requested: str | None) -> None:
         raise RunDirectoryError(f"--output-dir {requested or ROOT}: {path} cannot be written to")
 
 
-def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
+def find_run(resume: str, output_dir: str | None, model: str, name: str = LAST) -> Path | None:
     """Find the run that --resume means, or None where "auto" finds none.
 
     "auto" means the run in --output-dir, or without one the newest run of this model under runs/.
-    A path is a run directory or a checkpoint in one.
+    A path is a run directory or a checkpoint in one. The directory holds the checkpoint `name`.
 
     Raises:
         RunDirectoryError: the path holds no checkpoint.
     """
     if resume == "auto":
         if output_dir:
-            return Path(output_dir) if has_checkpoint(Path(output_dir)) else None
-        runs = sorted(filter(has_checkpoint, ROOT.glob("*-*-*-*")), key=_newest)
+            return Path(output_dir) if has_checkpoint(Path(output_dir), name) else None
+        runs = [run for run in ROOT.glob("*-*-*-*") if has_checkpoint(run, name)]
+        runs.sort(key=lambda run: max(p.stat().st_mtime for p in _generations(run, name)))
         own = [run for run in runs if run.match(f"{model}-*-*-*")]
         if own and runs[-1] != own[-1]:
             print(f"resuming    {own[-1]}; {runs[-1]} is newer, but not of --model {model}")
@@ -139,8 +142,8 @@ def find_run(resume: str, output_dir: str | None, model: str) -> Path | None:
         return path.parent
     if path.suffix:
         raise RunDirectoryError(f"--resume {resume}: there is no checkpoint of that name")
-    if not has_checkpoint(path):
-        raise RunDirectoryError(f"--resume {resume}: there is no checkpoint in {path}")
+    if not has_checkpoint(path, name):
+        raise RunDirectoryError(f"--resume {resume}: there is no {name} in {path}")
     return path
 
 
@@ -149,13 +152,9 @@ def has_checkpoint(run: Path, name: str = LAST) -> bool:
     return bool(_generations(run, name))
 
 
-def _generations(run: Path, name: str = LAST) -> list[Path]:
+def _generations(run: Path, name: str) -> list[Path]:
     path = run / name
     return [p for p in (path, checkpoint.previous_path(path)) if p.is_file()]
-
-
-def _newest(run: Path) -> float:
-    return max(path.stat().st_mtime for path in _generations(run))
 
 
 def latest(loaded: tuple[T, Path, str | None]) -> T:
@@ -164,6 +163,12 @@ def latest(loaded: tuple[T, Path, str | None]) -> T:
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     return content
+
+
+def finish(directory: Path) -> None:
+    """Remove the replaced checkpoints of a finished run: nothing writes over the newest again."""
+    for path in directory.glob("*.previous.safetensors"):
+        path.unlink()
 
 
 def open_experiment(directory: Path, program: str, recipe: dict[str, Any]) -> None:

@@ -28,10 +28,11 @@ from torch import nn
 
 from engine import baseline
 from engine.distributed import World, require_one_process
-from engine.flags import Machine, Output, Recipe, as_dict, parse
+from engine.flags import Machine, Output, Recipe, as_dict, flag_name, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
+    finish,
     locked,
     open_experiment,
     write_json,
@@ -148,10 +149,6 @@ class Runner:
         self.machine, self.output = machine, output
         self.runtime = choose_runtime(machine.device, machine.precision, world)
         world = self.runtime.world
-        if recipe.batch_size < world.size:
-            raise ValueError(
-                f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
-            )
         size = (recipe.image_size[0], recipe.image_size[1]) if recipe.image_size else None
         with world.first_on_each_machine():
             dataset = load_dataset(
@@ -162,10 +159,17 @@ class Runner:
                 f"--dataset {recipe.dataset}: the {world.size} processes found {', '.join(found)}; "
                 "name one, and put it where all of them find it"
             )
+        recipe = recipe.on(dataset.name, dataset.epochs)
+        for name in ("weight_decay", "decoder_lr_factor"):
+            if not 0 <= (value := getattr(recipe, name)) < math.inf:
+                raise ValueError(f"{flag_name(name)} {value} must be >= 0 and finite")
+        if recipe.batch_size < world.size:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
+            )
         if output.dry_run:
             recipe = _shortened(recipe, dataset, self.dry_run_batch)
-        self.epochs = recipe.epochs or dataset.epochs
-        self.recipe = replace(recipe, dataset=dataset.name, epochs=self.epochs)
+        self.recipe, self.epochs = recipe, recipe.epochs or dataset.epochs
         if dataset.name == "folder":
             # Another run of this recipe must not choose another size.
             height, width = dataset.train.images.shape[2:]
@@ -243,6 +247,20 @@ class Runner:
             task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW, which is Adam without weight decay; the decoder has a rate of its own."""
+        decoder = getattr(model, "decoder", None)
+        apart = set() if decoder is None else set(decoder.parameters())
+        recipe, parameters = self.recipe, list(model.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p not in apart]},
+            {
+                "params": [p for p in parameters if p in apart],
+                "lr_factor": recipe.decoder_lr_factor,
+            },
+        ]
+        return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
     def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
@@ -252,6 +270,7 @@ class Runner:
             directory,
             task=job.task,
             schedule=self.schedule,
+            optimizer=self.optimizer(job.model),
             runtime=self.runtime,
             args=args,
             config=job.config,
@@ -415,9 +434,7 @@ class Experiment(Runner):
             **{name: environment[name] for name in ("threads", "precision", "commit")},
         }
         write_json(directory / "result.json", result)
-        # There are many runs, and one generation of files is enough to train for more epochs.
-        for path in directory.glob("*.previous.safetensors"):
-            path.unlink()
+        finish(directory)
         return result
 
 

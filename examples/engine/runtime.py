@@ -81,7 +81,8 @@ def choose_runtime(
             _take_device(device, chosen, world)
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).splitlines()[0]
+            # Without the list of all devices of all builds that follows.
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ValueError(f"--device {device}: not available here ({reason})") from error
     if precision == "auto":
         precision = "bf16" if _computes_in_bf16(chosen) else "fp32"

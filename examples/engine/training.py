@@ -113,7 +113,8 @@ class Trainer:
         directory: where the run's files go; created if it is missing.
         task: loss and answer; by default one class per image, by the capsule loss.
         schedule: the learning rate of each step.
-        optimizer: any torch optimiser over the model's parameters; by default Adam.
+        optimizer: any torch optimiser over the model's parameters; by default Adam. The rate of a
+            parameter group is that of the schedule × its "lr_factor", if it has one.
         runtime: device and precision; by default the best there is.
         args: the flags of the run, plain values, kept in every checkpoint.
         config: describes the model to others, plain values, in config.json and with the weights.
@@ -360,7 +361,7 @@ class Trainer:
         """Take one step; returns this process's sum of the loss and number of right answers."""
         rate = self.schedule(self.progress.step, self.progress.epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_factor", 1)
         count = len(images)
         images, labels = self.world.share(images), self.world.share(labels)
         images = images.contiguous(memory_format=torch.channels_last)

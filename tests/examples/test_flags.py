@@ -88,6 +88,27 @@ class TestModelKwargs:
         (recipe,) = parse("Train.", ["--model-kwargs", "x=exit()", "y={1, 2}"], Recipe)
         assert recipe.model_kwargs == {"x": "exit()", "y": "{1, 2}"}
 
+    def test_flags_of_their_own_fill_them_too(self):
+        argv = ("--gradient=last", "--model-kwargs", "iterations=2", "--learned-prior")
+        (recipe,) = parse("Train.", argv, Recipe)
+        expected = {"gradient": "last", "iterations": 2, "learned_prior": True}
+        assert recipe.model_kwargs == expected
+        # A resumed run has those of the run as defaults.
+        (recipe,) = parse("Train.", ["--gradient=full"], Recipe, model_kwargs=expected)
+        assert recipe.model_kwargs == {**expected, "gradient": "full"}
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ("--gradient=full", "--model-kwargs", "gradient=last"),
+            ("--model-kwargs", "gradient=full", "--gradient=last"),
+        ],
+    )
+    def test_two_values_of_one_argument_are_refused(self, capsys, argv):
+        with pytest.raises(SystemExit):
+            parse("Train.", argv, Recipe)
+        assert "gradient is given twice, as full and as last" in capsys.readouterr().err
+
     @pytest.mark.parametrize("text", ["iterations", "=2", "2=3", "a b=1"])
     def test_a_value_that_is_no_pair_is_refused(self, capsys, text):
         with pytest.raises(SystemExit):
@@ -122,6 +143,13 @@ class TestRecipe:
     def test_a_tuple_equals_the_list_that_json_makes_of_it(self):
         recipe = Recipe(model_kwargs={"channels": (8, 8)})
         assert first_difference(recipe, {"model_kwargs": {"channels": [8, 8]}}) is None
+
+    def test_a_data_set_fills_in_what_no_flag_gave(self):
+        given = Recipe(max_shift=1)
+        mnist, digits = given.on("mnist", 30), given.on("digits", 15)
+        assert (mnist.epochs, mnist.batch_size, mnist.reconstruction_weight) == (30, 128, 0.0005)
+        assert (digits.epochs, digits.batch_size) == (15, 32)
+        assert mnist.max_shift == digits.max_shift == 1 and digits.dataset == "digits"
 
     def test_no_two_groups_share_a_name(self):
         groups = (train_mnist.Run, Recipe, Machine, Output)

@@ -184,10 +184,17 @@ class TestFindRun:
         make_run("shared", name="model_best.safetensors")
         assert find_run("shared/model_best.safetensors", None, "capsnet") == Path("shared")
 
+    def test_a_run_to_test_needs_no_state_to_continue_from(self):
+        run = make_run("runs/capsnet-digits-20240101-000000", name="model_best.safetensors")
+        for resume in ("auto", str(run)):
+            assert find_run(resume, None, "capsnet", "model_best.safetensors") == run
+        with pytest.raises(RunDirectoryError, match=r"there is no last\.safetensors in runs/caps"):
+            find_run(str(run), None, "capsnet")
+
     @pytest.mark.parametrize("path", ["not-there", "empty", "not-there/last.safetensors"])
     def test_a_path_without_a_checkpoint_is_an_error(self, path):
         Path("empty").mkdir()
-        with pytest.raises(RunDirectoryError, match=f"--resume {path}: there is no checkpoint"):
+        with pytest.raises(RunDirectoryError, match=f"--resume {path}: there is no "):
             find_run(path, None, "capsnet")
 
 

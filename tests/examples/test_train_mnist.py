@@ -66,11 +66,15 @@ def small(tmp_path, monkeypatch, dataset):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, dataset):
-    """A complete run with pictures: its directory, and what it printed."""
+    """A complete run with pictures: its directory, and what it printed.
+
+    It keeps the checkpoints that were replaced, as a run does that was stopped.
+    """
     directory = tmp_path_factory.mktemp("finished") / "run"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
         make_small(monkeypatch.setattr, dataset, draws=True)
+        monkeypatch.setattr(train_mnist, "finish", lambda directory: None)
         assert run(*NEW, "--output-dir", str(directory)) == 0
     return directory, printed.getvalue()
 
@@ -221,13 +225,21 @@ class TestRun:
             "fit",
             lambda self, *args, **options: trainers.append(self) or inner(self, *args, **options),
         )
-        flags = ("--seed=7", "--max-shift=1", "--reconstruction-weight=0.25", "--epochs=1")
+        flags = (
+            "--seed=7", "--max-shift=1", "--reconstruction-weight=0.25", "--epochs=1",
+            "--weight-decay=0.1", "--decoder-lr-factor=2",
+        )  # fmt: skip
         assert run(*NEW, *flags, "--output-dir=run") == 0
         ((_, batch_size), options) = made.call_args
         assert (batch_size, options) == (32, {"seed": 7, "max_shift": 1})
         (trainer,) = trainers
         assert trainer.schedule == training.Schedule(0.003, 0.9, 2)
         assert trainer.task.capsule_loss.reconstruction_weight == 0.25
+        network, decoder = trainer.optimizer.param_groups
+        assert decoder["lr"] == 2 * network["lr"] == pytest.approx(0.006)
+        assert decoder["weight_decay"] == network["weight_decay"] == 0.1
+        assert set(decoder["params"]) == set(trainer.model.decoder.parameters())
+        assert {*network["params"], *decoder["params"]} == set(trainer.model.parameters())
 
     def test_the_same_seed_gives_the_same_bits_and_another_does_not(
         self, small, tmp_path, finished
@@ -273,30 +285,32 @@ class TestPictures:
         assert {path.name for path in Path("run").glob("*.png")} == PICTURES
 
     def test_what_moves_a_perturbed_capsule(self):
-        """Each dimension of one capsule is moved by each offset, and nothing else is."""
+        """Each dimension of one capsule moves by each offset, in units of its spread."""
         model = small_network("capsnet")
-        poses = torch.randn(1, 10, 16) * 0.2
-        images = pictures.perturbed(model, Runtime(torch.device("cpu"), "fp32"), poses, label=3)
-        assert images.shape == (16, 11, 1, 28, 28)
-        assert pytest.approx([-0.25, -0.2, 0.0, 0.25]) == [
-            pictures.OFFSETS[step] for step in (0, 1, 5, 10)
-        ]
+        poses, classes = torch.randn(30, 10, 16) * 0.2, torch.arange(30) % 3 + 2
+        runtime = Runtime(torch.device("cpu"), "fp32")
+        images = pictures.perturbed(model, runtime, poses, classes, [4, 1])
+        assert images.shape == (2, 16, 11, 1, 28, 28)
+        assert pictures.OFFSETS[::5] == pytest.approx([-3, 0, 3])
+        of_class = poses[1::3, 3]  # image 1 is of class 3, as is image 4
         for dimension, step in ((0, 0), (7, 3), (15, 10)):
-            moved = poses.clone()
-            moved[0, 3, dimension] += pictures.OFFSETS[step]
+            moved = poses[1:2].clone()
+            spread = of_class[:, dimension].var(correction=0).sqrt()
+            moved[0, 3, dimension] += pictures.OFFSETS[step] * spread
             with torch.no_grad():
                 expected = model.decoder(moved, torch.tensor([3]))
-            torch.testing.assert_close(images[dimension, step], expected[0])
+            torch.testing.assert_close(images[1, dimension, step], expected[0])
         # The middle column repeats the reconstruction itself, sixteen times.
         for dimension in range(1, 16):
-            torch.testing.assert_close(images[dimension, 5], images[0, 5])
+            torch.testing.assert_close(images[1, dimension, 5], images[1, 0, 5])
 
 
 # A different value for every field that a resumed run has to keep.
 CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
-    "validation_fraction": "0.2", "reconstruction_weight": "0.1",
+    "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
+    "decoder_lr_factor": "2.0",
 }  # fmt: skip
 
 
@@ -323,6 +337,18 @@ class TestResume:
         # The number is remembered.
         assert run("--resume=run") == 0
         assert json.loads((tmp_path / "run/args.json").read_text())["args"]["epochs"] == 3
+
+    def test_a_finished_run_keeps_one_generation_and_says_what_takes_the_space(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2 * BATCHES + 1)
+            assert run(*NEW, "--output-dir=run") == 130
+        assert list(tmp_path.glob("run/*.previous.safetensors"))
+        assert run("--resume=run") == 0
+        assert not list(tmp_path.glob("run/*.previous.safetensors"))
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert re.fullmatch(r"last\.safetensors \(\d+ MB\) is needed only to train on: .*", last)
 
     def test_auto_takes_the_newest_run(self, tmp_path, capsys, a_run):
         for name, age in (("20240101-000000", 10), ("20230101-000000", 0)):
@@ -486,7 +512,7 @@ class TestResume:
     @pytest.mark.parametrize(
         "path, message",
         [
-            ("nowhere", "there is no checkpoint in nowhere"),
+            ("nowhere", "there is no last.safetensors in nowhere"),
             ("nope.pt", "there is no checkpoint of that name"),
             ("nowhere/last.safetensors", "there is no checkpoint of that name"),
         ],
@@ -569,6 +595,13 @@ class TestEvalOnly:
         wrong = round(40 * (1 - float(summary(a_run)[epoch - 1]["test_accuracy"])))
         assert last.startswith(f"test of epoch {epoch}: ") and f"({wrong} of 40 wrong)" in last
         assert snapshot(tmp_path) == before
+
+    def test_the_state_to_continue_from_is_not_needed(self, a_run, capsys):
+        """The last line of a run says that this file may be deleted."""
+        for path in a_run.glob("last*.safetensors"):
+            path.unlink()
+        assert run("--eval-only", f"--resume={a_run}") == 0
+        assert "test of epoch " in capsys.readouterr().out
 
     def test_nothing_is_written_for_a_run_with_tensorboard_either(self, a_run, tmp_path):
         path = a_run / "args.json"
@@ -699,6 +732,8 @@ class TestWrongFlags:
             ("--max-shift=-1", "max_shift must be >= 0, got -1"),
             ("--lr=-1", "lr must be a positive number, got -1.0"),
             ("--lr=nan", "lr must be a positive number, got nan"),
+            ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),
+            ("--decoder-lr-factor=nan", "--decoder-lr-factor nan must be >= 0 and finite"),
             ("--gamma=0", "gamma must be a positive number, got 0.0"),
             ("--warmup-steps=-1", "warmup_steps must be >= 0, got -1"),
             ("--reconstruction-weight=nan", "reconstruction_weight must be"),

@@ -114,3 +114,15 @@ def test_decoder_draws_its_weights_anew():
     torch.manual_seed(0)
     decoder.reset_parameters()
     torch.testing.assert_close(decoder.state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize("num_classes", [2, 50])
+def test_a_pose_reaches_the_hidden_units_however_many_classes_there_are(num_classes):
+    """A pose of length 1 gives them a mean square of 1 / D; a ReLU halves it."""
+    torch.manual_seed(0)
+    decoder = ReconstructionDecoder(num_classes, 16, (1, 4, 4))
+    poses = torch.nn.functional.normalize(torch.randn(40, num_classes, 16), dim=2)
+    kept = poses * (torch.arange(num_classes) == 1)[:, None]
+    for hidden in (decoder.layers[:2], decoder.layers[:4]):
+        power = hidden(kept.flatten(1)).square().mean().item()
+        assert power == pytest.approx(1 / 16, rel=0.1)

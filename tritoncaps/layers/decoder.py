@@ -1,7 +1,7 @@
 """The decoder that reconstructs an image from class capsules."""
 
 import math
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,23 @@ from tritoncaps import _checks
 from tritoncaps._targets import present_classes
 from tritoncaps._tracing import one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
+
+
+class _Hidden(nn.Linear):
+    """A hidden layer with He's initialisation, for a sum over `used` of the inputs.
+
+    The capsules that are masked add nothing to the first layer. Torch's default would count them,
+    and a pose would begin with little effect on the image.
+    """
+
+    def __init__(self, inputs: int, outputs: int, used: int, **options: Any) -> None:
+        self.used = used
+        super().__init__(inputs, outputs, **options)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, and set the bias to 0."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.used))
+        nn.init.zeros_(self.bias)
 
 
 class ReconstructionDecoder(nn.Module):
@@ -72,18 +89,18 @@ class ReconstructionDecoder(nn.Module):
         self.dim = dim
         self.image_shape = tuple(image_shape)
         self.hidden = hidden
-        linear = partial(nn.Linear, device=device, dtype=dtype)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layers = nn.Sequential(
-            linear(num_classes * dim, hidden[0]),
+            _Hidden(num_classes * dim, hidden[0], used=dim, **options),
             nn.ReLU(),
-            linear(hidden[0], hidden[1]),
+            _Hidden(hidden[0], hidden[1], used=hidden[0], **options),
             nn.ReLU(),
-            linear(hidden[1], math.prod(image_shape)),
+            nn.Linear(hidden[1], math.prod(image_shape), **options),
             nn.Sigmoid(),
         )
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew, as torch's linear layers do."""
+        """Draw all weights anew."""
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()

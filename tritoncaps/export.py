@@ -6,7 +6,7 @@ operators, so the program runs wherever torch, AOTInductor, ONNX or ExecuTorch r
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
@@ -20,9 +20,8 @@ from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from tritoncaps import _checks, _operators, reference
+from tritoncaps import _checks, _operators
 from tritoncaps._files import atomic_write
-from tritoncaps._torch_path import accumulation_dtype
 
 # A protocol buffer, and so an ONNX file, holds less than this. The graph takes a little of it.
 _LARGEST_ONNX = 2**31 - 2**24
@@ -47,8 +46,7 @@ def decompositions() -> dict[OpOverload, Callable[..., Any]]:
     for name in names:
         if not name.startswith("_"):
             operator = getattr(import_module(f"tritoncaps._operators.{name}"), name)
-            overload = getattr(torch.ops.tritoncaps, name).default
-            table[overload] = _formula(getattr(reference, name), overload, operator.outputs)
+            table[getattr(torch.ops.tritoncaps, name).default] = operator.formula
     return table
 
 
@@ -290,34 +288,3 @@ def _output_names(program: ExportedProgram) -> list[str]:
 def _write(path: str | Path, content: Any) -> None:
     with atomic_write(path) as file:
         file.write(content)
-
-
-# formulas -----------------------------------------------------------------------------------------
-
-
-def _formula(
-    function: Callable[..., Any], overload: OpOverload, outputs: Mapping[str, str]
-) -> Callable[..., Any]:
-    """A function of `reference` with the arguments and the results of an operator."""
-    names = [argument.name for argument in overload._schema.arguments]
-
-    def formula(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        given = dict(zip(names, args, strict=True))
-        first = args[0]
-        wide = accumulation_dtype(first.dtype)
-        returned = function(
-            **{
-                name: arg.to(wide) if isinstance(arg, Tensor) else arg
-                for name, arg in given.items()
-            }
-        )
-        results = iter([returned] if isinstance(returned, Tensor) else returned)
-        made = []
-        for name in outputs:
-            asked = not name.endswith("?") or given[f"return_{name[:-1]}"]
-            # What only a backward reads, such as `sums`, has no part in the formula.
-            found = next(results, None) if asked else None
-            made.append(first.new_empty(0) if found is None else found.to(first.dtype))
-        return made[0] if len(made) == 1 else tuple(made)
-
-    return formula

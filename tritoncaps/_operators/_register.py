@@ -31,12 +31,16 @@ Flops = Callable[[dict[str, int], dict[str, Any]], int]
 
 @dataclass(frozen=True)
 class Registered:
-    """An operator that torch knows: its declaration, and its forward and backward functions."""
+    """An operator that torch knows: its declaration, and its forward and backward functions.
+
+    `formula` is the forward in torch's own operations, with the same arguments and results.
+    """
 
     inputs: Axes
     outputs: Axes
     forward: Any
     backward: Any
+    formula: Callable[..., Any]
 
 
 def register(
@@ -91,7 +95,7 @@ def register(
         _set_flops(operator, formulas.parameters, formulas.inputs, flops)
     if backward_flops is not None:
         _set_flops(gradient_of, formulas.taken, formulas.inputs, backward_flops)
-    return Registered(inputs, outputs, operator, gradient_of)
+    return Registered(inputs, outputs, operator, gradient_of, formulas.forward_by_reference)
 
 
 class _Formulas:

@@ -327,7 +327,7 @@ def _check_multi_hot(function: str, target: Tensor, name: str, tensor: Tensor) -
     floating = target.is_floating_point()
     tolerance = max(1e-6, 4 * torch.finfo(target.dtype).eps) if floating else 0
     low, high = _range(target)
-    if low < -tolerance or high > 1 + tolerance:
+    if not (low >= -tolerance and high <= 1 + tolerance):  # also NaN
         raise ValueError(
             f"{function}: target holds multi-hot values from {low} to {high}, "
             f"they must lie in 0 .. 1; use target.clamp(0, 1)"

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from tritoncaps import _checks, _operators
 from tritoncaps._files import atomic_write
@@ -220,20 +226,18 @@ def _program(
         raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
     _checks.check_flag(function, "dynamic_batch", dynamic_batch)
     args = _arguments(example)
-    if not any(isinstance(arg, Tensor) for arg in args):
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
         raise TypeError(
             f"{function}: example must be a tensor, or a tuple with one, "
-            f"got {_checks.shown(example)}"
+            f"got {type(example).__name__}"
         )
     if dynamic_batch and _batch_size(function, args) < 2:
         # torch.export takes a size of 0 or 1 for a constant.
-        args = tuple(
-            arg.new_zeros(2, *arg.shape[1:]) if isinstance(arg, Tensor) else arg for arg in args
-        )
+        args = tree_map_only(Tensor, lambda arg: arg.new_zeros(2, *arg.shape[1:]), args)
     shapes = None
     if dynamic_batch:
         batch = Dim("batch")
-        shapes = (tuple({0: batch} if isinstance(arg, Tensor) else None for arg in args),)
+        shapes = (tree_map(lambda leaf: {0: batch} if isinstance(leaf, Tensor) else None, args),)
     modes = {module: module.training for module in model.modules()}
     try:
         program = torch.export.export(_Plain(model).eval(), args, dynamic_shapes=shapes)
@@ -245,7 +249,7 @@ def _program(
 
 def _batch_size(function: str, args: tuple[Any, ...]) -> int:
     """The size of the first axis, which all tensors share."""
-    shapes = [_checks.shape_of(arg) for arg in args if isinstance(arg, Tensor)]
+    shapes = [_checks.shape_of(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
     if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             f"{function}: the first axis of every tensor in example is the batch, but the shapes "
@@ -255,7 +259,8 @@ def _batch_size(function: str, args: tuple[Any, ...]) -> int:
 
 
 def _arguments(example: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
-    return example if isinstance(example, tuple) else (example,)
+    # `Capsules` is a tuple too, but one argument.
+    return example if type(example) is tuple else (example,)
 
 
 def _input_names(model: nn.Module, example: Tensor | tuple[Any, ...]) -> list[str]:

@@ -296,12 +296,15 @@ class Trainer:
 
     def _warn_of_dead_layers(self, train: Source) -> None:
         """Name the capsule layers that start too short to learn. Collective."""
-        images = next(train.epoch(0))[0][:_PROBED]
-        images = self.world.share(images).contiguous(memory_format=torch.channels_last)
+        images = self.world.share(next(train.epoch(0))[0])[:_PROBED]
+        images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
-            dead = dead_layers(self.model, images)
+            dead = dead_layers(_Called(self.task, self.model), images)
         if dead and self.world.is_main:
-            found = ", ".join(f"{layer.name} (mean length {layer.length:.1g})" for layer in dead)
+            found = ", ".join(
+                f"{layer.name.removeprefix('model.')} (mean length {layer.length:.1g})"
+                for layer in dead
+            )
             print(
                 f"warning: these layers start with capsules too short to learn: {found}. "
                 "Before training, call tritoncaps.layers.calibrate(model, images)",
@@ -553,6 +556,17 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class _Called(nn.Module):
+    """A model as its task runs it, without a target."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.task.run(self.model, images)
 
 
 class _Sums:

@@ -747,6 +747,18 @@ def test_a_run_that_starts_dead_says_so_once(tmp_path, train, capsys):
     assert "tritoncaps.layers.calibrate(model, images)" in line
 
 
+def test_dead_layers_are_looked_for_as_the_task_runs_the_model(tmp_path, train, capsys):
+    class Scaled(Task):
+        def run(self, model, images, target=None):
+            return super().run(model, 0 * images, target)
+
+    torch.manual_seed(0)
+    model = Stack(1)
+    torch.nn.init.zeros_(model.features.bias)
+    Trainer(model, tmp_path, task=Scaled(), runtime=CPU).fit(train, epochs=1)
+    assert "routings.0 (mean length 0)" in capsys.readouterr().err
+
+
 def test_looking_for_dead_layers_changes_no_bits(tmp_path, train, monkeypatch):
     directories = tmp_path / "looked", tmp_path / "not"
     for directory in directories:

@@ -8,7 +8,7 @@ import torch
 from exported import Call, difference, tensors_of
 
 from tritoncaps import Capsules, RoutedCapsules, export, ops
-from tritoncaps.layers import CapsuleHead
+from tritoncaps.layers import CapsuleHead, ReconstructionDecoder
 from tritoncaps.models import CapsuleOutput
 from tritoncaps.testing import OPERATORS, SIZES, draw_inputs
 
@@ -72,6 +72,17 @@ def test_a_program_of_a_head_takes_any_batch():
     program = export.to_program(head, torch.rand(1, 3, 4, 4)).module()
     features = torch.rand(5, 3, 4, 4)
     assert difference(program(features), tensors_of(head(features))) <= 1e-6
+
+
+def test_capsules_are_one_argument():
+    decoder = ReconstructionDecoder(3, 4, (1, 5, 5))
+
+    def capsules(B):
+        return Capsules(torch.rand(B, 3, 4), torch.rand(B, 3))
+
+    program = export.to_program(decoder, capsules(1)).module()
+    given = capsules(6)
+    torch.testing.assert_close(program(given), decoder(given))
 
 
 class Agreement(torch.nn.Module):

@@ -153,6 +153,22 @@ def test_the_output_of_a_layer_may_be_a_tuple():
     assert abs(row.after - 0.5) < 0.01
 
 
+def test_capsules_are_one_argument():
+    capsules = Capsules(torch.rand(4, 32, 8), torch.rand(4, 32))
+    (row,) = calibrate(Routed(), capsules)
+    assert abs(row.after - 0.5) < 0.01
+
+
+class Routed(RoutedCapsules):
+    """Takes poses with activations."""
+
+    def __init__(self):
+        super().__init__(32, 8, 10, 16)
+
+    def forward(self, capsules):
+        return super().forward(capsules.poses)
+
+
 class Idle(nn.Module):
     """A model with a routing that does not run."""
 

@@ -287,6 +287,11 @@ CASES = {
         "margin_loss: target holds multi-hot values from 2 to 2, they must lie in 0 .. 1; "
         "use target.clamp(0, 1)",
     ),
+    "target-nan": (
+        lambda: ops.margin_loss(LENGTHS, torch.full((2, 10), float("nan"))),
+        ValueError,
+        "margin_loss: target holds multi-hot values from nan to nan, they must lie in 0 .. 1",
+    ),
     "loss-multi-hot-device": (
         lambda: ops.margin_loss(LENGTHS, LENGTHS.to("meta")),
         ValueError,

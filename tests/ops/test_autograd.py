@@ -7,7 +7,9 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from tritoncaps import ops
+from tritoncaps import ops, reference
+from tritoncaps._operators import _autograd
+from tritoncaps._operators._register import register
 from tritoncaps.testing import OPERATORS, draw_inputs
 
 ROW = OPERATORS["fused_dynamic_routing"]
@@ -39,7 +41,9 @@ def test_first_derivatives_come_from_the_backward_in_every_way(device):
     """They have the same bits, though the reference's would differ by roundings."""
     _, expected = slopes(*inputs(device))
     _, recorded = slopes(*inputs(device), create_graph=True)
-    for found in (recorded, grad(loss, (0, 1))(*inputs(device))):
+    with forward_ad.dual_level():  # nothing has a tangent
+        _, beside = slopes(*inputs(device))
+    for found in (recorded, beside, grad(loss, (0, 1))(*inputs(device))):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     graph = make_fx(lambda *x: grad(loss)(*x))(*inputs(device)).graph
     called = [str(node.target) for node in graph.nodes if "tritoncaps" in str(node.target)]
@@ -122,3 +126,28 @@ def test_a_backward_called_by_hand_refuses_tangents(device):
         dual = forward_ad.make_dual(s, s)
         with pytest.raises(NotImplementedError, match="squash_backward: an argument"):
             torch.ops.tritoncaps.squash_backward(s, dual, "quadratic")
+
+
+def test_a_torch_with_other_internals_has_plain_gradients(device, monkeypatch):
+    """Only the transforms of `torch.func` and forward mode need them."""
+    monkeypatch.setattr(_autograd, "KNOWS_TORCH", False)
+
+    def forward(s: torch.Tensor) -> torch.Tensor:
+        return reference.squash(s)
+
+    def backward(grad_v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(s)
+
+    plain = register(
+        "plain_squash",
+        forward,
+        backward,
+        reference=reference.squash,
+        inputs={"s": "... D"},
+        outputs={"v": "... D"},
+    )
+    s = torch.rand(3, 4, device=device, requires_grad=True)
+    plain.forward(s).sum().backward()
+    assert torch.equal(s.grad, torch.ones_like(s))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        grad(lambda s: plain.forward(s).sum())(s.detach())

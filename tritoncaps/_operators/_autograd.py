@@ -10,15 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
+
+try:
+    from torch._C._functorch import TransformType, get_interpreter_stack
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch._library.autograd import make_autograd_impl
+    from torch.autograd.function import _SingleLevelFunction
+except ImportError:
+    # A torch that has moved them: `.backward()` works, and torch refuses the transforms itself.
+    KNOWS_TORCH = False
+else:
+    KNOWS_TORCH = True
 
 
 def in_forward_mode() -> bool:
     """Whether a forward-mode derivative is being computed, by `torch.func` or without it."""
+    if not KNOWS_TORCH:
+        return False
     levels = get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(
         level.key() == TransformType.Jvp for level in levels
@@ -41,6 +50,8 @@ def set_autograd(
             consists of operations that torch can differentiate.
     """
     operator.register_autograd(backward, setup_context=setup_context)
+    if not KNOWS_TORCH:
+        return
     overload = operator._opoverload
     plain = make_autograd_impl(overload, operator)
 
@@ -68,7 +79,7 @@ def set_autograd(
         if is_plain and forward_ad._current_level < 0:
             return plain(keyset, *args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if in_forward_mode() and any(_has_tangent(tensor) for tensor in tensors):
+        if in_forward_mode() and any(has_tangent(tensor) for tensor in tensors):
             return with_tangents(*args)
         if is_plain:
             return plain(keyset, *args)
@@ -82,6 +93,7 @@ def set_autograd(
     )
 
 
-def _has_tangent(tensor: Tensor) -> bool:
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether a tensor is a dual number of plain forward mode or of the innermost `jvp`."""
     # There is only level 0. A compiled `jvp` enters it without telling `forward_ad`.
     return forward_ad.unpack_dual(tensor, level=0).tangent is not None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tritoncaps._operators._autograd import in_forward_mode, set_autograd
+from tritoncaps._operators._autograd import has_tangent, in_forward_mode, set_autograd
 from tritoncaps._torch_path import accumulation_dtype
 
 Axes = Mapping[str, str]
@@ -79,7 +79,7 @@ def register(
     operator.register_fake(formulas.fake)
     gradient_of.register_fake(formulas.fake_backward)
     first = formulas.gradient(gradient_of)
-    set_autograd(operator, formulas.save, first, formulas.forward_by_reference)
+    set_autograd(operator, formulas.save, first, formulas.with_tangents)
     set_autograd(gradient_of, formulas.save_backward, formulas.second, _refuse_tangents(name))
     _set_autocast(operator)
     if formulas.is_elementwise:
@@ -213,7 +213,11 @@ class _Formulas:
                 elif grad is None and name not in self.optional:
                     grad = like.new_zeros(ctx.shapes[name])
                 given[f"grad_{name}"] = grad
-            if in_forward_mode():
+            tensors = [value for value in given.values() if isinstance(value, Tensor)]
+            # Below a transform of `torch.func`, tensors may hide their tangents.
+            if in_forward_mode() and (
+                torch._C._are_functorch_transforms_active() or any(map(has_tangent, tensors))
+            ):
                 by_name = self.backward_by_reference(given)
             else:
                 found = _listed(gradient_of(*(given[name] for name in self.taken)))
@@ -244,15 +248,23 @@ class _Formulas:
         names = [name for name in self.outputs if self.was_asked_for(name, given)]
         return {name: result.to(dtype) for name, result in zip(names, made, strict=False)}
 
-    def forward_by_reference(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+    def with_tangents(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        """The forward by the reference, which torch differentiates in forward mode."""
+        # `torch.func` switches autocast on again for what is called in here, even inside a block
+        # that has it off. It spares float64. A device without float64 (mps) refuses this.
+        precision = torch.float64 if _is_under_autocast() else None
+        return self.forward_by_reference(*args, precision=precision)
+
+    def forward_by_reference(
+        self, *args: Any, precision: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """The forward in torch's own operations.
 
         Outputs that the reference lacks are zero. Only the backward would read them, and that one
         is then computed from the reference too.
         """
         given = dict(zip(self.parameters, args, strict=True))
-        # `torch.func` may switch autocast on again for what is called in here. It spares float64.
-        made = self.evaluate(given, torch.float64 if _is_under_autocast() else None)
+        made = self.evaluate(given, precision)
         shapes = dict(zip(self.outputs, _listed(self.fake(*args)), strict=True))
         results = tuple(
             made[name] if name in made else torch.zeros_like(empty)

@@ -206,7 +206,8 @@ class _Probe:
                 f"got {type(batch).__name__}"
             )
         self.function, self.model = function, model
-        self.arguments = batch if isinstance(batch, tuple) else (batch,)
+        # `Capsules` is a tuple too, but one argument.
+        self.arguments = batch if type(batch) is tuple else (batch,)
         self.layers = {
             name or type(module).__name__: module
             for name, module in model.named_modules()

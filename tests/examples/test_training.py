@@ -518,7 +518,7 @@ class TestEvaluation:
         evaluation = trainer.evaluate(test)  # batches of 16, 16 and 8
         with torch.no_grad():
             images = test.images / 255
-            activations, _, reconstruction, _ = trainer.model(images)
+            activations, _, reconstruction, *_ = trainer.model(images)
             loss = CapsuleLoss()(activations, test.labels, reconstruction, images)
         predicted = activations.argmax(dim=1)
         assert torch.equal(evaluation.predictions, predicted)

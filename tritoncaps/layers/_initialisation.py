@@ -6,8 +6,8 @@ import math
 _GAIN = 10 / 16
 # How long a prediction vector may be, and so how large the logit that it makes.
 _LONGEST_VOTE = 3.2
-# How short a first sum may be. The squash makes 0.0025 of it.
-_SHORTEST_SUM = 0.05
+# How short a first sum may be. The squash makes 0.01 of it.
+_SHORTEST_SUM = 0.1
 
 
 def routing_weight_std(inputs: int, out_capsules: int, out_dim: int) -> float:
@@ -25,7 +25,7 @@ def routing_weight_std(inputs: int, out_capsules: int, out_dim: int) -> float:
     3.2·√I/J: no prediction vector is longer than 3.2. Longer ones make logits so large that chance
     gives an input to one output. This happens where few inputs meet many outputs.
 
-    The length is never below 0.05, where the next squash would end the signal. Only hundreds of
+    The length is never below 0.1, where the next squash would end the signal. Only hundreds of
     outputs come near it. Ten capsules of 16 have the length 1 exactly.
     """
     first_sum = min(

@@ -27,18 +27,18 @@ def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
 
 @triton.jit
 def load_sum(
-    slots_ptr, bias_ptr, n, d, mask, slot_size, J, D,
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    slots_ptr, pose_bias_ptr, n, d, mask, slot_size, J, D,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
 ):  # fmt: skip
     """s of an iteration from its slots: times the uniform coupling if UNIFORM, plus pose bias.
 
-    `bias_ptr` points to a contiguous (J, D).
+    `pose_bias_ptr` points to a contiguous (J, D).
     """
     s = sum_slots(slots_ptr, n * D + d, mask, slot_size, SLOTS)
     if UNIFORM:
         s = s / classes(J, LEAKY)
-    if HAS_BIAS:
-        s += tl.load(bias_ptr + n % J * D + d, mask, other=0.0).to(s.dtype)
+    if HAS_POSE_BIAS:
+        s += tl.load(pose_bias_ptr + n % J * D + d, mask, other=0.0).to(s.dtype)
     return s
 
 
@@ -54,11 +54,11 @@ def running_sum(sums_ptr, offsets, mask, slot_size, count):
 @triton.jit
 def advance_running_sum(
     # pointers
-    slots_ptr, bias_ptr, sums_ptr, V_ptr,
+    slots_ptr, pose_bias_ptr, sums_ptr, V_ptr,
     # extents
     first_row, last_row, slot_size, J, D, iteration, is_writer,
     # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Open forward pass t = `iteration`: finish s⁽ᵗ⁻¹⁾ of some rows and store their V⁽ᵗ⁻¹⁾.
@@ -71,8 +71,9 @@ def advance_running_sum(
         mask = (n < last_row) & (d < D)
         offsets = n * D + d
         s = load_sum(
-            slots_ptr, bias_ptr, n, d, mask, slot_size, J, D, SLOTS, UNIFORM, LEAKY, HAS_BIAS
-        )
+            slots_ptr, pose_bias_ptr, n, d, mask, slot_size, J, D,
+            SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS,
+        )  # fmt: skip
         V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 2) + squash_rows(s)
         tl.store(V_ptr + offsets, V, mask=mask)
         if is_writer:
@@ -140,11 +141,11 @@ def _sum_slots_kernel(
 @triton.jit
 def _squash_slots_kernel(
     # pointers
-    slots_ptr, bias_ptr, s_ptr, v_ptr,
+    slots_ptr, pose_bias_ptr, s_ptr, v_ptr,
     # extents
     N, J, D,
     # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
     SQUASHED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Finish a routing: the last s from its slots, and the output, squash(s) or s itself."""
@@ -153,8 +154,8 @@ def _squash_slots_kernel(
     mask = (n < N) & (d < D)
     offsets = n * D + d
     s = load_sum(
-        slots_ptr, bias_ptr, n, d, mask, tl.cast(N, tl.int64) * D, J, D,
-        SLOTS, UNIFORM, LEAKY, HAS_BIAS,
+        slots_ptr, pose_bias_ptr, n, d, mask, tl.cast(N, tl.int64) * D, J, D,
+        SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS,
     )  # fmt: skip
     tl.store(s_ptr + offsets, s, mask)
     tl.store(v_ptr + offsets, squash_rows(s) if SQUASHED else s, mask)
@@ -200,7 +201,7 @@ def write_result(
         SLOTS=slots.shape[0],
         UNIFORM=uniform,
         LEAKY=leaky,
-        HAS_BIAS=pose_bias is not None,
+        HAS_POSE_BIAS=pose_bias is not None,
         SQUASHED=output == "v",
         **launch,
     )  # fmt: skip

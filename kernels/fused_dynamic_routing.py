@@ -212,9 +212,7 @@ def fused_dynamic_routing_fwd(
                 **launch,
             )  # fmt: skip
             filled, uniform = next_slots, False
-        write_result(
-            filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output
-        )  # fmt: skip
+        write_result(filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output)
     return v, coupling, sums
 
 

@@ -17,7 +17,7 @@ _BEST, _LAST = "model_best.safetensors", "last.safetensors"
 _SHOWN = 3  # the most names of weights in an error
 
 
-def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") -> nn.Module:
     """Load a trained model, in eval mode.
 
     Args:

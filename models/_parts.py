@@ -1,10 +1,10 @@
-"""What the networks share: their output, their first convolution and the argument checks."""
+"""What the networks share: their output, and the checks of their arguments."""
 
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps._checks import (
@@ -15,11 +15,10 @@ from tritoncaps._checks import (
     check_size,
     shape_of,
 )
-from tritoncaps._tracing import concrete, is_proxy
-from tritoncaps.layers import RoutedCapsules
+from tritoncaps._tracing import is_proxy
 
-# A network with more is rarely meant: the largest of the papers has 8 million.
-_MANY_PARAMETERS = 100_000_000
+# More is rarely meant: the largest network of the papers has 8 million parameters.
+_MANY_NUMBERS = 100_000_000
 
 
 class CapsuleOutput(NamedTuple):
@@ -72,21 +71,24 @@ def check_sides(model: str, image: tuple[int, int], smallest: int) -> None:
         )
 
 
-def warn_of_size(model: nn.Module, in_capsules: int, routing: int, pixels: int) -> None:
-    """Warn before building a routing and a decoder with very many parameters.
+def warn_of_size(
+    model: str, in_capsules: int, routing: int, pixels: int, shared_weights: bool
+) -> None:
+    """Warn before building a routing and a decoder with very many numbers.
 
-    `routing` is the number of its parameters, `pixels` of the decoded image, or 0. The last layer
-    of the decoder outweighs the others by far.
+    `routing` is the number of its parameters, or of their copies in a call if they are shared.
+    `pixels` is that of the decoded image, or 0. The last layer of the decoder outweighs the others
+    by far.
     """
     decoder = 1024 * pixels
-    if routing + decoder <= _MANY_PARAMETERS:
+    if routing + decoder <= _MANY_NUMBERS:
         return
-    total = routing + decoder + sum(parameter.numel() for parameter in model.parameters())
+    kind = "numbers, copied from shared ones in each call," if shared_weights else "parameters"
     warnings.warn(
-        f"{type(model).__name__}: {total / 1e6:,.0f} M parameters, {routing / 1e6:,.0f} M of them "
-        f"in the routing of {in_capsules:,} primary capsules and {decoder / 1e6:,.0f} M in the "
-        "decoder; use a larger stride or shared_weights=True for the routing, "
-        "reconstruction=False for the decoder, or tritoncaps.layers.CapsuleHead on a backbone",
+        f"{model}: {routing / 1e6:,.0f} M {kind} in the routing of {in_capsules:,} primary "
+        f"capsules, {decoder / 1e6:,.0f} M parameters in the decoder; use a larger stride for the "
+        "routing, reconstruction=False for the decoder, or tritoncaps.layers.CapsuleHead on a "
+        "backbone",
         stacklevel=3,
     )
 
@@ -101,15 +103,3 @@ def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) 
             f"{model}: images must be (B, {', '.join(map(str, image_shape))}), "
             f"got {shape_of(images)}"
         )
-
-
-def route(
-    layer: RoutedCapsules, u: Tensor, iterations: int | None, return_coupling: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Route, and return the coupling as well, or None if it is not wanted."""
-    return_coupling = concrete("return_coupling", return_coupling, False)
-    result = layer(u, iterations=iterations, return_coupling=return_coupling)
-    if not return_coupling:
-        return result, None
-    poses, coupling = result
-    return poses, coupling

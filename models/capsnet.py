@@ -16,13 +16,13 @@ from tritoncaps.layers import (
     capsule_lengths,
 )
 from tritoncaps.layers._convolution import ReluConv2d
+from tritoncaps.layers.routed import route
 from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
     check_images,
     check_sides,
     image_sides,
-    route,
     warn_of_size,
 )
 
@@ -42,20 +42,22 @@ class CapsNet(nn.Module):
         padding: zeros around the feature maps for the convolution of the primary capsules.
         class_dim: components of a class capsule, D.
         shared_weights: primary capsules of one type share their matrices at all positions. With the
-            defaults these are 40,960 parameters instead of 1,474,560.
+            defaults these are 40,960 parameters instead of 1,474,560. They are copied for every
+            position: I·8·K·D numbers during a call, as many as without sharing.
         learned_prior: learn the initial logits of the routing.
         pose_bias: learn a bias, added to the sums before each squash.
         leaky: add an orphan class to each softmax. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
-            stops at parameters that the loss does not use.
+        reconstruction: build the decoder. Set it to False to train without a decoder:
+            DistributedDataParallel stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
             for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Warns:
-        UserWarning: routing and decoder have more than 100 million parameters.
+        UserWarning: routing and decoder have more than 100 million parameters, or copies of shared
+            ones.
 
     Example:
         >>> import torch
@@ -117,11 +119,11 @@ class CapsNet(nn.Module):
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride + 1, (width - 9) // stride + 1
         )
-        matrices = capsule_types if shared_weights else in_capsules
         pixels = in_channels * height * width if reconstruction else 0
-        warn_of_size(self, in_capsules, matrices * 8 * num_classes * class_dim, pixels)
+        weights = in_capsules * 8 * num_classes * class_dim
+        warn_of_size("CapsNet", in_capsules, weights, pixels, shared_weights)
         self.routing = RoutedCapsules(
-            matrices,
+            capsule_types if shared_weights else in_capsules,
             8,
             num_classes,
             class_dim,

@@ -18,13 +18,13 @@ from tritoncaps.layers import (
     capsule_lengths,
 )
 from tritoncaps.layers._convolution import ReluConv2d
+from tritoncaps.layers.routed import route
 from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
     check_images,
     check_sides,
     image_sides,
-    route,
     warn_of_size,
 )
 
@@ -46,20 +46,23 @@ class DeepCapsNet(nn.Module):
         capsule_types: primary capsules at each position, 8-dimensional.
         padding: zeros around the feature maps for the convolution of the primary capsules.
         class_dim: components of a class capsule, D.
-        shared_weights: primary capsules of one type share their matrices at all positions.
+        shared_weights: primary capsules of one type share their matrices at all positions. They are
+            copied for every position: I·8·hidden_capsules·hidden_dim numbers during a call, as many
+            as without sharing.
         learned_prior: learn the initial logits of both routings.
         pose_bias: learn a bias, added to the sums before each squash in both routes.
         leaky: add an orphan class to each softmax in both routes. See `layers.RoutedCapsules`.
         gradient: "full" or "last". See `ops.fused_dynamic_routing`.
-        reconstruction: build the decoder. Say False to train without it: DistributedDataParallel
-            stops at parameters that the loss does not use.
+        reconstruction: build the decoder. Set it to False to train without a decoder:
+            DistributedDataParallel stops at parameters that the loss does not use.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
             for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Warns:
-        UserWarning: routing and decoder have more than 100 million parameters.
+        UserWarning: routing and decoder have more than 100 million parameters, or copies of shared
+            ones.
 
     Example:
         >>> import torch
@@ -127,11 +130,11 @@ class DeepCapsNet(nn.Module):
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride - 3, (width - 9) // stride - 3
         )
-        matrices = capsule_types if shared_weights else in_capsules
         pixels = in_channels * height * width if reconstruction else 0
-        warn_of_size(self, in_capsules, matrices * 8 * hidden_capsules * hidden_dim, pixels)
+        weights = in_capsules * 8 * hidden_capsules * hidden_dim
+        warn_of_size("DeepCapsNet", in_capsules, weights, pixels, shared_weights)
         self.primary_routing = RoutedCapsules(
-            matrices,
+            capsule_types if shared_weights else in_capsules,
             8,
             hidden_capsules,
             hidden_dim,

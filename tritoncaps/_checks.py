@@ -82,7 +82,7 @@ def check_routing_options(
     return_coupling: object,
 ) -> None:
     """The options of the routings by agreement."""
-    check_iterations(function, iterations)
+    check_size(function, "iterations", iterations)
     check_flag(function, "leaky", leaky)
     check_choice(function, "gradient", gradient, ("full", "last"))
     check_choice(function, "output", output, ("v", "s"))
@@ -138,11 +138,6 @@ def routed_dtype(tensor: Tensor) -> torch.dtype:
     ):
         return torch.float32
     return tensor.dtype
-
-
-def check_iterations(function: str, iterations: object, name: str = "iterations") -> None:
-    """An int, at least 1: the number of weighted sums."""
-    check_size(function, name, iterations)
 
 
 def check_number(function: str, name: str, value: object) -> None:

@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 
 def is_proxy(value: object) -> bool:
-    """Whether a tracer passes this value."""
+    """Whether the value is a tracer's proxy."""
     return isinstance(value, Proxy)
 
 

@@ -105,9 +105,8 @@ def _flags_beside(directory: Path) -> dict[str, Any]:
 def _own(args: dict[str, Any]) -> dict[str, Any]:
     """Leave out the arguments of the network that the images determine: no flag gave them."""
     kwargs = args.get("model_kwargs", {})
-    if args.get("dataset") == "folder":
-        sides = kwargs.get("image_size")
-        args = {**args, "image_size": sides and list(sides)}
+    if args.get("dataset") == "folder" and "image_size" in kwargs:
+        args = {**args, "image_size": list(kwargs["image_size"])}
     return {**args, "model_kwargs": {k: v for k, v in kwargs.items() if k not in FROM_DATA}}
 
 

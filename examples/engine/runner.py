@@ -151,9 +151,12 @@ class Runner:
         world = self.runtime.world
         size = (recipe.image_size[0], recipe.image_size[1]) if recipe.image_size else None
         with world.first_on_each_machine():
-            dataset = load_dataset(
-                recipe.dataset, machine.data_dir, image_size=size, download=machine.download
-            )
+            try:
+                dataset = load_dataset(
+                    recipe.dataset, machine.data_dir, image_size=size, download=machine.download
+                )
+            except (DatasetError, ValueError) as error:
+                raise DatasetError(f"--dataset {recipe.dataset}: {error}") from error
         if len(set(found := world.gather(dataset.name))) > 1:
             raise DatasetError(
                 f"--dataset {recipe.dataset}: the {world.size} processes found {', '.join(found)}; "

@@ -1,7 +1,8 @@
 """How may an input capsule belong to no class at all?
 
-With `leaky=True`. An orphan class takes part in the softmax and takes in what the others leave.
-With a learned prior a layer finds out which inputs mean nothing: here the last four of eight.
+With `leaky=True`. An orphan class takes part in the softmax, and at first takes a quarter of each
+input here. Of the four that mean something it loses most in training. Of the four that are noise it
+keeps its quarter.
 """
 
 import torch

@@ -313,7 +313,7 @@ def test_a_wrong_layout_is_named_with_what_to_do(tmp_path, files, fragments):
 
 
 def test_a_folder_that_is_not_there_or_no_folder(tmp_path):
-    refused(tmp_path / "typo", f"folder {tmp_path / 'typo'} does not exist", "--data-dir")
+    refused(tmp_path / "typo", f"folder {tmp_path / 'typo'} does not exist", "check data_dir")
     (tmp_path / "pets.zip").write_bytes(b"")
     refused(tmp_path / "pets.zip", "pets.zip is a file", "unpacked")
 
@@ -372,7 +372,7 @@ def test_images_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_
     fill(tmp_path)
     save(tmp_path / "cat" / "9.png", (255, 0, 0), mode="RGB")
     monkeypatch.setattr(image_folder, "_memory", lambda: 2 * 11 * 100 * 100)
-    refused(tmp_path, "11 images of 3x100x100", "smaller image_size (--image-size)", image_size=100)
+    refused(tmp_path, "11 images of 3x100x100", "smaller image_size", image_size=100)
     (tmp_path / "cat" / "9.png").unlink()
     assert len(load(tmp_path, 100).train) == 8
     monkeypatch.setattr(image_folder, "_memory", lambda: None)

@@ -102,8 +102,11 @@ def test_a_folder_without_parts_is_split_like_any_training_set(own, capsys):
     [
         (("--image-size=16",), "--image-size 16 16: CapsNet: image_size=(16, 16) leaves no prim"),
         (("--image-size", "1", "2", "3"), "expected SIDE or HEIGHT WIDTH"),
-        (("--data-dir=typo",), "the folder typo does not exist: check data_dir (--data-dir)"),
-        (("--dataset=digits", "--image-size=20"), "(--image-size) is for name='folder' alone"),
+        (("--data-dir=typo",), "--dataset folder: the folder typo does not exist: check data_dir"),
+        (
+            ("--dataset=digits", "--image-size=20"),
+            "--dataset digits: load_dataset: image_size=(20, 20) is for",
+        ),
     ],
 )
 @pytest.mark.usefixtures("own")

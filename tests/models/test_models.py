@@ -1,5 +1,7 @@
 """Models: the papers' parameters and layers, names, any images, one bad image, autocast."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -148,18 +150,19 @@ def test_the_smallest_image_leaves_a_position(small_model, name, stride, padding
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((7, 3, 224), "CapsNet: 470 M parameters, 310 M of them in the routing of 346,112 primary"),
-        ((3, 1, 224), "and 51 M in the decoder; use a larger stride or shared_weights=True"),
+        ((7, 3, False), "CapsNet: 310 M parameters in the routing of 346,112 primary capsules"),
+        ((3, 1, False), "capsules, 51 M parameters in the decoder; use a larger stride"),
+        ((7, 3, True), "CapsNet: 310 M numbers, copied from shared ones in each call, in the"),
     ],
-    ids=["7 classes, in colour", "3 classes"],
+    ids=["7 classes, in colour", "3 classes", "shared weights"],
 )
 def test_a_very_large_network_warns(arguments, words):
+    classes, channels, shared = arguments
+    build = partial(CapsNet, classes, channels, 224, shared_weights=shared)
     with torch.device("meta"), pytest.warns(UserWarning, match=words):
-        CapsNet(*arguments)
-    # The remedies that it names.
+        build()
     with torch.device("meta"):
-        CapsNet(*arguments, stride=4, reconstruction=False)
-        CapsNet(*arguments, shared_weights=True, reconstruction=False)
+        build(stride=4, reconstruction=False)  # the remedies that it names
 
 
 @every_model

@@ -27,6 +27,8 @@ ROOMS = {
     "ops": {"ops", "_operators"},
     "layers": {"layers", "ops"},
     "losses": {"ops"},
+    "export": {"_files", "_operators"},
+    "data": {"data"},
     "testing": {"testing", "ops", "reference", "_operators"},
 }
 

@@ -208,13 +208,10 @@ def _visible(folder: Path) -> Iterator[Path]:
     try:
         names = sorted(os.listdir(folder))
     except FileNotFoundError:
-        raise DatasetError(
-            f"the folder {folder} does not exist: check data_dir (--data-dir)"
-        ) from None
+        raise DatasetError(f"the folder {folder} does not exist: check data_dir") from None
     except NotADirectoryError:
         raise DatasetError(
-            f"{folder} is a file: data_dir (--data-dir) must be a folder. An archive has to be "
-            "unpacked first"
+            f"{folder} is a file: data_dir must be a folder. An archive has to be unpacked first"
         ) from None
     except OSError as error:
         raise DatasetError(f"the folder {folder} cannot be read: {error.strerror}") from error
@@ -277,7 +274,7 @@ def _allocate(count: int, channels: int, size: tuple[int, int]) -> Tensor:
         raise DatasetError(
             f"{count:,} images of {channels}x{size[0]}x{size[1]} bytes take {needed / 1e9:,.1f} "
             f"GB, more than half of this machine's {memory / 1e9:,.1f} GB: give a smaller "
-            "image_size (--image-size), or fewer images"
+            "image_size, or fewer images"
         )
     return torch.empty(count, channels, *size, dtype=torch.uint8)
 

@@ -72,8 +72,8 @@ def load_dataset(
         return _read_folder(data_dir, image_size)
     if image_size is not None:
         raise ValueError(
-            f"load_dataset: image_size={image_size} (--image-size) is for name='folder' alone, the "
-            f"images of {name!r} keep their size"
+            f"load_dataset: image_size={image_size} is for name='folder' alone, the images of "
+            f"{name!r} keep their size"
         )
     wanted = "mnist" if name == "auto" else name
     entry = REGISTRY[wanted]
@@ -107,8 +107,8 @@ def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
 def _read_folder(data_dir: str | Path | None, image_size: int | tuple[int, int] | None) -> Dataset:
     if data_dir is None:
         raise ValueError(
-            "load_dataset: name='folder' needs data_dir (--data-dir), the folder that has a "
-            "subfolder for each class"
+            "load_dataset: name='folder' needs data_dir, the folder that has a subfolder for each "
+            "class"
         )
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if sides is not None:
@@ -119,9 +119,9 @@ def _read_folder(data_dir: str | Path | None, image_size: int | tuple[int, int] 
 def _nothing_there(entry: Entry, data_dir: Path, reason: str) -> DatasetError:
     found = "holds no" if data_dir.expanduser().is_dir() else "does not exist, so it holds no"
     return DatasetError(
-        f"data_dir (--data-dir) {data_dir} {found} {entry.folder}, and {entry.title} was not "
-        f"downloaded ({reason}). Correct it, or leave it out to use scikit-learn's digits. If it "
-        "has a subfolder of images for each class, the name (--dataset) is folder"
+        f"data_dir {data_dir} {found} {entry.folder}, and {entry.title} was not downloaded "
+        f"({reason}). Correct it, or leave it out to use scikit-learn's digits. If it has a "
+        "subfolder of images for each class, load it by the name 'folder'"
     )
 
 
@@ -143,5 +143,5 @@ def _incomplete(entry: Entry, folder: Path, missing: list[DataFile], reason: str
     return DatasetError(
         f"{entry.title} is not complete in {folder}: it lacks {names} and was not downloaded "
         f"({reason}). Put the files there, plain or as .gz, or run on a machine with a network "
-        f"with downloading allowed (download=True, --download)."
+        "with downloading allowed (download=True)."
     )

@@ -70,7 +70,7 @@ class ReconstructionDecoder(nn.Module):
         image_shape: tuple[int, ...] | list[int],
         hidden: tuple[int, int] = (512, 1024),
         *,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

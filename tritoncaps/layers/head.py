@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps import _checks, ops
-from tritoncaps._tracing import concrete
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.primary import PrimaryCapsules
-from tritoncaps.layers.routed import RoutedCapsules
+from tritoncaps.layers.routed import RoutedCapsules, route
 
 
 class CapsuleHead(nn.Module):
@@ -15,8 +14,8 @@ class CapsuleHead(nn.Module):
 
     One convolution turns the feature maps into primary capsules, which are routed to a capsule for
     each class. The primary capsules of a type share their matrices at all positions. So the number
-    of parameters does not depend on the size of the image, and images may differ in size. During a
-    call the shared matrices are repeated for each position.
+    of parameters does not depend on the size of the image, and images may differ in size. Memory
+    does: see `positions` of `RoutedCapsules`.
 
     For new classes, build a new head and let it keep the primary capsules that have been trained:
     `new.primary = head.primary`. An optimiser needs the parameters of the new head.
@@ -29,8 +28,8 @@ class CapsuleHead(nn.Module):
         class_dim: components of a class capsule, D.
         kernel_size, stride, padding: of the convolution. See `PrimaryCapsules`.
         feature_size: side of square feature maps, or (height, width). A torchvision network makes
-            7×7 of an image of 224×224. With shared weights this is what to expect. It sets the
-            scale of the initial weight and no limit.
+            7×7 of an image of 224×224. With shared weights this is the usual size. It only scales
+            the initial weight; any other size works too.
         shared_weights: without it, each position has matrices of its own, and the feature maps must
             have `feature_size`.
         iterations, pose_bias, leaky, gradient, learned_prior: of the routing. See `RoutedCapsules`.
@@ -72,7 +71,7 @@ class CapsuleHead(nn.Module):
         leaky: bool = False,
         gradient: ops.Gradient = "full",
         learned_prior: bool = False,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -129,9 +128,6 @@ class CapsuleHead(nn.Module):
             return_coupling: also return the coupling of the last iteration, (B, I, K).
         """
         u = self.primary(features)  # (B, I, dim)
-        return_coupling = concrete("return_coupling", return_coupling, False)
-        result = self.routing(u, iterations=iterations, return_coupling=return_coupling)
-        if not return_coupling:
-            return Capsules(result, capsule_lengths(result))
-        poses, coupling = result
-        return Capsules(poses, capsule_lengths(poses)), coupling
+        poses, coupling = route(self.routing, u, iterations, return_coupling)
+        capsules = Capsules(poses, capsule_lengths(poses))
+        return capsules if coupling is None else (capsules, coupling)

@@ -62,7 +62,7 @@ class PrimaryCapsules(nn.Module):
         padding: int | tuple[int, ...] | str = 0,
         *,
         spatial_dims: int = 2,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ class RoutedCapsules(nn.Module):
     By default each input capsule has matrices of its own, and their number is fixed. With
     `positions` the matrices are shared, as a convolution shares its kernel: the input is
     a grid (or a set) of positions with `in_capsules` capsules each, ordered by position, then type,
-    and may have any number of positions. `in_capsules=1` is one matrix for all.
+    and may have any number of positions. `in_capsules=1` is one matrix per
+    output capsule, shared by all inputs.
 
     Args:
         in_capsules: input capsules, I. With `positions`, the capsules at each position, T.
@@ -22,8 +23,9 @@ class RoutedCapsules(nn.Module):
         out_capsules: output capsules, J.
         out_dim: components of an output capsule, D.
         iterations: the number of weighted sums, at least 1.
-        positions: share the matrices over all positions. The value is the number of positions to
-            expect. It sets the scale of the initial weight and no limit.
+        positions: share the matrices over all positions. The value is the usual number. It only
+            scales the initial weight; any other number works too. The matrices are copied for every
+            position: n·T·P·J·D numbers during a call.
         pose_bias: learn a bias, (J, D), that is added to s before each squash. It starts at 0.1, as
             in the authors' code.
         leaky: add an orphan class to the softmax, which takes in what belongs to no output capsule.
@@ -47,7 +49,7 @@ class RoutedCapsules(nn.Module):
         >>> routing(torch.rand(2, 1152, 8)).shape
         torch.Size([2, 10, 16])
 
-        The same network with 32 matrices a class instead of 1152, on a larger grid:
+        The same network with 32 matrices per class instead of 1152, on a larger grid:
 
         >>> shared = RoutedCapsules(32, 8, 10, 16, positions=6 * 6)
         >>> shared(torch.rand(2, 9 * 9 * 32, 8)).shape
@@ -172,6 +174,18 @@ class RoutedCapsules(nn.Module):
             f"pose_bias={self.pose_bias is not None}, leaky={self.leaky}, "
             f"gradient={self.gradient!r}, learned_prior={self.learned_prior}"
         )
+
+
+def route(
+    layer: RoutedCapsules, u: Tensor, iterations: int | None, return_coupling: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Route, and return the coupling as well, or None if it is not wanted."""
+    return_coupling = concrete("return_coupling", return_coupling, False)
+    result = layer(u, iterations=iterations, return_coupling=return_coupling)
+    if not return_coupling:
+        return result, None
+    poses, coupling = result
+    return poses, coupling
 
 
 @one_node

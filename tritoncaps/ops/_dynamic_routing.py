@@ -36,6 +36,18 @@ def dynamic_routing(
     output: Output = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def dynamic_routing(
+    u_hat: Tensor,
+    iterations: int = ...,
+    *,
+    prior: Tensor | None = ...,
+    pose_bias: Tensor | None = ...,
+    leaky: bool = ...,
+    gradient: Gradient = ...,
+    output: Output = ...,
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @one_node
 def dynamic_routing(
     u_hat: Tensor,

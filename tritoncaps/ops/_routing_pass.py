@@ -31,6 +31,17 @@ def routing_pass(
     leaky: bool = ...,
     return_coupling: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def routing_pass(
+    u: Tensor,
+    weight: Tensor,
+    pose: Tensor,
+    *,
+    prior: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    leaky: bool = ...,
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @one_node
 def routing_pass(
     u: Tensor,

@@ -144,6 +144,8 @@ def check_number(function: str, name: str, value: object) -> None:
     """An int or a float. An int must fit into torch's 64 bits."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    if value != value:
+        raise ValueError(f"{function}: {name} must be a number, got nan")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{function}: {name} must be within ±2**63, got {value}")
 

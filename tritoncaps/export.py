@@ -178,13 +178,18 @@ def to_onnx(
             f"to_onnx: the weights take {size:,} bytes, but one ONNX file holds less than 2 GB; "
             "torch.onnx.export(to_program(model, example), f=path) puts them into a second file"
         )
-    input_names = _input_names(model, example)
+    input_names, output_names = _input_names(model, example), _output_names(program)
+    if both := set(input_names) & set(output_names):
+        raise ValueError(
+            f"to_onnx: {', '.join(sorted(both))} is the name of an input and of an output; rename "
+            "the argument of forward, or the key or field of its result"
+        )
     # All inputs share the dynamic axis, and torch warns if its name is given for each.
     axes = ({0: "batch"}, *({0: None} for _ in input_names[1:])) if dynamic_batch else None
     made = torch.onnx.export(
         program,
         input_names=input_names,
-        output_names=_output_names(program),
+        output_names=output_names,
         dynamic_shapes=axes,
         dynamo=True,
         verbose=False,
@@ -208,14 +213,14 @@ class _Plain(nn.Module):
 
 
 def _plain(result: Any) -> Any:
-    """The same result with a dict in place of each named tuple, without entries that are None."""
+    """The same result without entries that are None, and a dict in place of each named tuple."""
     if hasattr(result, "_asdict"):
         entries = result._asdict().items()
         return {name: _plain(value) for name, value in entries if value is not None}
     if type(result) in (tuple, list):
-        return type(result)(_plain(value) for value in result)
+        return type(result)(_plain(value) for value in result if value is not None)
     if type(result) is dict:
-        return {name: _plain(value) for name, value in result.items()}
+        return {name: _plain(value) for name, value in result.items() if value is not None}
     return result
 
 
@@ -234,6 +239,8 @@ def _program(
     if dynamic_batch and _batch_size(function, args) < 2:
         # torch.export takes a size of 0 or 1 for a constant.
         args = tree_map_only(Tensor, lambda arg: arg.new_zeros(2, *arg.shape[1:]), args)
+    # It also takes a tensor that is given twice for a single input.
+    args = tree_map_only(Tensor, torch.clone, args)
     shapes = None
     if dynamic_batch:
         batch = Dim("batch")

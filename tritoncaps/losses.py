@@ -166,7 +166,13 @@ class CapsuleLoss(_Margins):
         loss = self.margin_loss(activations, target)
         if reconstruction is None:
             return loss
-        error = reduced(reconstruction_error(reconstruction, images), self.reduction)
+        error = reconstruction_error(reconstruction, images)
+        if len(error) != len(activations):
+            raise ValueError(
+                f"CapsuleLoss: reconstruction has B={len(error)} but activations has "
+                f"B={len(activations)}; give one picture for each image"
+            )
+        error = reduced(error, self.reduction)
         return torch.add(loss, error, alpha=self.reconstruction_weight)
 
     def extra_repr(self) -> str:

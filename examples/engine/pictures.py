@@ -25,6 +25,19 @@ def draw(
     directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
     figures.plot_curves(trainer.rows, directory / "curves.png", title)
 
+    if getattr(trainer.model, "decoder", None) is not None:
+        _draw_decoded(trainer, dataset, test, evaluation, title)
+
+    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
+    matrix.index_put_((labels, evaluation.predictions), torch.tensor(1), accumulate=True)
+    figures.plot_confusion(matrix, directory / "confusion.png", f"{title}, test set", names)
+
+
+def _draw_decoded(
+    trainer: Trainer, dataset: Dataset, test: ImageSet, evaluation: Evaluation, title: str
+) -> None:
+    """Draw what the decoder makes of capsules."""
+    directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
     # Two images of each class. More classes would be too tall for a picture.
     shown = range(min(len(names), 100))
     chosen = torch.cat([(labels == label).nonzero()[:2, 0] for label in shown])
@@ -56,10 +69,6 @@ def draw(
         f"{title}: the dimensions of a capsule of class {names[found[first[clearest]]]} "
         "(σ: standard deviation over the class)",
     )
-
-    matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
-    matrix.index_put_((labels, evaluation.predictions), torch.tensor(1), accumulate=True)
-    figures.plot_confusion(matrix, directory / "confusion.png", f"{title}, test set", names)
 
 
 @torch.inference_mode()

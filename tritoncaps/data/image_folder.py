@@ -156,7 +156,9 @@ def _find_images(folder: Path, known: set[Path]) -> _Class:
     while pending:
         for path in _visible(pending.pop()):
             if not os.path.isdir(path):
-                files.append(path)
+                # A pipe or the like would wait for a writer. A broken link is named as damaged.
+                if os.path.isfile(path) or not os.path.exists(path):
+                    files.append(path)
             elif (real := path.resolve()) not in seen:
                 seen.add(real)
                 pending.append(path)

@@ -1,8 +1,9 @@
 """Scale the weights of capsule layers on a batch, so that a stack of any depth starts alive."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,8 @@ def calibrate(
         length: the mean length to reach, in (0, 1). A layer with more than 10 `out_capsules`
             reaches 10/`out_capsules` of it: its outputs compete, and cannot all be long.
 
+    A frozen layer, whose weight has `requires_grad=False`, keeps it: its factor is 1.
+
     The model runs in the mode that it is in, train or eval. Nothing changes but the scaled weights:
     there are no gradients, and buffers (such as the statistics of batch normalisation) and torch's
     random state are put back. After an error the weights are the old ones. The same model, batch
@@ -112,6 +115,8 @@ def calibrate(
             "calibrate the part of the model that runs, or remove the rest"
         )
     weights = {name: probe.weight(name) for name in before}
+    if shared := _shared(weights):
+        raise ValueError(f"calibrate: {shared} share one weight; calibrate before you tie them")
     originals = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def scale(name: str, factor: float) -> None:
@@ -121,6 +126,9 @@ def calibrate(
     factors = {}
     try:
         for name in before:
+            if not weights[name].requires_grad:
+                factors[name] = 1.0
+                continue
 
             def measure(factor: float, name: str = name) -> float:
                 scale(name, factor)
@@ -158,13 +166,23 @@ def dead_layers(model: nn.Module, batch: Tensor | tuple[Any, ...]) -> list[DeadL
         ['0', '1']
     """
     probe = _Probe("dead_layers", model, batch)
-    return [DeadLayer(name, mean) for name, mean in probe.lengths().items() if mean < _DEAD]
+    return [DeadLayer(name, mean) for name, mean in probe.lengths().items() if not mean >= _DEAD]
+
+
+def _shared(weights: Mapping[str, nn.Parameter]) -> str:
+    """Return the names of layers that have the same weight, if there are any."""
+    seen: dict[int, str] = {}
+    for name, weight in weights.items():
+        other = seen.setdefault(id(weight), name)
+        if other != name:
+            return f"{other} and {name}"
+    return ""
 
 
 def _search(name: str, measure: Callable[[float], float], length: float) -> float:
     """Return a factor of a layer's weight at which `measure`, its mean length, is `length`."""
     low, high = 0.0, math.inf
-    longest, factor = 0.0, 1.0
+    shortest, longest, factor = math.inf, 0.0, 1.0
     for _ in range(_MOST_PASSES):
         mean = measure(factor)
         if not math.isfinite(mean):
@@ -172,7 +190,7 @@ def _search(name: str, measure: Callable[[float], float], length: float) -> floa
                 f"calibrate: the outputs of {name} are not finite (mean length {mean}); "
                 "check the batch and the layers before it"
             )
-        longest = max(longest, mean)
+        shortest, longest = min(shortest, mean), max(longest, mean)
         if abs(mean - length) <= _TOLERANCE * length:
             return factor
         if mean == 0:
@@ -188,9 +206,12 @@ def _search(name: str, measure: Callable[[float], float], length: float) -> floa
             # Short lengths grow with the square of the weight.
             step = math.sqrt(length / mean)
             factor *= min(max(step, 1.25), _LARGEST_STEP) if step > 1 else min(step, 0.8)
+    found, remedy = f"longest found is {longest:.3g}", "give a smaller length"
+    if shortest > length:
+        found, remedy = f"shortest found is {shortest:.3g}", "give a larger length, or no bias"
     raise ValueError(
         f"calibrate: the outputs of {name} cannot have a mean length of {length:.3g} on this "
-        f"batch, the longest found is {longest:.3g}; give a smaller length"
+        f"batch, the {found}; {remedy}"
     )
 
 
@@ -238,8 +259,13 @@ class _Probe:
             return lambda module, inputs, output: found.setdefault(name, []).append(_length(output))
 
         handles = [layer.register_forward_hook(keep(name)) for name, layer in self.layers.items()]
+        # Weights that autocast has cast before would hide the new scale.
+        torch.clear_autocast_cache()
+        # Code that was compiled before would not call the hooks.
+        is_compiled = "torch._dynamo" in sys.modules
+        eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
         try:
-            with torch.no_grad(), _unchanged(self.model):
+            with torch.no_grad(), _unchanged(self.model), eager:
                 self.model(*self.arguments)
         finally:
             for handle in handles:

@@ -134,6 +134,11 @@ def _masked(
         )
     if target is None:
         activations = capsule_lengths(poses) if activations is None else activations
+        if activations.shape != poses.shape[:2]:
+            raise ValueError(
+                f"ReconstructionDecoder: activations must be {_checks.shape_of(poses)[:2]}, one "
+                f"for each pose, got {_checks.shape_of(activations)}"
+            )
         target = activations.argmax(dim=1)
     else:
         _checks.check_target("ReconstructionDecoder", target, "poses", poses)

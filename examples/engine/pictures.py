@@ -53,7 +53,8 @@ def draw(
         moved[clearest],
         OFFSETS,
         directory / "perturbations.png",
-        f"{title}: the dimensions of a capsule of class {names[found[first[clearest]]]}",
+        f"{title}: the dimensions of a capsule of class {names[found[first[clearest]]]} "
+        "(σ: standard deviation over the class)",
     )
 
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)

@@ -87,14 +87,6 @@ class TestMask:
 
 
 class TestCall:
-    def test_coupling_is_a_softmax_over_the_outputs(self, device):
-        layer = build().to(device)
-        u = torch.randn(2, T, P, device=device)
-        poses, coupling = layer(u, return_coupling=True)
-        assert coupling.shape == (2, T, J)
-        torch.testing.assert_close(coupling.sum(2), torch.ones(2, T, device=device))
-        assert torch.equal(poses, layer(u))
-
     def test_an_orphan_class_takes_a_share(self, device):
         layer = build(leaky=True).to(device)
         _, coupling = layer(torch.zeros(2, T, P, device=device), return_coupling=True)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import torch
@@ -526,12 +526,13 @@ def _some(operator: Operator) -> list[dict[str, Any]]:
 
 
 def _worded(operator: Operator) -> list[dict[str, Any]]:
-    """The combinations that differ from the usual one in words and flags alone.
+    """The usual options and each other word or flag in turn, with all results.
 
     Neither a graph nor a transform depends on numbers such as the iterations.
     """
-    numbers = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
-    return [options for options in _combinations(operator) if numbers.items() <= options.items()]
+    fixed = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
+    fixed |= {name: True for name in operator.options if name.startswith("return_")}
+    return [options for options in _combinations(operator) if fixed.items() <= options.items()]
 
 
 def _few(operator: Operator) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
@@ -540,11 +541,8 @@ def _few(operator: Operator) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     They are each word and flag with all inputs and results, and the usual call with the fewest. Two
     iterations hold every kind of step.
     """
-    flags = {name: True for name in operator.options if name.startswith("return_")}
     counts = {n: 2 for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
-    found = [options for options in _worded(operator) if flags.items() <= options.items()]
-    if INTERPRETED:
-        found = found[:1]
+    found = _worded(operator)[: 1 if INTERPRETED else None]
     full = [(options | counts, tuple(operator.optional)) for options in found]
     return [(operator.defaults | counts, ()), *full]
 
@@ -575,18 +573,18 @@ def _counted() -> set[str]:
 def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """The arguments of the registered forward and backward, as pairs (operator, arguments).
 
-    Without optional inputs, all tensors are contiguous. With all of them, none is. So the results
-    must have the strides that their fakes promise, whatever the strides of the inputs.
+    Each word is seen once. Two kinds of call alternate. Without optional inputs, all tensors are
+    contiguous. With all of them, none is. So the results must have the strides that their fakes
+    promise, whatever the strides of the inputs.
     """
     import inspect
 
     registered = operator.registered
     parameters = list(inspect.signature(registered.forward._init_fn).parameters)
     needed = list(inspect.signature(registered.backward._init_fn).parameters)
-    varied = _worded(operator)
-    subsets = [(), tuple(operator.optional)]
-    for options, layout in product(varied, ("contiguous", "transposed")):
-        optional = subsets[layout == "transposed"]
+    kinds = cycle([("contiguous", ()), ("transposed", tuple(operator.optional))])
+    varied = [operator.defaults, *_worded(operator)]
+    for options, (layout, optional) in zip(varied, kinds, strict=False):
         inputs = draw_inputs(
             operator, dtype=torch.float32, device=device, layout=layout, optional=optional
         )

@@ -36,7 +36,8 @@ def small_network(name: str, **kwargs: Any) -> nn.Module:
     channels: dict[str, Any] = {"capsnet": 8, "deep_capsnet": (8, 8)}
     model = models.create_model(name, channels=channels[name], capsule_types=2, **kwargs)
     shape = (1, *kwargs.get("image_size", (28, 28)))
-    model.decoder = ReconstructionDecoder(10, 16, shape, hidden=(16, 32))
+    if kwargs.get("reconstruction", True):
+        model.decoder = ReconstructionDecoder(10, 16, shape, hidden=(16, 32))
     return model
 
 

@@ -682,6 +682,13 @@ class TestDryRun:
         assert drawn >= PICTURES | {"last.safetensors", "model_best.safetensors"}
         assert list(here.iterdir()) == list(temporary.iterdir()) == []
 
+    def test_a_model_without_a_decoder_has_two_pictures(self, tmp_path, monkeypatch, dataset):
+        make_small(monkeypatch.setattr, dataset, draws=True)
+        kwargs = ("--model-kwargs", "reconstruction=False")
+        assert run(*NEW, "--epochs=1", *kwargs, "--output-dir", str(tmp_path / "run")) == 0
+        found = {path.name for path in (tmp_path / "run").glob("*.png")}
+        assert found == {"curves.png", "confusion.png"}
+
     def test_it_does_not_touch_a_run(self, small, a_run, capsys):
         before = snapshot(a_run)
         assert run("--dry-run", f"--resume={a_run}") == 2

@@ -63,7 +63,7 @@ class Loss(torch.nn.Module):
         v = ops.squash(poses, form=form)
         lengths = v.norm(dim=-1)
         loss = ops.margin_loss(lengths, target, reduction="none")
-        return {"loss": loss, "parts": (v, {"lengths": lengths})}
+        return {"none": None, "loss": loss, "parts": (v, {"lengths": lengths})}
 
 
 def test_names_are_those_of_forward_and_its_result(tmp_path):
@@ -111,6 +111,15 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"onnx and onnxscript.*'tritoncaps\[export\]'"):
         export.to_onnx(RoutedCapsules(6, 4, 3, 5), tmp_path / "layer.onnx", torch.rand(2, 6, 4))
+
+
+def test_one_name_for_an_input_and_an_output_is_refused(tmp_path):
+    class Same(torch.nn.Module):
+        def forward(self, poses):
+            return {"poses": ops.squash(poses), "none": None}
+
+    with pytest.raises(ValueError, match="to_onnx: poses is the name of an input and of an output"):
+        export.to_onnx(Same(), tmp_path / "same.onnx", torch.rand(2, 4))
 
 
 def test_weights_beyond_the_format_are_refused(monkeypatch, tmp_path):

@@ -97,6 +97,33 @@ def test_a_program_of_a_head_takes_any_batch():
     assert difference(program(features), tensors_of(head(features))) <= 1e-6
 
 
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = RoutedCapsules(6, 4, 3, 5)
+
+    def forward(self, first, second):
+        return self.layer(first), None, self.layer(second)
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    module, u = Twice(), torch.rand(2, 6, 4)
+    program = export.to_program(module, (u, u)).module()
+    first, second = torch.rand(3, 6, 4), torch.rand(3, 6, 4)
+    found, (one, _, other) = program(first, second), module(first, second)
+    torch.testing.assert_close(found, (one, other))
+
+
+def test_a_loss_takes_any_batch():
+    class Loss(torch.nn.Module):
+        def forward(self, activations, target):
+            return ops.margin_loss(activations, target)
+
+    program = export.to_program(Loss(), (torch.rand(3, 4), torch.tensor([0, 1, 2]))).module()
+    activations, target = torch.rand(5, 4), torch.tensor([3, 2, 1, 0, 3])
+    torch.testing.assert_close(program(activations, target), ops.margin_loss(activations, target))
+
+
 def test_capsules_are_one_argument():
     decoder = ReconstructionDecoder(3, 4, (1, 5, 5))
 

@@ -153,6 +153,29 @@ def test_the_output_of_a_layer_may_be_a_tuple():
     assert abs(row.after - 0.5) < 0.01
 
 
+def test_a_frozen_layer_keeps_its_weight():
+    model = stack(3)
+    model[1].requires_grad_(False)
+    kept = model[1].weight.clone()
+    rows = calibrate(model, torch.rand(4, 32, 8))
+    assert torch.equal(model[1].weight, kept)
+    assert rows[1].factor == 1
+    assert abs(rows[2].after - 0.5) < 0.01
+
+
+def test_autocast_sees_the_scaled_weights():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (row,) = calibrate(PrimaryCapsules(1, 2, 8, 9, 2), torch.rand(2, 1, 28, 28), 0.3)
+    assert abs(row.after - 0.3) < 0.01
+
+
+def test_a_model_that_was_compiled_before_is_looked_into():
+    model, u = stack(6), torch.rand(4, 32, 8) / 10
+    compiled = torch.compile(model, backend="eager")
+    compiled(u)
+    assert len(dead_layers(compiled, u)) == len(dead_layers(model, u)) > 0
+
+
 def test_capsules_are_one_argument():
     capsules = Capsules(torch.rand(4, 32, 8), torch.rand(4, 32))
     (row,) = calibrate(Routed(), capsules)
@@ -186,6 +209,12 @@ def parametrised():
     return model
 
 
+def tied():
+    model = nn.Sequential(RoutedCapsules(10, 16, 10, 16), RoutedCapsules(10, 16, 10, 16))
+    model[1].weight = model[0].weight
+    return model
+
+
 U = torch.full((2, 32, 8), 0.1)
 ERRORS = {
     "model": (lambda: calibrate(ops.squash, U), TypeError, "model must be a module, got function"),
@@ -205,6 +234,16 @@ ERRORS = {
     ),
     "zeros": (lambda: calibrate(stack(2), 0 * U), ValueError, "0 returns capsules of length 0"),
     "nan": (lambda: calibrate(stack(2), math.nan * U), ValueError, "outputs of 0 are not finite"),
+    "tied": (
+        lambda: calibrate(tied(), torch.rand(2, 10, 16)),
+        ValueError,
+        "0 and 1 share one weight; calibrate before you tie them",
+    ),
+    "too-short": (
+        lambda: calibrate(RoutedCapsules(32, 8, 10, 16, pose_bias=True), U, 0.01),
+        ValueError,
+        "give a larger length, or no bias",
+    ),
     "too-long": (
         lambda: calibrate(RoutedCapsules(1, 8, 10, 4), U[:, :1]),
         ValueError,

@@ -12,6 +12,7 @@ import torch
 from tritoncaps import (
     CapsuleHead,
     CapsuleLoss,
+    Capsules,
     MarginLoss,
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -25,6 +26,14 @@ U, WEIGHT = torch.ones(2, 6, 8), torch.ones(6, 8, 10, 16)
 U_HAT, PRIOR = torch.ones(2, 6, 10, 16), torch.zeros(6, 10)
 ROUTED = RoutedCapsules(6, 8, 10, 16)
 LENGTHS, TARGET = torch.ones(2, 10), torch.tensor([3, 9])
+
+
+def mixed_head():
+    """A new head with the primary capsules of one that has more types."""
+    head = CapsuleHead(8, 3, capsule_types=16, feature_size=4)
+    head.primary = CapsuleHead(8, 5, feature_size=4).primary
+    return head
+
 
 CASES = {
     # wrong axes: both numbers, and all shapes
@@ -286,6 +295,30 @@ CASES = {
         ValueError,
         "margin_loss: target holds multi-hot values from 2 to 2, they must lie in 0 .. 1; "
         "use target.clamp(0, 1)",
+    ),
+    "loss-batch-of-pictures": (
+        lambda: CapsuleLoss()(LENGTHS, TARGET, torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4)),
+        ValueError,
+        "CapsuleLoss: reconstruction has B=1 but activations has B=2; "
+        "give one picture for each image",
+    ),
+    "decoder-activations": (
+        lambda: ReconstructionDecoder(3, 4, (1, 5, 5))(
+            Capsules(torch.ones(2, 3, 4), torch.ones(2, 5))
+        ),
+        ValueError,
+        "ReconstructionDecoder: activations must be (2, 3), one for each pose, got (2, 5)",
+    ),
+    "head-other-types": (
+        lambda: mixed_head()(torch.ones(1, 8, 4, 4)),
+        ValueError,
+        "CapsuleHead: primary has capsule_types=32 but routing has in_capsules=16; build the new "
+        "head with the capsule_types of the primary capsules that it keeps",
+    ),
+    "number-nan": (
+        lambda: MarginLoss(m_pos=float("nan")),
+        ValueError,
+        "MarginLoss: m_pos must be a number, got nan",
     ),
     "target-nan": (
         lambda: ops.margin_loss(LENGTHS, torch.full((2, 10), float("nan"))),

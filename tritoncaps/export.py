@@ -231,7 +231,8 @@ def _program(
         raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
     _checks.check_flag(function, "dynamic_batch", dynamic_batch)
     args = _arguments(example)
-    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
+    is_given = isinstance(example, (Tensor, tuple))
+    if not (is_given and any(isinstance(leaf, Tensor) for leaf in tree_leaves(args))):
         raise TypeError(
             f"{function}: example must be a tensor, or a tuple with one, "
             f"got {type(example).__name__}"

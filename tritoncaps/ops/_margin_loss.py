@@ -1,6 +1,6 @@
 """`margin_loss`."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,4 +78,7 @@ def reduced(losses: Tensor, reduction: Reduction) -> Tensor:
     """Reduce the losses of a batch, (B,). The mean over an empty batch is 0."""
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / torch.sym_max(1, losses.shape[0])
+    if reduction == "sum":
+        return losses.sum()
+    count: Any = torch.sym_max(1, losses.shape[0])  # `max` would fix the batch of an export
+    return losses.sum() / count

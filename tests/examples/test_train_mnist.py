@@ -680,7 +680,9 @@ class TestDryRun:
         assert "16 to train, 8 to validate, 16 to test" in out and "1 epoch of 2 batches" in out
         assert out.endswith("dry run: everything works; nothing was kept\n")
         assert drawn >= PICTURES | {"last.safetensors", "model_best.safetensors"}
-        assert list(here.iterdir()) == list(temporary.iterdir()) == []
+        # torch makes itself a folder when an optimiser takes its first step.
+        left = [path for path in temporary.iterdir() if "torchinductor" not in path.name]
+        assert list(here.iterdir()) == left == []
 
     def test_a_model_without_a_decoder_has_two_pictures(self, tmp_path, monkeypatch, dataset):
         make_small(monkeypatch.setattr, dataset, draws=True)

@@ -770,7 +770,7 @@ def test_missing_data_give_a_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("--device=cpu", "--dataset=mnist", "--no-download") == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"train_mnist\.py: error: --dataset mnist: MNIST is not complete .*\n", error)
+    assert re.fullmatch(r"train_mnist\.py: error: --dataset mnist: MNIST is not compl.*\n", error)
     assert list(tmp_path.iterdir()) == []
 
 

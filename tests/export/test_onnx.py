@@ -40,7 +40,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "arguments"), zip(list_models(), MODELS.values(), strict=True))
+@pytest.mark.parametrize(
+    ("name", "arguments"), list(zip(list_models(), MODELS.values(), strict=True))
+)
 def test_a_file_is_its_model(small_model, tmp_path, name, arguments):
     model = small_model(name, **arguments).eval()
     for parameter in model.parameters():  # a prior starts at 0

@@ -270,6 +270,14 @@ def test_without_a_size_small_and_equal_images_keep_theirs(tmp_path, sizes, expe
     assert load(tmp_path).train.images.shape[2:] == expected
 
 
+def test_an_error_while_choosing_the_size_is_not_swallowed(tmp_path, monkeypatch):
+    """Also not if the images can be read."""
+    fill(tmp_path)
+    monkeypatch.setattr(image_folder, "_LARGEST_OWN", "a mistake")
+    with pytest.raises(TypeError):
+        load(tmp_path)
+
+
 def test_a_turned_image_counts_with_the_size_it_has_upright(tmp_path):
     fill(tmp_path, size=(20, 30))
     exif = Image.Exif()

@@ -78,7 +78,7 @@ def read_folder(root: Path, image_size: tuple[int, int] | None) -> Dataset:
     names = tuple(parts["train"])
     _check_classes(parts, folders)
     files = [path for part in parts.values() for one in part.values() for path in one.images]
-    size = image_size or _choose_size(files)
+    size = image_size or _choose_size(files, root)
     images = _read_all(files, size, root)
 
     sets, first = {}, 0
@@ -225,7 +225,7 @@ def _visible(folder: Path) -> Iterator[Path]:
 # -- what is in them
 
 
-def _choose_size(files: Sequence[Path]) -> tuple[int, int]:
+def _choose_size(files: Sequence[Path], root: Path) -> tuple[int, int]:
     """Return (height, width): that of the images if they are small and equal, else the usual."""
     from PIL import Image, ImageOps
 
@@ -238,7 +238,8 @@ def _choose_size(files: Sequence[Path]) -> tuple[int, int]:
                 is_square = image.width == image.height
                 width, height = (image if is_square else ImageOps.exif_transpose(image)).size
         except Exception:
-            continue  # `_read_all` will name it.
+            _read_all(files, usual, root)  # raises an error that names every damaged image
+            raise
         if common not in (None, (height, width)):
             return usual
         common = (height, width)

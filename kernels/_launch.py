@@ -92,8 +92,11 @@ def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
 
 
 def divide(I: int, tile: int, max_splits: int) -> tuple[int, int]:
-    """Splits and tiles per split: as few tiles as `max_splits` allows, then as few splits."""
-    tiles = triton.cdiv(I, tile)
+    """Splits and tiles per split: as few tiles as `max_splits` allows, then as few splits.
+
+    Without input capsules there is one tile, which adds nothing.
+    """
+    tiles = max(triton.cdiv(I, tile), 1)
     tiles_each = triton.cdiv(tiles, max_splits)
     return triton.cdiv(tiles, tiles_each), tiles_each
 

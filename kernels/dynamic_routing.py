@@ -42,7 +42,7 @@ def dynamic_routing_launch(
     if block_d > values:
         raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
     fits = max(4 * values // max(J * D, 1), 1)
-    block_i = min(1 << (fits.bit_length() - 1), triton.next_power_of_2(I), values // block_d)
+    block_i = min(1 << (fits.bit_length() - 1), triton.next_power_of_2(max(I, 1)), values // block_d)
     block_j = min(values // (block_i * block_d), triton.next_power_of_2(J))
     while block_j > 1 and triton.cdiv(J, block_j) * block_j > 1.25 * J:
         block_j //= 2
@@ -411,7 +411,7 @@ def dynamic_routing_fwd(
     v = u_hat.new_empty(B, J, D)
     coupling = u_hat.new_empty((B, I, J) if return_coupling else (0,))
     sums = u_hat.new_empty((iterations, B, J, D), dtype=dtype)
-    if B == 0 or I == 0 or J == 0:
+    if B == 0 or J == 0:
         return v.zero_(), coupling, sums.zero_()
 
     target = target_of(u_hat)
@@ -473,7 +473,7 @@ def dynamic_routing_bwd(
         None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
         for x in (prior, pose_bias)
     )
-    if B == 0 or I == 0 or J == 0:
+    if B == 0 or J == 0:
         return grad_u_hat.zero_(), grad_prior, grad_pose_bias
 
     target = target_of(u_hat)

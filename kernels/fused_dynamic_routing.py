@@ -175,7 +175,7 @@ def fused_dynamic_routing_fwd(
     v = u.new_empty(B, J, D)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
     sums = u.new_empty((iterations, B, J, D), dtype=dtype)
-    if B == 0 or I == 0 or J == 0:
+    if B == 0 or J == 0:
         return v.zero_(), coupling, sums.zero_()
 
     target = target_of(u)
@@ -248,7 +248,7 @@ def fused_dynamic_routing_bwd(
         None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
         for x in (prior, pose_bias)
     )
-    if B == 0 or I == 0 or J == 0:
+    if B == 0 or J == 0:
         return grad_u.zero_(), grad_weight.zero_(), grad_prior, grad_pose_bias
 
     target = target_of(u)

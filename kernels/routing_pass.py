@@ -81,8 +81,8 @@ def pass_launch(
     is_wide = accumulation_dtype(dtype) == torch.float64
     is_tight = backward and not prologue and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
-    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8))))
-    groups = min(triton.next_power_of_2(triton.cdiv(I, block_i)), 8)
+    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8)), 1))
+    groups = min(triton.next_power_of_2(max(triton.cdiv(I, block_i), 1)), 8)
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:
         groups, buffer = groups // 2, buffer // 2
@@ -115,7 +115,7 @@ def weight_gradient_launch(
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
     block_i, block_p, block_d = _weight_tile(P, D, 512 if is_wide else 1024)
-    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(I)))
+    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(I), 1))
     launch = {
         "BLOCK_B": 32 if block_i * block_p >= 64 and not holds_operands(target) else 16,
         "BLOCK_I": block_i,

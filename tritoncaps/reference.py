@@ -21,6 +21,8 @@ def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
     "quadratic": v = n² / (1 + n²) · s / n (Sabour 2017, 1).
     "exponential": v = (1 − e⁻ⁿ) · s / n (Mazzia, Salvetti, Chiaberge 2021, 4).
     """
+    if s.shape[dim] == 0:
+        return s.clone()
     finfo = torch.finfo(s.dtype)
     # n = |s| without a square that overflows. The scale cancels, so it needs no gradient.
     largest = s.detach().abs().amax(dim=dim, keepdim=True)

@@ -34,6 +34,7 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
+from tritoncaps.kernels._one_product import one_product
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 
@@ -671,10 +672,17 @@ def routing_pass_fwd(
     if B == 0 or I == 0 or J == 0:
         return s.zero_(), coupling
 
-    target = target_of(u)
-    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=False)
-    slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
     with device_of(u):
+        if passes := one_product(u, weight):
+            saved = coupling if return_coupling else None
+            passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
+            write_sum(passes.slots, s)
+            return s, coupling
+        target = target_of(u)
+        launch, splits, tiles = pass_launch(
+            "routing_pass", I, P, J, D, u.dtype, target, backward=False
+        )
+        slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
         _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
             u, weight, pose.contiguous(),
             # In place of a missing tensor, a kernel gets u, which it does not touch.

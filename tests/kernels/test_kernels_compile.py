@@ -89,8 +89,10 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
         found = launches("sm90", [FP32], shapes=LARGE)
     finally:
         torch.set_float32_matmul_precision(before)
-    is_tf32 = [launch for launch in found if dict(launch.constants).get("PRECISION") == "tf32"]
+    one_tf32 = ("PRECISION", "tf32"), ("SPLIT", False)
+    is_tf32 = [launch for launch in found if not set(one_tf32).isdisjoint(launch.constants)]
     assert {launch.name for launch in is_tf32} > {
+        "_one_product_kernel",
         "_pass_fwd_kernel",
         "_pass_bwd_kernel",
         "_routing_fwd_kernel",
@@ -105,7 +107,14 @@ AUTHORS = {"leaky": True, "output": "s"}
 
 
 def every_mode(target_name):
-    """The launches of the MNIST shape in every mode."""
+    """The launches of the MNIST shape in every mode, and the forward passes of 100 classes."""
+    found = modes_of("MNIST", target_name)
+    two_sweeps = ("_routing_fwd_kernel", "_pass_fwd_kernel")
+    many = modes_of("100 classes", target_name)
+    return [*found, *(launch for launch in many if launch.name in two_sweeps)]
+
+
+def modes_of(shape, target_name):
     flags = [(False, True)] * 4
     found = {}
     for iterations, prior, coupling, bias, is_authors in product((3, 1, 2), *flags):
@@ -116,7 +125,7 @@ def every_mode(target_name):
             of_mode = launches(
                 target_name,
                 [FP32],
-                shapes=["MNIST"],
+                shapes=[shape],
                 iterations=iterations,
                 optional=["prior"] * prior + ["bias"] * bias + ["pose_bias"] * is_authors,
                 with_coupling=coupling,
@@ -177,7 +186,7 @@ def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
     assert compile_report.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(launches("sm90", [FP32], shapes=["tiny"]))
-    assert "_routing_fwd_kernel" in "".join(lines)
+    assert "_one_product_kernel" in "".join(lines)
 
 
 @pytest.mark.parametrize("target_name", ["sm90", "gfx942"])

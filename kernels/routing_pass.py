@@ -198,8 +198,17 @@ def _add_bias(c, bias_ptrs, mask_i, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
-    """Σ_i c_i û_ij over the tile, (BLOCK_B, BLOCK_D)."""
-    cu = tl.reshape(c[:, :, None, :] * u, (w.shape[0], u.shape[1], w.shape[1]))
+    """Σ_i c_i û_ij over the tile, (BLOCK_B, BLOCK_D).
+
+    A thread has columns 2n and 2n + 1 of the result of a product, and takes columns n and n + 4 of
+    a factor. With K in that order, c u goes from one to the other within its thread.
+    """
+    GROUPS: tl.constexpr = w.shape[0]
+    K: tl.constexpr = w.shape[1]
+    cu = tl.reshape(c[:, :, None, :] * u, (GROUPS, u.shape[1], K // 8, 4, 2))
+    cu = tl.reshape(tl.permute(cu, (0, 1, 2, 4, 3)), (GROUPS, u.shape[1], K))
+    w = tl.permute(tl.reshape(w, (GROUPS, K // 8, 4, 2, w.shape[2])), (0, 1, 3, 2, 4))
+    w = tl.reshape(w, (GROUPS, K, w.shape[4]))
     return tl.sum(dot(cu, w, PRECISION), axis=0)
 
 

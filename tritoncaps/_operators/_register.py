@@ -385,7 +385,11 @@ def _set_flops(operator: Any, names: list[str], tensors: Axes, formula: Flops) -
 def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> tuple[Any, Any]:
     """Call the operator for each slice and stack the results."""
     if info.batch_size == 0:
-        raise ValueError(f"vmap of {operator}: the mapped axis has 0 slices, but needs >= 1")
+        # A slice of zeros tells the shapes of the results; none of it is returned.
+        args = [
+            arg if dim is None else arg.new_zeros(_to_front(arg, dim, 0).shape[1:]).unsqueeze(dim)
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
     results = [
         operator(
             *(
@@ -393,11 +397,13 @@ def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> t
                 for arg, dim in zip(args, in_dims, strict=True)
             )
         )
-        for index in range(info.batch_size)
+        for index in range(max(1, info.batch_size))
     ]
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return torch.stack(results)[: info.batch_size], 0
+    stacked = tuple(
+        torch.stack(column)[: info.batch_size] for column in zip(*results, strict=True)
+    )
     return stacked, (0,) * len(stacked)
 
 

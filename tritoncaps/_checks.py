@@ -5,6 +5,7 @@ ValueError a wrong shape, device or range. No check reads the elements of a tens
 accelerator, so none waits for the device, and all can be traced.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,11 +151,18 @@ def check_number(function: str, name: str, value: object) -> None:
         raise ValueError(f"{function}: {name} must be within ±2**63, got {value}")
 
 
+def check_not_negative(function: str, name: str, value: Any) -> None:
+    """A finite number of at least 0, such as the weight of a loss."""
+    check_number(function, name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{function}: {name} must be >= 0 and finite, got {value}")
+
+
 def check_margins(function: str, m_pos: object, m_neg: object, down_weight: object) -> None:
     """The three numbers of the margin loss."""
-    check_number(function, "m_pos", m_pos)
-    check_number(function, "m_neg", m_neg)
-    check_number(function, "down_weight", down_weight)
+    check_not_negative(function, "m_pos", m_pos)
+    check_not_negative(function, "m_neg", m_neg)
+    check_not_negative(function, "down_weight", down_weight)
 
 
 def check_flag(function: str, name: str, value: object) -> None:
@@ -349,12 +357,12 @@ def _remedy_for_shape(target: Tensor, B: int, K: int) -> str:
     return f"it must be ({B}, {K})"
 
 
-def _range(target: Tensor) -> tuple[float, float]:
+def _range(tensor: Tensor) -> tuple[float, float]:
     """The smallest and largest value, or (0, 0) where they cannot be read."""
-    if target.device.type != "cpu" or target.numel() == 0 or torch.compiler.is_compiling():
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or torch.compiler.is_compiling():
         return 0, 0
     try:
-        return target.min().item(), target.max().item()
+        return tensor.min().item(), tensor.max().item()
     except RuntimeError:  # under vmap, or for a fake tensor, there is no value to read
         return 0, 0
 
@@ -362,7 +370,7 @@ def _range(target: Tensor) -> tuple[float, float]:
 def check_class_weight(
     function: str, class_weight: Tensor | None, activations: Tensor | None = None
 ) -> None:
-    """None, or a factor for each class: (K,), floating-point, beside the activations."""
+    """None, or a factor for each class: (K,), floating-point, ≥ 0, beside the activations."""
     if class_weight is None:
         return
     if not isinstance(class_weight, Tensor):
@@ -371,6 +379,12 @@ def check_class_weight(
             f"got {type(class_weight).__name__}; use torch.tensor([...])"
         )
     check_tensor(function, "class_weight", class_weight, "K")
+    low, high = _range(class_weight)
+    if not 0 <= low <= high < math.inf:  # also NaN
+        raise ValueError(
+            f"{function}: class_weight holds factors from {low} to {high}, "
+            f"they must be >= 0 and finite"
+        )
     if activations is None:
         return
     tensors = [("class_weight", class_weight, "K"), ("activations", activations, "B K")]

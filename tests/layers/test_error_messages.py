@@ -385,6 +385,21 @@ CASES = {
         ValueError,
         "margin_loss: down_weight must be within ±2**63, got -9223372036854775808",
     ),
+    "loss-m_neg-negative": (
+        lambda: ops.margin_loss(LENGTHS, TARGET, m_neg=-0.1),
+        ValueError,
+        "margin_loss: m_neg must be >= 0 and finite, got -0.1",
+    ),
+    "loss-class-weight-negative": (
+        lambda: MarginLoss(class_weight=torch.tensor([1.0, -2.0])),
+        ValueError,
+        "MarginLoss: class_weight holds factors from -2.0 to 1.0, they must be >= 0 and finite",
+    ),
+    "loss-reconstruction-weight-negative": (
+        lambda: CapsuleLoss(-0.5),
+        ValueError,
+        "CapsuleLoss: reconstruction_weight must be >= 0 and finite, got -0.5",
+    ),
     "loss-number-module": (
         lambda: MarginLoss(down_weight=True),
         TypeError,

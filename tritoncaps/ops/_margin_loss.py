@@ -33,11 +33,11 @@ def margin_loss(
         target: class indices, shape (B,), int64, or multi-hot, shape (B, K), values in [0, 1]. A
             value between 0 and 1 shares the loss between "present" and "absent". It may be a
             rounding error outside: 1e-6, or 4 eps of a 16-bit target.
-        m_pos: m⁺, the activation from which a present class costs nothing.
-        m_neg: m⁻, the activation up to which an absent class costs nothing.
-        down_weight: λ, the weight of absent classes.
+        m_pos: m⁺ ≥ 0, the activation from which a present class costs nothing.
+        m_neg: m⁻ ≥ 0, the activation up to which an absent class costs nothing.
+        down_weight: λ ≥ 0, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
-        class_weight: w, a factor for the whole term of each class, present or absent, shape (K,),
+        class_weight: w ≥ 0, a factor for the whole term of each class, present or absent, shape (K,),
             any floating-point dtype. The mean still divides by B alone, not by the sum of the
             weights as `torch.nn.CrossEntropyLoss` does.
 
@@ -47,9 +47,10 @@ def margin_loss(
 
     Raises:
         TypeError: an argument of the wrong type, class indices that are not int64.
-        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`. On a CPU
-            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1. An accelerator
-            does not look: such an index counts all classes as absent.
+        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`, a margin
+            or weight that is negative or not finite. On a CPU also class indices outside 0 .. K−1,
+            multi-hot values outside 0 .. 1 or a `class_weight` that is negative or not finite. An
+            accelerator does not look: such an index counts all classes as absent.
 
     Example:
         >>> import torch

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import sys
 
 import pytest
@@ -196,6 +197,17 @@ def test_grey_images_before_and_after_a_coloured_one_keep_their_values(tmp_path)
 @pytest.mark.parametrize(("level", "expected"), [(0, 0), (257 * 100 + 128, 100), (65535, 255)])
 def test_16_bits_become_8(pixels, level, expected):
     assert pixels(Image.new("I;16", (20, 20), level)).unique().tolist() == [expected]
+
+
+def test_12_bits_of_a_tiff_become_8(tmp_path):
+    fill(tmp_path)
+    buffer = io.BytesIO()
+    Image.new("I;16", (20, 20), 0x8888).save(buffer, "TIFF")
+    # The tag of the bits of a sample. Pillow reads 12, but does not write them.
+    tag = (struct.pack("<HHII", 258, 3, 1, bits) for bits in (16, 12))
+    (tmp_path / "cat" / "0.tif").write_bytes(buffer.getvalue().replace(*tag))
+    dataset = load(tmp_path)
+    assert 0x88 in levels(dataset.train) + levels(dataset.test)
 
 
 @pytest.mark.parametrize(

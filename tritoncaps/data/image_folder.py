@@ -26,6 +26,7 @@ T = TypeVar("T")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Pillow recognizes a file by its content, so a .png may hold a JPEG. No other reader is tried.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
 
 # Names of the parts of a data set, in lower case.
 _PARTS = {
@@ -313,10 +314,13 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
         # A JPEG many times larger than needed is decoded at a fraction of its size.
         opened.draft(None, (2 * max(size), 2 * max(size)))
         of_16_bits = opened.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
+        # Pillow reads the values of a TIFF of 12 bits as they are, and their white is 4095.
+        of_12_bits = opened.format == "TIFF" and opened.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") and of_16_bits:
         # `convert` alone would clip at 255.
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        scale = 255 / (4095 if of_12_bits else 65535)
+        image = image.convert("I").point(lambda value: value * scale + 0.5).convert("L")
     elif image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no fixed white, save it with 8 or 16")
     elif image.has_transparency_data:

@@ -129,6 +129,21 @@ def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> Non
             )
 
 
+def check_layer_dtype(function: str, name: str, value: Tensor, layer: Any) -> None:
+    """The input of a convolution or linear layer has the dtype of its weight.
+
+    A weight in storage that no layer computes in, as after quantisation, is left to the layer.
+    """
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATING:
+        return
+    if routed_dtype(value) != routed_dtype(weight):
+        raise TypeError(
+            f"{function}: {name} is {value.dtype} but the weights are {weight.dtype}; "
+            f"use {name}.to({weight.dtype})"
+        )
+
+
 def routed_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that an operator sees: autocast raises 16-bit types to float32."""
     device_type = tensor.device.type

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tritoncaps import _checks
 from tritoncaps._targets import present_classes
-from tritoncaps._tracing import one_node, rearrange
+from tritoncaps._tracing import is_proxy, one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
@@ -108,6 +108,8 @@ class ReconstructionDecoder(nn.Module):
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask the absent capsules and decode the rest."""
         masked = _masked(capsules, target, self.num_classes, self.dim)
+        if not is_proxy(masked):
+            _checks.check_layer_dtype("ReconstructionDecoder", "poses", masked, self.layers[0])
         flat = self.layers(rearrange(masked, "B K D -> B (K D)"))
         return flat.unflatten(1, self.image_shape)
 

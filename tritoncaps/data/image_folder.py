@@ -308,6 +308,7 @@ def _try_to_read(path: Path, size: tuple[int, int]) -> Tensor | str:
 def _read(path: Path, size: tuple[int, int]) -> Tensor:
     """Read one image as bytes, (1, H, W) if it is grey and (3, H, W) otherwise."""
     from PIL import Image, ImageOps
+    from PIL.TiffImagePlugin import TiffImageFile
 
     height, width = size
     with Image.open(path, formats=_FORMATS) as opened:
@@ -315,7 +316,8 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
         opened.draft(None, (2 * max(size), 2 * max(size)))
         of_16_bits = opened.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
         # Pillow reads the values of a TIFF of 12 bits as they are, and their white is 4095.
-        of_12_bits = opened.format == "TIFF" and opened.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
+        tags = opened.tag_v2 if isinstance(opened, TiffImageFile) else {}
+        of_12_bits = tags.get(_BITS_PER_SAMPLE) == (12,)
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") and of_16_bits:
         # `convert` alone would clip at 255.

@@ -115,7 +115,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
 
 
 def test_a_path_is_checked_before_the_export(tmp_path):
-    with pytest.raises(IsADirectoryError, match="^to_onnx: path .* is a directory"):
+    with pytest.raises(IsADirectoryError, match=r"^to_onnx: path .* is a directory"):
         export.to_onnx("not exported", tmp_path, torch.rand(2, 4))
 
 

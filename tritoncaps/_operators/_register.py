@@ -401,9 +401,7 @@ def _loop(operator: Callable[..., Any], info: Any, in_dims: Any, args: Any) -> t
     ]
     if isinstance(results[0], Tensor):
         return torch.stack(results)[: info.batch_size], 0
-    stacked = tuple(
-        torch.stack(column)[: info.batch_size] for column in zip(*results, strict=True)
-    )
+    stacked = tuple(torch.stack(column)[: info.batch_size] for column in zip(*results, strict=True))
     return stacked, (0,) * len(stacked)
 
 

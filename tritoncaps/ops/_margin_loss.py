@@ -37,9 +37,9 @@ def margin_loss(
         m_neg: m⁻ ≥ 0, the activation up to which an absent class costs nothing.
         down_weight: λ ≥ 0, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
-        class_weight: w ≥ 0, a factor for the whole term of each class, present or absent, shape (K,),
-            any floating-point dtype. The mean still divides by B alone, not by the sum of the
-            weights as `torch.nn.CrossEntropyLoss` does.
+        class_weight: w ≥ 0, a factor for the whole term of each class, present or absent, any
+            floating-point dtype, shape (K,). The mean still divides by B alone, not by the sum of
+            the weights as `torch.nn.CrossEntropyLoss` does.
 
     Returns:
         A scalar, or shape (B,) with "none". The dtype is that of `activations`, or float32 under

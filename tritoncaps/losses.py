@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from tritoncaps import ops
 from tritoncaps._checks import (
     check_choice,
-    check_class_weight,
     check_floating,
     check_margins,
     check_not_negative,
     shape_of,
 )
+from tritoncaps._targets import check_class_weight
 from tritoncaps.ops._margin_loss import reduced
 
 __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritoncaps import _checks
-from tritoncaps._targets import present_classes
+from tritoncaps import _checks, _targets
 from tritoncaps._tracing import is_proxy, one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
@@ -143,6 +142,6 @@ def _masked(
             )
         target = activations.argmax(dim=1)
     else:
-        _checks.check_target("ReconstructionDecoder", target, "poses", poses)
-    present = present_classes(target, num_classes, poses.dtype)
+        _targets.check_target("ReconstructionDecoder", target, "poses", poses)
+    present = _targets.present_classes(target, num_classes, poses.dtype)
     return poses * present.unsqueeze(-1)

@@ -5,8 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritoncaps import _checks
-from tritoncaps._targets import present_classes
+from tritoncaps import _checks, _targets
 from tritoncaps._tracing import one_node
 
 Reduction = Literal["mean", "sum", "none"]
@@ -61,12 +60,12 @@ def margin_loss(
     """
     _checks.check_tensor("margin_loss", "activations", activations, "B K")
     _checks.check_not_empty("margin_loss", "activations", activations, "B K")
-    _checks.check_target("margin_loss", target, "activations", activations)
+    _targets.check_target("margin_loss", target, "activations", activations)
     _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
-    _checks.check_class_weight("margin_loss", class_weight, activations)
+    _targets.check_class_weight("margin_loss", class_weight, activations)
     activations = activations.to(_checks.routed_dtype(activations))
-    present = present_classes(target, activations.shape[1], activations.dtype)
+    present = _targets.present_classes(target, activations.shape[1], activations.dtype)
     too_short = (m_pos - activations).clamp(min=0).square()
     too_long = (activations - m_neg).clamp(min=0).square()
     terms = present * too_short + down_weight * (1 - present) * too_long

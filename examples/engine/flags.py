@@ -182,7 +182,7 @@ class Recipe:
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
-        "(default: 30, on digits 15)",
+        "(default: 30, on digits 5)",
         fixed=False,
         **COUNT,
     )

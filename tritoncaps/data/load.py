@@ -66,7 +66,7 @@ def load_dataset(
     Example:
         >>> dataset = load_dataset("digits")
         >>> dataset.train.images.shape, len(dataset.test), dataset.epochs
-        (torch.Size([1437, 1, 28, 28]), 360, 15)
+        (torch.Size([1437, 1, 28, 28]), 360, 5)
     """
     check_choice("load_dataset", "name", name, ["auto", *list_datasets()])
     if name == "folder":

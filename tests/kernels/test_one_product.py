@@ -59,7 +59,7 @@ def check(name, device, sizes=SIZES, *, dtype=torch.float32, optional=(), **opti
     ],
     ids=str,
 )
-def test_every_option_of_a_loop(device, optional, iterations, sizes, options):
+def test_every_mode_of_a_loop(device, optional, iterations, sizes, options):
     check(LOOP, device, SIZES | sizes, optional=optional, iterations=iterations, **options)
 
 
@@ -73,7 +73,7 @@ def test_every_option_of_a_loop(device, optional, iterations, sizes, options):
     ],
     ids=str,
 )
-def test_every_option_of_a_pass(device, optional, options):
+def test_every_mode_of_a_pass(device, optional, options):
     check(PASS, device, optional=optional, **options)
 
 

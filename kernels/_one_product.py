@@ -52,8 +52,8 @@ def one_product_launch(
     GROUPS: 4 warps. Two such programs fill the registers of a processor. Few input capsules make
     few programs, so these are smaller.
     MAX_SPLITS: at B = 128, 64 splits are 256 programs, two for almost every processor of an H200.
-    num_stages: the next capsules are fetched while the warps work on one, two ahead if the
-    addresses fit into registers.
+    num_stages: the next capsules are fetched while the warps work on one: two ahead, or one where P
+    is above 8, or none on Blackwell then, because the addresses take registers too.
     """
     block_p = max(triton.next_power_of_2(max(P, 1)), 8)
     block_d = max(triton.next_power_of_2(max(D, 1)), 8)
@@ -68,7 +68,7 @@ def one_product_launch(
         "BLOCK_D": block_d,
         "MAX_SPLITS": 64,
         "num_warps": groups,
-        "num_stages": 3 if block_p == 8 else 2,
+        "num_stages": 3 if block_p == 8 else 1 if target.architecture.startswith("sm1") else 2,
     }
     launch = measured("one_product", launch, target, dtype, I=I, P=P, J=J, D=D)
     return launch, *divide(I, 1, launch.pop("MAX_SPLITS"))

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             made.append(write_section(section, pool))
     block = f"Triton {triton.__version__}, B = 128.\n\n" + "\n".join(made)
     if args.write:
-        PAGE.write_text(_BLOCK.sub(rf"\1\n{block}\2", text), encoding="utf-8")
+        PAGE.write_text(_BLOCK.sub(rf"\g<1>{block}\2", text), encoding="utf-8")
         return 0
     found = differences(read_sections(text), read_sections(block))
     print("\n".join(found))

@@ -69,14 +69,8 @@ def _iadd3(registers: Registers, instruction: Instruction, guard: Flags | None) 
     """A sum, with carries into and out of the next word."""
     destination, out, sources, inside = _split(instruction)
     terms = [registers.word(text) for text in sources]
-    _sum(
-        registers,
-        instruction,
-        guard,
-        destination,
-        out,
-        [*terms, _carry(registers, instruction, inside)],
-    )
+    terms.append(_carry(registers, instruction, inside))
+    _sum(registers, guard, destination, out, terms)
 
 
 @_executes("IMAD", "UIMAD")
@@ -90,21 +84,23 @@ def _imad(registers: Registers, instruction: Instruction, guard: Flags | None) -
     carry = _carry(registers, instruction, inside)
     if a in ("RZ", "URZ") or b in ("RZ", "URZ"):
         x = y = registers.zero
-    if x is None or y is None or z is None or carry is None:
-        total = None
-    elif is_wide and "U32" not in modifiers:
-        total = (_signed(x) * _signed(y)).view(np.uint64) + z + carry
-    else:
-        total = (x & MASK) * (y & MASK) + z + carry
-    if "HI" in modifiers:
-        registers.set_word(destination, None if total is None else total >> HALF, guard)
-    else:
-        registers.set_word(destination, total, guard)
-        if is_wide:
-            high = None if total is None else total >> HALF
-            registers.set_word(destination, high, guard, 1)
+    total = overflow = None
+    if x is not None and y is not None and z is not None and carry is not None:
+        if is_wide and "U32" not in modifiers:
+            product = (_signed(x) * _signed(y)).view(np.uint64)
+        else:
+            product = (x & MASK) * (y & MASK)
+        total = product + z + carry
+        overflow = total < product
     for text in out:
-        registers.set_flag(text, None, guard)
+        registers.set_flag(text, overflow, guard)
+    high = None if total is None else total >> HALF
+    if "HI" in modifiers:
+        registers.set_word(destination, high, guard)
+        return
+    registers.set_word(destination, total, guard)
+    if is_wide:
+        registers.set_word(destination, high, guard, 1)
 
 
 @_executes("LEA", "ULEA")

@@ -118,7 +118,8 @@ def is_predicate(text: str) -> bool:
 
 def _writes_nothing(instruction: Instruction) -> bool:
     stores = ("STG", "STS", "STSM", "STL", "STTM", "RED", "LDGSTS", "UTCHMMA", "UTCBAR")
-    return instruction.kind in ("sync", "branch") or instruction.opcode in stores
+    opcode = instruction.opcode
+    return instruction.kind in ("sync", "branch") or opcode in stores or "SETP" in opcode
 
 
 def _words_written(instruction: Instruction) -> int:

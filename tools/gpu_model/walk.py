@@ -76,6 +76,7 @@ class _Walker:
         self.code, self.registers = code, registers
         self.position = {instruction.address: n for n, instruction in enumerate(code)}
         self.returns: list[int] = []
+        self.alive = registers.true  # the threads that have not left
         self.walk = Walk(registers.threads)
 
     def run(self) -> Walk:
@@ -124,10 +125,11 @@ class _Walker:
             target = self.position.get(instruction.target or -1, 0) if opcode == "BRA" else 0
             skips_call = any(self.code[k].opcode == "CALL" for k in range(n + 1, target))
             return target if skips_call else n + 1
-        if not guard.all():
-            return n + 1
         if opcode == "EXIT":
-            return None
+            self.alive = self.alive & ~guard
+            return n + 1 if self.alive.any() else None
+        if not guard[self.alive].all():
+            return n + 1
         if opcode == "RET":
             return self.returns.pop()
         if instruction.target is None:
@@ -167,6 +169,7 @@ class _Walker:
             if is_predicate(operand):
                 more = self.registers.flag(operand)
                 guard = None if guard is None or more is None else guard & more
+        guard = None if guard is None else guard & self.alive
         address = self._address(text, is_wide=True)
         self.walk.accesses[len(self.walk.path) - 1] = Access(address, guard)
 

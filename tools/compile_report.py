@@ -35,14 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.write or args.check):
         section = Section(args.target, args.precision, args.operator, tuple(args.shape))
         with compilers() as pool:
-            print(write_section(section, pool, factors))
+            print(write_section(section, pool.map, factors))
         return 0
     text = PAGE.read_text(encoding="utf-8")
     made = []
     with compilers() as pool:
         for section in PAGE_SECTIONS:
             print(section.title, flush=True)
-            made.append(write_section(section, pool))
+            made.append(write_section(section, pool.map))
     block = f"Triton {triton.__version__}, B = 128.\n\n" + "\n".join(made)
     if args.write:
         PAGE.write_text(_BLOCK.sub(rf"\g<1>{block}\2", text), encoding="utf-8")

@@ -1,6 +1,5 @@
 """The model of the kernels' cost: what it counts is right, and the committed tables still hold."""
 
-from concurrent.futures import Executor
 from types import SimpleNamespace
 
 import numpy as np
@@ -317,19 +316,12 @@ def test_the_rival_reads_u_hat_six_times_forward_and_writes_it_once():
 # The tables ---------------------------------------------------------------------------------------
 
 
-class SerialPool(Executor):
-    """Runs everything at once, in this process."""
-
-    def map(self, function, *iterables, **_):
-        return map(function, *iterables)
-
-
 TINY = tables.Section("sm90", "highest", "squash", ("tiny",))
 
 
 @pytest.fixture(scope="module")
 def tiny_section():
-    return tables.write_section(TINY, SerialPool())
+    return tables.write_section(TINY)
 
 
 def test_a_section_can_be_read_back(tiny_section):
@@ -381,7 +373,7 @@ def test_the_page_says_what_the_compiler_gives():
     first = tables.PAGE_SECTIONS[0]
     section = tables.Section(first.target, first.precision, first.operator, ("second stage",))
     with compilers() as pool:
-        made = tables.read_sections(tables.write_section(section, pool))
+        made = tables.read_sections(tables.write_section(section, pool.map))
     title = section.title
     of_page = tables.read_sections(page)
     of_page[title][""] = [of_page[title][""][0]] + [
@@ -397,7 +389,7 @@ def test_the_command_prints_writes_and_checks(tmp_path, monkeypatch, capsys, tin
     monkeypatch.setattr(compile_report, "PAGE_SECTIONS", (TINY,))
     sections = []
 
-    def write_section(section, pool, factors=None):
+    def write_section(section, apply, factors=None):
         sections.append((section, factors))
         return tiny_section
 

@@ -276,33 +276,50 @@ def record(
     """
     sizes = dict(zip("BIPJD", (batch, *shape), strict=True))
     chosen = operator.defaults | options
-    given: dict[str, Any] = dict(chosen)
-    for name, axes in operator.axes.items():
-        tensor = torch.empty([sizes[axis] for axis in axes.split()], dtype=dtype, device="meta")
-        if operator.is_elementwise:
-            tensor = tensor.flatten(0, -2)
-        given[name] = None if name in operator.optional and name not in optional else tensor
+    tensors = {
+        name: torch.empty([sizes[axis] for axis in axes.split()], dtype=dtype, device="meta")
+        for name, axes in operator.axes.items()
+        if name not in operator.optional or name in optional
+    }
     with Recorder(target) as recorder:
-        results = _call(f"{operator}_fwd", given)
-        listed = (results,) if isinstance(results, Tensor) else results
-        for name, result in zip(operator.registered.outputs, listed, strict=True):
-            given[name.removesuffix("?")] = result
-            is_given = chosen.get(f"return_{name[:-1]}") if name.endswith("?") else True
-            given[f"grad_{name.removesuffix('?')}"] = result if is_given else None
+        given, outputs = call_forward(operator, tensors, chosen)
         forward = len(recorder.steps)
-        grads = _call(f"{operator}_bwd", given)
+        grads = call_backward(operator, given)
     steps = recorder.steps
-    outputs = len(operator.output_names(chosen))
-    returned = [*listed[:outputs], *((grads,) if isinstance(grads, Tensor) else grads)]
+    returned = [*outputs[: len(operator.output_names(chosen))], *grads]
     kept = {Buffer.of(tensor).storage for tensor in returned if tensor is not None}
     scratch = sum(size for storage, size in recorder.allocated.items() if storage not in kept)
     return Recording(tuple(steps[:forward]), tuple(steps[forward:]), scratch)
 
 
-def _call(launcher: str, given: Mapping[str, Any]) -> Any:
+def call_forward(
+    operator: Operator, tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """Call an operator's forward launcher. Return what the backward needs, and the outputs.
+
+    The gradients of the outputs are the outputs themselves.
+    """
+    given: dict[str, Any] = {**options, **dict.fromkeys(operator.axes), **tensors}
+    if operator.is_elementwise:
+        given |= {name: tensor.flatten(0, -2) for name, tensor in tensors.items()}
+    outputs = _call(f"{operator}_fwd", given)
+    for name, output in zip(operator.registered.outputs, outputs, strict=True):
+        bare = name.removesuffix("?")
+        is_given = bare == name or options.get(f"return_{bare}")
+        given |= {bare: output, f"grad_{bare}": output if is_given else None}
+    return given, outputs
+
+
+def call_backward(operator: Operator, given: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
+    """Call an operator's backward launcher. Return the gradients of its inputs."""
+    return _call(f"{operator}_bwd", given)
+
+
+def _call(launcher: str, given: Mapping[str, Any]) -> tuple[Any, ...]:
     """Call a launcher with the arguments that it names."""
     function = getattr(kernels, launcher)
-    return function(*(given[name] for name in inspect.signature(function).parameters))
+    results = function(*(given[name] for name in inspect.signature(function).parameters))
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def record_launches(

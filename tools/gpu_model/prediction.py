@@ -1,8 +1,7 @@
 """Puts it together: what each step of a call takes, and the call as a whole."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -85,7 +84,7 @@ class Predicted:
 def measure_program(start: Start, target_name: str) -> Program:
     """Compile a launch and walk through its program in the middle of the grid.
 
-    With hundreds of output capsules a walk would take minutes. What a program does is then affine
+    With a thousand output capsules a walk would take minutes. What a program does is then affine
     in J: the same loop runs more often. So two smaller J, with the same rest in unrolled loops,
     tell the cost of the real one.
     """
@@ -93,12 +92,12 @@ def measure_program(start: Start, target_name: str) -> Program:
     J = start.extent("J") or 0
     if J <= _MOST_J:
         return _measure(start, compiled, target_name)
-    few, more = 40 + J % 8, 104 + J % 8
+    few, more = 24 + J % 8, 48 + J % 8
     near, far = (_measure(start.with_extent("J", n), compiled, target_name) for n in (few, more))
     return near.beyond(far, (J - few) / (more - few))
 
 
-_MOST_J = 128
+_MOST_J = 64
 
 
 def _measure(start: Start, compiled: Any, target_name: str) -> Program:
@@ -244,10 +243,13 @@ def _library(step: LibraryCall, cache: _Level2, machine: Machine, is_float32: bo
 
 
 def measure_programs(
-    recordings: Iterable[Recording], target_name: str, pool: Executor
+    recordings: Iterable[Recording], target_name: str, apply: Callable[..., Iterable[Program]] = map
 ) -> dict[Start, Program]:
-    """Measure each distinct start of some recordings in a pool. The keys are canonical."""
+    """Measure each distinct start of some recordings. The keys are canonical.
+
+    `apply` is `map`, or that of a pool.
+    """
     steps = [step for one in recordings for step in (*one.forward, *one.backward)]
     starts = list(dict.fromkeys(s.canonical for s in steps if isinstance(s, Start)))
     work = partial(measure_program, target_name=target_name)
-    return dict(zip(starts, pool.map(work, starts), strict=True))
+    return dict(zip(starts, apply(work, starts), strict=True))

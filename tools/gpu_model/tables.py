@@ -1,10 +1,10 @@
 """The tables of docs/gpu-model.md: what is in them, how they are written, read and compared."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,7 +45,7 @@ class Section:
 _MAIN = "fused_dynamic_routing"
 _ALL = tuple(SHAPES)
 PAGE_SECTIONS = (
-    Section("sm90", "highest", _MAIN, _ALL),
+    Section("sm90", "highest", _MAIN, _ALL, ("MNIST", "second stage", "100 classes")),
     Section("sm90", "high", _MAIN, _ALL, ("MNIST",)),
     Section("sm90", "bf16", _MAIN, _ALL, ("MNIST",)),
     Section("sm80", "highest", _MAIN, _ALL, ("MNIST",)),
@@ -69,27 +69,28 @@ _LAUNCHES = (
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[torch.dtype]:
-    dtype, of_products = PRECISIONS[name]
+def products_in(precision: str) -> Iterator[None]:
+    """Let torch multiply float32 as `torch.set_float32_matmul_precision` allows."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(of_products)
+    torch.set_float32_matmul_precision(precision)
     try:
-        yield dtype
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def predict_section(
-    section: Section, pool: Executor, factors: Factors | None = None
+    section: Section, apply: Callable[..., Any] = map, factors: Factors | None = None
 ) -> dict[str, tuple[Recording, list[Predicted], list[Predicted]]]:
     """Predict the calls of a section: by shape, the recording and its steps, forward and both."""
     machine = MACHINES[section.target]
-    with _precision(section.precision) as dtype:
+    dtype, of_products = PRECISIONS[section.precision]
+    with products_in(of_products):
         operator, target = OPERATORS[section.operator], TARGETS[section.target][1]
         recordings = {
             name: record(operator, SHAPES[name], dtype, target) for name in section.shapes
         }
-        programs = measure_programs(recordings.values(), section.target, pool)
+        programs = measure_programs(recordings.values(), section.target, apply)
     is_float32 = section.precision == "highest"
     found = {}
     for name, recording in recordings.items():
@@ -101,9 +102,11 @@ def predict_section(
     return found
 
 
-def write_section(section: Section, pool: Executor, factors: Factors | None = None) -> str:
+def write_section(
+    section: Section, apply: Callable[..., Any] = map, factors: Factors | None = None
+) -> str:
     """Predict a section and write it as Markdown."""
-    found = predict_section(section, pool, factors)
+    found = predict_section(section, apply, factors)
     calls = [
         _call_row(section, name, recording, forward, both)
         for name, (recording, forward, both) in found.items()

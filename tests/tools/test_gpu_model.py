@@ -77,6 +77,20 @@ def test_a_loop_runs_as_often_as_its_argument_says(limit, trips):
     assert path == [0, *[1, 2, 3] * trips, 5]
 
 
+def test_a_loop_runs_until_its_last_thread_leaves():
+    code = listing(
+        "S2R R0, SR_TID.X",
+        "IADD3 R0, R0, 0x1, RZ",
+        "ISETP.LT.AND P0, PT, R0, 0x24, PT",
+        "@P0 BRA 0x10",
+        "ISETP.EQ.AND P1, PT, R0, 0x24, PT",
+        "@P1 EXIT",
+        "EXIT",
+    )
+    path = walk(code, {}, threads=32).path
+    assert path == [0, *[1, 2, 3] * 36, 4, 5, 6]
+
+
 def test_a_loop_that_depends_on_data_is_refused():
     code = listing("LDG.E R0, [R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x0", "EXIT")
     with pytest.raises(RuntimeError, match="the loop that ends at 0x20 depends on data"):

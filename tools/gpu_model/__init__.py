@@ -4,6 +4,8 @@
     compiling    compiles a launch ahead of time, reads registers and shared memory
     sass         reads the machine code
     walk         follows one program through it: which instructions, at which addresses
+    registers    what the program's threads know while it is followed
+    integers     what instructions do with integers and predicates
     traffic      bytes from the second-level cache
     machine      what is assumed about each GPU, with sources
     timing       the model: throughput, latency, waves

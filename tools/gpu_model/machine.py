@@ -2,8 +2,8 @@
 
 [T] NVIDIA, CUDA C++ Programming Guide, "Throughput of native arithmetic instructions".
 [W] NVIDIA's whitepapers and data sheets of the A100, H100, H200 and B200.
-[L] Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499:
-    latencies of the A100 and H100, and `mma` at about 62 % of the rate of `wgmma` on Hopper.
+[L] near what Luo et al. measured on the A100 and H100: "Benchmarking and Dissecting the Nvidia Hopper
+    GPU Architecture", arXiv 2402.13499. One value serves both.
 [A] assumed: no source was found, or sources disagree.
 
 An SM has four schedulers, each with its own arithmetic units. A warp's instruction occupies a unit
@@ -34,10 +34,11 @@ class Machine:
         memory_rate: bytes per second that a copy reaches.
         level2_rate: bytes per clock that an SM gets from the second-level cache.
         launch_seconds: from the end of a kernel to the start of the next, in a graph.
-        single: clocks of a scheduler for a float32 operation of a warp.
-        double: the same for float64.
-        tf32: clocks of a scheduler for an `mma` of 16 × 8 × 8 in TF32.
-        tensor_double: the same for one of 8 × 8 × 4 in float64.
+        single: clocks of a scheduler for a float32 operation of a warp [T].
+        double: the same for float64 [T].
+        tf32: clocks of a scheduler for an `mma` of 16 × 8 × 8 in TF32: the peak rate [W], and on Hopper
+            about 60 % of it, since only `wgmma` reaches the peak [L].
+        tensor_double: the same for one of 8 × 8 × 4 in float64, at the peak rate [W].
         latency: clocks from the start of an access, or of another operation whose end is not fixed,
             to its result.
     """
@@ -58,12 +59,12 @@ class Machine:
     launch_seconds: float = 1.3e-6  # [A]; 1 to 2 µs are usual on an H100
     latency: dict[str, float] = field(
         default_factory=lambda: {
-            "level2": 265,  # [L]: 261 to 263
-            "level1": 40,  # [L]: 38 to 41
+            "level2": 265,  # [L]
+            "level1": 40,  # [L]
             "shared": 29,  # [L]
             "shuffle": 24,  # [A]
             "special": 24,  # [A]: exp2, reciprocal, conversions
-            "product": 33,  # [L]: `mma` of 16 × 8 × 8
+            "product": 33,  # [A]
             "constant": 30,  # [A]: arguments and thread numbers
             "barrier": 16,  # [A]
             "fence": 25,  # [A]

@@ -108,7 +108,7 @@ class Waves:
 
 
 def cost_of(instruction: Instruction, machine: Machine) -> Cost:
-    """Look up what an instruction costs."""
+    """Look up what an instruction costs. The clocks are those of [T] in machine.py."""
     opcode, modifiers, latency = instruction.opcode, instruction.modifiers, machine.latency
     if opcode in ("HMMA", "DMMA", "HGMMA", "UTCHMMA", "UTCQMMA"):
         clocks = _product_clocks(instruction, machine)

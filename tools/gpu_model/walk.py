@@ -6,8 +6,8 @@ threads of the program are followed at once. What is loaded or computed in float
 unknown, and so is whatever depends on it.
 
 A branch whose condition is unknown is taken only if it jumps over a call, because calls are slow
-paths for rare values. One on which the threads disagree is not taken: some thread is to run what
-follows.
+paths for rare values. Where the threads disagree, some thread runs what follows. So a branch
+forward is taken only if all threads take it, and a branch back if any does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -128,7 +128,9 @@ class _Walker:
         if opcode == "EXIT":
             self.alive = self.alive & ~guard
             return n + 1 if self.alive.any() else None
-        if not guard[self.alive].all():
+        taken = guard[self.alive]
+        is_loop = instruction.target is not None and instruction.target <= instruction.address
+        if not (taken.any() if is_loop else taken.all()):
             return n + 1
         if opcode == "RET":
             return self.returns.pop()

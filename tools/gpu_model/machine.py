@@ -2,8 +2,8 @@
 
 [T] NVIDIA, CUDA C++ Programming Guide, "Throughput of native arithmetic instructions".
 [W] NVIDIA's whitepapers and data sheets of the A100, H100, H200 and B200.
-[L] near what Luo et al. measured on the A100 and H100: "Benchmarking and Dissecting the Nvidia Hopper
-    GPU Architecture", arXiv 2402.13499. One value serves both.
+[L] near what Luo et al. measured on the A100 and H100, with one value for both: "Benchmarking and
+    Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499.
 [A] assumed: no source was found, or sources disagree.
 
 An SM has four schedulers, each with its own arithmetic units. A warp's instruction occupies a unit
@@ -36,7 +36,7 @@ class Machine:
         launch_seconds: from the end of a kernel to the start of the next, in a graph.
         single: clocks of a scheduler for a float32 operation of a warp [T].
         double: the same for float64 [T].
-        tf32: clocks of a scheduler for an `mma` of 16 × 8 × 8 in TF32: the peak rate [W], and on Hopper
+        tf32: clocks of a scheduler for an `mma` of 16 × 8 × 8 in TF32: the peak rate [W], on Hopper
             about 60 % of it, since only `wgmma` reaches the peak [L].
         tensor_double: the same for one of 8 × 8 × 4 in float64, at the peak rate [W].
         latency: clocks from the start of an access, or of another operation whose end is not fixed,
@@ -79,13 +79,13 @@ MACHINES = {
         cache_bytes=192 << 10, shared_bytes=164 << 10, level2_bytes=40 << 20,
         memory_rate=1.7e12, level2_rate=26, single=2, tf32=8, double=4, tensor_double=16,
     ),
-    # The rate of the second level: 5.5 to 7 TB/s were measured on H100s, 22 to 28 [A].
+    # The rates of the second level are assumed [A]. These are 6.5 TB/s.
     "sm90": Machine(
         "H200", processors=132, clock=1.9e9, first_parameter=0x210,
         cache_bytes=256 << 10, shared_bytes=228 << 10, level2_bytes=50 << 20,
         memory_rate=4.0e12, level2_rate=26, single=1, tf32=6.5, double=2, tensor_double=8,
     ),
-    # Nobody has published a table like [L] for it. It is taken for a larger Hopper [A].
+    # Taken for a larger Hopper [A].
     "sm100": Machine(
         "B200", processors=148, clock=1.85e9, first_parameter=0x380,
         cache_bytes=256 << 10, shared_bytes=228 << 10, level2_bytes=126 << 20,

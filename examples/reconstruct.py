@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from engine import figures
+from engine.drawing import drawable
 from engine.flags import COUNT, NO_TRAINING, Machine, Output, Recipe, flag
 from engine.pictures import perturbed
 from engine.runner import Experiment, run_experiment
@@ -63,8 +64,9 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
             "give the run of a capsule network"
         )
     check_data(network, experiment.dataset)
-    names = experiment.dataset.class_names
-    classes = chosen_classes(pictures.classes, names)
+    class_names = experiment.dataset.class_names
+    classes = chosen_classes(pictures.classes, class_names)
+    names = drawable(class_names)
     title = f"{network.title} on {experiment.dataset.title}"
 
     images = to_float(experiment.test_images.images)
@@ -121,7 +123,7 @@ def tell(pictures: Pictures, recipe: Recipe, machine: Machine, output: Output) -
         print("no image of these classes was misread: there is no failures.png")
 
     # -- the same in numbers
-    rows = measure(images, decoded, labels, predictions, classes, names)
+    rows = measure(images, decoded, labels, predictions, classes, class_names)
     experiment.write_table("reconstruction", rows)
     print("class    accuracy   squared error   total variation: image → reconstruction")
     for row in rows:

@@ -42,7 +42,8 @@ def dynamic_routing_launch(
     if block_d > values:
         raise UnsupportedShape(f"poses of D={D}; a program holds at most {values}")
     fits = max(4 * values // max(J * D, 1), 1)
-    block_i = min(1 << (fits.bit_length() - 1), triton.next_power_of_2(max(I, 1)), values // block_d)
+    rows = triton.next_power_of_2(max(I, 1))
+    block_i = min(1 << (fits.bit_length() - 1), rows, values // block_d)
     block_j = min(values // (block_i * block_d), triton.next_power_of_2(J))
     while block_j > 1 and triton.cdiv(J, block_j) * block_j > 1.25 * J:
         block_j //= 2

@@ -4,13 +4,14 @@ import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps._checks import (
     check_choice,
     check_flag,
     check_floating,
+    check_layer_dtype,
     check_pair,
     check_size,
     shape_of,
@@ -93,8 +94,13 @@ def warn_of_size(
     )
 
 
-def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) -> None:
-    """Raise if the images do not have the type or shape that the model was built for."""
+def check_images(
+    model: str, images: Tensor, image_shape: tuple[int, int, int], first: nn.Module
+) -> None:
+    """Raise if the images do not have the type or shape that the model was built for.
+
+    `first` is the layer that they go through first.
+    """
     if is_proxy(images):
         return
     check_floating(model, "images", images)
@@ -103,3 +109,4 @@ def check_images(model: str, images: Tensor, image_shape: tuple[int, int, int]) 
             f"{model}: images must be (B, {', '.join(map(str, image_shape))}), "
             f"got {shape_of(images)}"
         )
+    check_layer_dtype(model, "images", images, first)

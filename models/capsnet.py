@@ -158,7 +158,7 @@ class CapsNet(nn.Module):
             iterations: routing iterations of this call, instead of the model's own.
             return_coupling: also return the coupling of the last iteration, (B, I, K).
         """
-        check_images("CapsNet", images, self.image_shape)
+        check_images("CapsNet", images, self.image_shape, self.conv)
         features = F.relu(self.conv(images))  # (B, channels, H', W')
         u = self.primary(features)  # (B, I, 8)
         poses, coupling = route(self.routing, u, iterations, return_coupling)  # (B, K, D)

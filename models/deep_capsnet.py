@@ -181,7 +181,7 @@ class DeepCapsNet(nn.Module):
             return_coupling: also return the coupling of the last iterations, a pair: (B, I, hidden)
                 of the main route and (B, hidden, K) of the secondary route.
         """
-        check_images("DeepCapsNet", images, self.image_shape)
+        check_images("DeepCapsNet", images, self.image_shape, self.conv1)
         features = F.relu(self.conv1(images))  # (B, channels[0], H', W')
         features = F.relu(self.conv2(features))  # (B, channels[1], H'-4, W'-4)
         u = self.primary(features)  # (B, I, 8)

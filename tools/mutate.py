@@ -45,6 +45,7 @@ TESTS = {
     "kernels": ["tests/kernels"],
     "tritoncaps/_checks.py": ["tests/ops", "tests/layers"],
     "tritoncaps/_operators": ["tests/ops"],
+    "tritoncaps/_targets.py": ["tests/ops", "tests/layers"],
     "tritoncaps/_torch_path": ["tests/ops"],
     "tritoncaps/data": ["tests/data"],
     "tritoncaps/layers": ["tests/layers"],

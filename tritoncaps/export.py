@@ -6,6 +6,7 @@ operators, so the program runs wherever torch, AOTInductor, ONNX or ExecuTorch r
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -108,7 +109,7 @@ def to_pt2(
     Raises:
         TypeError, ValueError: as for `to_program`.
         ValueError: the name of the file does not end in `.pt2`.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. A wrong directory is noticed before the export.
 
     Example:
         >>> import tempfile
@@ -124,6 +125,7 @@ def to_pt2(
             f"to_pt2: the name of the file must end in .pt2, or torch.export.load refuses it, "
             f"got {str(path)!r}"
         )
+    _check_path("to_pt2", path)
     program = _program("to_pt2", model, example, dynamic_batch)
     content = BytesIO()
     torch.export.save(program, content)
@@ -154,7 +156,7 @@ def to_onnx(
         ModuleNotFoundError: onnx or onnxscript is missing.
         TypeError, ValueError: as for `to_program`.
         ValueError: the weights take 2 GB or more, which one ONNX file cannot hold.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written. A wrong directory is noticed before the export.
 
     Example:
         >>> import tempfile
@@ -171,6 +173,7 @@ def to_onnx(
         raise ModuleNotFoundError(
             f"to_onnx: needs {' and '.join(missing)}; pip install 'tritoncaps[export]'"
         )
+    _check_path("to_onnx", path)
     program = _program("to_onnx", model, example, dynamic_batch)
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     if size >= _LARGEST_ONNX:
@@ -296,6 +299,24 @@ def _output_names(program: ExportedProgram) -> list[str]:
             keys.insert(0, "output")
         names.append("_".join(map(str, keys)))
     return names
+
+
+def _check_path(function: str, path: str | Path) -> None:
+    """Refuse a file that cannot be written, before the export takes a minute."""
+    path = Path(path)
+    directory = path.parent
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{function}: path {path} is a directory; give the name of a file in it"
+        )
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{function}: path {path} is in {directory}, which is no directory; create it"
+        )
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(
+            f"{function}: path {path} is in {directory}, which cannot be written to"
+        )
 
 
 def _write(path: str | Path, content: Any) -> None:

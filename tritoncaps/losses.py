@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from tritoncaps import ops
 from tritoncaps._checks import (
     check_choice,
-    check_class_weight,
     check_floating,
     check_margins,
-    check_number,
+    check_not_negative,
     shape_of,
 )
+from tritoncaps._targets import check_class_weight
 from tritoncaps.ops._margin_loss import reduced
 
 __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
@@ -20,12 +20,14 @@ __all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Sum the squared error over each image (Sabour 2017, section 4.1).
 
+    16-bit images are subtracted and added up in float32.
+
     Args:
         reconstruction: shape (B, C, H, W), or any other shape that starts with B.
         images: of the same shape.
 
     Returns:
-        The sums, shape (B,).
+        The sums, shape (B,), at least in float32.
 
     Raises:
         TypeError: one of them is not a floating-point tensor.
@@ -43,7 +45,9 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
             f"reconstruction_error: reconstruction is {shape_of(reconstruction)} "
             f"but images is {shape_of(images)}"
         )
-    return (reconstruction - images).square().flatten(1).sum(dim=1)
+    dtype = torch.promote_types(reconstruction.dtype, images.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return (reconstruction.to(dtype) - images.to(dtype)).square().flatten(1).sum(dim=1)
 
 
 class _Margins(nn.Module):
@@ -146,7 +150,7 @@ class CapsuleLoss(_Margins):
         class_weight: Tensor | None = None,
     ) -> None:
         super().__init__(m_pos, m_neg, down_weight, reduction, class_weight=class_weight)
-        check_number("CapsuleLoss", "reconstruction_weight", reconstruction_weight)
+        check_not_negative("CapsuleLoss", "reconstruction_weight", reconstruction_weight)
         self.reconstruction_weight = reconstruction_weight
 
     def forward(

@@ -26,6 +26,9 @@ def squash(s: Tensor, dim: int = -1, *, form: str = "quadratic") -> Tensor:
     finfo = torch.finfo(s.dtype)
     # n = |s| without a square that overflows. The scale cancels, so it needs no gradient.
     largest = s.detach().abs().amax(dim=dim, keepdim=True)
+    # Nor may n itself. At such a length v is the direction alone, so s may be shorter.
+    too_long = largest > finfo.max / 256
+    s, largest = (torch.where(too_long, x / 256, x) for x in (s, largest))
     scale = largest.clamp(min=finfo.tiny)
     # At 0, n has no derivative. A constant stands in there, so derivatives of v are finite.
     not_zero = torch.where(largest != 0, s / scale, 1)

@@ -9,6 +9,7 @@ number: each pixel becomes a square.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ def figure(
         raise ModuleNotFoundError(
             'pictures need matplotlib: pip install "tritoncaps[train]"'
         ) from None
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # A title may hold the name of any folder.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.size": 9, "figure.titlesize": 11})
         drawn = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
@@ -87,6 +90,17 @@ def shrink_to(width: float, text: Text) -> None:
 def shortened(name: str, length: int) -> str:
     """Cut a long name, such as that of a folder, to this many characters."""
     return name if len(name) <= length else f"{name[: length - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def drawable(class_names: Sequence[str]) -> list[str]:
+    """Return the names, with "class 3" in place of one in a script that the font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    return [
+        name if all(ord(character) in known for character in name) else f"class {label}"
+        for label, name in enumerate(class_names)
+    ]
 
 
 # -- images

@@ -14,7 +14,8 @@ import argparse
 import ast
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -49,10 +50,11 @@ def flag(default: Any, help: str, *short: str, fixed: bool = True, **options: An
 
 
 def positive(text: str) -> int:
-    """Read an int of at least 1."""
+    """Read an int of at least 1 that torch takes for a size."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be >= 1, got {value}")
+    if not 1 <= value < 2**31:
+        limit = ">= 1" if value < 1 else f"<= {2**31 - 1}"
+        raise argparse.ArgumentTypeError(f"must be {limit}, got {value}")
     return value
 
 
@@ -180,7 +182,7 @@ class Recipe:
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
-        "(default: 30, on digits 15)",
+        "(default: 30, on digits 5)",
         fixed=False,
         **COUNT,
     )
@@ -327,6 +329,27 @@ def flag_name(name: str) -> str:
 def as_dict(*groups: Any) -> dict[str, Any]:
     """Collect the fields of several dataclasses, as for args.json."""
     return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Refuse a number that no run can use.
+
+    Raises:
+        ValueError: there is one; the message names its flag.
+    """
+    limits: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+        "> 0 and finite": (lambda x: 0 < x < math.inf, ("lr", "gamma")),
+        ">= 0 and finite": (
+            lambda x: 0 <= x < math.inf,
+            ("decoder_lr_factor", "reconstruction_weight", "weight_decay"),
+        ),
+        ">= 0": (lambda x: x >= 0, ("max_shift", "warmup_steps")),
+        "in -2**63 .. 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("seed",)),
+    }
+    for limit, (is_allowed, names) in limits.items():
+        for name in names:
+            if not is_allowed(value := getattr(recipe, name)):
+                raise ValueError(f"{flag_name(name)} {value} must be {limit}")
 
 
 def first_difference(recipe: Recipe, before: Mapping[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine import figures
+from engine.drawing import drawable
 from engine.runtime import Runtime
 from engine.training import Evaluation, Trainer
 from tritoncaps.data import Dataset, ImageSet, to_float
@@ -22,7 +23,8 @@ def draw(
     trainer: Trainer, dataset: Dataset, test: ImageSet, evaluation: Evaluation, title: str
 ) -> None:
     """Draw the pictures of a trained model, and of its `evaluation` on the images of `test`."""
-    directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
+    directory, labels = trainer.directory, test.labels.cpu()
+    names = drawable(dataset.class_names)
     figures.plot_curves(trainer.rows, directory / "curves.png", title)
 
     if getattr(trainer.model, "decoder", None) is not None:
@@ -37,7 +39,8 @@ def _draw_decoded(
     trainer: Trainer, dataset: Dataset, test: ImageSet, evaluation: Evaluation, title: str
 ) -> None:
     """Draw what the decoder makes of capsules."""
-    directory, names, labels = trainer.directory, dataset.class_names, test.labels.cpu()
+    directory, labels = trainer.directory, test.labels.cpu()
+    names = drawable(dataset.class_names)
     # Two images of each class. More classes would be too tall for a picture.
     shown = range(min(len(names), 100))
     chosen = torch.cat([(labels == label).nonzero()[:2, 0] for label in shown])

@@ -18,6 +18,7 @@ import math
 import shlex
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import nn
 
 from engine import baseline
 from engine.distributed import World, require_one_process
-from engine.flags import Machine, Output, Recipe, as_dict, flag_name, parse
+from engine.flags import Machine, Output, Recipe, as_dict, check_numbers, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
@@ -163,9 +164,13 @@ class Runner:
                 "name one, and put it where all of them find it"
             )
         recipe = recipe.on(dataset.name, dataset.epochs)
-        for name in ("weight_decay", "decoder_lr_factor"):
-            if not 0 <= (value := getattr(recipe, name)) < math.inf:
-                raise ValueError(f"{flag_name(name)} {value} must be >= 0 and finite")
+        check_numbers(recipe)
+        height, width = dataset.train.images.shape[2:]
+        if recipe.max_shift >= min(height, width):
+            raise ValueError(
+                f"--max-shift {recipe.max_shift} must be less than the side of the images, "
+                f"{height}x{width}"
+            )
         if recipe.batch_size < world.size:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
@@ -175,7 +180,6 @@ class Runner:
         self.recipe, self.epochs = recipe, recipe.epochs or dataset.epochs
         if dataset.name == "folder":
             # Another run of this recipe must not choose another size.
-            height, width = dataset.train.images.shape[2:]
             self.recipe = replace(self.recipe, image_size=[height, width])
         self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
@@ -234,6 +238,8 @@ class Runner:
             "class_names": names,
             "scaling": "pixels / 255",
         }
+        if self.dataset.name == "folder":
+            config["images"] = identified(self.dataset)
         return self.runtime.place(model), config
 
     def classification(
@@ -456,6 +462,16 @@ def check_model_kwargs(recipe: Recipe) -> None:
             raise ValueError(
                 f"--model-kwargs {name}: {recipe.model} has no such argument, it has {free}"
             )
+
+
+def identified(dataset: Dataset) -> str:
+    """Return a text that tells images and labels from others, as its user reads it."""
+    parts = [dataset.train, dataset.validation, dataset.test]
+    sets = [part for part in parts if part is not None]
+    checksum = 0
+    for tensor in (tensor for part in sets for tensor in (part.images, part.labels)):
+        checksum = zlib.crc32(tensor.contiguous().numpy().data, checksum)
+    return f"{sum(map(len, sets)):,} images with the checksum {checksum:08x}"
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -4,7 +4,6 @@
 capsules and a plain classifier.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -43,10 +42,6 @@ class Task:
     """
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
-        if not 0 <= reconstruction_weight < math.inf:
-            raise ValueError(
-                f"Task: reconstruction_weight must be >= 0 and finite, got {reconstruction_weight}"
-            )
         self.capsule_loss = CapsuleLoss(reconstruction_weight)
 
     def run(self, model: Callable[..., Any], images: Tensor, target: Any = None) -> CapsuleOutput:

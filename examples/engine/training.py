@@ -118,7 +118,8 @@ class Trainer:
         runtime: device and precision; by default the best there is.
         args: the flags of the run, plain values, kept in every checkpoint.
         config: describes the model to others, plain values, in config.json and with the weights.
-            `tritoncaps.models.load_model` needs "model" and "model_kwargs".
+            `tritoncaps.models.load_model` needs "model" and "model_kwargs". A resumed run must have
+            the same "images", if both name them.
         test_batch_size: images per batch in evaluations.
         log_interval: steps between two records of metrics.jsonl.
         checkpoint_interval: steps between two checkpoints within an epoch; None for one after each
@@ -200,8 +201,14 @@ class Trainer:
         """Continue from what `state` returned.
 
         Raises:
-            CheckpointError: it belongs to another model, optimiser or program.
+            CheckpointError: it belongs to another model, optimiser or program, or to other images.
         """
+        known, now = (config.get("images") for config in (state.get("config", {}), self.config))
+        if None not in (known, now) and known != now:
+            raise CheckpointError(
+                f"the run in {self.directory} was trained on {known}, but --data-dir holds {now}: "
+                "give the folder as it was, or start a new run"
+            )
         with self._refusing():
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

@@ -2,13 +2,14 @@
 
 import io
 import os
+import struct
 import sys
 
 import pytest
 import torch
 from image_sets import assert_same_set, make_set
 
-from tritoncaps.data import Dataset, DatasetError, image_folder, load_dataset
+from tritoncaps.data import Dataset, DatasetError, image_pixels, load_dataset
 
 Image = pytest.importorskip("PIL.Image")
 ImageOps = pytest.importorskip("PIL.ImageOps")
@@ -198,6 +199,17 @@ def test_16_bits_become_8(pixels, level, expected):
     assert pixels(Image.new("I;16", (20, 20), level)).unique().tolist() == [expected]
 
 
+def test_12_bits_of_a_tiff_become_8(tmp_path):
+    fill(tmp_path)
+    buffer = io.BytesIO()
+    Image.new("I;16", (20, 20), 0x8888).save(buffer, "TIFF")
+    # The tag of the bits of a sample. Pillow reads 12, but does not write them.
+    tag = (struct.pack("<HHII", 258, 3, 1, bits) for bits in (16, 12))
+    (tmp_path / "cat" / "0.tif").write_bytes(buffer.getvalue().replace(*tag))
+    dataset = load(tmp_path)
+    assert 0x88 in levels(dataset.train) + levels(dataset.test)
+
+
 @pytest.mark.parametrize(
     ("mode", "colour", "expected"),
     [
@@ -273,7 +285,7 @@ def test_without_a_size_small_and_equal_images_keep_theirs(tmp_path, sizes, expe
 def test_an_error_while_choosing_the_size_is_not_swallowed(tmp_path, monkeypatch):
     """Also not if the images can be read."""
     fill(tmp_path)
-    monkeypatch.setattr(image_folder, "_LARGEST_OWN", "a mistake")
+    monkeypatch.setattr(image_pixels, "_LARGEST_OWN", "a mistake")
     with pytest.raises(TypeError):
         load(tmp_path)
 
@@ -379,11 +391,11 @@ def test_pixels_of_32_bits_are_refused(tmp_path):
 def test_images_that_would_fill_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
     fill(tmp_path)
     save(tmp_path / "cat" / "9.png", (255, 0, 0), mode="RGB")
-    monkeypatch.setattr(image_folder, "_memory", lambda: 2 * 11 * 100 * 100)
+    monkeypatch.setattr(image_pixels, "_memory", lambda: 2 * 11 * 100 * 100)
     refused(tmp_path, "11 images of 3x100x100", "smaller image_size", image_size=100)
     (tmp_path / "cat" / "9.png").unlink()
     assert len(load(tmp_path, 100).train) == 8
-    monkeypatch.setattr(image_folder, "_memory", lambda: None)
+    monkeypatch.setattr(image_pixels, "_memory", lambda: None)
     assert len(load(tmp_path, 100).train) == 8
 
 

@@ -21,6 +21,7 @@ from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from engine import figures  # noqa: E402
+from engine.drawing import drawable  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
 TRAIN, VALIDATION, WRONG = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xC0, 0x00, 0x00)
@@ -391,6 +392,13 @@ class TestEveryPicture:
         with mock.patch.object(Figure, "suptitle", longer):
             draw(tmp_path / "picture.png")
         read(tmp_path / "picture.png")
+
+
+def test_scripts_that_the_font_lacks_need_no_warning(tmp_path):
+    names = drawable(["собака", "猫", "dog"])
+    assert names == ["собака", "class 1", "dog"]
+    figures.plot_confusion([[1, 2, 3]] * 3, tmp_path / "picture.png", "動物", names)
+    read(tmp_path / "picture.png")
 
 
 def run_python(code):

@@ -1,6 +1,7 @@
 """A folder of one's own images, from the first command to the test of the trained model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,11 @@ def test_it_is_trained_tested_and_continued(own, tmp_path, capsys):
     expected = "images of 20x18 pixels, not 40x30: give --image-size 20 18"
     assert expected in capsys.readouterr().err
 
-    # Images of other classes, colours or sizes are refused.
+    # Other images, or of other classes, colours or sizes, are refused.
+    Image.new("RGB", (30, 40), COLOURS[0]).save(own / "train/red/0.png")
+    assert run("--resume=run", "--epochs=3") == 2
+    expected = r"on 36 images with the checksum (\w{8}), but --data-dir holds 36 .* (?!\1)\w{8}: "
+    assert re.search(expected, capsys.readouterr().err)
     assert run("--resume=run", "--epochs=3", "--image-size=20") == 2
     assert (
         "--image-size [20, 20] differs from the resumed run's [20, 18]" in capsys.readouterr().err

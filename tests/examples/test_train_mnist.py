@@ -715,6 +715,7 @@ class TestWrongFlags:
         [
             ("--epochs=0", "argument --epochs: must be >= 1, got 0"),
             ("--batch-size=-1", "argument -b/--batch-size: must be >= 1, got -1"),
+            ("--batch-size=9999999999", "-b/--batch-size: must be <= 2147483647, got 9999999999"),
             ("--log-interval=0", "argument --log-interval: must be >= 1, got 0"),
             ("--model=resnet", "argument --model: invalid choice: 'resnet'"),
             ("--dataset=imagenet", "argument --dataset: invalid choice: 'imagenet'"),
@@ -727,7 +728,7 @@ class TestWrongFlags:
         with pytest.raises(SystemExit) as caught:
             run(*NEW, flag)
         assert caught.value.code == 2
-        assert f"error: {message}" in capsys.readouterr().err.splitlines()[-1]
+        assert message in capsys.readouterr().err.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
@@ -738,15 +739,16 @@ class TestWrongFlags:
             ("--validation-fraction=0", "0.0 holds out 0 of 90 images"),
             ("--validation-fraction=1", "1.0 holds out 90 of 90 images"),
             ("--validation-fraction=-0.5", "-0.5 holds out -45 of 90 images"),
-            ("--max-shift=-1", "max_shift must be >= 0, got -1"),
-            ("--lr=-1", "lr must be a positive number, got -1.0"),
-            ("--lr=nan", "lr must be a positive number, got nan"),
+            ("--max-shift=-1", "--max-shift -1 must be >= 0"),
+            ("--max-shift=28", "--max-shift 28 must be less than the side of the images, 28x28"),
+            ("--lr=-1", "--lr -1.0 must be > 0 and finite"),
+            ("--lr=nan", "--lr nan must be > 0 and finite"),
             ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),
             ("--decoder-lr-factor=nan", "--decoder-lr-factor nan must be >= 0 and finite"),
-            ("--gamma=0", "gamma must be a positive number, got 0.0"),
-            ("--warmup-steps=-1", "warmup_steps must be >= 0, got -1"),
-            ("--reconstruction-weight=nan", "reconstruction_weight must be"),
-            ("--seed=100000000000000000000", "Overflow"),
+            ("--gamma=0", "--gamma 0.0 must be > 0 and finite"),
+            ("--warmup-steps=-1", "--warmup-steps -1 must be >= 0"),
+            ("--reconstruction-weight=-1", "--reconstruction-weight -1.0 must be >= 0 and finite"),
+            ("--seed=9223372036854775808", "must be in -2**63 .. 2**63 - 1"),
             ("--model-kwargs=iterations=0", "--model-kwargs iterations=0: CapsNet: iterations"),
             ("--model-kwargs=depth=3", "--model-kwargs depth: capsnet has no such argument, it"),
         ],

@@ -114,6 +114,11 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         export.to_onnx(RoutedCapsules(6, 4, 3, 5), tmp_path / "layer.onnx", torch.rand(2, 6, 4))
 
 
+def test_a_path_is_checked_before_the_export(tmp_path):
+    with pytest.raises(IsADirectoryError, match=r"^to_onnx: path .* is a directory"):
+        export.to_onnx("not exported", tmp_path, torch.rand(2, 4))
+
+
 def test_one_name_for_an_input_and_an_output_is_refused(tmp_path):
     class Same(torch.nn.Module):
         def forward(self, poses):

@@ -260,6 +260,21 @@ def test_a_flag_must_be_a_bool():
         export.to_program(Agreement(), torch.rand(2, 6, 4), dynamic_batch=1)
 
 
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("folder.pt2", IsADirectoryError, "is a directory; give the name of a file in it"),
+        ("missing/model.pt2", FileNotFoundError, "missing, which is no directory; create it"),
+        ("model.pt2", PermissionError, "which cannot be written to"),
+    ],
+)
+def test_a_path_is_checked_before_the_export(monkeypatch, tmp_path, path, error, message):
+    (tmp_path / "folder.pt2").mkdir()
+    monkeypatch.setattr("os.access", lambda *args: False)  # root may write anywhere
+    with pytest.raises(error, match=f"^to_pt2: path .*{message}"):
+        export.to_pt2("not exported", tmp_path / path, torch.rand(2, 6, 4))
+
+
 def test_a_file_stays_whole_if_the_export_fails(tmp_path):
     path = tmp_path / "model.pt2"
     path.write_bytes(b"before")

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -66,17 +65,17 @@ def assert_compiles(target_name, found, pool):
 
 @pytest.mark.parametrize("target_name", TARGETS)
 def test_named_shapes_compile(pool, target_name):
-    assert_compiles(target_name, launches(target_name, [FP32]), pool)
+    shapes = SHAPES if target_name == "sm90" else LARGE
+    assert_compiles(target_name, launches(target_name, [FP32], shapes=shapes), pool)
 
 
-@pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
-def test_float64_and_half_precision_compile(pool, target_name):
-    found = launches(target_name, [torch.float64, torch.bfloat16], shapes=["MNIST"])
-    assert_compiles(target_name, found, pool)
-
-
-def test_large_shapes_compile_in_half_precision(pool):
-    assert_compiles("sm90", launches("sm90", [torch.bfloat16], shapes=LARGE), pool)
+@pytest.mark.parametrize(
+    ("target_name", "dtype"),
+    [("sm90", torch.float64), ("sm90", torch.bfloat16), ("gfx942", torch.bfloat16)],
+    ids=str,
+)
+def test_other_precisions_compile(pool, target_name, dtype):
+    assert_compiles(target_name, launches(target_name, [dtype], shapes=LARGE), pool)
 
 
 def test_large_shapes_compile_with_one_tf32_product(pool):
@@ -96,36 +95,40 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
     assert_compiles("sm90", is_tf32, pool)
 
 
-# What the authors' code has besides. It costs little, so it is combined only with all of the other
-# flags and with none.
-AUTHORS = {"leaky": True, "output": "s"}
+# Every pair of values. "authors" are the options that the authors' code has besides.
+MODES = [  # iterations, prior, coupling, bias, authors, gradient
+    (3, True, False, True, True, "last"),
+    (3, False, True, False, False, "full"),
+    (2, True, False, False, True, "full"),
+    (2, False, True, True, False, "full"),
+    (2, False, True, True, True, "last"),
+    (1, True, True, False, True, "full"),
+    (1, True, True, True, False, "last"),
+    (1, False, False, False, False, "last"),
+]
 
 
 def every_mode(target_name):
-    """The launches of the MNIST shape in every mode."""
-    flags = [(False, True)] * 4
+    """The launches of the MNIST shape in every mode of a table."""
     found = {}
-    for iterations, prior, coupling, bias, is_authors in product((3, 1, 2), *flags):
-        for gradient in ("full",) if is_authors else ("full", "last"):
-            # Fewer iterations would unroll fewer steps, of the same modes.
-            if (iterations < 3 or is_authors) and not (prior == coupling == bias):
-                continue
-            of_mode = launches(
-                target_name,
-                [FP32],
-                shapes=["MNIST"],
-                iterations=iterations,
-                optional=["prior"] * prior + ["bias"] * bias + ["pose_bias"] * is_authors,
-                with_coupling=coupling,
-                gradient=gradient,
-                **AUTHORS if is_authors else {},
-            )
-            found |= dict.fromkeys(of_mode)
+    for iterations, prior, coupling, bias, authors, gradient in MODES:
+        of_mode = launches(
+            target_name,
+            [FP32],
+            shapes=["MNIST"],
+            iterations=iterations,
+            optional=["prior"] * prior + ["bias"] * bias + ["pose_bias"] * authors,
+            with_coupling=coupling,
+            gradient=gradient,
+            leaky=authors,
+            output="s" if authors else "v",
+        )
+        found |= dict.fromkeys(of_mode)
     return list(found)
 
 
-# The two kinds of NVIDIA GPU that differ in where a product keeps its operands. A hundred launches
-# take minutes; the named shapes cover the other targets.
+# The two kinds of NVIDIA GPU that differ in where a product keeps its operands. The named shapes
+# cover the other targets.
 @pytest.mark.parametrize("target_name", ["sm80", "sm90"])
 def test_every_mode_compiles(pool, target_name):
     assert_compiles(target_name, every_mode(target_name), pool)

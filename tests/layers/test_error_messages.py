@@ -385,6 +385,21 @@ CASES = {
         ValueError,
         "margin_loss: down_weight must be within ±2**63, got -9223372036854775808",
     ),
+    "loss-m_neg-negative": (
+        lambda: ops.margin_loss(LENGTHS, TARGET, m_neg=-0.1),
+        ValueError,
+        "margin_loss: m_neg must be >= 0 and finite, got -0.1",
+    ),
+    "loss-class-weight-negative": (
+        lambda: MarginLoss(class_weight=torch.tensor([1.0, -2.0])),
+        ValueError,
+        "MarginLoss: class_weight holds factors from -2.0 to 1.0, they must be >= 0 and finite",
+    ),
+    "loss-reconstruction-weight-negative": (
+        lambda: CapsuleLoss(-0.5),
+        ValueError,
+        "CapsuleLoss: reconstruction_weight must be >= 0 and finite, got -0.5",
+    ),
     "loss-number-module": (
         lambda: MarginLoss(down_weight=True),
         TypeError,
@@ -428,6 +443,12 @@ CASES = {
         lambda: PrimaryCapsules(4, kernel_size=3)(torch.ones(2, 5, 9, 9)),
         ValueError,
         "PrimaryCapsules: features must be (B, 4, H, W), got (2, 5, 9, 9)",
+    ),
+    "primary-dtype": (
+        lambda: PrimaryCapsules(4, kernel_size=3)(torch.ones(2, 4, 9, 9, dtype=torch.float64)),
+        TypeError,
+        "PrimaryCapsules: features is torch.float64 but the weights are torch.float32; "
+        "use features.to(torch.float32)",
     ),
     "primary-too-small": (
         lambda: PrimaryCapsules(4, kernel_size=9)(torch.ones(2, 4, 8, 20)),
@@ -554,6 +575,12 @@ CASES = {
         ValueError,
         "ReconstructionDecoder: poses must be (B, 10, 16), got (2, 10, 8)",
     ),
+    "decoder-dtype": (
+        lambda: ReconstructionDecoder(10, 16, (1, 5, 5))(torch.ones(2, 10, 16).half()),
+        TypeError,
+        "ReconstructionDecoder: poses is torch.float16 but the weights are torch.float32; "
+        "use poses.to(torch.float32)",
+    ),
     "decoder-target": (
         lambda: ReconstructionDecoder(10, 16, (1, 5, 5))(torch.ones(2, 10, 16), torch.tensor([1])),
         ValueError,
@@ -631,6 +658,11 @@ CASES = {
         lambda: CapsNet(channels=2, capsule_types=1)(torch.ones(2, 3, 28, 28)),
         ValueError,
         "CapsNet: images must be (B, 1, 28, 28), got (2, 3, 28, 28)",
+    ),
+    "model-dtype": (
+        lambda: CapsNet(channels=2, capsule_types=1)(torch.ones(2, 1, 28, 28, dtype=torch.float64)),
+        TypeError,
+        "CapsNet: images is torch.float64 but the weights are torch.float32",
     ),
     "capsnet-size": (
         lambda: CapsNet(in_channels=0),

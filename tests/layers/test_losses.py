@@ -21,6 +21,12 @@ def test_reconstruction_error_is_summed_over_an_image():
     torch.testing.assert_close(error, torch.full((2,), 0.25 * 60))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_error_of_16_bit_images_is_added_up_in_float32(dtype):
+    images = torch.ones(1, 3, 256, 256, dtype=dtype)  # their error is beyond float16
+    assert reconstruction_error(images, torch.zeros_like(images)).item() == 3 * 256**2
+
+
 def test_modules_are_the_functions():
     activations, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
     images, drawn = torch.rand(3, 1, 4, 4), torch.rand(3, 1, 4, 4)

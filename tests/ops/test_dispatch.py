@@ -45,11 +45,15 @@ def test_a_refused_shape_takes_the_torch_path_with_one_warning(monkeypatch):
         ops.squash(s)
 
 
-def test_vmap_over_an_empty_axis_is_an_error(device):
-    inputs = draw_inputs(OPERATORS["fused_dynamic_routing"], device=device)
-    no_weight = inputs["weight"].new_empty(0, *inputs["weight"].shape)
-    with pytest.raises(ValueError, match="has 0 slices"):
-        torch.func.vmap(ops.fused_dynamic_routing, in_dims=(None, 0))(inputs["u"], no_weight)
+def test_transforms_over_an_empty_axis_return_empty_results(device):
+    u = torch.rand(2, 6, 4, device=device)
+    weight = torch.rand(6, 4, 3, 5, device=device)
+    predict = torch.func.vmap(ops.prediction_vectors, in_dims=(None, 4))
+    assert predict(u, weight.new_empty(6, 4, 3, 5, 0)).shape == (0, 2, 6, 3, 5)
+    jacobian = torch.func.jacrev(ops.prediction_vectors, argnums=(0, 1))
+    du, dweight = jacobian(u[:0], weight)
+    assert du.shape == (0, 6, 3, 5, 0, 6, 4)
+    assert dweight.shape == (0, 6, 3, 5, 6, 4, 3, 5)
 
 
 def whole(u, weight, prior, pose):

@@ -1,6 +1,8 @@
 """The operators as torch sees them, one file per operator.
 
-`_register.py` holds what they share. `_dispatch.py` holds the rule that chooses the backend.
+What they share: `_register.py` makes an operator of its declaration. `_formulas.py` derives shapes
+and derivatives. `_autograd.py` and `_vmap.py` serve the transforms of `torch.func`. `_dispatch.py`
+chooses the backend.
 """
 
 from tritoncaps._operators._dispatch import INTERPRETED

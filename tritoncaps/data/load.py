@@ -40,8 +40,9 @@ def load_dataset(
 
     - Test set: test/, or val/ if there is no test/, or a fifth of each class, the same every time.
       With both, val/ is `validation`.
-    - Channels: 1 if all images are grey, else 3 (RGB). Pixels of 16 bits become 8, and transparent
-      ones white. The orientation in EXIF data is applied.
+    - Channels: 1 if all images are grey, else 3 (RGB). Pixels of 16 bits become 8, with 65535 as
+      white: stretch a PNG that holds values of 12 bits. Transparent pixels become white. The
+      orientation in EXIF data is applied.
     - Size: `image_size`. Without it, images of one size up to 64 pixels a side keep it, and others
       become 32×32. The resizing is bilinear and antialiased. It does not keep the aspect ratio, so
       nothing is cut off.
@@ -65,7 +66,7 @@ def load_dataset(
     Example:
         >>> dataset = load_dataset("digits")
         >>> dataset.train.images.shape, len(dataset.test), dataset.epochs
-        (torch.Size([1437, 1, 28, 28]), 360, 15)
+        (torch.Size([1437, 1, 28, 28]), 360, 5)
     """
     check_choice("load_dataset", "name", name, ["auto", *list_datasets()])
     if name == "folder":

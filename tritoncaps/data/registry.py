@@ -124,7 +124,7 @@ REGISTRY = {
     "digits": Entry(
         title="scikit-learn's digits",
         class_names=DIGITS,
-        epochs=15,
+        epochs=5,
         read=lambda *_: read_digits(),
         note="scikit-learn's 1,797 embedded 8x8 digits, enlarged to 28x28",
     ),

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritoncaps import _checks
-from tritoncaps._targets import present_classes
-from tritoncaps._tracing import one_node, rearrange
+from tritoncaps import _checks, _targets
+from tritoncaps._tracing import is_proxy, one_node, rearrange
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 
 
@@ -108,6 +107,8 @@ class ReconstructionDecoder(nn.Module):
     def forward(self, capsules: Tensor | Capsules, target: Tensor | None = None) -> Tensor:
         """Mask the absent capsules and decode the rest."""
         masked = _masked(capsules, target, self.num_classes, self.dim)
+        if not is_proxy(masked):
+            _checks.check_layer_dtype("ReconstructionDecoder", "poses", masked, self.layers[0])
         flat = self.layers(rearrange(masked, "B K D -> B (K D)"))
         return flat.unflatten(1, self.image_shape)
 
@@ -141,6 +142,6 @@ def _masked(
             )
         target = activations.argmax(dim=1)
     else:
-        _checks.check_target("ReconstructionDecoder", target, "poses", poses)
-    present = present_classes(target, num_classes, poses.dtype)
+        _targets.check_target("ReconstructionDecoder", target, "poses", poses)
+    present = _targets.present_classes(target, num_classes, poses.dtype)
     return poses * present.unsqueeze(-1)

@@ -29,7 +29,8 @@ class CapsuleHead(nn.Module):
         kernel_size, stride, padding: of the convolution. See `PrimaryCapsules`.
         feature_size: side of square feature maps, or (height, width). A torchvision network makes
             7×7 of an image of 224×224. With shared weights this is the usual size. It only scales
-            the initial weight; any other size works too.
+            the initial weight; any other size works too. On maps with many more positions, the
+            class capsules start so long that they hardly learn: call `calibrate` on a batch.
         shared_weights: without it, each position has matrices of its own, and the feature maps must
             have `feature_size`.
         iterations, pose_bias, leaky, gradient, learned_prior: of the routing. See `RoutedCapsules`.

@@ -150,6 +150,7 @@ class PrimaryCapsules(nn.Module):
                 f"PrimaryCapsules: features must be (B, {self.in_channels}, {', '.join(axes)}), "
                 f"got {_checks.shape_of(features)}"
             )
+        _checks.check_layer_dtype("PrimaryCapsules", "features", features, self.conv)
         size = features.shape[2:]
         if self.num_capsules(*size) == 0:
             raise ValueError(

@@ -5,8 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tritoncaps import _checks
-from tritoncaps._targets import present_classes
+from tritoncaps import _checks, _targets
 from tritoncaps._tracing import one_node
 
 Reduction = Literal["mean", "sum", "none"]
@@ -33,13 +32,13 @@ def margin_loss(
         target: class indices, shape (B,), int64, or multi-hot, shape (B, K), values in [0, 1]. A
             value between 0 and 1 shares the loss between "present" and "absent". It may be a
             rounding error outside: 1e-6, or 4 eps of a 16-bit target.
-        m_pos: m⁺, the activation from which a present class costs nothing.
-        m_neg: m⁻, the activation up to which an absent class costs nothing.
-        down_weight: λ, the weight of absent classes.
+        m_pos: m⁺ ≥ 0, the activation from which a present class costs nothing.
+        m_neg: m⁻ ≥ 0, the activation up to which an absent class costs nothing.
+        down_weight: λ ≥ 0, the weight of absent classes.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
-        class_weight: w, a factor for the whole term of each class, present or absent, shape (K,),
-            any floating-point dtype. The mean still divides by B alone, not by the sum of the
-            weights as `torch.nn.CrossEntropyLoss` does.
+        class_weight: w ≥ 0, a factor for the whole term of each class, present or absent, any
+            floating-point dtype, shape (K,). The mean still divides by B alone, not by the sum of
+            the weights as `torch.nn.CrossEntropyLoss` does.
 
     Returns:
         A scalar, or shape (B,) with "none". The dtype is that of `activations`, or float32 under
@@ -47,9 +46,10 @@ def margin_loss(
 
     Raises:
         TypeError: an argument of the wrong type, class indices that are not int64.
-        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`. On a CPU
-            also class indices outside 0 .. K−1 or multi-hot values outside 0 .. 1. An accelerator
-            does not look: such an index counts all classes as absent.
+        ValueError: shapes that do not match, K = 0, two devices, an unknown `reduction`, a margin
+            or weight that is negative or not finite. On a CPU also class indices outside 0 .. K−1,
+            multi-hot values outside 0 .. 1 or a `class_weight` that is negative or not finite. An
+            accelerator does not look: such an index counts all classes as absent.
 
     Example:
         >>> import torch
@@ -60,12 +60,12 @@ def margin_loss(
     """
     _checks.check_tensor("margin_loss", "activations", activations, "B K")
     _checks.check_not_empty("margin_loss", "activations", activations, "B K")
-    _checks.check_target("margin_loss", target, "activations", activations)
+    _targets.check_target("margin_loss", target, "activations", activations)
     _checks.check_margins("margin_loss", m_pos, m_neg, down_weight)
     _checks.check_choice("margin_loss", "reduction", reduction, ("mean", "sum", "none"))
-    _checks.check_class_weight("margin_loss", class_weight, activations)
+    _targets.check_class_weight("margin_loss", class_weight, activations)
     activations = activations.to(_checks.routed_dtype(activations))
-    present = present_classes(target, activations.shape[1], activations.dtype)
+    present = _targets.present_classes(target, activations.shape[1], activations.dtype)
     too_short = (m_pos - activations).clamp(min=0).square()
     too_long = (activations - m_neg).clamp(min=0).square()
     terms = present * too_short + down_weight * (1 - present) * too_long

@@ -1,7 +1,7 @@
 """Predict what the kernels cost on a GPU, from what the compiler makes of them. Needs no GPU.
 
     python -m tools.compile_report --target sm90 --shape MNIST      # print one table
-    python -m tools.compile_report --write                          # all tables of the page
+    python -m tools.compile_report --write                          # all tables of the page, minutes
     python -m tools.compile_report --check                          # compare with the page
 
 The tables are in docs/gpu-model.md, which says what they mean. tools/gpu_model/ is the model.
@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 
 from tools.gpu_model.compiling import compilers
-from tools.gpu_model.launches import SHAPES
+from tools.gpu_model.launches import BATCH, SHAPES
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.tables import PAGE_SECTIONS, Section, differences, read_sections, write_section
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         for section in PAGE_SECTIONS:
             print(section.title, flush=True)
             made.append(write_section(section, pool.map))
-    block = f"Triton {triton.__version__}, B = 128.\n\n" + "\n".join(made)
+    block = f"Triton {triton.__version__}, B = {BATCH}.\n\n" + "\n".join(made)
     if args.write:
         PAGE.write_text(_BLOCK.sub(rf"\g<1>{block}\2", text), encoding="utf-8")
         return 0

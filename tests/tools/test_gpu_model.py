@@ -97,6 +97,16 @@ def test_a_loop_that_depends_on_data_is_refused():
         walk(code, {}, threads=32)
 
 
+def test_a_wait_ends_at_once():
+    """The Blackwells ask for tensor memory, and all since Hopper for a copy's arrival, in loops."""
+    for question in (
+        "UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR4",
+        "SYNCS.TRYWAIT UP0, [UR4], UR5",
+    ):
+        code = listing("UMOV UR4, 0x4", question, "BRA.U !UP0, 0x0", "EXIT")
+        assert walk(code, {}, threads=32).path == [0, 1, 2, 3]
+
+
 def test_a_branch_that_depends_on_data_is_taken_only_past_a_call():
     load = ("LDG.E R0, [R2.64]", "ISETP.NE.AND P0, PT, R0, RZ, PT")
     slow = listing(*load, "@P0 BRA 0x40", "CALL.REL.NOINC 0x50", "EXIT", "RET.REL.NODEC R4")

@@ -344,9 +344,10 @@ def _vote(registers: Registers, instruction: Instruction, guard: Flags | None) -
         registers.forget(instruction)
 
 
-@_executes("SYNCS")
+@_executes("SYNCS", "UTCATOMSWS")
 def _syncs(registers: Registers, instruction: Instruction, guard: Flags | None) -> None:
-    """A test whether a copy or a product has arrived: it has."""
+    """A test whether a copy has arrived, or whether tensor memory is free: the answer is yes."""
+    registers.forget(instruction)
     if is_predicate(instruction.operands[0]):
         registers.set_flag(instruction.operands[0], registers.true, guard)
 

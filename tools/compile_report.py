@@ -1,7 +1,7 @@
 """Predict what the kernels cost on a GPU, from what the compiler makes of them. Needs no GPU.
 
     python -m tools.compile_report --target sm90 --shape MNIST      # print one table
-    python -m tools.compile_report --write                          # all tables of the page, minutes
+    python -m tools.compile_report --write                          # all tables of the page
     python -m tools.compile_report --check                          # compare with the page
 
 The tables are in docs/gpu-model.md, which says what they mean. tools/gpu_model/ is the model.

@@ -30,7 +30,11 @@ _MOST_SECONDS = 600.0
 
 def run_compile(session: Session) -> None:
     """Compile the operators that the other benchmarks call, on all cores."""
-    calls = compiled_calls(session.device, session.quick)
+    make_first_calls(session, compiled_calls(session.device, session.quick))
+
+
+def make_first_calls(session: Session, calls: list["Call"]) -> None:
+    """Call each rival once, in processes on all cores. Report how long it took."""
     missing = list(calls)
     end = min(session.end, time.monotonic() + _MOST_SECONDS)
     processes = min(len(calls), os.cpu_count() or 1, _MOST_PROCESSES)

@@ -170,6 +170,8 @@ def describe(row: Row, columns: Sequence[str]) -> str:
 
 # How figures are written. A row has some of them.
 _FIGURES: dict[str, Callable[[float], str]] = {
+    "measured_s": lambda value: f"measured {seconds(value):>8}",
+    "predicted_s": lambda value: f"predicted {seconds(value):>8}",
     "first_call_s": lambda value: f"first call {seconds(value):>8}",
     "speedup": lambda value: f"{value:7.2f} x",
     "bytes_per_second": lambda value: f"{quantity(value, 'B/s'):>9}",

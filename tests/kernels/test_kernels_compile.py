@@ -9,7 +9,6 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +21,8 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 from triton.runtime.jit import JITFunction
 
-from tools import compile_report
-from tools.compile_report import SHAPES, TARGETS
+from tools.gpu_model.compiling import compilers, footprints
+from tools.gpu_model.launches import SHAPES, TARGETS, record_launches
 from tritoncaps import kernels
 
 MODULES = [
@@ -40,7 +39,7 @@ def pool(tmp_path_factory):
     """Compile each launch once, and without a cache that earlier versions may have filled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        with compile_report.compilers() as pool:
+        with compilers() as pool:
             yield pool
 
 
@@ -50,15 +49,13 @@ def launches(target_name, dtypes, *, shapes=tuple(SHAPES), **options):
     found = {}
     for shape in shapes:
         for dtype in dtypes:
-            found |= dict.fromkeys(
-                compile_report.record_launches(SHAPES[shape], dtype, target, **options)
-            )
+            found |= dict.fromkeys(record_launches(SHAPES[shape], dtype, target, **options))
     return list(found)
 
 
 def assert_compiles(target_name, found, pool):
     gpu, target = TARGETS[target_name]
-    for launch, cost in compile_report.footprints(found, gpu, pool):
+    for launch, cost in footprints(found, gpu, pool):
         what = f"{launch.name} on {target_name}: {cost}, {launch}"
         if "*fp64" not in dict(launch.signature).values():
             assert cost.stack == 0, f"spills: {what}"
@@ -149,7 +146,7 @@ def test_every_mode_compiles(pool, target_name):
 def test_extents_of_one_compile(pool):
     """Triton turns an argument of 1 into a constant, which not every tensor operation accepts."""
     _, target = TARGETS["sm90"]
-    found = compile_report.record_launches(
+    found = record_launches(
         (1, 1, 1, 1),
         FP32,
         target,
@@ -177,34 +174,3 @@ def test_no_jit_function_is_forgotten():
         callers = [sources[module]] if name.startswith("_") else sources.values()
         calls = sum(len(re.findall(rf"(?<!def )\b{name}[\(\[]", text)) for text in callers)
         assert calls > 0, f"{module.__name__}.{name} is never called"
-
-
-def test_report_prints_a_line_for_every_launch(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["compile_report"])
-    monkeypatch.setattr(compile_report, "SHAPES", {"tiny": SHAPES["tiny"]})
-    footprint = compile_report.Footprint(42, 0, 1024, 777)
-    monkeypatch.setattr(
-        compile_report, "footprints", lambda found, *_, **__: ((one, footprint) for one in found)
-    )
-    assert compile_report.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(launches("sm90", [FP32], shapes=["tiny"]))
-    assert "_one_product_kernel" in "".join(lines)
-
-
-@pytest.mark.parametrize("target_name", ["sm90", "gfx942"])
-def test_footprint_is_read_off_the_compiled_kernel(target_name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    gpu, target = TARGETS[target_name]
-    launch = next(iter(launches(target_name, [FP32], shapes=["tiny"])))
-    compiled = compile_report.compile_launch(launch, gpu)
-    cost = compile_report.footprint(compiled, instructions=True)
-    assert 0 < cost.registers <= 512
-    assert cost.shared_memory <= target.shared_memory
-    assert cost.instructions is not None and 50 < cost.instructions < 5000
-
-
-def test_a_footprint_that_cannot_be_read_is_an_error():
-    assembly = SimpleNamespace(asm={"amdgcn": ".vgpr_count: 12"})
-    with pytest.raises(ValueError, match=r"no register count in '\.vgpr_count: 12'"):
-        compile_report.footprint(assembly)

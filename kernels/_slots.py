@@ -1,7 +1,7 @@
 """Sums over the input capsules that cross programs.
 
 Each program of a pass writes its share of a weighted sum to its own slot of a buffer
-(slots, B, J, D). The next launch first adds up the slots, in slot order. No float is ever added
+(slots, B, J, D). The next launch adds up the slots, in a fixed order. No float is ever added
 atomically, and the order never depends on timing, so a result is the same to the last bit on every
 run.
 
@@ -26,15 +26,30 @@ def sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def load_sum(
-    slots_ptr, pose_bias_ptr, n, d, mask, slot_size, J, D,
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
-):  # fmt: skip
-    """s of an iteration from its slots: times the uniform coupling if UNIFORM, plus pose bias.
+def sum_many_slots(slots_ptr, offsets, mask, slot_size, slots, BLOCK_SLOTS: tl.constexpr):
+    """Add up the same tile of every slot, BLOCK_SLOTS side by side, then these.
 
-    `pose_bias_ptr` points to a contiguous (J, D).
+    A program of this kind has nothing else to do, so its threads share the slots too.
     """
-    s = sum_slots(slots_ptr, n * D + d, mask, slot_size, SLOTS)
+    slot = tl.arange(0, BLOCK_SLOTS)[:, None, None]
+    tiles_ptr = slots_ptr + slot * slot_size + offsets[None, :, :]
+    exists = (slot < slots) & mask[None, :, :]
+    total = tl.load(tiles_ptr, exists, other=0.0)
+    for first in range(BLOCK_SLOTS, slots, BLOCK_SLOTS):
+        exists = (first + slot < slots) & mask[None, :, :]
+        total += tl.load(tiles_ptr + first * slot_size, exists, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def finish_sum(
+    s, pose_bias_ptr, n, d, mask, J, D,
+    UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
+):  # fmt: skip
+    """s of an iteration from the sum of its slots: times 1/J if UNIFORM, plus pose bias.
+
+    `pose_bias_ptr` points to a contiguous (J, D). If LEAKY, the uniform coupling is 1/(J + 1).
+    """
     if UNIFORM:
         s = s / classes(J, LEAKY)
     if HAS_POSE_BIAS:
@@ -70,10 +85,8 @@ def advance_running_sum(
         n = row + tl.arange(0, BLOCK_ROWS)[:, None]
         mask = (n < last_row) & (d < D)
         offsets = n * D + d
-        s = load_sum(
-            slots_ptr, pose_bias_ptr, n, d, mask, slot_size, J, D,
-            SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS,
-        )  # fmt: skip
+        s = sum_slots(slots_ptr, offsets, mask, slot_size, SLOTS)
+        s = finish_sum(s, pose_bias_ptr, n, d, mask, J, D, UNIFORM, LEAKY, HAS_POSE_BIAS)
         V = running_sum(sums_ptr, offsets, mask, slot_size, iteration - 2) + squash_rows(s)
         tl.store(V_ptr + offsets, V, mask=mask)
         if is_writer:
@@ -120,55 +133,67 @@ def pull_back(
     tl.debug_barrier()
 
 
+def _launch(D: int, slots: int) -> dict[str, int]:
+    """About 2048 values per program: up to 32 slots side by side, of whole rows."""
+    launch = row_launch(D)
+    room = max(2048 // launch["BLOCK_D"], 1)
+    launch["BLOCK_SLOTS"] = min(triton.next_power_of_2(slots), 32, room)
+    launch["BLOCK_ROWS"] = max(2048 // (launch["BLOCK_SLOTS"] * launch["BLOCK_D"]), 1)
+    return launch
+
+
 @triton.jit
 def _sum_slots_kernel(
     # pointers
     slots_ptr, sum_ptr,
     # extents
-    N, D,
+    N, D, slots,
     # meta-parameters
-    SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Add up the slots of BLOCK_ROWS rows."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (n < N) & (d < D)
     offsets = n * D + d
-    total = sum_slots(slots_ptr, offsets, mask, tl.cast(N, tl.int64) * D, SLOTS)
+    slot_size = tl.cast(N, tl.int64) * D
+    total = sum_many_slots(slots_ptr, offsets, mask, slot_size, slots, BLOCK_SLOTS)
     tl.store(sum_ptr + offsets, total, mask)
 
 
 @triton.jit
 def _squash_slots_kernel(
     # pointers
-    slots_ptr, pose_bias_ptr, s_ptr, v_ptr,
+    slots_ptr, pose_bias_ptr, s_ptr, V_ptr, v_ptr,
     # extents
-    N, J, D,
+    N, J, D, slots,
     # meta-parameters
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr,
-    SQUASHED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIFORM: tl.constexpr, LEAKY: tl.constexpr, HAS_POSE_BIAS: tl.constexpr, HAS_V: tl.constexpr,
+    SQUASHED: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Finish a routing: the last s from its slots, and the output, squash(s) or s itself."""
+    """Finish an iteration: s from its slots, and V + squash(s), or s itself unless SQUASHED."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (n < N) & (d < D)
     offsets = n * D + d
-    s = load_sum(
-        slots_ptr, pose_bias_ptr, n, d, mask, tl.cast(N, tl.int64) * D, J, D,
-        SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS,
-    )  # fmt: skip
+    slot_size = tl.cast(N, tl.int64) * D
+    s = sum_many_slots(slots_ptr, offsets, mask, slot_size, slots, BLOCK_SLOTS)
+    s = finish_sum(s, pose_bias_ptr, n, d, mask, J, D, UNIFORM, LEAKY, HAS_POSE_BIAS)
     tl.store(s_ptr + offsets, s, mask)
-    tl.store(v_ptr + offsets, squash_rows(s) if SQUASHED else s, mask)
+    v = squash_rows(s) if SQUASHED else s
+    if HAS_V:
+        v += tl.load(V_ptr + offsets, mask, other=0.0)
+    tl.store(v_ptr + offsets, v, mask)
 
 
 def write_sum(slots: Tensor, total: Tensor) -> None:
     """Write Σ slots, (slots, B, J, D), to `total`, (B, J, D); both contiguous."""
     B, J, D = total.shape
-    launch = row_launch(D)
+    launch = _launch(D, slots.shape[0])
     _sum_slots_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
         slots, total,
-        B * J, D,
-        SLOTS=slots.shape[0],
+        B * J, D, slots.shape[0],
         **launch,
     )  # fmt: skip
 
@@ -181,7 +206,8 @@ def write_result(
     *,
     uniform: bool,
     leaky: bool,
-    output: str,
+    output: str = "v",
+    V: Tensor | None = None,
 ) -> None:
     """Write s = Σ slots (times the uniform coupling if uniform) + pose_bias, and v = squash(s).
 
@@ -192,16 +218,18 @@ def write_result(
         uniform: whether the slots hold Σ_i û_ij, which still lacks the uniform coupling.
         leaky: whether that coupling is 1/(J + 1) instead of 1/J.
         output: "v", or "s" to write s to `v` too.
+        V: the squashed sums before s, contiguous, to be added to `v`; it may be `v`. None for zero.
     """
     B, J, D = s.shape
-    launch = row_launch(D)
+    launch = _launch(D, slots.shape[0])
     _squash_slots_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
-        slots, slots if pose_bias is None else pose_bias, s, v,
-        B * J, J, D,
-        SLOTS=slots.shape[0],
+        # In place of a missing tensor, the kernel gets the slots.
+        slots, slots if pose_bias is None else pose_bias, s, slots if V is None else V, v,
+        B * J, J, D, slots.shape[0],
         UNIFORM=uniform,
         LEAKY=leaky,
         HAS_POSE_BIAS=pose_bias is not None,
+        HAS_V=V is not None,
         SQUASHED=output == "v",
         **launch,
     )  # fmt: skip

@@ -46,20 +46,20 @@ def classes(J, LEAKY: tl.constexpr):
 
 
 @triton.jit
-def _round_to_tf32(x):
+def round_to_tf32(x):
     """Round float32 to the 11 significant bits that a TF32 multiplier reads."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _tf32_operand(x):
+def tf32_operand(x):
     """Round an operand of one TF32 product, and make every NaN visible to the multiplier.
 
     An NVIDIA GPU writes NaN as all ones, and rounding that up would give -0. The multiplier does
     not read 13 bits. A NaN whose ones are all in these would be infinity to it.
     """
-    return tl.where(x == x, _round_to_tf32(x), float("nan"))
+    return tl.where(x == x, round_to_tf32(x), float("nan"))
 
 
 @triton.jit
@@ -75,13 +75,13 @@ def dot(a, b, PRECISION: tl.constexpr):
     Where a is NaN, so is a₁, whatever a₀ is.
     """
     if PRECISION == "tf32x3":
-        a_high = _round_to_tf32(a)
-        b_high = _round_to_tf32(b)
+        a_high = round_to_tf32(a)
+        b_high = round_to_tf32(b)
         product = tl.dot(a - a_high, b_high, input_precision="tf32")
         product = tl.dot(a_high, b - b_high, acc=product, input_precision="tf32")
         product = tl.dot(a_high, b_high, acc=product, input_precision="tf32")
     elif PRECISION == "tf32":
-        product = tl.dot(_tf32_operand(a), _tf32_operand(b), input_precision="tf32")
+        product = tl.dot(tf32_operand(a), tf32_operand(b), input_precision="tf32")
     else:
         product = tl.dot(a, b, input_precision=PRECISION, out_dtype=a.dtype)
     return product

@@ -1,7 +1,8 @@
 """Fused routing by agreement: r passes over (u, W). The prediction vectors û = W u are not stored.
 
-Each pass is a `routing_pass` with the running sum V⁽ᵗ⁻¹⁾ as its pose. This file adds the prologue
-of each launch, which finishes the sums of the previous pass and turns them into V.
+Each pass is a `routing_pass` with the running sum V⁽ᵗ⁻¹⁾ as its pose. The forward runs the passes
+of `_one_product.py` where these serve. Otherwise, and in the backward, this file adds a prologue to
+each launch, which finishes the sums of the previous pass and turns them into V.
 """
 
 import torch
@@ -16,6 +17,7 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
+from tritoncaps.kernels._one_product import OneProduct, one_product
 from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
 from tritoncaps.kernels.routing_pass import (
     pass_backward,
@@ -143,6 +145,78 @@ def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
     return product.view(1, B, J, D)
 
 
+def _route(
+    passes: OneProduct,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    v: Tensor,
+    coupling: Tensor,
+    sums: Tensor,
+    leaky: bool,
+    output: str,
+) -> None:
+    """Write the results of `fused_dynamic_routing_fwd` by passes that form every û_ij once."""
+    V = torch.empty_like(sums[0])
+    last = len(sums) - 1
+    for step, s in enumerate(sums):
+        is_last = step == last
+        saved = coupling if is_last and coupling.numel() else None
+        passes.run(V if step > 0 else None, prior, None, saved, leaky=leaky)
+        write_result(
+            passes.slots, pose_bias, s, v if is_last else V,
+            uniform=step == 0 and prior is None,
+            leaky=leaky,
+            output=output if is_last else "v",
+            V=V if 0 < step < last else None,
+        )  # fmt: skip
+
+
+def _route_in_two_sweeps(
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+    v: Tensor,
+    coupling: Tensor,
+    sums: Tensor,
+    leaky: bool,
+    output: str,
+) -> None:
+    """Write the results of `fused_dynamic_routing_fwd` by passes of two sweeps over j."""
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    target = target_of(u)
+    launch, splits, tiles = pass_launch(
+        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=False, prologue=True
+    )
+    # Two buffers take turns, because a pass reads every slot of the previous iteration.
+    slots = sums.new_empty(2, splits, B, J, D)
+    V = sums.new_empty(splits, B, J, D)
+    filled, uniform, first = slots[:1, 0], False, 1
+    if prior is None:
+        filled, uniform, first = _uniform_sums(u, weight), True, 2
+    for iteration in range(first, len(sums) + 1):
+        next_slots = slots[iteration % 2]
+        _routing_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
+            # In place of a missing tensor, a kernel gets u, which it does not touch.
+            u, weight, *(u if tensor is None else tensor for tensor in (prior, pose_bias)),
+            filled, next_slots, V, sums, coupling,
+            B, I, P, J, D, iteration, tiles,
+            *u.stride(), *weight.stride(), *strides(prior, 2),
+            HAS_V=iteration > 1,
+            HAS_PRIOR=prior is not None,
+            HAS_POSE_BIAS=pose_bias is not None,
+            LEAKY=leaky,
+            SAVE_COUPLING=coupling.numel() > 0 and iteration == len(sums),
+            SLOTS=filled.shape[0],
+            UNIFORM=uniform,
+            PRECISION=dot_precision(u.dtype, target),
+            **launch,
+        )  # fmt: skip
+        filled, uniform = next_slots, False
+    write_result(filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output)
+
+
 def fused_dynamic_routing_fwd(
     u: Tensor,
     weight: Tensor,
@@ -169,7 +243,7 @@ def fused_dynamic_routing_fwd(
         v or s (B, J, D); the coupling (B, I, J), or an empty tensor; and every weighted sum
         (iterations, B, J, D) in the accumulation type, for `fused_dynamic_routing_bwd`.
     """
-    B, I, P = u.shape
+    B, I, _ = u.shape
     _, _, J, D = weight.shape
     dtype = accumulation_dtype(u.dtype)
     v = u.new_empty(B, J, D)
@@ -178,41 +252,16 @@ def fused_dynamic_routing_fwd(
     if B == 0 or J == 0:
         return v.zero_(), coupling, sums.zero_()
 
-    target = target_of(u)
-    launch, splits, tiles = pass_launch(
-        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=False, prologue=True
-    )
     pose_bias = None if pose_bias is None else pose_bias.contiguous()
-    # Two buffers take turns, because a pass reads every slot of the previous iteration.
-    slots = u.new_empty((2, splits, B, J, D), dtype=dtype)
-    V = u.new_empty((splits, B, J, D), dtype=dtype)
     with device_of(u):
-        first = 1
-        filled, uniform = slots[:1, 0], False
-        if prior is None:
-            filled, uniform, first = _uniform_sums(u, weight), True, 2
-            if iterations == 1:
-                coupling.fill_(1 / (J + leaky))
-        for iteration in range(first, iterations + 1):
-            next_slots = slots[iteration % 2]
-            _routing_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-                # In place of a missing tensor, a kernel gets u, which it does not touch.
-                u, weight, *(u if tensor is None else tensor for tensor in (prior, pose_bias)),
-                filled, next_slots, V, sums, coupling,
-                B, I, P, J, D, iteration, tiles,
-                *u.stride(), *weight.stride(), *strides(prior, 2),
-                HAS_V=iteration > 1,
-                HAS_PRIOR=prior is not None,
-                HAS_POSE_BIAS=pose_bias is not None,
-                LEAKY=leaky,
-                SAVE_COUPLING=return_coupling and iteration == iterations,
-                SLOTS=filled.shape[0],
-                UNIFORM=uniform,
-                PRECISION=dot_precision(u.dtype, target),
-                **launch,
-            )  # fmt: skip
-            filled, uniform = next_slots, False
-        write_result(filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output)
+        if prior is None and iterations == 1:
+            coupling.fill_(1 / (J + leaky))
+        given = prior, pose_bias, v, coupling, sums, leaky, output
+        passes = one_product(u, weight)
+        if passes is None:
+            _route_in_two_sweeps(u, weight, *given)
+        else:
+            _route(passes, *given)
     return v, coupling, sums
 
 

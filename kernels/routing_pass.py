@@ -34,6 +34,7 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
+from tritoncaps.kernels._one_product import one_product
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 
@@ -70,7 +71,9 @@ def pass_launch(
     which also holds du and two projections, no longer keeps everything in registers. The backward
     of a single pass, which may also hold a bias, takes half of that on NVIDIA. A pair P × D with
     more values spills. The larger it is, the more it spills, until it is refused.
-    GROUPS: 8 warps with one group each. If there are few input capsules, they are spread over them.
+    GROUPS: 8 warps with one group each. Few input capsules are spread over the splits first, then
+    over the warps, of which two share a prologue. The interpreter takes a millisecond for every
+    program, so there they are spread over the warps alone.
     num_stages: the first sweep fetches the weight of the next j while it works on the current one,
     if the buffers fit into shared memory. The second sweep does not, because it uses the weight in
     two products. Neither does the backward, where the addresses no longer fit into registers.
@@ -81,8 +84,12 @@ def pass_launch(
     is_wide = accumulation_dtype(dtype) == torch.float64
     is_tight = backward and not prologue and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
-    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(triton.cdiv(I, 8)), 1))
-    groups = min(triton.next_power_of_2(max(triton.cdiv(I, block_i), 1)), 8)
+    is_interpreted = target.architecture == "interpreter"
+    spread = triton.cdiv(I, 8 if is_interpreted else 16)
+    block_i = min(block_i, max(16 // block_p, triton.next_power_of_2(spread), 1))
+    tiles = max(triton.cdiv(I, block_i), 1)
+    groups = tiles if is_interpreted else max(triton.cdiv(tiles, 16), min(tiles, 2))
+    groups = min(triton.next_power_of_2(groups), 8)
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:
         groups, buffer = groups // 2, buffer // 2
@@ -98,7 +105,7 @@ def pass_launch(
         "num_stages": 3 if fetch_ahead else 1,
     }
     if prologue:
-        launch["BLOCK_ROWS"] = max(groups * (64 if is_wide else 128) // block_d, 1)
+        launch["BLOCK_ROWS"] = max(max(groups, 4) * (64 if is_wide else 128) // block_d, 1)
     rule = f"{rule}_bwd" if backward else f"{rule}_fwd"
     launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=D)
     return launch, *divide(I, launch["GROUPS"] * launch["BLOCK_I"], launch.pop("MAX_SPLITS"))
@@ -197,8 +204,17 @@ def _add_bias(c, bias_ptrs, mask_i, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
-    """Σ_i c_i û_ij over the tile, (BLOCK_B, BLOCK_D)."""
-    cu = tl.reshape(c[:, :, None, :] * u, (w.shape[0], u.shape[1], w.shape[1]))
+    """Σ_i c_i û_ij over the tile, (BLOCK_B, BLOCK_D).
+
+    A thread has columns 2n and 2n + 1 of the result of a product, and takes columns n and n + 4 of
+    a factor. With K in that order, c u goes from one to the other within its thread.
+    """
+    GROUPS: tl.constexpr = w.shape[0]
+    K: tl.constexpr = w.shape[1]
+    cu = tl.reshape(c[:, :, None, :] * u, (GROUPS, u.shape[1], K // 8, 4, 2))
+    cu = tl.reshape(tl.permute(cu, (0, 1, 2, 4, 3)), (GROUPS, u.shape[1], K))
+    w = tl.permute(tl.reshape(w, (GROUPS, K // 8, 4, 2, w.shape[2])), (0, 1, 3, 2, 4))
+    w = tl.reshape(w, (GROUPS, K, w.shape[4]))
     return tl.sum(dot(cu, w, PRECISION), axis=0)
 
 
@@ -671,10 +687,17 @@ def routing_pass_fwd(
     if B == 0 or I == 0 or J == 0:
         return s.zero_(), coupling
 
-    target = target_of(u)
-    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=False)
-    slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
     with device_of(u):
+        if passes := one_product(u, weight):
+            saved = coupling if return_coupling else None
+            passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
+            write_sum(passes.slots, s)
+            return s, coupling
+        target = target_of(u)
+        launch, splits, tiles = pass_launch(
+            "routing_pass", I, P, J, D, u.dtype, target, backward=False
+        )
+        slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
         _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
             u, weight, pose.contiguous(),
             # In place of a missing tensor, a kernel gets u, which it does not touch.

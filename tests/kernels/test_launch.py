@@ -159,6 +159,23 @@ def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block
     assert launch["BLOCK_I"] == 4
 
 
+@pytest.mark.parametrize(
+    ("architecture", "I", "tiling"),
+    [
+        ("sm90", 1, (1, 1, 1)),
+        ("sm90", 10, (2, 1, 5)),
+        ("sm90", 1152, (8, 2, 15)),
+        ("interpreter", 10, (8, 2, 1)),
+    ],
+)
+def test_few_input_capsules_are_spread_over_programs_first(architecture, I, tiling):
+    target = _launch.Target(architecture, 65536)
+    launch, splits, _ = routing_pass.pass_launch(
+        "any", I, 16, 10, 16, torch.float32, target, backward=True, prologue=True
+    )
+    assert (launch["GROUPS"], launch["BLOCK_I"], splits) == tiling
+
+
 @pytest.mark.parametrize(("dtype", "block"), [(torch.float32, 64), (torch.float64, 32)])
 def test_the_widest_prediction_vectors_that_a_grid_covers(dtype, block):
     rule, widest = prediction_vectors.prediction_vectors_launch, 65535 * block

@@ -11,7 +11,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from tritoncaps.kernels._tiles import _round_to_tf32, _tf32_operand, dot
+from tritoncaps.kernels._tiles import dot, round_to_tf32, tf32_operand
 
 
 def random(*shape, dtype, seed):
@@ -23,7 +23,7 @@ def random(*shape, dtype, seed):
 def _tf32x3_kernel(a_ptr, b_ptr, product_ptr, high_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
-    tl.store(high_ptr + offsets, _round_to_tf32(a))
+    tl.store(high_ptr + offsets, round_to_tf32(a))
     tl.store(product_ptr + offsets, dot(a, b, "tf32x3"))
 
 
@@ -63,7 +63,7 @@ def test_rounding_never_turns_nan_into_a_number(device, precision, bits):
 @triton.jit
 def _operand_kernel(x_ptr, operand_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)
-    tl.store(operand_ptr + offsets, _tf32_operand(tl.load(x_ptr + offsets)))
+    tl.store(operand_ptr + offsets, tf32_operand(tl.load(x_ptr + offsets)))
 
 
 def test_a_tf32_multiplier_reads_nan_as_nan(device):

@@ -61,7 +61,7 @@ def margin_loss_calls(draw):
         "reduction": draw(st.sampled_from(("mean", "sum", "none"))),
     }
     if draw(st.booleans()):
-        weight = draw(arrays((K,)))
+        weight = replace(draw(arrays((K,))), scale=0.0)  # a factor is not negative
         weight = replace(weight, device=activations.device, requires_grad=False)
         arguments["class_weight"] = weight
     return draw(spoilt(Call("margin_loss", arguments)))

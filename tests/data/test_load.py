@@ -281,7 +281,7 @@ def test_auto_falls_back_to_the_digits_and_says_why(tmp_path, monkeypatch):
     dataset = load_dataset()
     assert dataset.name == "digits"
     assert dataset.title == "scikit-learn's digits"
-    assert dataset.epochs == 15
+    assert dataset.epochs == 5
     assert dataset.note == (
         "MNIST is not in data/MNIST/raw and was not downloaded (no route to host): "
         "using scikit-learn's 1,797 embedded 8x8 digits instead"

@@ -213,7 +213,7 @@ class TestRun:
         assert run("--device=cpu", "--batch-size=32") == 130
         (directory,) = tmp_path.joinpath("runs").iterdir()
         assert directory.name.startswith("deep_capsnet-digits-")
-        assert json.loads((directory / "args.json").read_text())["args"]["epochs"] == 15
+        assert json.loads((directory / "args.json").read_text())["args"]["epochs"] == 5
 
     def test_the_recipe_reaches_batches_optimiser_and_loss(self, small, monkeypatch):
         made = mock.Mock(wraps=runner.Batches)

@@ -30,7 +30,7 @@ MODULES = [
     for module in pkgutil.iter_modules(kernels.__path__)
 ]
 FP32 = torch.float32
-# These have the largest tilings. The other named shapes need no more.
+# These have the largest tilings. CIFAR and 100 classes need no more.
 LARGE = ("MNIST", "1000 classes")
 
 
@@ -65,7 +65,7 @@ def assert_compiles(target_name, found, pool):
 
 @pytest.mark.parametrize("target_name", TARGETS)
 def test_named_shapes_compile(pool, target_name):
-    shapes = SHAPES if target_name == "sm90" else LARGE
+    shapes = (*LARGE, "second stage", "tiny") if target_name == "sm90" else LARGE
     assert_compiles(target_name, launches(target_name, [FP32], shapes=shapes), pool)
 
 
@@ -75,7 +75,7 @@ def test_named_shapes_compile(pool, target_name):
     ids=str,
 )
 def test_other_precisions_compile(pool, target_name, dtype):
-    assert_compiles(target_name, launches(target_name, [dtype], shapes=LARGE), pool)
+    assert_compiles(target_name, launches(target_name, [dtype], shapes=["MNIST"]), pool)
 
 
 def test_large_shapes_compile_with_one_tf32_product(pool):
@@ -108,16 +108,18 @@ MODES = [  # iterations, prior, coupling, bias, authors, gradient
     (1, True, True, True, False, "last"),
     (1, False, False, False, False, "last"),
 ]
+# Everything, which takes the most registers, and nothing.
+EXTREMES = [(3, True, True, True, True, "full"), (3, False, False, False, False, "full")]
 
 
-def every_mode(target_name):
+def in_modes(target_name, modes):
     """The launches of the MNIST shape in every mode of a table.
 
     The passes of 100 classes come with them, because those of the MNIST shape have another form.
     """
     two_sweeps = ("_routing_fwd_kernel", "_pass_fwd_kernel")
     found = {}
-    for iterations, prior, coupling, bias, authors, gradient in MODES:
+    for iterations, prior, coupling, bias, authors, gradient in modes:
         for shape in ("MNIST", "100 classes"):
             of_mode = launches(
                 target_name,
@@ -138,9 +140,16 @@ def every_mode(target_name):
 
 # The two kinds of NVIDIA GPU that differ in where a product keeps its operands. The named shapes
 # cover the other targets.
-@pytest.mark.parametrize("target_name", ["sm80", "sm90"])
-def test_every_mode_compiles(pool, target_name):
-    assert_compiles(target_name, every_mode(target_name), pool)
+@pytest.mark.parametrize(
+    ("target_name", "modes"),
+    [
+        pytest.param("sm90", MODES, id="sm90-every-pair"),
+        pytest.param("sm90", EXTREMES, id="sm90-extremes"),
+        pytest.param("sm80", EXTREMES, id="sm80-extremes"),
+    ],
+)
+def test_modes_compile(pool, target_name, modes):
+    assert_compiles(target_name, in_modes(target_name, modes), pool)
 
 
 def test_extents_of_one_compile(pool):
@@ -161,7 +170,7 @@ def test_extents_of_one_compile(pool):
 def test_no_jit_function_is_forgotten():
     """Every kernel is launched by some launcher, and every helper is called by another."""
     sources = {module: Path(inspect.getfile(module)).read_text() for module in MODULES}
-    launched = {launch.name for launch in every_mode("sm90")}
+    launched = {launch.name for launch in in_modes("sm90", MODES)}
     functions = {
         (module, name)
         for module in MODULES

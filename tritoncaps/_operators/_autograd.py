@@ -5,6 +5,7 @@ torch has rules of its own, `torch.library.register_autograd`. They serve `.back
 calls to torch's rules and adds one rule for each of the other two.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -88,9 +89,12 @@ def set_autograd(
                 return Level.apply(keyset, *args)  # type: ignore[attr-defined]
         return call(keyset, args)
 
-    operator._lib.impl(
-        operator._name, differentiable, "Autograd", with_keyset=True, allow_override=True
-    )
+    with warnings.catch_warnings():
+        # Older versions of torch announce the override that is asked for.
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        operator._lib.impl(
+            operator._name, differentiable, "Autograd", with_keyset=True, allow_override=True
+        )
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""On a GPU, in under five minutes: are the kernels right, and are the predictions?
+"""On a GPU: are the kernels right, and are the predictions? Starts nothing new after 270 s.
 
     python -m tools.check_gpu --output results              # writes results/check_gpu.json
     TRITON_INTERPRET=1 python -m tools.check_gpu --dry      # on a CPU, to see that it runs

@@ -470,13 +470,19 @@ def test_a_data_set_is_downloaded_unpacked_and_found_again(tiny, mirror):
     assert mirror.asked == list(tiny.packed)
 
 
-def test_torchvision_reads_what_was_downloaded(tiny, mirror):
+@pytest.fixture
+def torchvision_datasets():
+    """torchvision is optional, and one built for another torch raises a RuntimeError."""
     try:
-        from torchvision.datasets import MNIST
+        from torchvision import datasets
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"torchvision cannot be imported: {error}")
+    return datasets
+
+
+def test_torchvision_reads_what_was_downloaded(tiny, mirror, torchvision_datasets):
     tiny.load()
-    assert torch.equal(MNIST(tiny.data_dir).data, tiny.train.images.squeeze(1))
+    assert torch.equal(torchvision_datasets.MNIST(tiny.data_dir).data, tiny.train.images.squeeze(1))
 
 
 def test_only_what_is_missing_is_downloaded(tiny, mirror):
@@ -488,12 +494,12 @@ def test_only_what_is_missing_is_downloaded(tiny, mirror):
     assert dataset.note == f"MNIST, downloaded to {tiny.folder}"
 
 
-def test_the_published_checksums_of_the_downloads_are_torchvisions():
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
-    for name, theirs in {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}.items():
+def test_the_published_checksums_of_the_downloads_are_torchvisions(torchvision_datasets):
+    classes = {
+        "mnist": torchvision_datasets.MNIST,
+        "fashion-mnist": torchvision_datasets.FashionMNIST,
+    }
+    for name, theirs in classes.items():
         files = REGISTRY[name].files
         ours = [(file.download, file.download_hash.removeprefix("md5:")) for file in files]
         assert ours == theirs.resources

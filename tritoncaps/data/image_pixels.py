@@ -37,7 +37,8 @@ def choose_size(files: Sequence[Path], root: Path) -> tuple[int, int]:
                 is_square = image.width == image.height
                 width, height = (image if is_square else ImageOps.exif_transpose(image)).size
         except Exception:
-            read_images(files, usual, root)  # raises an error that names every damaged image
+            # Nothing is passed over: an error that names every damaged image, or else this one.
+            read_images(files, usual, root)
             raise
         if common not in (None, (height, width)):
             return usual

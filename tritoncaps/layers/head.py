@@ -30,7 +30,7 @@ class CapsuleHead(nn.Module):
         feature_size: side of square feature maps, or (height, width). A torchvision network makes
             7×7 of an image of 224×224. With shared weights this is the usual size. It only scales
             the initial weight; any other size works too. On maps with many more positions, the
-            class capsules start so long that they hardly learn: call `calibrate` on a batch.
+            class capsules start at a length of nearly 1: call `calibrate` on a batch.
         shared_weights: without it, each position has matrices of its own, and the feature maps must
             have `feature_size`.
         iterations, pose_bias, leaky, gradient, learned_prior: of the routing. See `RoutedCapsules`.

@@ -1,13 +1,16 @@
 """Every kernel compiles for every target, without a GPU.
 
-This covers every configuration that the rules choose for the named shapes. A kernel must fit into
-shared memory and keep its values in registers. float64 may spill: it serves to check gradients.
+A kernel must fit into shared memory and keep its values in registers. float64 may spill: it serves
+to check gradients. HYPOTHESIS_PROFILE=nightly compiles all named shapes on every target, and every
+mode, a thousand launches. Otherwise it is the largest tilings and every pair of modes.
 """
 
 import importlib
 import inspect
+import os
 import pkgutil
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,8 +33,10 @@ MODULES = [
     for module in pkgutil.iter_modules(kernels.__path__)
 ]
 FP32 = torch.float32
-# These have the largest tilings. CIFAR and 100 classes need no more.
+IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+# The largest tilings, and the few input capsules of a second stage.
 LARGE = ("MNIST", "1000 classes")
+CHOSEN = tuple(SHAPES) if IS_NIGHTLY else (*LARGE, "second stage")
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +70,21 @@ def assert_compiles(target_name, found, pool):
 
 @pytest.mark.parametrize("target_name", TARGETS)
 def test_named_shapes_compile(pool, target_name):
-    shapes = (*LARGE, "second stage", "tiny") if target_name == "sm90" else LARGE
-    assert_compiles(target_name, launches(target_name, [FP32], shapes=shapes), pool)
+    assert_compiles(target_name, launches(target_name, [FP32], shapes=CHOSEN), pool)
 
 
 @pytest.mark.parametrize(
-    ("target_name", "dtype"),
-    [("sm90", torch.float64), ("sm90", torch.bfloat16), ("gfx942", torch.bfloat16)],
+    ("target_name", "dtype", "shapes"),
+    [
+        ("sm90", torch.float64, ["MNIST"]),
+        ("sm90", torch.bfloat16, LARGE),
+        ("gfx942", torch.bfloat16, ["MNIST"]),
+        ("gfx942", torch.float64, ["MNIST"]),
+    ],
     ids=str,
 )
-def test_other_precisions_compile(pool, target_name, dtype):
-    assert_compiles(target_name, launches(target_name, [dtype], shapes=["MNIST"]), pool)
+def test_other_precisions_compile(pool, target_name, dtype, shapes):
+    assert_compiles(target_name, launches(target_name, [dtype], shapes=shapes), pool)
 
 
 def test_large_shapes_compile_with_one_tf32_product(pool):
@@ -97,8 +106,8 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
     assert_compiles("sm90", is_tf32, pool)
 
 
-# Every pair of values. "authors" are the options that the authors' code has besides.
-MODES = [  # iterations, prior, coupling, bias, authors, gradient
+# "authors" are the options that the authors' code has besides.
+MODES = [  # iterations, prior, coupling, bias, authors, gradient: every pair of values
     (3, True, False, True, True, "last"),
     (3, False, True, False, False, "full"),
     (2, True, False, False, True, "full"),
@@ -108,6 +117,8 @@ MODES = [  # iterations, prior, coupling, bias, authors, gradient
     (1, True, True, True, False, "last"),
     (1, False, False, False, False, "last"),
 ]
+if IS_NIGHTLY:
+    MODES = list(product((3, 1, 2), *[(False, True)] * 4, ("full", "last")))
 # Everything, which takes the most registers, and nothing.
 EXTREMES = [(3, True, True, True, True, "full"), (3, False, False, False, False, "full")]
 
@@ -143,9 +154,10 @@ def in_modes(target_name, modes):
 @pytest.mark.parametrize(
     ("target_name", "modes"),
     [
-        pytest.param("sm90", MODES, id="sm90-every-pair"),
+        pytest.param("sm90", MODES, id="sm90-modes"),
         pytest.param("sm90", EXTREMES, id="sm90-extremes"),
         pytest.param("sm80", EXTREMES, id="sm80-extremes"),
+        *([pytest.param("sm80", MODES, id="sm80-modes")] if IS_NIGHTLY else []),
     ],
 )
 def test_modes_compile(pool, target_name, modes):

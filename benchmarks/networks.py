@@ -17,12 +17,12 @@ class EinsumCapsNet(nn.Module):
     The same network as `tritoncaps.models.CapsNet`, parameter by parameter.
     """
 
-    def __init__(self, iterations: int = 3) -> None:
+    def __init__(self, iterations: int = 3, channels: int = 256, capsule_types: int = 32) -> None:
         super().__init__()
-        self.iterations = iterations
-        self.conv = nn.Conv2d(1, 256, kernel_size=9)
-        self.primary = nn.Conv2d(256, 32 * 8, kernel_size=9, stride=2)
-        self.weight = nn.Parameter(0.1 * torch.randn(32 * 6 * 6, 8, 10, 16))
+        self.iterations, self.capsule_types = iterations, capsule_types
+        self.conv = nn.Conv2d(1, channels, kernel_size=9)
+        self.primary = nn.Conv2d(channels, capsule_types * 8, kernel_size=9, stride=2)
+        self.weight = nn.Parameter(0.1 * torch.randn(capsule_types * 6 * 6, 8, 10, 16))
         self.decoder = nn.Sequential(
             nn.Linear(10 * 16, 512),
             nn.ReLU(),
@@ -35,7 +35,8 @@ class EinsumCapsNet(nn.Module):
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lengths of the class capsules, (B, 10), and the reconstruction, (B, 784)."""
         maps = self.primary(F.relu(self.conv(images)))  # (B, 256, 6, 6)
-        poses = maps.unflatten(1, (32, 8)).permute(0, 3, 4, 1, 2).flatten(1, 3)  # (B, 1152, 8)
+        poses = maps.unflatten(1, (self.capsule_types, 8))
+        poses = poses.permute(0, 3, 4, 1, 2).flatten(1, 3)  # (B, 1152, 8)
         v = self.route(squash(poses))
         mask = F.one_hot(target, 10).unsqueeze(-1)
         return v.norm(dim=-1), self.decoder((v * mask).flatten(1))

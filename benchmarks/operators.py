@@ -71,7 +71,8 @@ def check_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 def run_ops(session: Session) -> None:
     """Time each operator forward, backward and both, beside its rivals."""
-    ceilings = measure_ceilings(session.device, clock_for(session.device), ["fp32", "bf16"])
+    clock = clock_for(session.device)
+    ceilings = measure_ceilings(session.device, clock, ["fp32", "bf16"], session.quick)
     session.report.note(ceilings=asdict(ceilings))
     for number, case in enumerate(ops_cases(session.device, session.quick)):
         print(case, flush=True)
@@ -188,7 +189,8 @@ def last_cache_bytes(device: torch.device) -> int:
 
 def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: str) -> list[Row]:
     """Time one phase side by side. Each rival gets a row: its timing, or why it has none."""
-    sets, grads = input_sets(case, phase, session.device), case.output_gradients(session.device)
+    sets = input_sets(case, phase, session.device)[: 2 if session.quick else None]
+    grads = case.output_gradients(session.device)
     clock = clock_for(session.device)
     rows: list[Row] = []
     tasks: dict[str, Task] = {}

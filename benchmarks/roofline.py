@@ -68,12 +68,15 @@ def counted_flops(case: Case, phase: str) -> int:
     return (forward if phase == "forward" else backward).get_total_flops()
 
 
-def measure_ceilings(device: torch.device, clock: Clock, precisions: list[str]) -> Ceilings:
-    """Measure a copy far larger than any cache, and square products."""
+def measure_ceilings(
+    device: torch.device, clock: Clock, precisions: list[str], quick: bool = False
+) -> Ceilings:
+    """Measure a copy far larger than any cache, and square products. If quick, only run them."""
     cuda = device.type == "cuda"
-    source = torch.zeros((1 << 30) if cuda else (1 << 26), device=device)  # 4 GiB, 256 MiB
+    size = (1 << 30) if cuda else (1 << 26)  # 4 GiB, 256 MiB
+    source = torch.zeros(1 << 16 if quick else size, device=device)
     destination = torch.empty_like(source)
-    n = 8192 if cuda else 1536
+    n = 64 if quick else 8192 if cuda else 1536
     random = torch.randn(n, n, device=device)
     matrices = {precision: random.to(DTYPES[precision]) for precision in precisions}
 

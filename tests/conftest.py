@@ -7,9 +7,13 @@ import time
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from interpreter import patch_once
 
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import create_model
+
+if INTERPRETED:
+    patch_once()
 
 # Deadlines are off, because a first call compiles or interprets a kernel. The same examples are
 # drawn every time, so no test fails by chance. HYPOTHESIS_PROFILE=nightly draws many new ones. The

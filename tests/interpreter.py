@@ -1,4 +1,6 @@
-"""Whether Triton's interpreter works here."""
+"""Triton's interpreter: whether it works here, and how it loses no time."""
+
+import functools
 
 import numpy as np
 import pytest
@@ -14,3 +16,16 @@ else:
 runs_the_interpreter = pytest.mark.skipif(
     _HAS_FAULT, reason="Triton 3.6 interprets kernels only with numpy below 2.4"
 )
+
+
+def patch_once():
+    """Let the interpreter replace the functions of triton.language once for each function.
+
+    Otherwise it does so in every launch and in every call of a helper, and restores them after the
+    launch. That takes almost half of its time, and no test here needs them restored.
+    """
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+        interpreter._LangPatchScope.restore = lambda scope: None

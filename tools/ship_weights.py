@@ -121,7 +121,10 @@ def ship(options: argparse.Namespace) -> None:
     entries |= {name: entry}  # keeps its place, or comes last
     if options.default:
         entries = {name: entry} | entries
-    write_text(folder / shipped.REGISTRY, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        folder / shipped.REGISTRY,
+        json.dumps([*entries.values()], indent=2, ensure_ascii=False) + "\n",
+    )
 
     model = load_model(folder / cfg.file)
     for key, value in model.state_dict().items():
@@ -219,7 +222,7 @@ def card(cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str
     first = runs[0]
     where = first.environment
     taken = timedelta(seconds=round(sum(float(row["seconds"]) for row in first.rows)))
-    split = f"{first.args['validation_fraction']:.0%} of the training images, drawn with the seed"
+    share = f"{100 * first.args['validation_fraction']:g} %"
     device = where["gpu"] or f"{where['processor']}, {where['threads']} threads"
     facts = {
         "parameters": f"{sizes['encoder']:,} in the encoder"
@@ -227,7 +230,7 @@ def card(cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str
         "input": f"(B, {', '.join(map(str, cfg.input_size or ()))}), {cfg.scaling}",
         "classes": ", ".join(cfg.class_names),
         "data": title,
-        "validation": f"{split}, which choose the epoch",
+        "validation": f"{share} of the training images, drawn with the seed",
         "papers": ", ".join(cfg.paper_ids),
         "licence": cfg.license,
     }

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 def predict(what: Predict) -> None:
     """Read the images, print what they show, and draw what the network decodes."""
     model = load_model(what.model, device=what.device)
-    cfg: PretrainedCfg = model.pretrained_cfg
+    cfg = model.pretrained_cfg
+    assert isinstance(cfg, PretrainedCfg)
     images = torch.stack([read(path, cfg) for path in what.images])
     output: CapsuleOutput = model(images.to(what.device))
     names = cfg.class_names or tuple(map(str, range(output.activations.shape[1])))

@@ -151,7 +151,7 @@ def _config(function: str, file: Path, config: Any) -> Mapping[str, Any]:
 
 
 def build(
-    function: str, saved: Saved, changes: Mapping[str, Any], cls: type[nn.Module] | None = None
+    function: str, saved: Saved, changes: Mapping[str, Any], cls: type[Any] | None = None
 ) -> nn.Module:
     """Create the model and give it its weights.
 

@@ -193,8 +193,8 @@ def name_of(cls: type[object]) -> str:
     """Return the name of a class for `create_model`, or that of the class itself."""
     from tritoncaps.models import _MODELS  # imported late, because it imports this module
 
-    names = {known: name for name, known in _MODELS.items()}
-    return names.get(cls, cls.__qualname__)  # type: ignore[call-overload]
+    names: dict[type[object], str] = {known: name for name, known in _MODELS.items()}
+    return names.get(cls, cls.__qualname__)
 
 
 def _bound(cls: type[object], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:

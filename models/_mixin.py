@@ -23,7 +23,7 @@ M = TypeVar("M", bound="PretrainedMixin")
 class PretrainedMixin:
     """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a model.
 
-    All our models have them. Name the mixin first in a model of your own:
+    All our models have them. A model of your own inherits them:
 
     Example:
         >>> import tempfile, torch

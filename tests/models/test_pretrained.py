@@ -83,6 +83,15 @@ class TestWhatShips:
         assert files == {cfg.file for cfg in _pretrained.registry() if cfg.file}
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_saves_and_loads_itself(name):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=3)
+    assert isinstance(model, PretrainedMixin)
+    assert model.init_arguments["num_classes"] == 3
+    assert {"in_channels", "image_size"} <= set(model.init_arguments)
+
+
 class TestNames:
     @pytest.mark.parametrize(
         ("name", "pretrained"),
@@ -108,7 +117,7 @@ class TestNames:
 
     def test_names_are_listed(self, shipped):
         assert list_models(pretrained=True) == ["capsnet.mnist", "capsnet.digits"]
-        assert list_models() == ["capsnet", "deep_capsnet"]
+        assert "capsnet.mnist" not in list_models()
 
     def test_load_model_takes_a_name(self, shipped, trained):
         for source in ("capsnet", "capsnet.mnist", shipped / "capsnet.mnist.safetensors"):
@@ -122,8 +131,8 @@ class TestNames:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("capsnt.mnist", {}, "no model is named 'capsnt', there are capsnet, deep_capsnet; did "
-             "you mean 'capsnet'?"),
+            ("capsnt.mnist", {}, f"no model is named 'capsnt', there are {', '.join(list_models())}"
+             "; did you mean 'capsnet'?"),
             ("capsnet.mnits", {}, "capsnet has no pretrained weights 'mnits', there are "
              "capsnet.mnist, capsnet.digits; did you mean 'mnist'?"),
             ("capsnet", {"pretrained": "svhn"}, "there are capsnet.mnist, capsnet.digits"),

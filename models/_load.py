@@ -1,37 +1,56 @@
-"""`load_model`: a ready model from the files that training leaves behind."""
+"""`load_model`: a ready model from what training leaves behind, from its name or from the Hub."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tritoncaps._files import CheckpointError, read_sealed
+from tritoncaps.models._hub import CONFIG, WEIGHTS, download
+from tritoncaps.models._mixin import PretrainedMixin, name_of
+from tritoncaps.models._pretrained import FOLDER, PretrainedCfg, find, registry
 
 # In a run directory: the best weights, and the last checkpoint.
 _BEST, _LAST = "model_best.safetensors", "last.safetensors"
 _SHOWN = 3  # the most names of weights in an error
+
+# What a name of `create_model` may begin with, as in timm.
+HUB, LOCAL = "hf-hub:", "local-dir:"
+
+
+class Saved(NamedTuple):
+    """Weights, the file that they were read from, and the arguments of `create_model`."""
+
+    file: Path
+    config: Mapping[str, Any]
+    weights: dict[str, Tensor]
 
 
 def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") -> nn.Module:
     """Load a trained model, in eval mode.
 
     Args:
-        path: a run directory of ``examples/train_mnist.py``, one of its weight files, or any
-            safetensors file with the state dict of a model. In a directory,
-            ``model_best.safetensors`` is read, or ``last.safetensors`` if there is no such file.
-            The file says which model to build, or else a ``config.json`` beside it. Its entries
-            ``model`` and ``model_kwargs`` are the arguments of `create_model`.
+        path: a run directory of ``examples/train_mnist.py``, one of its weight files, a directory
+            of `save_pretrained`, or any safetensors file with the state dict of a model. In a run
+            directory, ``model_best.safetensors`` is read, or ``last.safetensors`` if there is no
+            such file. The file says which model to build, or else a ``config.json`` beside it. Its
+            entries ``model`` and ``model_kwargs`` are the arguments of `create_model`.
+            Or a name of ``list_models(pretrained=True)``, or ``hf-hub:owner/name``.
         device: where to put the model.
 
     Raises:
         TypeError: `path` is neither a str nor a Path.
         CheckpointError: the path or the directory's file does not exist, the file is damaged,
             nothing says which model to build, or the weights do not fit that model.
+        ValueError: the name is that of a model, with a tag that it does not have.
+        ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
 
     Example:
         >>> import json, tempfile
@@ -48,76 +67,177 @@ def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") ->
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(f"load_model: path must be a str or a Path, got {type(path).__name__}")
-    file = _weights_file(Path(path))
+    saved = read_source("load_model", path, None)
+    return build("load_model", saved, {}).to(device).eval()
+
+
+def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any] | None) -> Saved:
+    """Read the weights that a path, a name or a repository of the Hub stands for.
+
+    Without `hub_options`, a repository needs the prefix ``hf-hub:``.
+    """
+    name = str(source)
+    if name.startswith(HUB):
+        return read(function, download(function, name.removeprefix(HUB), **(hub_options or {})))
+    path = Path(name.removeprefix(LOCAL))
+    if path.exists() or name.startswith(LOCAL) or isinstance(source, Path):
+        return read(function, path)
+    model, _, tag = name.partition(".")
+    if model in {cfg.model for cfg in registry()} and path.suffix != ".safetensors":
+        return read_pretrained(function, find(function, model, tag))
+    if hub_options is not None:
+        return read(function, download(function, name, **hub_options))
+    return read(function, path)
+
+
+def read_pretrained(function: str, cfg: PretrainedCfg) -> Saved:
+    """Read weights of the registry, from the package or from the Hub."""
+    directory = FOLDER if cfg.file else download(function, cfg.hf_hub_id)
+    saved = read(function, directory / (cfg.file or WEIGHTS))
+    return saved._replace(config=cfg.to_config())
+
+
+def read(function: str, path: Path) -> Saved:
+    """Read a weight file, or that of a directory, and what says which model to build."""
+    file = _weights_file(function, path)
     try:
         weights, header = read_sealed(file, allow_unsealed=True)
     except CheckpointError as error:
-        raise CheckpointError(f"load_model: {error}") from error
+        raise CheckpointError(f"{function}: {error}") from error
     config: Any = header
     if not weights:  # the state of a run
         model, config = header.get("model"), header.get("args")
         tensors = model.items() if isinstance(model, dict) else ()
         weights = {name: value for name, value in tensors if isinstance(value, Tensor)}
-    name, kwargs = _recipe(file, config)
-    return _build(file, name, kwargs, weights).to(device).eval()
+    return Saved(file, _config(function, file, config), weights)
 
 
-def _weights_file(path: Path) -> Path:
+def _weights_file(function: str, path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(
-            f"load_model: {path} does not exist; give a run directory or a .safetensors file"
+            f"{function}: {path} does not exist; give a run directory or a .safetensors file"
         )
     if not path.is_dir():
         return path
-    for name in (_BEST, _LAST):
+    for name in (_BEST, _LAST, WEIGHTS):
         if (path / name).exists():
             return path / name
     raise CheckpointError(
-        f"load_model: {path} holds neither {_BEST} nor {_LAST}; "
-        "give a directory that train_mnist.py wrote, or a .safetensors file"
+        f"{function}: {path} holds neither {_BEST} nor {_LAST} nor {WEIGHTS}; give a directory "
+        "that train_mnist.py or save_pretrained wrote, or a .safetensors file"
     )
 
 
-def _recipe(file: Path, config: Any) -> tuple[Any, Any]:
-    """Return the arguments of `create_model`."""
+def _config(function: str, file: Path, config: Any) -> Mapping[str, Any]:
+    """Return what describes the model: `config`, or what lies beside the file."""
     source = file
     if not isinstance(config, dict) or "model" not in config:
-        source = file.with_name("config.json")
+        source = file.with_name(CONFIG)
         try:
             config = json.loads(source.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"load_model: {file} does not say which model it belongs to, and there is no "
+                f"{function}: {file} does not say which model it belongs to, and there is no "
                 'config.json beside it; write one, such as {"model": "capsnet", "model_kwargs": {}}'
             ) from None
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"load_model: {source} cannot be read: {error}") from error
+            raise CheckpointError(f"{function}: {source} cannot be read: {error}") from error
     if not isinstance(config, dict) or "model" not in config:
         raise CheckpointError(
-            f"load_model: {source} has no entry 'model'; "
+            f"{function}: {source} has no entry 'model'; "
             'it should look like {"model": "capsnet", "model_kwargs": {}}'
         )
-    return config["model"], config.get("model_kwargs", {})
+    return config
 
 
-def _build(file: Path, name: Any, kwargs: Any, weights: dict[str, Tensor]) -> nn.Module:
-    """Create the model and give it its weights."""
+def build(
+    function: str, saved: Saved, changes: Mapping[str, Any], cls: type[Any] | None = None
+) -> nn.Module:
+    """Create the model and give it its weights.
+
+    Args:
+        function: the function to name in errors.
+        saved: the weights.
+        changes: arguments of the model that differ from those it was trained with. With another
+            `num_classes`, the weights whose shape depends on it start anew.
+        cls: the class of the model, or None for that which `create_model` knows by its name.
+
+    Raises:
+        CheckpointError: the file does not fit the model that it names.
+        TypeError, ValueError: the changes are wrong, or the weights do not fit them.
+    """
     from tritoncaps.models import create_model  # imported late, because it imports this module
 
+    file, config, weights = saved
+    name, kwargs = config["model"], config.get("model_kwargs", {})
+    if cls is not None and name != name_of(cls):
+        raise CheckpointError(
+            f"{function}: {file} holds a model {name!r}, and {cls.__name__} is {name_of(cls)!r}; "
+            "load_model builds the right class of ours"
+        )
+    create: Callable[..., nn.Module] = cls or partial(create_model, name)
     try:
         # Build it first without memory, because a file may claim a model of any size.
         with torch.device("meta"):
-            expected = create_model(name, **kwargs).state_dict()
+            trained = create(**kwargs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"load_model: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
+            f"{function}: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
         ) from error
-    if problems := _misfits(expected, weights):
-        raise CheckpointError(f"load_model: {file} does not fit {name}: {'; '.join(problems)}")
-    with torch.random.fork_rng(devices=[]):  # loading must not change the caller's random numbers
-        model = create_model(name, **kwargs)
-    model.load_state_dict(weights)
+    if problems := _misfits(trained.state_dict(), weights):
+        raise CheckpointError(f"{function}: {file} does not fit {name}: {'; '.join(problems)}")
+    known = getattr(trained, "init_arguments", None) or dict(kwargs)
+    changes = {key: value for key, value in changes.items() if value != known.get(key, ...)}
+    renewed: set[str] = set()
+    if changes:
+        weights, renewed = _kept(function, saved, create, known, changes)
+    # Without new weights, loading does not change the caller's random numbers.
+    with nullcontext() if renewed else torch.random.fork_rng(devices=[]):
+        model = create(**{**kwargs, **changes})
+    model.load_state_dict(weights, strict=not renewed)
+    if isinstance(model, PretrainedMixin):
+        described = {**config, "model_kwargs": {**known, **changes}}
+        if renewed:
+            described["class_names"] = ()
+        model.pretrained_cfg = PretrainedCfg.from_config(described)
     return model
+
+
+def _kept(
+    function: str,
+    saved: Saved,
+    create: Callable[..., nn.Module],
+    known: Mapping[str, Any],
+    changes: Mapping[str, Any],
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the weights that a changed model keeps, and the names of those that start anew."""
+    name = saved.config["model"]
+    if "in_channels" in changes:
+        raise ValueError(
+            f"{function}: {name} was trained on images of {known.get('in_channels')} channels, and "
+            f"in_channels={changes['in_channels']!r} was asked for; convert the images, or train "
+            "a new model"
+        )
+    wanted = {**known, **changes}
+    with torch.device("meta"):
+        changed = create(**wanted).state_dict()
+        renewed: set[str] = set()
+        if "num_classes" in changes:
+            same = create(**{**wanted, "num_classes": known["num_classes"]}).state_dict()
+            renewed = {key for key in changed if changed[key].shape != same[key].shape}
+    weights = {
+        key: value
+        for key, value in saved.weights.items()
+        if key not in renewed and (key in changed or not key.startswith("decoder."))
+    }
+    expected = {key: value for key, value in changed.items() if key not in renewed}
+    if problems := _misfits(expected, weights):
+        given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+        raise ValueError(
+            f"{function}: the weights of {name} do not fit {given}: {'; '.join(problems)}; leave "
+            "the argument out, or train a new model"
+        )
+    return weights, renewed
 
 
 def _misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:

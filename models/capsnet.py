@@ -17,6 +17,7 @@ from tritoncaps.layers import (
 )
 from tritoncaps.layers._convolution import ReluConv2d
 from tritoncaps.layers.routed import route
+from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
@@ -27,7 +28,7 @@ from tritoncaps.models._parts import (
 )
 
 
-class CapsNet(nn.Module):
+class CapsNet(PretrainedMixin, nn.Module):
     """The capsule network of Sabour 2017, for images of any size.
 
     Args:

@@ -19,6 +19,7 @@ from tritoncaps.layers import (
 )
 from tritoncaps.layers._convolution import ReluConv2d
 from tritoncaps.layers.routed import route
+from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import (
     CapsuleOutput,
     check_arguments,
@@ -29,7 +30,7 @@ from tritoncaps.models._parts import (
 )
 
 
-class DeepCapsNet(nn.Module):
+class DeepCapsNet(PretrainedMixin, nn.Module):
     """The deep capsule network, for images of any size.
 
     Args:

@@ -111,7 +111,7 @@ class TestRefusal:
 
     def test_a_directory_without_weights(self, tmp_path):
         files = "holds neither model_best.safetensors nor last.safetensors"
-        assert_refused(tmp_path, tmp_path, files, "give a directory that train_mnist.py wrote")
+        assert_refused(tmp_path, tmp_path, files, "train_mnist.py or save_pretrained wrote")
 
     def test_a_damaged_file(self, run):
         path = run / "model_best.safetensors"

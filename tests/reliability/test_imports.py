@@ -140,7 +140,9 @@ except AttributeError as error:
     ]
 
 
-UNNEEDED = ["torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesis"]
+UNNEEDED = [
+    "torchvision", "triton", "sklearn", "matplotlib", "tqdm", "hypothesis", "huggingface_hub",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("missing", ["torchvision", "triton", "all"])

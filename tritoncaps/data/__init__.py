@@ -13,6 +13,7 @@ is imported by the one function that uses it.
 """
 
 from tritoncaps.data.batches import Batches, random_shift, to_float
+from tritoncaps.data.handwriting import prepare_digit, read_digit
 from tritoncaps.data.load import list_datasets, load_dataset
 from tritoncaps.data.overlays import Originals, Overlays
 from tritoncaps.data.sets import Dataset, DatasetError, ImageSet, split_validation
@@ -27,7 +28,9 @@ __all__ = [
     "Overlays",
     "list_datasets",
     "load_dataset",
+    "prepare_digit",
     "random_shift",
+    "read_digit",
     "split_validation",
     "stratified_subset",
     "to_float",

@@ -90,7 +90,22 @@ def _memory() -> int | None:
         return None
 
 
-def _try_to_read(path: Path, size: tuple[int, int]) -> Tensor | str:
+def read_image(path: Path) -> Tensor:
+    """Read one image in its own size, as `read_images` does.
+
+    Raises:
+        DatasetError: the file is missing, or no image.
+    """
+    if not path.is_file():
+        problem = "is a folder: give its images" if path.is_dir() else "does not exist"
+        raise DatasetError(f"{path} {problem}")
+    pixels = _try_to_read(path, None)
+    if isinstance(pixels, str):
+        raise DatasetError(f"{path} cannot be read ({pixels})")
+    return pixels
+
+
+def _try_to_read(path: Path, size: tuple[int, int] | None) -> Tensor | str:
     """Return the pixels of an image, or what is wrong with it."""
     from PIL import UnidentifiedImageError
 
@@ -104,15 +119,15 @@ def _try_to_read(path: Path, size: tuple[int, int]) -> Tensor | str:
         return str(error) or type(error).__name__
 
 
-def _read(path: Path, size: tuple[int, int]) -> Tensor:
+def _read(path: Path, size: tuple[int, int] | None) -> Tensor:
     """Read one image as bytes, (1, H, W) if it is grey and (3, H, W) otherwise."""
     from PIL import Image, ImageOps
     from PIL.TiffImagePlugin import TiffImageFile
 
-    height, width = size
     with Image.open(path, formats=_FORMATS) as opened:
         # A JPEG many times larger than needed is decoded at a fraction of its size.
-        opened.draft(None, (2 * max(size), 2 * max(size)))
+        if size is not None:
+            opened.draft(None, (2 * max(size), 2 * max(size)))
         of_16_bits = opened.mode.startswith("I;16") or opened.format in ("PNG", "PPM")
         # Pillow reads the values of a TIFF of 12 bits as they are, and their white is 4095.
         tags = opened.tag_v2 if isinstance(opened, TiffImageFile) else {}
@@ -128,6 +143,7 @@ def _read(path: Path, size: tuple[int, int]) -> Tensor:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+    height, width = size or (image.height, image.width)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # It is antialiased.
     flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -289,11 +289,11 @@ class OneProduct:
         self, u: Tensor, weight: Tensor, launch: dict[str, int], splits: int, capsules: int
     ) -> None:
         _, _, J, D = weight.shape
-        self._shape = (u.shape[0], u.shape[1], J, D)
-        self._launch, self._capsules = launch, capsules
-        self._prepared = prepare(
+        self.shape = (u.shape[0], u.shape[1], J, D)
+        self.launch, self.capsules = launch, capsules
+        self.prepared = prepare(
             u, weight, dot_precision(u.dtype, target_of(u)),
-            block_b=8 * launch["GROUPS"], block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
+            block_b=max(8 * launch["GROUPS"], 16), block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
         )  # fmt: skip
         self.slots = u.new_empty((splits, u.shape[0], J, D), dtype=torch.float32)
 
@@ -315,14 +315,14 @@ class OneProduct:
             coupling: contiguous output, (B, I, J), or None.
             leaky: whether an orphan class with logit 0 takes part in the softmax.
         """
-        B, I, J, D = self._shape
-        columns, weight, split = self._prepared
-        _one_product_kernel[(columns.shape[1] // (8 * self._launch["GROUPS"]), len(self.slots))](
+        B, I, J, D = self.shape
+        columns, weight, split = self.prepared
+        _one_product_kernel[(columns.shape[1] // (8 * self.launch["GROUPS"]), len(self.slots))](
             columns, weight,
             # In place of a missing tensor, a kernel gets the columns, which it only reads.
             *(columns if tensor is None else tensor for tensor in (pose, prior, bias)),
             self.slots, columns if coupling is None else coupling,
-            B, I, J, D, columns.shape[1], self._capsules,
+            B, I, J, D, columns.shape[1], self.capsules,
             *strides(prior, 2), *strides(bias, 2),
             HAS_POSE=pose is not None,
             HAS_PRIOR=prior is not None,
@@ -334,7 +334,7 @@ class OneProduct:
             PARTS=parts_of(J),
             PAIRS=triton.cdiv(J, 2),
             K=columns.shape[2],
-            **self._launch,
+            **self.launch,
         )  # fmt: skip
 
 

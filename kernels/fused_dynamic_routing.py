@@ -18,7 +18,14 @@ from tritoncaps.kernels._launch import (
     target_of,
 )
 from tritoncaps.kernels._one_product import OneProduct, one_product
-from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
+from tritoncaps.kernels._one_product_backward import run_backward
+from tritoncaps.kernels._slots import (
+    advance_running_sum,
+    pull_back,
+    write_pull_back,
+    write_result,
+)
+from tritoncaps.kernels._vote_gradient import launch_for, write_vote_gradient
 from tritoncaps.kernels.routing_pass import (
     pass_backward,
     pass_forward,
@@ -265,6 +272,128 @@ def fused_dynamic_routing_fwd(
     return v, coupling, sums
 
 
+def _go_back(
+    passes: OneProduct,
+    launch: dict[str, int],
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    leaky: bool,
+    full: bool,
+    output: str,
+    grads: tuple[Tensor, Tensor, Tensor | None],
+) -> Tensor:
+    """Write du, dW and dprior by passes that form every û_ij once. Return ds of every step."""
+    iterations = len(sums)
+    first = 1 if full else iterations
+    # Without a prior the first iteration has no logits.
+    unlogged = 1 if prior is None else 0
+    V, ds = sums.new_empty((2, iterations + 1 - first, *sums.shape[1:]))
+    pairs = u.shape[1], passes.prepared.columns.shape[1]
+    normaliser, delta = sums.new_empty((2, len(ds), *pairs))
+    dV = torch.empty_like(V[0])
+    filled = grad_v[None]
+    for iteration in range(iterations, first - 1, -1):
+        step = iteration - first
+        write_pull_back(
+            filled, sums, dV, V[step], ds[step],
+            iteration=iteration,
+            squashed=output == "v" or iteration < iterations,
+        )  # fmt: skip
+        if iteration > unlogged:
+            run_backward(
+                passes, V[step], ds[step], prior,
+                grad_coupling if iteration == iterations else None,
+                normaliser[step], delta[step],
+                full=full,
+                leaky=leaky,
+            )  # fmt: skip
+        filled = passes.slots
+    write_vote_gradient(
+        passes.prepared, V, ds, prior, None, grad_coupling, (normaliser, delta), (*grads, None),
+        launch,
+        full=full,
+        leaky=leaky,
+        uniform=first <= unlogged,
+    )  # fmt: skip
+    return ds
+
+
+def _go_back_in_two_sweeps(
+    grad_v: Tensor,
+    grad_coupling: Tensor | None,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    sums: Tensor,
+    leaky: bool,
+    full: bool,
+    output: str,
+    grads: tuple[Tensor, Tensor, Tensor | None],
+) -> Tensor:
+    """Write du, dW and dprior by passes of two sweeps over j. Return ds of every step."""
+    B, I, P = u.shape
+    _, _, J, D = weight.shape
+    iterations = len(sums)
+    grad_u, grad_weight, grad_prior = grads
+    target = target_of(u)
+    launch, splits, tiles = pass_launch(
+        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=True, prologue=True
+    )
+    slots = sums.new_empty(2, splits, B, J, D)
+    V = sums.new_empty(splits, B, J, D)
+    ds = torch.empty_like(V)
+    saved_V = torch.empty_like(sums)
+    saved_ds = torch.empty_like(sums)
+    # Without a prior the first iteration has no logits.
+    unlogged = 1 if prior is None else 0
+    normaliser = sums.new_empty(iterations - unlogged, B, I)
+    delta = torch.empty_like(normaliser)
+    # du is summed over the passes in the accumulation type. The last pass writes it in u's dtype.
+    du = grad_u if u.dtype == sums.dtype else torch.empty_like(grad_u, dtype=sums.dtype)
+    filled = grad_v[None]
+    first = 1 if full else iterations
+    for iteration in range(iterations, first - 1, -1):
+        step = iteration - 1
+        pairs = max(step - unlogged, 0)
+        next_slots = slots[iteration % 2]
+        _routing_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
+            u, weight,
+            # In place of a missing tensor, a kernel gets u, which it does not touch.
+            *(u if tensor is None else tensor for tensor in (prior, grad_coupling)),
+            filled, next_slots, V, ds,
+            sums, saved_V[step], saved_ds[step], normaliser[pairs:], delta[pairs:],
+            du, grad_u if iteration == first else du,
+            B, I, P, J, D, iteration, tiles,
+            *u.stride(), *weight.stride(), *strides(prior, 2),
+            IS_LAST=iteration == iterations,
+            SQUASHED=output == "v" or iteration < iterations,
+            FULL=full,
+            HAS_V=iteration > 1,
+            HAS_PRIOR=prior is not None,
+            LEAKY=leaky,
+            HAS_GRAD_COUPLING=grad_coupling is not None and iteration == iterations,
+            SLOTS=filled.shape[0],
+            PRECISION=dot_precision(u.dtype, target),
+            **launch,
+        )  # fmt: skip
+        filled = next_slots
+    write_weight_gradient(
+        u, weight, prior, None, grad_coupling,
+        (saved_V, saved_ds, normaliser, delta), (grad_weight, grad_prior, None),
+        first_step=max(first - 1, 1),
+        steps=iterations,
+        full=full,
+        leaky=leaky,
+        without_pose=first == 1,
+        unlogged=unlogged,
+    )  # fmt: skip
+    return saved_ds[first - 1 :]
+
+
 def fused_dynamic_routing_bwd(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
@@ -300,61 +429,17 @@ def fused_dynamic_routing_bwd(
     if B == 0 or J == 0:
         return grad_u.zero_(), grad_weight.zero_(), grad_prior, grad_pose_bias
 
-    target = target_of(u)
-    launch, splits, tiles = pass_launch(
-        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=True, prologue=True
-    )
-    slots = sums.new_empty(2, splits, B, J, D)
-    V = sums.new_empty(splits, B, J, D)
-    ds = torch.empty_like(V)
-    saved_V = torch.empty_like(sums)
-    saved_ds = torch.empty_like(sums)
-    # Without a prior the first iteration has no logits.
-    unlogged = 1 if prior is None else 0
-    normaliser = sums.new_empty(iterations - unlogged, B, I)
-    delta = torch.empty_like(normaliser)
-    # du is summed over the passes in the accumulation type. The last pass writes it in u's dtype.
-    du = grad_u if u.dtype == sums.dtype else torch.empty_like(grad_u, dtype=sums.dtype)
+    grads = grad_u, grad_weight, grad_prior
     # Copied if it is not contiguous, because its strides would cost the last free registers.
     grad_coupling = grad_coupling.contiguous() if grad_coupling is not None and full else None
+    given = grad_v.contiguous(), grad_coupling, u, weight, prior, sums, leaky, full, output
     with device_of(u):
-        filled = grad_v.contiguous().view(1, B, J, D)
-        first = 1 if full else iterations
-        for iteration in range(iterations, first - 1, -1):
-            step = iteration - 1
-            pairs = max(step - unlogged, 0)
-            next_slots = slots[iteration % 2]
-            _routing_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-                u, weight,
-                # In place of a missing tensor, a kernel gets u, which it does not touch.
-                *(u if tensor is None else tensor for tensor in (prior, grad_coupling)),
-                filled, next_slots, V, ds,
-                sums, saved_V[step], saved_ds[step], normaliser[pairs:], delta[pairs:],
-                du, grad_u if iteration == first else du,
-                B, I, P, J, D, iteration, tiles,
-                *u.stride(), *weight.stride(), *strides(prior, 2),
-                IS_LAST=iteration == iterations,
-                SQUASHED=output == "v" or iteration < iterations,
-                FULL=full,
-                HAS_V=iteration > 1,
-                HAS_PRIOR=prior is not None,
-                LEAKY=leaky,
-                HAS_GRAD_COUPLING=grad_coupling is not None and iteration == iterations,
-                SLOTS=filled.shape[0],
-                PRECISION=dot_precision(u.dtype, target),
-                **launch,
-            )  # fmt: skip
-            filled = next_slots
-        write_weight_gradient(
-            u, weight, prior, None, grad_coupling,
-            (saved_V, saved_ds, normaliser, delta), (grad_weight, grad_prior, None),
-            first_step=max(first - 1, 1),
-            steps=iterations,
-            full=full,
-            leaky=leaky,
-            without_pose=first == 1,
-            unlogged=unlogged,
-        )  # fmt: skip
+        launch = launch_for(u, weight)
+        passes = None if launch is None else one_product(u, weight)
+        if launch is None or passes is None:
+            ds = _go_back_in_two_sweeps(*given, grads)
+        else:
+            ds = _go_back(passes, launch, *given, grads)
         if grad_pose_bias is not None:
-            grad_pose_bias.copy_(saved_ds[first - 1 :].sum((0, 1)))
+            grad_pose_bias.copy_(ds.sum((0, 1)))
     return grad_u, grad_weight, grad_prior, grad_pose_bias

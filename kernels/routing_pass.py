@@ -35,8 +35,10 @@ from tritoncaps.kernels._launch import (
     target_of,
 )
 from tritoncaps.kernels._one_product import one_product
+from tritoncaps.kernels._one_product_backward import run_backward
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
+from tritoncaps.kernels._vote_gradient import launch_for, write_vote_gradient
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -742,6 +744,27 @@ def routing_pass_bwd(
             if grad is not None:
                 grad.zero_()
         return grad_u, grad_weight, grad_pose, grad_prior, grad_bias
+
+    with device_of(u):
+        launch = launch_for(u, weight)
+        passes = None if launch is None else one_product(u, weight)
+        if launch is not None and passes is not None:
+            pose, grad_s = pose.contiguous(), grad_s.contiguous()
+            grad_coupling = None if grad_coupling is None else grad_coupling.contiguous()
+            normaliser, delta = passes.slots.new_empty((2, I, passes.prepared.columns.shape[1]))
+            run_backward(
+                passes, pose, grad_s, prior, grad_coupling, normaliser, delta,
+                full=True,
+                leaky=leaky,
+            )  # fmt: skip
+            write_sum(passes.slots, grad_pose)
+            write_vote_gradient(
+                passes.prepared, pose[None], grad_s[None], prior, bias, grad_coupling,
+                (normaliser[None], delta[None]), (grad_u, grad_weight, grad_prior, grad_bias),
+                launch,
+                leaky=leaky,
+            )  # fmt: skip
+            return grad_u, grad_weight, grad_pose, grad_prior, grad_bias
 
     target = target_of(u)
     launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=True)

@@ -16,7 +16,7 @@ if not INTERPRETED and not torch.cuda.is_available():
 from kernel_cases import Allocations, assert_same_bits, counted_launches, draw, exact, run
 
 from tritoncaps import testing
-from tritoncaps.kernels import _launch, _one_product
+from tritoncaps.kernels import _launch, _one_product, _vote_gradient
 
 LOOP, PASS = "fused_dynamic_routing", "routing_pass"
 SIZES = {"B": 9, "I": 3, "P": 3, "J": 5, "D": 6}
@@ -25,21 +25,25 @@ SIZES = {"B": 9, "I": 3, "P": 3, "J": 5, "D": 6}
 @pytest.fixture(autouse=True)
 def on_nvidia(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(_one_product, "target_of", lambda _: _launch.Target("sm90", 232448))
+        for module in (_one_product, _vote_gradient):
+            monkeypatch.setattr(module, "target_of", lambda _: _launch.Target("sm90", 232448))
 
 
-def forward(name, call, **options):
-    """The results of the launcher, which must take this form."""
+def forward(name, call, *, with_gradients=False, **options):
+    """The results of the launchers, which must take this form."""
     with counted_launches() as launched:
-        results = run(name, call, with_gradients=False, **options)
+        results = run(name, call, with_gradients=with_gradients, **options)
     assert "_one_product_kernel" in launched
+    if with_gradients and call["weight"].numel():
+        assert "_vote_gradient_kernel" in launched
     return results
 
 
 def check(name, device, sizes=SIZES, *, dtype=torch.float32, optional=(), **options):
     call = draw(name, device, sizes, dtype=dtype, optional=optional)
     plain, exactly = exact(name, call, dtype=dtype, **options), exact(name, call, **options)
-    for key, result in forward(name, call, **options).items():
+    results = forward(name, call, with_gradients=True, **options)
+    for key, result in results.items():
         if key in exactly:
             assert result.dtype == dtype
             testing.assert_agrees(key, result, plain[key], exactly[key])

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from tritoncaps.kernels._launch import strides
 from tritoncaps.kernels._one_product import (
-    _add_prior,
-    _add_product,
-    _by_pair,
-    _load_weight,
-    _max_over_j,
-    _output_capsules,
-    _over_d,
-    _part_offsets,
-    _sum_over_j,
+    LOG2_E,
     OneProduct,
+    add_prior,
+    add_product,
+    by_pair,
+    load_weight,
+    max_over_j,
+    output_capsules,
+    over_d,
+    part_offsets,
     parts_of,
+    sum_over_j,
 )
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -63,13 +63,13 @@ def _one_product_bwd_kernel(
     grads = ()
     sums = ()
     for k in tl.static_range(N):
-        j = _output_capsules(PARTS, k, PAIRS)
-        offs, exists = _part_offsets(j, row, rows, J, D, BLOCK_D)
-        poses = poses + (tl.load(pose_ptr + offs, exists, other=0.0).to(tl.float32) * _LOG2_E,)
+        j = output_capsules(PARTS, k, PAIRS)
+        offs, exists = part_offsets(j, row, rows, J, D, BLOCK_D)
+        poses = poses + (tl.load(pose_ptr + offs, exists, other=0.0).to(tl.float32) * LOG2_E,)
         if FULL:
             grads = grads + (tl.load(ds_ptr + offs, exists, other=0.0).to(tl.float32),)
             zeros = tl.zeros((GROUPS, 2 * PARTS[k] * BLOCK_D, 8), tl.float32)
-            sums = sums + (_by_pair(zeros, BLOCK_D),)
+            sums = sums + (by_pair(zeros, BLOCK_D),)
 
     columns_ptr += first_b * K
     offs_columns = (row * K)[:, None, :] + tl.arange(0, K)[None, :, None]
@@ -81,15 +81,15 @@ def _one_product_bwd_kernel(
         logits = ()
         dcs = ()
         for k in tl.static_range(N):
-            w = _load_weight(weight_ptr + i * (ROWS * BLOCK_P), PARTS, k, PAIRS, BLOCK_P, BLOCK_D)
+            w = load_weight(weight_ptr + i * (ROWS * BLOCK_P), PARTS, k, PAIRS, BLOCK_P, BLOCK_D)
             zeros = tl.zeros((GROUPS, 2 * PARTS[k] * BLOCK_D, 8), tl.float32)
-            vote = _by_pair(_add_product(zeros, w, columns, SPLIT), BLOCK_D)
-            j = _output_capsules(PARTS, k, PAIRS)
+            vote = by_pair(add_product(zeros, w, columns, SPLIT), BLOCK_D)
+            j = output_capsules(PARTS, k, PAIRS)
             prior_ptrs = prior_ptr + i * stride_prior_i + j * stride_prior_j
-            logit = _add_prior(_over_d(vote * poses[k]), prior_ptrs, j < J, HAS_PRIOR, IS_ODD)
+            logit = add_prior(over_d(vote * poses[k]), prior_ptrs, j < J, HAS_PRIOR, IS_ODD)
             logits = logits + (logit,)
             if FULL:
-                dc = _over_d(vote * grads[k])
+                dc = over_d(vote * grads[k])
                 if HAS_GRAD_COUPLING:
                     ptrs = (row_ptrs + i * J)[:, None, None, :] + j[None, :, :, None]
                     is_pair = (row < rows)[:, None, None, :] & (j < J)[None, :, :, None]
@@ -97,9 +97,9 @@ def _one_product_bwd_kernel(
                 votes = votes + (vote,)
                 dcs = dcs + (dc,)
 
-        top = _max_over_j(logits[0])
+        top = max_over_j(logits[0])
         for k in tl.static_range(1, N):
-            top = tl.maximum(top, _max_over_j(logits[k]))
+            top = tl.maximum(top, max_over_j(logits[k]))
         if LEAKY:
             top = tl.maximum(top, 0.0)
             mass = tl.exp2(-top)
@@ -110,9 +110,9 @@ def _one_product_bwd_kernel(
         for k in tl.static_range(N):
             share = tl.exp2(logits[k] - top)
             shares = shares + (share,)
-            mass += _sum_over_j(share)
+            mass += sum_over_j(share)
             if FULL:
-                moment += _sum_over_j(share * dcs[k])
+                moment += sum_over_j(share * dcs[k])
         offs_pair = i * padded_b + first_b + row
         normaliser = (top + tl.log2(mass)) * _LN_2
         tl.store(normaliser_ptr + offs_pair, tl.reshape(normaliser, (GROUPS, 8)))
@@ -129,8 +129,8 @@ def _one_product_bwd_kernel(
     if FULL:
         slots_ptr += (split.to(tl.int64) * B + first_b) * J * D
         for k in tl.static_range(N):
-            j = _output_capsules(PARTS, k, PAIRS)
-            offs, exists = _part_offsets(j, row, rows, J, D, BLOCK_D)
+            j = output_capsules(PARTS, k, PAIRS)
+            offs, exists = part_offsets(j, row, rows, J, D, BLOCK_D)
             tl.store(slots_ptr + offs, sums[k], exists)
 
 
@@ -160,6 +160,9 @@ def run_backward(
     B, I, J, D = passes.shape
     columns, weight, split = passes.prepared
     launch = passes.launch
+    if prior is not None or grad_coupling is not None:
+        # Addresses of capsules that are fetched ahead would not fit into registers.
+        launch = {**launch, "num_stages": 1}
     _one_product_bwd_kernel[(columns.shape[1] // (8 * launch["GROUPS"]), len(passes.slots))](
         columns, weight, pose, ds,
         *(columns if tensor is None else tensor for tensor in (prior, grad_coupling)),

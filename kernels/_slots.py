@@ -134,11 +134,11 @@ def pull_back(
 
 
 def _launch(D: int, slots: int) -> dict[str, int]:
-    """About 2048 values per program: up to 32 slots side by side, of whole rows."""
+    """About 2048 values per program: up to 32 slots side by side, of whole rows, 8 at most."""
     launch = row_launch(D)
     room = max(2048 // launch["BLOCK_D"], 1)
     launch["BLOCK_SLOTS"] = min(triton.next_power_of_2(slots), 32, room)
-    launch["BLOCK_ROWS"] = max(2048 // (launch["BLOCK_SLOTS"] * launch["BLOCK_D"]), 1)
+    launch["BLOCK_ROWS"] = min(max(room // launch["BLOCK_SLOTS"], 1), 8)
     return launch
 
 

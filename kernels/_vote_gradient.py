@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton does not unpack tuples
 """The gradients of u and W from those of the prediction vectors, which are summed over all passes.
 
     dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij pose⁽ᵗ⁾_j)
@@ -211,6 +212,11 @@ def _vote_gradient_kernel(
     pair_size = tl.cast(padded_b, tl.int64) * I
     inverse_classes = 1.0 / classes(J, LEAKY)
     columns_ptrs = columns_ptr + (near * padded_b * K)[:, None, None]
+    factor_ptrs = columns_ptrs + (b * K)[None, :, None] + p[None, None, :]
+    columns_ptrs += (b * K)[None, :, None] + k[None, None, :]
+    pair_ptrs = (near * padded_b)[:, None] + b[None, :]
+    offs_u = ((b.to(tl.int64) * I)[None, :] + i[:, None]) * P
+    offs_u = offs_u[:, :, None] + p[None, None, :]
     for pair in range(tl.cast(pairs, tl.int64)):
         j = 2 * pair + tl.arange(0, 2)
         is_pair = is_capsule[:, None] & (j < J)[None, :]
@@ -241,7 +247,7 @@ def _vote_gradient_kernel(
         for step_b in range(first_step, tl.minimum(first_step + each, steps_b)):
             block = (pair * steps_b + step_b) * (32 * BLOCK_D)
             first_b = tl.cast(step_b, tl.int64) * 16
-            exists = is_capsule[:, None] & (first_b + b < B)[None, :]
+            exists = is_capsule[:, None] & (b < B - first_b)[None, :]
             # Loads come before the product. Then everything takes the layout of its result.
             poses = ()
             grads = ()
@@ -250,16 +256,15 @@ def _vote_gradient_kernel(
             for t in tl.static_range(STEPS):
                 poses = poses + (_load_packed(poses_ptr + t * step_size + block, BLOCK_D),)
                 grads = grads + (_load_packed(ds_ptr + t * step_size + block, BLOCK_D),)
-                offs_ib = (t * pair_size + near * padded_b + first_b)[:, None] + b[None, :]
+                offs_ib = pair_ptrs + (t * pair_size + first_b)
                 normalisers = normalisers + (tl.load(normaliser_ptr + offs_ib),)
                 deltas = deltas + (tl.load(delta_ptr + offs_ib),)
             if UNIFORM:
                 uniform = _load_packed(uniform_ptr + block, BLOCK_D)
-            columns_at = columns_ptrs + ((first_b + b) * K)[None, :, None]
-            columns = tl.load(columns_at + k[None, None, :])
-            u = tl.load(columns_at + p[None, None, :]).to(tl.float32)
-            if K == 2 * BLOCK_P and columns.dtype == tl.float32:
-                u += tl.load(columns_at + BLOCK_P + p[None, None, :])
+            columns = tl.load(columns_ptrs + first_b * K)
+            u = tl.load(factor_ptrs + first_b * K).to(tl.float32)
+            if columns.dtype == tl.float32:
+                u += tl.load(factor_ptrs + (first_b * K + BLOCK_P))
 
             if STEPS > 0:
                 vote = tl.dot(columns, high, input_precision="tf32")
@@ -286,20 +291,22 @@ def _vote_gradient_kernel(
                 if HAS_BIAS:
                     dbias += dc
             if STEPS == 0:
-                grad = tl.broadcast_to(uniform * inverse_classes, (GROUPS, 16, BLOCK_D // 4, 2, 2, 2))
+                grad = tl.broadcast_to(
+                    uniform * inverse_classes, (GROUPS, 16, BLOCK_D // 4, 2, 2, 2)
+                )
             elif UNIFORM:
                 grad += uniform * inverse_classes
             grad = tl.reshape(grad, (GROUPS, 16, ROWS))
 
-            offs_u = (((first_b + b)[None, :] * I + i[:, None]) * P)[:, :, None] + p[None, None, :]
             mask_u = exists[:, :, None] & (p < P)[None, None, :]
+            first_u = first_b * I * P
             du = dot(_as_factor(grad), factor, PRECISION)
             if ADD_DU or pair > 0:
-                du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
+                du += tl.load(du_ptr + first_u + offs_u, mask_u, other=0.0)
             if pair < pairs - 1:
-                tl.store(du_ptr + offs_u, du, mask_u)
+                tl.store(du_ptr + first_u + offs_u, du, mask_u)
             else:
-                tl.store(grad_u_ptr + offs_u, du, mask_u)
+                tl.store(grad_u_ptr + first_u + offs_u, du, mask_u)
             dw += dot(tl.permute(grad, (0, 2, 1)), u, PRECISION)
 
         jd = row // 4 % 2
@@ -356,6 +363,9 @@ def write_vote_gradient(
     B, padded_b = len(grad_u), prepared.columns.shape[1]
     if I == 0:
         return
+    if prior is None and bias is None and grad_coupling is None:
+        # Enough for everything then, and ten warps fit into a processor.
+        launch = {**launch, "maxnreg": 200}
     packed_poses, packed_ds = _pack(poses, ds, launch["BLOCK_D"])
     steps_b = packed_ds.shape[2]
     programs = triton.cdiv(I, launch["GROUPS"])
@@ -373,10 +383,10 @@ def write_vote_gradient(
         is_last = number == len(chunks) - 1
         first_slot = number * splits
         _vote_gradient_kernel[(programs, splits)](
-            prepared.columns, prepared.weight, packed_poses[step], packed_ds[step], packed_ds,
+            prepared.columns, prepared.weight, packed_poses[step:], packed_ds[step:], packed_ds,
             # In place of a missing tensor, the kernel gets the columns, which it only reads.
             *(prepared.columns if x is None else x for x in (prior, bias, grad_coupling)),
-            normaliser[step], delta[step],
+            normaliser[step:], delta[step:],
             du, grad_u if is_last else du,
             slots[first_slot:], pair_slots[0, first_slot:], pair_slots[1, first_slot:],
             B, I, J, D, padded_b, steps_b, each,

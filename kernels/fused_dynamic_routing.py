@@ -1,8 +1,8 @@
 """Fused routing by agreement: r passes over (u, W). The prediction vectors û = W u are not stored.
 
-Each pass is a `routing_pass` with the running sum V⁽ᵗ⁻¹⁾ as its pose. The forward runs the passes
-of `_one_product.py` where these serve. Otherwise, and in the backward, this file adds a prologue to
-each launch, which finishes the sums of the previous pass and turns them into V.
+Each pass is a `routing_pass` with the running sum V⁽ᵗ⁻¹⁾ as its pose. After a forward pass, a small
+kernel finishes its sums and turns them into V. In the backward, this file adds a prologue to each
+launch, which does the same for dV.
 """
 
 import torch
@@ -17,59 +17,15 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
-from tritoncaps.kernels._one_product import OneProduct, one_product
-from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
+from tritoncaps.kernels._one_product import OneProduct
+from tritoncaps.kernels._slots import pull_back, write_result
+from tritoncaps.kernels._two_products import TwoProducts
 from tritoncaps.kernels.routing_pass import (
+    forward_passes,
     pass_backward,
-    pass_forward,
     pass_launch,
     write_weight_gradient,
 )
-
-
-@triton.jit
-def _routing_fwd_kernel(
-    # pointers
-    u_ptr, weight_ptr, prior_ptr, pose_bias_ptr,
-    slots_ptr, next_slots_ptr, V_ptr, sums_ptr, coupling_ptr,
-    # extents
-    B, I, P, J, D, iteration, tiles,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j,
-    # meta-parameters
-    HAS_V: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_POSE_BIAS: tl.constexpr, LEAKY: tl.constexpr,
-    SAVE_COUPLING: tl.constexpr,
-    SLOTS: tl.constexpr, UNIFORM: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Put one program's share of s⁽ᵗ⁾ in its slot.
-
-    s⁽ᵗ⁾ = Σ_i c_ij û_ij with c = softmax_j(û·V⁽ᵗ⁻¹⁾ + prior).
-    """
-    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
-    split = tl.program_id(1).to(tl.int64)
-    slot_size = tl.cast(B, tl.int64) * J * D
-    V_ptr += split * slot_size
-    if HAS_V:
-        advance_running_sum(
-            slots_ptr, pose_bias_ptr, sums_ptr, V_ptr,
-            first_b * J, tl.minimum(first_b + BLOCK_B, B) * J, slot_size, J, D, iteration,
-            split == 0, SLOTS, UNIFORM, LEAKY, HAS_POSE_BIAS, BLOCK_ROWS, BLOCK_D,
-        )  # fmt: skip
-    pass_forward(
-        u_ptr, weight_ptr, V_ptr, prior_ptr, u_ptr, next_slots_ptr + split * slot_size,
-        coupling_ptr,
-        first_b, split * tiles, tiles, B, I, P, J, D,
-        stride_u_b, stride_u_i, stride_u_p,
-        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-        stride_prior_i, stride_prior_j, 0, 0,
-        sums_ptr.dtype.element_ty, HAS_V, HAS_PRIOR, False, LEAKY, SAVE_COUPLING, PRECISION, GROUPS,
-        BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
-
 
 # Backward -----------------------------------------------------------------------------------------
 #
@@ -130,23 +86,8 @@ def _routing_bwd_kernel(
 # Launchers ----------------------------------------------------------------------------------------
 
 
-def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
-    """Σ_i û_ij, not yet times 1/J: one (B, I·P) × (I·P, J·D) product of the vendor's library."""
-    B, I, P = u.shape
-    _, _, J, D = weight.shape
-    dtype = accumulation_dtype(u.dtype)
-    rows, columns = u.reshape(B, I * P), weight.reshape(I * P, J * D)
-    if u.dtype == dtype:
-        product = torch.mm(rows, columns)
-    elif u.is_cuda and torch.version.hip is None:
-        product = torch.mm(rows, columns, out_dtype=dtype)
-    else:
-        product = torch.mm(rows.to(dtype), columns.to(dtype))
-    return product.view(1, B, J, D)
-
-
 def _route(
-    passes: OneProduct,
+    passes: OneProduct | TwoProducts,
     prior: Tensor | None,
     pose_bias: Tensor | None,
     v: Tensor,
@@ -155,7 +96,7 @@ def _route(
     leaky: bool,
     output: str,
 ) -> None:
-    """Write the results of `fused_dynamic_routing_fwd` by passes that form every û_ij once."""
+    """Write the results of `fused_dynamic_routing_fwd`, pass after pass."""
     V = torch.empty_like(sums[0])
     last = len(sums) - 1
     for step, s in enumerate(sums):
@@ -169,52 +110,6 @@ def _route(
             output=output if is_last else "v",
             V=V if 0 < step < last else None,
         )  # fmt: skip
-
-
-def _route_in_two_sweeps(
-    u: Tensor,
-    weight: Tensor,
-    prior: Tensor | None,
-    pose_bias: Tensor | None,
-    v: Tensor,
-    coupling: Tensor,
-    sums: Tensor,
-    leaky: bool,
-    output: str,
-) -> None:
-    """Write the results of `fused_dynamic_routing_fwd` by passes of two sweeps over j."""
-    B, I, P = u.shape
-    _, _, J, D = weight.shape
-    target = target_of(u)
-    launch, splits, tiles = pass_launch(
-        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=False, prologue=True
-    )
-    # Two buffers take turns, because a pass reads every slot of the previous iteration.
-    slots = sums.new_empty(2, splits, B, J, D)
-    V = sums.new_empty(splits, B, J, D)
-    filled, uniform, first = slots[:1, 0], False, 1
-    if prior is None:
-        filled, uniform, first = _uniform_sums(u, weight), True, 2
-    for iteration in range(first, len(sums) + 1):
-        next_slots = slots[iteration % 2]
-        _routing_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-            # In place of a missing tensor, a kernel gets u, which it does not touch.
-            u, weight, *(u if tensor is None else tensor for tensor in (prior, pose_bias)),
-            filled, next_slots, V, sums, coupling,
-            B, I, P, J, D, iteration, tiles,
-            *u.stride(), *weight.stride(), *strides(prior, 2),
-            HAS_V=iteration > 1,
-            HAS_PRIOR=prior is not None,
-            HAS_POSE_BIAS=pose_bias is not None,
-            LEAKY=leaky,
-            SAVE_COUPLING=coupling.numel() > 0 and iteration == len(sums),
-            SLOTS=filled.shape[0],
-            UNIFORM=uniform,
-            PRECISION=dot_precision(u.dtype, target),
-            **launch,
-        )  # fmt: skip
-        filled, uniform = next_slots, False
-    write_result(filled, pose_bias, sums[-1], v, uniform=uniform, leaky=leaky, output=output)
 
 
 def fused_dynamic_routing_fwd(
@@ -256,12 +151,7 @@ def fused_dynamic_routing_fwd(
     with device_of(u):
         if prior is None and iterations == 1:
             coupling.fill_(1 / (J + leaky))
-        given = prior, pose_bias, v, coupling, sums, leaky, output
-        passes = one_product(u, weight)
-        if passes is None:
-            _route_in_two_sweeps(u, weight, *given)
-        else:
-            _route(passes, *given)
+        _route(forward_passes(u, weight), prior, pose_bias, v, coupling, sums, leaky, output)
     return v, coupling, sums
 
 

@@ -34,9 +34,10 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
-from tritoncaps.kernels._one_product import one_product
+from tritoncaps.kernels._one_product import OneProduct, one_product
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
+from tritoncaps.kernels._two_products import TwoProducts
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -216,98 +217,6 @@ def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
     w = tl.permute(tl.reshape(w, (GROUPS, K // 8, 4, 2, w.shape[2])), (0, 1, 3, 2, 4))
     w = tl.reshape(w, (GROUPS, K, w.shape[4]))
     return tl.sum(dot(cu, w, PRECISION), axis=0)
-
-
-@triton.jit
-def pass_forward(
-    # pointers
-    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
-    # extents
-    first_b, first_tile, tiles, B, I, P, J, D,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-    # meta-parameters
-    DTYPE: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LEAKY: tl.constexpr, SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write Σ_i c_ij û_ij over a run of tiles to a slot, for BLOCK_B batch rows.
-
-    `pose_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). Without a pose the logits are
-    the prior alone.
-    """
-    b = first_b + tl.arange(0, BLOCK_B)
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_bd = (b < B)[:, None] & (d < D)[None, :]
-    offs_bd = (b * J * D)[:, None] + d[None, :]
-    for tile in range(first_tile, first_tile + tiles):
-        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
-        u, weight_ptrs, _mask_u, mask_w = _load_tile(
-            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
-            stride_weight_i, stride_weight_p, stride_weight_d, DTYPE, BLOCK_P, BLOCK_I,
-        )  # fmt: skip
-        prior_ptrs = prior_ptr + i * stride_prior_i
-        mask_started = (b < tl.where(tile > first_tile, B, 0))[:, None] & (d < D)[None, :]
-
-        top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, LEAKY)
-        for j in range(tl.cast(J, tl.int64)):
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
-            _, logits = _logits(
-                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
-                HAS_POSE, HAS_PRIOR, PRECISION,
-            )  # fmt: skip
-            new_top = tl.maximum(top, logits)
-            mass = mass * tl.exp(top - new_top) + tl.exp(logits - new_top)
-            top = new_top
-
-        for j in range(tl.cast(J, tl.int64)):
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
-            _, logits = _logits(
-                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
-                HAS_POSE, HAS_PRIOR, PRECISION,
-            )  # fmt: skip
-            c = tl.exp(logits - top) / mass
-            c = _add_bias(c, bias_ptr + i * stride_bias_i + j * stride_bias_j, i < I, HAS_BIAS)
-            if SAVE_COUPLING:
-                offs_c = ((b * I)[None, :, None] + i[:, None, :]) * J + j
-                tl.store(coupling_ptr + offs_c, c, (b < B)[None, :, None] & (i < I)[:, None, :])
-            slot_ptrs = slot_ptr + offs_bd + j * D
-            s = tl.load(slot_ptrs, mask_started, other=0.0)
-            tl.store(slot_ptrs, s + _weighted_sum(c, u, w, PRECISION), mask_bd)
-        # The next tile adds to values that other threads of the program have written.
-        tl.debug_barrier()
-
-
-@triton.jit
-def _pass_fwd_kernel(
-    # pointers
-    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slots_ptr, coupling_ptr,
-    # extents
-    B, I, P, J, D, tiles,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-    # meta-parameters
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
-    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Put one program's share of s in its slot."""
-    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
-    split = tl.program_id(1).to(tl.int64)
-    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
-    pass_forward(
-        u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
-        first_b, split * tiles, tiles, B, I, P, J, D,
-        stride_u_b, stride_u_i, stride_u_p,
-        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-        stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-        slots_ptr.dtype.element_ty, True, HAS_PRIOR, HAS_BIAS, LEAKY,
-        SAVE_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
 
 
 # Backward -----------------------------------------------------------------------------------------
@@ -608,6 +517,14 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
+def forward_passes(u: Tensor, weight: Tensor) -> OneProduct | TwoProducts:
+    """Forward passes over u, (B, I, P), and the weight, (I, P, J, D): one product where it serves.
+
+    No extent but I and P may be 0.
+    """
+    return one_product(u, weight) or TwoProducts(u, weight)
+
+
 def write_weight_gradient(
     u: Tensor,
     weight: Tensor,
@@ -688,31 +605,10 @@ def routing_pass_fwd(
         return s.zero_(), coupling
 
     with device_of(u):
-        if passes := one_product(u, weight):
-            saved = coupling if return_coupling else None
-            passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
-            write_sum(passes.slots, s)
-            return s, coupling
-        target = target_of(u)
-        launch, splits, tiles = pass_launch(
-            "routing_pass", I, P, J, D, u.dtype, target, backward=False
-        )
-        slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
-        _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-            u, weight, pose.contiguous(),
-            # In place of a missing tensor, a kernel gets u, which it does not touch.
-            *(u if tensor is None else tensor for tensor in (prior, bias)),
-            slots, coupling,
-            B, I, P, J, D, tiles,
-            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
-            HAS_PRIOR=prior is not None,
-            HAS_BIAS=bias is not None,
-            LEAKY=leaky,
-            SAVE_COUPLING=return_coupling,
-            PRECISION=dot_precision(u.dtype, target),
-            **launch,
-        )  # fmt: skip
-        write_sum(slots, s)
+        passes = forward_passes(u, weight)
+        saved = coupling if return_coupling else None
+        passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
+        write_sum(passes.slots, s)
     return s, coupling
 
 

@@ -192,7 +192,7 @@ def fused_dynamic_routing_bwd(
 
     target = target_of(u)
     launch, splits, tiles = pass_launch(
-        "fused_dynamic_routing", I, P, J, D, u.dtype, target, backward=True, prologue=True
+        "fused_dynamic_routing", I, P, J, D, u.dtype, target, prologue=True
     )
     slots = sums.new_empty(2, splits, B, J, D)
     V = sums.new_empty(splits, B, J, D)

@@ -4,9 +4,10 @@
 
 The prediction vectors û = W u are computed where they are needed and never stored.
 
-A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules
-twice. The first sweep finds the softmax's normaliser for each pair (b, i), and the second applies
-it. Nothing in the program grows with J.
+The forward is that of `_one_product.py` or `_two_products.py`. This file has the backward. A program
+holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules twice. The
+first sweep finds the softmax's normaliser for each pair (b, i), and the second applies it. Nothing
+in the program grows with J.
 
 For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p. This takes one small product,
 x W_jᵀ, for all pairs of the tile, then a sum over p against u. Products are batched over groups of
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from tritoncaps.kernels._launch import (
     Target,
-    UnsupportedShape,
     accumulation_dtype,
     device_of,
     divide,
     dot_precision,
     holds_operands,
     measured,
+    pose_blocks,
     strides,
     target_of,
 )
@@ -44,10 +45,7 @@ from tritoncaps.kernels._two_products import TwoProducts
 
 def _weight_tile(P: int, D: int, values: int) -> tuple[int, int, int]:
     """BLOCK_I, BLOCK_P and BLOCK_D of a weight tile (P·I, D) of about `values` values."""
-    block_p = triton.next_power_of_2(max(P, 1))
-    block_d = max(triton.next_power_of_2(max(D, 1)), 16)
-    if max(block_p, 16) * block_d > 4096:
-        raise UnsupportedShape(f"a weight of P={P} × D={D} for one pair; a warp holds 4096 values")
+    block_p, block_d = pose_blocks(P, D)
     return max(values // block_d, 16, block_p) // block_p, block_p, block_d
 
 
@@ -60,30 +58,27 @@ def pass_launch(
     dtype: torch.dtype,
     target: Target,
     *,
-    backward: bool,
     prologue: bool = False,
 ) -> tuple[dict[str, int], int, int]:
-    """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
+    """Launch keywords of a backward pass, the splits of the input capsules, the tiles in each.
 
     BLOCK_ROWS: the rows that a prologue finishes at a time. A pass with a given pose has none.
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
-    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, the backward,
-    which also holds du and two projections, no longer keeps everything in registers. The backward
-    of a single pass, which may also hold a bias, takes half of that on NVIDIA. A pair P × D with
-    more values spills. The larger it is, the more it spills, until it is refused.
+    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, du and two
+    projections no longer keep to the registers. A single pass, which may also hold a bias, takes
+    half of that on NVIDIA. A pair P × D with more values spills. The larger it is, the more it
+    spills, until it is refused.
     GROUPS: 8 warps with one group each. Few input capsules are spread over the splits first, then
     over the warps, of which two share a prologue. The interpreter takes a millisecond for every
     program, so there they are spread over the warps alone.
-    num_stages: the first sweep fetches the weight of the next j while it works on the current one,
-    if the buffers fit into shared memory. The second sweep does not, because it uses the weight in
-    two products. Neither does the backward, where the addresses no longer fit into registers.
+    num_stages: nothing is fetched ahead, because the addresses would not fit into registers.
     MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values.
     16 keeps this far below û. The MNIST shape gets 12 splits of 3 tiles, 96 programs at B = 128.
     Whether more and smaller ones would be faster has not been measured on any device.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    is_tight = backward and not prologue and target.architecture.startswith("sm")
+    is_tight = not prologue and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     is_interpreted = target.architecture == "interpreter"
     spread = triton.cdiv(I, 8 if is_interpreted else 16)
@@ -94,7 +89,6 @@ def pass_launch(
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:
         groups, buffer = groups // 2, buffer // 2
-    fetch_ahead = not backward and 4 * buffer <= target.shared_memory
     launch = {
         "GROUPS": groups,
         "BLOCK_B": 16,
@@ -103,12 +97,11 @@ def pass_launch(
         "BLOCK_D": block_d,
         "MAX_SPLITS": 16,
         "num_warps": groups,
-        "num_stages": 3 if fetch_ahead else 1,
+        "num_stages": 1,
     }
     if prologue:
         launch["BLOCK_ROWS"] = max(max(groups, 4) * (64 if is_wide else 128) // block_d, 1)
-    rule = f"{rule}_bwd" if backward else f"{rule}_fwd"
-    launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=D)
+    launch = measured(f"{rule}_bwd", launch, target, dtype, I=I, P=P, J=J, D=D)
     return launch, *divide(I, launch["GROUPS"] * launch["BLOCK_I"], launch.pop("MAX_SPLITS"))
 
 
@@ -135,7 +128,7 @@ def weight_gradient_launch(
     return measured("weight_gradient", launch, target, dtype, I=I, P=P, J=J, D=D)
 
 
-# Forward ------------------------------------------------------------------------------------------
+# Tiles --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -597,7 +590,7 @@ def routing_pass_fwd(
     Returns:
         s (B, J, D), and c (B, I, J) or an empty tensor.
     """
-    B, I, P = u.shape
+    B, I, _ = u.shape
     _, _, J, D = weight.shape
     s = u.new_empty(B, J, D)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
@@ -640,7 +633,7 @@ def routing_pass_bwd(
         return grad_u, grad_weight, grad_pose, grad_prior, grad_bias
 
     target = target_of(u)
-    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=True)
+    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target)
     dtype = accumulation_dtype(u.dtype)
     slots = u.new_zeros((splits, B, J, D), dtype=dtype)
     normaliser = u.new_empty((B, I), dtype=dtype)

@@ -28,6 +28,7 @@ from tritoncaps.kernels._one_product import (
     parts_of,
     sum_over_j,
 )
+from tritoncaps.kernels._vote_gradient import Grads, write_vote_gradient
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -42,7 +43,7 @@ def _one_product_bwd_kernel(
     # strides
     stride_prior_i, stride_prior_j,
     # meta-parameters
-    FULL: tl.constexpr, HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr,
+    FULL: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, LEAKY: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr, SPLIT: tl.constexpr, IS_ODD: tl.constexpr,
     PARTS: tl.constexpr, PAIRS: tl.constexpr, K: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +66,9 @@ def _one_product_bwd_kernel(
     for k in tl.static_range(N):
         j = output_capsules(PARTS, k, PAIRS)
         offs, exists = part_offsets(j, row, rows, J, D, BLOCK_D)
-        poses = poses + (tl.load(pose_ptr + offs, exists, other=0.0).to(tl.float32) * LOG2_E,)
+        if HAS_POSE:
+            pose = tl.load(pose_ptr + offs, exists, other=0.0).to(tl.float32)
+            poses = poses + (pose * LOG2_E,)
         if FULL:
             grads = grads + (tl.load(ds_ptr + offs, exists, other=0.0).to(tl.float32),)
             zeros = tl.zeros((GROUPS, 2 * PARTS[k] * BLOCK_D, 8), tl.float32)
@@ -86,8 +89,11 @@ def _one_product_bwd_kernel(
             vote = by_pair(add_product(zeros, w, columns, SPLIT), BLOCK_D)
             j = output_capsules(PARTS, k, PAIRS)
             prior_ptrs = prior_ptr + i * stride_prior_i + j * stride_prior_j
-            logit = add_prior(over_d(vote * poses[k]), prior_ptrs, j < J, HAS_PRIOR, IS_ODD)
-            logits = logits + (logit,)
+            if HAS_POSE:
+                logit = over_d(vote * poses[k])
+            else:
+                logit = tl.zeros((GROUPS, vote.shape[1], 2, 8), tl.float32)
+            logits = logits + (add_prior(logit, prior_ptrs, j < J, HAS_PRIOR, IS_ODD),)
             if FULL:
                 dc = over_d(vote * grads[k])
                 if HAS_GRAD_COUPLING:
@@ -134,49 +140,71 @@ def _one_product_bwd_kernel(
             tl.store(slots_ptr + offs, sums[k], exists)
 
 
-def run_backward(
-    passes: OneProduct,
-    pose: Tensor,
-    ds: Tensor,
-    prior: Tensor | None,
-    grad_coupling: Tensor | None,
-    normaliser: Tensor,
-    delta: Tensor,
-    *,
-    full: bool,
-    leaky: bool,
-) -> None:
-    """Write the shares of dpose to the slots, and log Σ_j exp and δ of every (i, b).
+class OneProductBackward:
+    """The backward passes of one call, and the contraction after them."""
 
-    Args:
-        passes: prepared u and W.
-        pose, ds: contiguous, (B, J, D).
-        prior: (I, J), any strides, or None.
-        grad_coupling: contiguous, (B, I, J), or None.
-        normaliser, delta: contiguous outputs, (I, B'), with the rows of the prepared columns.
-        full: whether the coupling depends on û. If not, only the normaliser is written.
-        leaky: whether an orphan class with logit 0 takes part in the softmax.
-    """
-    B, I, J, D = passes.shape
-    columns, weight, split = passes.prepared
-    launch = passes.launch
-    if prior is not None or grad_coupling is not None:
-        # Addresses of capsules that are fetched ahead would not fit into registers.
-        launch = {**launch, "num_stages": 1}
-    _one_product_bwd_kernel[(columns.shape[1] // (8 * launch["GROUPS"]), len(passes.slots))](
-        columns, weight, pose, ds,
-        *(columns if tensor is None else tensor for tensor in (prior, grad_coupling)),
-        passes.slots, normaliser, delta,
-        B, I, J, D, columns.shape[1], passes.capsules,
-        *strides(prior, 2),
-        FULL=full,
-        HAS_PRIOR=prior is not None,
-        LEAKY=leaky,
-        HAS_GRAD_COUPLING=grad_coupling is not None,
-        SPLIT=split,
-        IS_ODD=J % 2 == 1,
-        PARTS=parts_of(J),
-        PAIRS=triton.cdiv(J, 2),
-        K=columns.shape[2],
-        **launch,
-    )  # fmt: skip
+    def __init__(
+        self,
+        passes: OneProduct,
+        contraction: dict[str, int],
+        prior: Tensor | None,
+        bias: Tensor | None,
+        grads: Grads,
+        *,
+        steps: int,
+        full: bool,
+        leaky: bool,
+    ) -> None:
+        self._passes, self._contraction = passes, contraction
+        self._prior, self._bias, self._grads = prior, bias, grads
+        self._full, self._leaky = full, leaky
+        self.slots = passes.slots
+        I, padded_b, _ = passes.prepared.columns.shape
+        self._saved = self.slots.new_empty(2, steps, I, padded_b)
+
+    def run(self, step: int, pose: Tensor | None, ds: Tensor, grad_coupling: Tensor | None) -> None:
+        """Write the shares of dpose of a step to the slots. See `TwoSweeps.run`."""
+        if pose is None and self._prior is None:
+            return
+        B, I, J, D = self._passes.shape
+        columns, weight, split = self._passes.prepared
+        launch = self._passes.launch
+        if self._prior is not None or grad_coupling is not None:
+            # Addresses of capsules that are fetched ahead would not fit into registers.
+            launch = {**launch, "num_stages": 1}
+        _one_product_bwd_kernel[(columns.shape[1] // (8 * launch["GROUPS"]), len(self.slots))](
+            columns, weight,
+            # In place of a missing tensor, a kernel gets the columns, which it does not touch.
+            *(columns if x is None else x for x in (pose, ds, self._prior, grad_coupling)),
+            self.slots, self._saved[0, step], self._saved[1, step],
+            B, I, J, D, columns.shape[1], self._passes.capsules,
+            *strides(self._prior, 2),
+            FULL=self._full,
+            HAS_POSE=pose is not None,
+            HAS_PRIOR=self._prior is not None,
+            LEAKY=self._leaky,
+            HAS_GRAD_COUPLING=grad_coupling is not None,
+            SPLIT=split,
+            IS_ODD=J % 2 == 1,
+            PARTS=parts_of(J),
+            PAIRS=triton.cdiv(J, 2),
+            K=columns.shape[2],
+            **launch,
+        )  # fmt: skip
+
+    def contract(
+        self,
+        poses: Tensor,
+        ds: Tensor,
+        grad_coupling: Tensor | None,
+        *,
+        uniform: bool,
+    ) -> None:
+        """Write the gradients of all steps. See `TwoSweeps.contract`."""
+        write_vote_gradient(
+            self._passes.prepared, poses, ds, self._prior, self._bias, grad_coupling,
+            (self._saved[0], self._saved[1]), self._grads, self._contraction,
+            full=self._full,
+            leaky=self._leaky,
+            uniform=uniform,
+        )  # fmt: skip

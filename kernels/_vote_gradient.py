@@ -27,6 +27,9 @@ from tritoncaps.kernels._prepared import Prepared
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, round_to_tf32
 
+# Gradients of u, the weight, and of the prior and the bias, if there are any.
+Grads = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
 _FEWEST_PROGRAMS = 264  # two for every processor of an H200
 _MOST_STEPS = 2  # passes of one launch: more would not fit into the registers
 
@@ -336,7 +339,7 @@ def write_vote_gradient(
     bias: Tensor | None,
     grad_coupling: Tensor | None,
     saved: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grads: Grads,
     launch: dict[str, int],
     *,
     full: bool = True,
@@ -351,7 +354,7 @@ def write_vote_gradient(
         prior, bias: (I, J), any strides, or None.
         grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
         saved: log Σ_j exp and δ, contiguous, (steps, I, B').
-        grads: contiguous outputs du, dW, dprior and dbias, or None if there is no prior or no bias.
+        grads: contiguous outputs.
         launch: of `vote_gradient_launch`.
         full: whether the couplings depend on û. If not, dprior and dbias are not written.
         leaky: whether an orphan class takes part in the softmax.

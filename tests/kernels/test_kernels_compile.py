@@ -98,9 +98,9 @@ def test_large_shapes_compile_with_one_tf32_product(pool):
     is_tf32 = [launch for launch in found if not set(one_tf32).isdisjoint(launch.constants)]
     assert {launch.name for launch in is_tf32} > {
         "_one_product_kernel",
-        "_pass_fwd_kernel",
+        "_logits_kernel",
+        "_weighted_sum_kernel",
         "_pass_bwd_kernel",
-        "_routing_fwd_kernel",
         "_routing_bwd_kernel",
     }
     assert_compiles("sm90", is_tf32, pool)
@@ -126,9 +126,9 @@ EXTREMES = [(3, True, True, True, True, "full"), (3, False, False, False, False,
 def in_modes(target_name, modes):
     """The launches of the MNIST shape in every mode of a table.
 
-    The passes of 100 classes come with them, because those of the MNIST shape have another form.
+    The forward of 100 classes comes with them, because that of the MNIST shape has another form.
     """
-    two_sweeps = ("_routing_fwd_kernel", "_pass_fwd_kernel")
+    wide = {"_blocks_kernel", "_logits_kernel", "_softmax_kernel", "_weighted_sum_kernel"}
     found = {}
     for iterations, prior, coupling, bias, authors, gradient in modes:
         for shape in ("MNIST", "100 classes"):
@@ -143,9 +143,7 @@ def in_modes(target_name, modes):
                 leaky=authors,
                 output="s" if authors else "v",
             )
-            found |= {
-                launch: None for launch in of_mode if shape == "MNIST" or launch.name in two_sweeps
-            }
+            found |= {launch: None for launch in of_mode if shape == "MNIST" or launch.name in wide}
     return list(found)
 
 

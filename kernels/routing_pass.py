@@ -4,10 +4,10 @@
 
 The prediction vectors û = W u are computed where they are needed and never stored.
 
-The forward is that of `_one_product.py` or `_two_products.py`. This file has the backward. A program
-holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules twice. The
-first sweep finds the softmax's normaliser for each pair (b, i), and the second applies it. Nothing
-in the program grows with J.
+The forward is in `_one_product.py` and `_two_products.py`, the backward in this file. A program of
+the backward holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output
+capsules twice. The first sweep finds the softmax's normaliser for each pair (b, i), and the second
+applies it. Nothing in the program grows with J.
 
 For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p. This takes one small product,
 x W_jᵀ, for all pairs of the tile, then a sum over p against u. Products are batched over groups of

@@ -37,7 +37,7 @@ from tritoncaps.kernels._launch import (
     strides,
     target_of,
 )
-from tritoncaps.kernels._tiles import round_to_tf32, softmax_start, tf32_operand
+from tritoncaps.kernels._tiles import round_to_tf32, softmax_start
 
 # Launch rule --------------------------------------------------------------------------------------
 
@@ -52,14 +52,16 @@ def two_products_launch(
     BLOCK_B: 32 batch rows, of which a thread of the logits holds u and a projection, 32 values
     each. Up to 64 in the weighted sum: c u and the sum take 64 and 32 values. Half of that for
     float64, and fewer the larger a pose is.
-    GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp.
+    GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp. Fewer if
+    their W does not fit into shared memory.
     maxnreg: three programs of the logits share a processor. The values of float64, or of a larger
     pose, would not fit then, and neither would those of products that keep their operands.
     MAX_RUN: the output capsules that a program walks over. Shorter runs make more programs, and
     read u more often.
     MAX_SPLITS: at B = 128, two programs for each of the 132 processors of an H200.
     num_stages: the next W is fetched while the warps work on one. In the weighted sum, the
-    addresses of a second one ahead would take too many registers.
+    addresses of a second one ahead would take too many registers. A W that does not fit twice is
+    not fetched ahead.
     The interpreter takes a millisecond for every program, so there one has everything, if it can.
     """
     block_p, block_d = pose_blocks(P, D)
@@ -72,19 +74,24 @@ def two_products_launch(
     block = {"BLOCK_I": block_i, "BLOCK_P": block_p, "BLOCK_D": block_d}
     columns = block_i * block_p
 
-    groups = min(triton.next_power_of_2(max(triton.cdiv(I, block_i), 1)), 4)
+    # Four times what the warps read of W leaves room for the next of it, and for the rest.
+    warps, room = 8, target.shared_memory // (4 * columns * block_d * 4 * scale)
+    while warps > 1 and warps > room and not is_interpreted:
+        warps //= 2
+
+    groups = min(triton.next_power_of_2(max(triton.cdiv(I, block_i), 1)), 4, warps)
     rows = 1024 // max(columns, block_d) // scale
     logits = {
         "GROUPS": groups,
         "BLOCK_B": min(max(rows, 16), 32),
         "MAX_RUN": J if is_interpreted else 32,
         "num_warps": groups,
-        "num_stages": 3,
+        "num_stages": 3 if room > 0 else 1,
     }
     is_nvidia = target.architecture.startswith("sm")
     if is_nvidia and not holds_operands(target) and max(columns, block_d) <= 32 // scale:
         logits["maxnreg"] = 168
-    block_j = min(triton.next_power_of_2(J), 8)
+    block_j = min(triton.next_power_of_2(J), warps)
     block_b = min(max(min(2048 // columns, 1024 // block_d) // scale, 16), 64)
     programs = 128 // block_b * triton.cdiv(J, block_j)
     weighted_sum = {
@@ -92,7 +99,7 @@ def two_products_launch(
         "BLOCK_J": block_j,
         "MAX_SPLITS": 1 if is_interpreted else max(264 // programs, 1),
         "num_warps": block_j,
-        "num_stages": 2,
+        "num_stages": 2 if room > 0 else 1,
     }
     extents = {"I": I, "P": P, "J": J, "D": D}
     return (
@@ -107,6 +114,17 @@ def two_products_launch(
 # u is kept as (blocks, B, BLOCK_P, BLOCK_I), the logits as (J, blocks, rows, BLOCK_I), and the
 # softmax's maximum and sum of each run as (runs, 2, blocks, rows, BLOCK_I). `rows` are a chunk of
 # the batch, from `first_b` on, and `size` is blocks · rows · BLOCK_I.
+
+
+@triton.jit
+def _tf32_operand(x):
+    """`tf32_operand` of `_tiles.py` in three instructions instead of five.
+
+    The multiplier drops the bits that rounding would clear. The differences are exact, and NaN in
+    them stays NaN. As with three products, an infinite operand becomes NaN.
+    """
+    rounded = (x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+    return x - (x - rounded)
 
 
 @triton.jit
@@ -127,8 +145,8 @@ def _dot(a, w, PRECISION: tl.constexpr):
         product = tl.dot(a - a_low, w_low, acc=product, input_precision="tf32")
         product = tl.dot(a + (-a_low), w + (-w_low), acc=product, input_precision="tf32")
     elif PRECISION == "tf32":
-        w = w if IS_EXACT else tf32_operand(w)
-        product = tl.dot(tf32_operand(a), w, input_precision="tf32")
+        w = w if IS_EXACT else _tf32_operand(w)
+        product = tl.dot(_tf32_operand(a), w, input_precision="tf32")
     else:
         product = tl.dot(a, w, input_precision=PRECISION, out_dtype=a.dtype)
     return product

@@ -96,10 +96,11 @@ def test_launches_cover_the_capsules_and_fit(I, P, J, D, dtype, architecture, sh
     assert block["BLOCK_D"] >= D
     columns = block["BLOCK_I"] * block["BLOCK_P"]
     assert columns >= 16
-    for launch, tiles in ((logits, logits["GROUPS"]), (weighted_sum, weighted_sum["BLOCK_J"])):
-        rows = columns + launch["BLOCK_B"]
-        assert tiles * rows * block["BLOCK_D"] * width <= 4 * 65536
+    for launch, warps in ((logits, logits["GROUPS"]), (weighted_sum, weighted_sum["BLOCK_J"])):
+        weight = warps * columns * block["BLOCK_D"] * width
+        assert weight * (4 if launch["num_stages"] > 1 else 1) <= shared_memory
         assert 16 <= launch["BLOCK_B"] <= 64
+        assert launch["num_warps"] == warps
     launch, splits, tiles = dynamic_routing.dynamic_routing_launch(I, J, D, dtype, target)
     assert_covers(splits, tiles, launch["BLOCK_I"])
 

@@ -164,8 +164,8 @@ def _blocks_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write a block of u, (BLOCK_B, BLOCK_P, BLOCK_I). What does not exist is zero."""
-    block = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    block = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     k = tl.arange(0, BLOCK_P * BLOCK_I)[None, :]
     i = block * BLOCK_I + k % BLOCK_I
     p = (k // BLOCK_I).to(tl.int64)
@@ -343,7 +343,7 @@ class TwoProducts:
         self._logits = u.new_empty((J, blocks * self._chunk * block_i), dtype=dtype)
         self._runs = u.new_empty((runs, 2 * blocks * self._chunk * block_i), dtype=dtype)
         self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
-        _blocks_kernel[(triton.cdiv(B, 32), blocks)](
+        _blocks_kernel[(blocks, triton.cdiv(B, 32))](
             u, self._blocks,
             B, I, P,
             *u.stride(),
@@ -405,6 +405,8 @@ class TwoProducts:
         """Write the logits of some rows, and to the first run their maximum and inverse sum."""
         B, I, P, J, D = self._extents
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
+        if prior is not None and "maxnreg" in launch:
+            launch = launch | {"maxnreg": 255}  # its addresses take registers too
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
         _logits_kernel[grid](
             self._blocks, self._weight,

@@ -50,8 +50,9 @@ def two_products_launch(
     BLOCK_I: 32 columns, 16 if D is above 32. A block is at least one capsule, and a product needs
     at least 16 columns.
     BLOCK_B: 32 batch rows, of which a thread of the logits holds u and a projection, 32 values
-    each. Up to 64 in the weighted sum: c u and the sum take 64 and 32 values. Half of that for
-    float64, and fewer the larger a pose is.
+    each. In the weighted sum, a thread holds c u, at most 64 values, and the sum and a product, at
+    most 32 each: 64 rows. Three products split c u in two. So they have 32 rows, because Triton 3.6
+    spills a few values with 64. Half of all that for float64, and fewer the larger a pose is.
     GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp. Fewer if
     their W does not fit into shared memory.
     maxnreg: three programs of the logits share a processor. The values of float64, or of a larger
@@ -92,7 +93,8 @@ def two_products_launch(
     if is_nvidia and not holds_operands(target) and max(columns, block_d) <= 32 // scale:
         logits["maxnreg"] = 168
     block_j = min(triton.next_power_of_2(J), warps)
-    block_b = min(max(min(2048 // columns, 1024 // block_d) // scale, 16), 64)
+    factors = 1024 if dot_precision(dtype, target) == "tf32x3" else 2048
+    block_b = min(max(min(factors // columns, 1024 // block_d) // scale, 16), 64)
     programs = 128 // block_b * triton.cdiv(J, block_j)
     weighted_sum = {
         "BLOCK_B": block_b,

@@ -112,7 +112,7 @@ def test_any_tiling_of_a_table(device, name, tmp_path, monkeypatch):
         f"logits {fused}": {"GROUPS": 1, "num_warps": 1, "BLOCK_B": 16, "MAX_RUN": 2},
         f"weighted_sum {fused}": {"BLOCK_J": 2, "num_warps": 2, "BLOCK_B": 16, "MAX_SPLITS": 2},
     }
-    loop = {f"fused_dynamic_routing_bwd {fused}": tiling | {"BLOCK_ROWS": 2}}
+    loop = {f"fused_dynamic_routing_bwd {fused}": tiling}
     one_pass = {f"routing_pass_bwd {fused}": tiling | {"MAX_SPLITS": 2}}
     weight = {f"weight_gradient {fused}": {"BLOCK_I": 8, "BLOCK_B": 16}}
     given = {"BLOCK_I": 2, "BLOCK_J": 1, "MAX_SPLITS": 3}

@@ -101,14 +101,28 @@ def divide(I: int, tile: int, max_splits: int) -> tuple[int, int]:
     return triton.cdiv(tiles, tiles_each), tiles_each
 
 
+def pose_blocks(P: int, D: int) -> tuple[int, int]:
+    """BLOCK_P and BLOCK_D of a part of the weight, whose products have an inner dimension of 16.
+
+    Raises:
+        UnsupportedShape: one pair of poses has more values than a warp can hold.
+    """
+    block_p = triton.next_power_of_2(max(P, 1))
+    block_d = max(triton.next_power_of_2(max(D, 1)), 16)
+    if max(block_p, 16) * block_d > 4096:
+        raise UnsupportedShape(f"a weight of P={P} × D={D} for one pair; a warp holds 4096 values")
+    return block_p, block_d
+
+
 def with_all_registers(launch: dict[str, int], target: Target) -> dict[str, int]:
     """Let NVIDIA's assembler use every register that the warps leave free.
 
-    Without this it may spill a few values to make room for one more program.
+    Without this it may spill a few values to make room for one more program. A launch that has a
+    limit of its own keeps it.
     """
     if not target.architecture.startswith("sm"):
         return launch
-    return {**launch, "maxnreg": min(65536 // (32 * launch["num_warps"]), 255)}
+    return {"maxnreg": min(65536 // (32 * launch["num_warps"]), 255), **launch}
 
 
 # The measured table -------------------------------------------------------------------------------
@@ -117,7 +131,7 @@ _table: dict[str, dict[str, int]] = {}
 
 # The keywords that a table may set. BLOCK_P and BLOCK_D are not choices: they hold a whole pose.
 _POWERS = ("num_warps", "GROUPS", "BLOCK_B", "BLOCK_I", "BLOCK_J", "BLOCK_ROWS")
-_TUNABLE = (*_POWERS, "num_stages", "MAX_SPLITS")
+_TUNABLE = (*_POWERS, "num_stages", "MAX_SPLITS", "MAX_RUN")
 
 
 def load_table(path: str | Path) -> None:

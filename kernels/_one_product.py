@@ -32,7 +32,7 @@ from tritoncaps.kernels._launch import Target, divide, dot_precision, measured, 
 from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._tiles import round_to_tf32
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
@@ -96,7 +96,7 @@ def _repeat(w, GROUPS: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _add_product(total, w, columns, SPLIT: tl.constexpr):
+def add_product(total, w, columns, SPLIT: tl.constexpr):
     """total + W_i u_i, (GROUPS, rows, 8), from W_i, (rows, P), and columns, (GROUPS, K, 8)."""
     GROUPS: tl.constexpr = columns.shape[0]
     K: tl.constexpr = columns.shape[1]
@@ -109,7 +109,7 @@ def _add_product(total, w, columns, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _by_pair(rows, BLOCK_D: tl.constexpr):
+def by_pair(rows, BLOCK_D: tl.constexpr):
     """(GROUPS, rows, 8) as a part."""
     GROUPS: tl.constexpr = rows.shape[0]
     PAIRS: tl.constexpr = rows.shape[1] // (2 * BLOCK_D)
@@ -117,30 +117,30 @@ def _by_pair(rows, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _over_d(part):
+def over_d(part):
     """The sum over d, (GROUPS, pairs, 2, 8)."""
     return tl.sum(tl.sum(part, axis=2), axis=3)
 
 
 @triton.jit
-def _max_over_j(logits):
+def max_over_j(logits):
     return tl.max(tl.max(logits, axis=1), axis=1)[:, None, None, :]
 
 
 @triton.jit
-def _sum_over_j(shares):
+def sum_over_j(shares):
     return tl.sum(tl.sum(shares, axis=1), axis=1)[:, None, None, :]
 
 
 @triton.jit
-def _output_capsules(PARTS: tl.constexpr, k: tl.constexpr, PAIRS: tl.constexpr):
+def output_capsules(PARTS: tl.constexpr, k: tl.constexpr, PAIRS: tl.constexpr):
     """j of part k, (pairs, 2). The pairs before it are the smaller digits of PAIRS."""
     pair = (PAIRS & (PARTS[k] - 1)) + tl.arange(0, PARTS[k])
     return 2 * pair[:, None] + tl.arange(0, 2)[None, :]
 
 
 @triton.jit
-def _part_offsets(j, row, rows, J, D, BLOCK_D: tl.constexpr):
+def part_offsets(j, row, rows, J, D, BLOCK_D: tl.constexpr):
     """Where the vectors of a part lie in a contiguous (rows, J, D), and which of them exist."""
     j = j[:, None, :, None]
     d = 4 * tl.arange(0, BLOCK_D // 4)[:, None, None] + tl.arange(0, 4)[None, None, :]
@@ -150,7 +150,7 @@ def _part_offsets(j, row, rows, J, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(
+def load_weight(
     weight_ptr, PARTS: tl.constexpr, k: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -161,15 +161,15 @@ def _load_weight(
 
 
 @triton.jit
-def _add_prior(logits, prior_ptrs, exists, HAS_PRIOR: tl.constexpr, IS_ODD: tl.constexpr):
+def add_prior(logits, prior_ptrs, exists, HAS_PRIOR: tl.constexpr, IS_ODD: tl.constexpr):
     """Logits in base 2, (GROUPS, pairs, 2, 8), plus the prior. Where no j exists they become -∞.
 
     A finite prior stays finite, so the lowest is a logit like any other.
     """
     if HAS_PRIOR:
         prior = tl.load(prior_ptrs, exists, other=float("-inf")).to(tl.float32)
-        finite = tl.minimum(tl.maximum(prior, -_LARGEST / _LOG2_E), _LARGEST / _LOG2_E)
-        prior = tl.where(tl.abs(prior) <= _LARGEST, finite * _LOG2_E, prior)
+        finite = tl.minimum(tl.maximum(prior, -_LARGEST / LOG2_E), _LARGEST / LOG2_E)
+        prior = tl.where(tl.abs(prior) <= _LARGEST, finite * LOG2_E, prior)
         logits += prior[None, :, :, None]
     elif IS_ODD:
         logits = tl.where(exists[None, :, :, None], logits, float("-inf"))
@@ -179,9 +179,9 @@ def _add_prior(logits, prior_ptrs, exists, HAS_PRIOR: tl.constexpr, IS_ODD: tl.c
 @triton.jit
 def _softmax(logits, N: tl.constexpr, LEAKY: tl.constexpr):
     """The softmax over j of logits in base 2, N parts, (GROUPS, pairs, 2, 8) each."""
-    top = _max_over_j(logits[0])
+    top = max_over_j(logits[0])
     for k in tl.static_range(1, N):
-        top = tl.maximum(top, _max_over_j(logits[k]))
+        top = tl.maximum(top, max_over_j(logits[k]))
     if LEAKY:
         top = tl.maximum(top, 0.0)
         mass = tl.exp2(-top)
@@ -190,7 +190,7 @@ def _softmax(logits, N: tl.constexpr, LEAKY: tl.constexpr):
     shares = ()
     for k in tl.static_range(N):
         shares = shares + (tl.exp2(logits[k] - top),)
-        mass += _sum_over_j(shares[k])
+        mass += sum_over_j(shares[k])
     inverse = 1.0 / mass
     softmax = ()
     for k in tl.static_range(N):
@@ -225,12 +225,12 @@ def _one_product_kernel(
     poses = ()
     for k in tl.static_range(N):
         total = tl.zeros((GROUPS, 2 * PARTS[k] * BLOCK_D, 8), tl.float32)
-        sums = sums + (_by_pair(total, BLOCK_D) if HAS_LOGITS else total,)
+        sums = sums + (by_pair(total, BLOCK_D) if HAS_LOGITS else total,)
         if HAS_POSE:
-            j = _output_capsules(PARTS, k, PAIRS)
-            offs, exists = _part_offsets(j, row, rows, J, D, BLOCK_D)
+            j = output_capsules(PARTS, k, PAIRS)
+            offs, exists = part_offsets(j, row, rows, J, D, BLOCK_D)
             pose = tl.load(pose_ptr + offs, exists, other=0.0).to(tl.float32)
-            poses = poses + (pose * _LOG2_E,)
+            poses = poses + (pose * LOG2_E,)
 
     columns_ptr += first_b * K
     offs_columns = (row * K)[:, None, :] + tl.arange(0, K)[None, :, None]
@@ -242,25 +242,25 @@ def _one_product_kernel(
         logits = ()
         new_sums = ()
         for k in tl.static_range(N):
-            w = _load_weight(weight_ptr + i * (ROWS * BLOCK_P), PARTS, k, PAIRS, BLOCK_P, BLOCK_D)
+            w = load_weight(weight_ptr + i * (ROWS * BLOCK_P), PARTS, k, PAIRS, BLOCK_P, BLOCK_D)
             if HAS_LOGITS:
                 zeros = tl.zeros((GROUPS, 2 * PARTS[k] * BLOCK_D, 8), tl.float32)
-                vote = _by_pair(_add_product(zeros, w, columns, SPLIT), BLOCK_D)
+                vote = by_pair(add_product(zeros, w, columns, SPLIT), BLOCK_D)
                 if HAS_POSE:
-                    logit = _over_d(vote * poses[k])
+                    logit = over_d(vote * poses[k])
                 else:
                     logit = tl.zeros((GROUPS, vote.shape[1], 2, 8), tl.float32)
-                j = _output_capsules(PARTS, k, PAIRS)
+                j = output_capsules(PARTS, k, PAIRS)
                 prior_ptrs = prior_ptr + i * stride_prior_i + j * stride_prior_j
                 votes = votes + (vote,)
-                logits = logits + (_add_prior(logit, prior_ptrs, j < J, HAS_PRIOR, IS_ODD),)
+                logits = logits + (add_prior(logit, prior_ptrs, j < J, HAS_PRIOR, IS_ODD),)
             else:
-                new_sums = new_sums + (_add_product(sums[k], w, columns, SPLIT),)
+                new_sums = new_sums + (add_product(sums[k], w, columns, SPLIT),)
         if HAS_LOGITS:
             softmax = _softmax(logits, N, LEAKY)
             for k in tl.static_range(N):
                 c = softmax[k]
-                j = _output_capsules(PARTS, k, PAIRS)
+                j = output_capsules(PARTS, k, PAIRS)
                 if HAS_BIAS:
                     bias_ptrs = bias_ptr + i * stride_bias_i + j * stride_bias_j
                     c += tl.load(bias_ptrs, j < J, other=0.0).to(tl.float32)[None, :, :, None]
@@ -273,9 +273,9 @@ def _one_product_kernel(
 
     slots_ptr += (split.to(tl.int64) * B + first_b) * J * D
     for k in tl.static_range(N):
-        j = _output_capsules(PARTS, k, PAIRS)
-        offs, exists = _part_offsets(j, row, rows, J, D, BLOCK_D)
-        total = sums[k] if HAS_LOGITS else _by_pair(sums[k], BLOCK_D)
+        j = output_capsules(PARTS, k, PAIRS)
+        offs, exists = part_offsets(j, row, rows, J, D, BLOCK_D)
+        total = sums[k] if HAS_LOGITS else by_pair(sums[k], BLOCK_D)
         tl.store(slots_ptr + offs, total, exists)
 
 
@@ -289,11 +289,13 @@ class OneProduct:
         self, u: Tensor, weight: Tensor, launch: dict[str, int], splits: int, capsules: int
     ) -> None:
         _, _, J, D = weight.shape
-        self._shape = (u.shape[0], u.shape[1], J, D)
-        self._launch, self._capsules = launch, capsules
-        self._prepared = prepare(
+        self.shape = (u.shape[0], u.shape[1], J, D)
+        self.launch, self.capsules = launch, capsules
+        self.prepared = prepare(
             u, weight, dot_precision(u.dtype, target_of(u)),
-            block_b=8 * launch["GROUPS"], block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
+            block_b=max(8 * launch["GROUPS"], 16),
+            block_p=launch["BLOCK_P"],
+            block_d=launch["BLOCK_D"],
         )  # fmt: skip
         self.slots = u.new_empty((splits, u.shape[0], J, D), dtype=torch.float32)
 
@@ -315,14 +317,14 @@ class OneProduct:
             coupling: contiguous output, (B, I, J), or None.
             leaky: whether an orphan class with logit 0 takes part in the softmax.
         """
-        B, I, J, D = self._shape
-        columns, weight, split = self._prepared
-        _one_product_kernel[(columns.shape[1] // (8 * self._launch["GROUPS"]), len(self.slots))](
+        B, I, J, D = self.shape
+        columns, weight, split = self.prepared
+        _one_product_kernel[(columns.shape[1] // (8 * self.launch["GROUPS"]), len(self.slots))](
             columns, weight,
             # In place of a missing tensor, a kernel gets the columns, which it only reads.
             *(columns if tensor is None else tensor for tensor in (pose, prior, bias)),
             self.slots, columns if coupling is None else coupling,
-            B, I, J, D, columns.shape[1], self._capsules,
+            B, I, J, D, columns.shape[1], self.capsules,
             *strides(prior, 2), *strides(bias, 2),
             HAS_POSE=pose is not None,
             HAS_PRIOR=prior is not None,
@@ -334,7 +336,7 @@ class OneProduct:
             PARTS=parts_of(J),
             PAIRS=triton.cdiv(J, 2),
             K=columns.shape[2],
-            **self._launch,
+            **self.launch,
         )  # fmt: skip
 
 

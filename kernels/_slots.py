@@ -134,11 +134,11 @@ def pull_back(
 
 
 def _launch(D: int, slots: int) -> dict[str, int]:
-    """About 2048 values per program: up to 32 slots side by side, of whole rows."""
+    """About 2048 values per program: up to 32 slots side by side, of whole rows, 8 at most."""
     launch = row_launch(D)
     room = max(2048 // launch["BLOCK_D"], 1)
     launch["BLOCK_SLOTS"] = min(triton.next_power_of_2(slots), 32, room)
-    launch["BLOCK_ROWS"] = max(2048 // (launch["BLOCK_SLOTS"] * launch["BLOCK_D"]), 1)
+    launch["BLOCK_ROWS"] = min(max(room // launch["BLOCK_SLOTS"], 1), 8)
     return launch
 
 
@@ -231,5 +231,67 @@ def write_result(
         HAS_POSE_BIAS=pose_bias is not None,
         HAS_V=V is not None,
         SQUASHED=output == "v",
+        **launch,
+    )  # fmt: skip
+
+
+@triton.jit
+def _pull_back_kernel(
+    # pointers
+    slots_ptr, sums_ptr, dV_ptr, V_ptr, ds_ptr,
+    # extents
+    N, D, slots, iteration,
+    # meta-parameters
+    CARRY: tl.constexpr, SAVE: tl.constexpr, SQUASHED: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Open backward pass t = `iteration`: ds⁽ᵗ⁾ from the slots of dv⁽ᵗ⁾, and V⁽ᵗ⁻¹⁾.
+
+    With CARRY, the slots lack dV⁽ᵗ⁺¹⁾, which is added. With SAVE, the sum replaces it.
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (n < N) & (d < D)
+    offsets = n * D + d
+    slot_size = tl.cast(N, tl.int64) * D
+    s = tl.load(sums_ptr + (iteration - 1) * slot_size + offsets, mask, other=0.0)
+    dv = sum_many_slots(slots_ptr, offsets, mask, slot_size, slots, BLOCK_SLOTS).to(s.dtype)
+    if CARRY:
+        dv += tl.load(dV_ptr + offsets, mask, other=0.0)
+    if SAVE:
+        tl.store(dV_ptr + offsets, dv, mask)
+    tl.store(ds_ptr + offsets, squash_rows_grad(s, dv) if SQUASHED else dv, mask)
+    tl.store(V_ptr + offsets, running_sum(sums_ptr, offsets, mask, slot_size, iteration - 1), mask)
+
+
+def write_pull_back(
+    slots: Tensor,
+    sums: Tensor,
+    dV: Tensor,
+    V: Tensor,
+    ds: Tensor,
+    *,
+    iteration: int,
+    squashed: bool,
+) -> None:
+    """Write V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾ of backward pass t = `iteration`.
+
+    Args:
+        slots: contiguous, (slots, B, J, D): grad_v for the last iteration, and for the others the
+            shares of the dpose of the pass after it.
+        sums: every weighted sum, contiguous, (iterations, B, J, D).
+        dV: contiguous, (B, J, D). It is the sum of the passes' dpose so far, and is updated.
+        V, ds: contiguous outputs, (B, J, D).
+        iteration: t, from 1.
+        squashed: whether v⁽ᵗ⁾ is the squash of s⁽ᵗ⁾, and not s⁽ᵗ⁾ itself.
+    """
+    B, J, D = V.shape
+    launch = _launch(D, slots.shape[0])
+    _pull_back_kernel[(triton.cdiv(B * J, launch["BLOCK_ROWS"]),)](
+        slots, sums, dV, V, ds,
+        B * J, D, slots.shape[0], iteration,
+        CARRY=iteration < len(sums) - 1,
+        SAVE=1 < iteration < len(sums),
+        SQUASHED=squashed,
         **launch,
     )  # fmt: skip

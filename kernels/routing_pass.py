@@ -4,9 +4,11 @@
 
 The prediction vectors û = W u are computed where they are needed and never stored.
 
-A program holds a tile of u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules
-twice. The first sweep finds the softmax's normaliser for each pair (b, i), and the second applies
-it. Nothing in the program grows with J.
+The forward is that of `_one_product.py` or `_two_products.py`. So is the backward where the first
+of these serves. This file has the other backward. A program holds a tile of u,
+(GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules twice. The first sweep finds
+the softmax's normaliser for each pair (b, i), and the second applies it. Nothing in the program
+grows with J.
 
 For any vector x of output capsule j, û_ij·x = Σ_p u_ip (W_ij x)_p. This takes one small product,
 x W_jᵀ, for all pairs of the tile, then a sum over p against u. Products are batched over groups of
@@ -14,7 +16,7 @@ input capsules, one group per warp, so no warp repeats another's product. The wa
 sum over groups at the end of a step. Columns of a product run over (p, i) with i fastest, which
 keeps the sum over p in a thread.
 
-`fused_dynamic_routing` runs several such passes. It calls the device functions of this file.
+`fused_dynamic_routing` runs several such passes.
 """
 
 import torch
@@ -24,29 +26,30 @@ from torch import Tensor
 
 from tritoncaps.kernels._launch import (
     Target,
-    UnsupportedShape,
     accumulation_dtype,
     device_of,
     divide,
     dot_precision,
     holds_operands,
     measured,
+    pose_blocks,
     strides,
     target_of,
 )
-from tritoncaps.kernels._one_product import one_product
+from tritoncaps.kernels._one_product import OneProduct, one_product
+from tritoncaps.kernels._one_product_backward import OneProductBackward
+from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
+from tritoncaps.kernels._two_products import TwoProducts
+from tritoncaps.kernels._vote_gradient import Grads, launch_for, write_vote_gradient
 
 # Launch rules -------------------------------------------------------------------------------------
 
 
 def _weight_tile(P: int, D: int, values: int) -> tuple[int, int, int]:
     """BLOCK_I, BLOCK_P and BLOCK_D of a weight tile (P·I, D) of about `values` values."""
-    block_p = triton.next_power_of_2(max(P, 1))
-    block_d = max(triton.next_power_of_2(max(D, 1)), 16)
-    if max(block_p, 16) * block_d > 4096:
-        raise UnsupportedShape(f"a weight of P={P} × D={D} for one pair; a warp holds 4096 values")
+    block_p, block_d = pose_blocks(P, D)
     return max(values // block_d, 16, block_p) // block_p, block_p, block_d
 
 
@@ -58,31 +61,25 @@ def pass_launch(
     D: int,
     dtype: torch.dtype,
     target: Target,
-    *,
-    backward: bool,
-    prologue: bool = False,
 ) -> tuple[dict[str, int], int, int]:
-    """Launch keywords of a pass, the splits of the input capsules and the tiles in each split.
+    """Launch keywords of a backward pass, the splits of the input capsules, the tiles in each.
 
-    BLOCK_ROWS: the rows that a prologue finishes at a time. A pass with a given pose has none.
     BLOCK_B: 16, the rows of one matrix instruction. More would leave a batch of 128 too few
     programs.
-    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, the backward,
-    which also holds du and two projections, no longer keeps everything in registers. The backward
-    of a single pass, which may also hold a bias, takes half of that on NVIDIA. A pair P × D with
-    more values spills. The larger it is, the more it spills, until it is refused.
+    BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, du and two
+    projections no longer keep to the registers. A `routing_pass`, which may also hold a bias, takes
+    half of that on NVIDIA, and so does every pass if D is above 16. A pair P × D with more values
+    spills. The larger it is, the more it spills, until it is refused.
     GROUPS: 8 warps with one group each. Few input capsules are spread over the splits first, then
-    over the warps, of which two share a prologue. The interpreter takes a millisecond for every
-    program, so there they are spread over the warps alone.
-    num_stages: the first sweep fetches the weight of the next j while it works on the current one,
-    if the buffers fit into shared memory. The second sweep does not, because it uses the weight in
-    two products. Neither does the backward, where the addresses no longer fit into registers.
+    over the warps. The interpreter takes a millisecond for every program, so there they are spread
+    over the warps alone.
+    num_stages: nothing is fetched ahead, because the addresses would not fit into registers.
     MAX_SPLITS: every program adds up the slots of all splits, which reads splits² · B·J·D values.
     16 keeps this far below û. The MNIST shape gets 12 splits of 3 tiles, 96 programs at B = 128.
     Whether more and smaller ones would be faster has not been measured on any device.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    is_tight = backward and not prologue and target.architecture.startswith("sm")
+    is_tight = (rule == "routing_pass" or D > 16) and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     is_interpreted = target.architecture == "interpreter"
     spread = triton.cdiv(I, 8 if is_interpreted else 16)
@@ -93,7 +90,6 @@ def pass_launch(
     buffer = groups * block_i * block_p * block_d * (8 if is_wide else 4)
     while groups > 1 and 2 * buffer > target.shared_memory:
         groups, buffer = groups // 2, buffer // 2
-    fetch_ahead = not backward and 4 * buffer <= target.shared_memory
     launch = {
         "GROUPS": groups,
         "BLOCK_B": 16,
@@ -102,12 +98,9 @@ def pass_launch(
         "BLOCK_D": block_d,
         "MAX_SPLITS": 16,
         "num_warps": groups,
-        "num_stages": 3 if fetch_ahead else 1,
+        "num_stages": 1,
     }
-    if prologue:
-        launch["BLOCK_ROWS"] = max(max(groups, 4) * (64 if is_wide else 128) // block_d, 1)
-    rule = f"{rule}_bwd" if backward else f"{rule}_fwd"
-    launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=D)
+    launch = measured(f"{rule}_bwd", launch, target, dtype, I=I, P=P, J=J, D=D)
     return launch, *divide(I, launch["GROUPS"] * launch["BLOCK_I"], launch.pop("MAX_SPLITS"))
 
 
@@ -134,7 +127,7 @@ def weight_gradient_launch(
     return measured("weight_gradient", launch, target, dtype, I=I, P=P, J=J, D=D)
 
 
-# Forward ------------------------------------------------------------------------------------------
+# Tiles --------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -218,98 +211,6 @@ def _weighted_sum(c, u, w, PRECISION: tl.constexpr):
     return tl.sum(dot(cu, w, PRECISION), axis=0)
 
 
-@triton.jit
-def pass_forward(
-    # pointers
-    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
-    # extents
-    first_b, first_tile, tiles, B, I, P, J, D,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-    # meta-parameters
-    DTYPE: tl.constexpr, HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-    LEAKY: tl.constexpr, SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Write Σ_i c_ij û_ij over a run of tiles to a slot, for BLOCK_B batch rows.
-
-    `pose_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). Without a pose the logits are
-    the prior alone.
-    """
-    b = first_b + tl.arange(0, BLOCK_B)
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_bd = (b < B)[:, None] & (d < D)[None, :]
-    offs_bd = (b * J * D)[:, None] + d[None, :]
-    for tile in range(first_tile, first_tile + tiles):
-        i, ki, p = _tile_axes(tile, GROUPS, BLOCK_I, BLOCK_P)
-        u, weight_ptrs, _mask_u, mask_w = _load_tile(
-            u_ptr, weight_ptr, b, ki, p, d, B, I, P, D, stride_u_b, stride_u_i, stride_u_p,
-            stride_weight_i, stride_weight_p, stride_weight_d, DTYPE, BLOCK_P, BLOCK_I,
-        )  # fmt: skip
-        prior_ptrs = prior_ptr + i * stride_prior_i
-        mask_started = (b < tl.where(tile > first_tile, B, 0))[:, None] & (d < D)[None, :]
-
-        top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, LEAKY)
-        for j in range(tl.cast(J, tl.int64)):
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
-            _, logits = _logits(
-                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
-                HAS_POSE, HAS_PRIOR, PRECISION,
-            )  # fmt: skip
-            new_top = tl.maximum(top, logits)
-            mass = mass * tl.exp(top - new_top) + tl.exp(logits - new_top)
-            top = new_top
-
-        for j in range(tl.cast(J, tl.int64)):
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0).to(DTYPE)
-            _, logits = _logits(
-                w, u, pose_ptr + offs_bd + j * D, mask_bd, prior_ptrs + j * stride_prior_j, i < I,
-                HAS_POSE, HAS_PRIOR, PRECISION,
-            )  # fmt: skip
-            c = tl.exp(logits - top) / mass
-            c = _add_bias(c, bias_ptr + i * stride_bias_i + j * stride_bias_j, i < I, HAS_BIAS)
-            if SAVE_COUPLING:
-                offs_c = ((b * I)[None, :, None] + i[:, None, :]) * J + j
-                tl.store(coupling_ptr + offs_c, c, (b < B)[None, :, None] & (i < I)[:, None, :])
-            slot_ptrs = slot_ptr + offs_bd + j * D
-            s = tl.load(slot_ptrs, mask_started, other=0.0)
-            tl.store(slot_ptrs, s + _weighted_sum(c, u, w, PRECISION), mask_bd)
-        # The next tile adds to values that other threads of the program have written.
-        tl.debug_barrier()
-
-
-@triton.jit
-def _pass_fwd_kernel(
-    # pointers
-    u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slots_ptr, coupling_ptr,
-    # extents
-    B, I, P, J, D, tiles,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-    # meta-parameters
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
-    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Put one program's share of s in its slot."""
-    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
-    split = tl.program_id(1).to(tl.int64)
-    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
-    pass_forward(
-        u_ptr, weight_ptr, pose_ptr, prior_ptr, bias_ptr, slot_ptr, coupling_ptr,
-        first_b, split * tiles, tiles, B, I, P, J, D,
-        stride_u_b, stride_u_i, stride_u_p,
-        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-        stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-        slots_ptr.dtype.element_ty, True, HAS_PRIOR, HAS_BIAS, LEAKY,
-        SAVE_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
-
-
 # Backward -----------------------------------------------------------------------------------------
 #
 # Write T = W pose and T' = W ds for the two projections of a pair (i, j). Its logit is u·T + prior,
@@ -342,28 +243,32 @@ def _coupling_gradient(
 
 
 @triton.jit
-def pass_backward(
+def _pass_bwd_kernel(
     # pointers
-    u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slot_ptr,
+    u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slots_ptr,
     normaliser_ptr, delta_ptr, du_ptr, grad_u_ptr,
     # extents
-    first_b, first_tile, tiles, B, I, P, J, D,
+    B, I, P, J, D, tiles,
     # strides
     stride_u_b, stride_u_i, stride_u_p,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
-    DTYPE: tl.constexpr, ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
+    WITH_DU: tl.constexpr, ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
     HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add dpose over a run of tiles to a slot, write du, save log Σ_j exp and δ for every (b, i).
+    """Add one program's share of dpose to its slot, and save log Σ_j exp and δ for every (b, i).
 
-    `pose_ptr`, `ds_ptr` and `slot_ptr` point to contiguous tensors (B, J, D). With ADD_DU, the du
-    of a later pass, at `du_ptr`, is added. Unless FULL, the coupling is a constant: db = 0. Without
-    pose and prior it is uniform, and log Σ_j exp and δ are not saved.
+    With ADD_DU, du continues that of later passes. Unless FULL, the coupling is a constant: db = 0.
+    Without pose and prior it is uniform, and log Σ_j exp and δ are not saved.
     """
+    DTYPE: tl.constexpr = slots_ptr.dtype.element_ty
+    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
+    split = tl.program_id(1).to(tl.int64)
+    first_tile = split * tiles
+    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
     b = first_b + tl.arange(0, BLOCK_B)
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_bd = (b < B)[:, None] & (d < D)[None, :]
@@ -420,52 +325,23 @@ def pass_backward(
             softmax = tl.exp(logits - top) / mass
             bias_ptrs = bias_ptr + i * stride_bias_i + j * stride_bias_j
             c = _add_bias(softmax, bias_ptrs, i < I, HAS_BIAS)
-            du += c[:, :, None, :] * ds_projected
+            if WITH_DU:
+                du += c[:, :, None, :] * ds_projected
             if HAS_POSE and FULL:
                 db = softmax * (dc - delta)
-                du += db[:, :, None, :] * pose_projected
+                if WITH_DU:
+                    du += db[:, :, None, :] * pose_projected
                 slot_ptrs = slot_ptr + j * D + offs_bd
                 dpose = tl.load(slot_ptrs, mask_bd, other=0.0)
                 tl.store(slot_ptrs, dpose + _weighted_sum(db, u, w, PRECISION), mask_bd)
 
-        du = tl.reshape(du, (GROUPS, BLOCK_B, BLOCK_P * BLOCK_I))
-        offs_u = ((b * I)[None, :, None] + ki[:, None, :]) * P + p[None, None, :]
-        if ADD_DU:
-            du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
-        tl.store(grad_u_ptr + offs_u, du, mask_u)
+        if WITH_DU:
+            du = tl.reshape(du, (GROUPS, BLOCK_B, BLOCK_P * BLOCK_I))
+            offs_u = ((b * I)[None, :, None] + ki[:, None, :]) * P + p[None, None, :]
+            if ADD_DU:
+                du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
+            tl.store(grad_u_ptr + offs_u, du, mask_u)
         tl.debug_barrier()
-
-
-@triton.jit
-def _pass_bwd_kernel(
-    # pointers
-    u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slots_ptr,
-    normaliser_ptr, delta_ptr, grad_u_ptr,
-    # extents
-    B, I, P, J, D, tiles,
-    # strides
-    stride_u_b, stride_u_i, stride_u_p,
-    stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-    stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-    # meta-parameters
-    HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
-    HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Add one program's share of dpose to its slot, which starts at zero, and write its du."""
-    first_b = tl.program_id(0).to(tl.int64) * BLOCK_B
-    split = tl.program_id(1).to(tl.int64)
-    slot_ptr = slots_ptr + split * (tl.cast(B, tl.int64) * J * D)
-    pass_backward(
-        u_ptr, weight_ptr, pose_ptr, ds_ptr, prior_ptr, bias_ptr, grad_coupling_ptr, slot_ptr,
-        normaliser_ptr, delta_ptr, grad_u_ptr, grad_u_ptr,
-        first_b, split * tiles, tiles, B, I, P, J, D,
-        stride_u_b, stride_u_i, stride_u_p,
-        stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
-        stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
-        slots_ptr.dtype.element_ty, False, True, True, HAS_PRIOR, HAS_BIAS, LEAKY,
-        HAS_GRAD_COUPLING, PRECISION, GROUPS, BLOCK_B, BLOCK_I, BLOCK_P, BLOCK_D,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -483,7 +359,7 @@ def _add_pairs(
     """
     K: tl.constexpr = w.shape[0]
     ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
-    # The gradient comes before the logits, as in `pass_backward`: this takes fewer registers.
+    # The gradient comes before the logits, as in `_pass_bwd_kernel`: this takes fewer registers.
     if (HAS_POSE or HAS_PRIOR) and FULL:
         projected = dot(w, tl.trans(ds), PRECISION)
         dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)
@@ -520,7 +396,7 @@ def _weight_gradient_kernel(
     u_ptr, weight_ptr, prior_ptr, bias_ptr, grad_coupling_ptr,
     pose_ptr, ds_ptr, normaliser_ptr, delta_ptr, grad_weight_ptr, grad_prior_ptr, grad_bias_ptr,
     # extents
-    B, I, P, J, D, first_step, steps,
+    B, I, P, J, D, steps,
     # strides
     stride_u_b, stride_u_i, stride_u_p,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
@@ -528,13 +404,12 @@ def _weight_gradient_kernel(
     # meta-parameters
     FULL: tl.constexpr, WITHOUT_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr,
     HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr, HAS_GRAD_COUPLING: tl.constexpr,
-    UNLOGGED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dW, (BLOCK_I, P, D), dprior and dbias, (BLOCK_I,), of one tile of input capsules and one j.
 
-    A step is a pass. Steps from `first_step` on have poses. WITHOUT_POSE adds step 0, which has
-    none. The first UNLOGGED steps have no logits, so normaliser and δ have no rows for them.
+    A step is a pass. WITHOUT_POSE says that step 0 has neither a pose nor, without a prior, logits.
     """
     DTYPE: tl.constexpr = normaliser_ptr.dtype.element_ty
     tile = tl.program_id(0).to(tl.int64) // J
@@ -573,12 +448,12 @@ def _weight_gradient_kernel(
         offs_bd = ((b * J + j) * D)[:, None] + d[None, :]
         offs_ib = (b * I)[None, :] + i[:, None]
         grad_coupling_ptrs = grad_coupling_ptr + offs_ib * J + j
-        for step in range(first_step, steps):
+        for step in range(1 if WITHOUT_POSE else 0, steps):
             grad_coupling = load_grad_coupling(
                 grad_coupling_ptrs, mask_ib, steps - 1 - step, DTYPE, HAS_GRAD_COUPLING
             )
             offs_pose = step * pose_step + offs_bd
-            pairs = (step - UNLOGGED) * pair_step + offs_ib
+            pairs = step * pair_step + offs_ib
             dw, dprior, dbias = _add_pairs(
                 dw, dprior, dbias, u, w, prior, bias, pose_ptr + offs_pose, ds_ptr + offs_pose,
                 mask_bd, normaliser_ptr + pairs, delta_ptr + pairs, grad_coupling, mask_ib, J,
@@ -608,53 +483,174 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def write_weight_gradient(
+def forward_passes(u: Tensor, weight: Tensor) -> OneProduct | TwoProducts:
+    """Forward passes over u, (B, I, P), and the weight, (I, P, J, D): one product where it serves.
+
+    No extent but I and P may be 0.
+    """
+    return one_product(u, weight) or TwoProducts(u, weight)
+
+
+class TwoSweeps:
+    """The backward passes of one call by two sweeps over j, and the contraction after them.
+
+    Without `_vote_gradient.py`, the passes also sum du, and the contraction is dW alone.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        u: Tensor,
+        weight: Tensor,
+        prior: Tensor | None,
+        bias: Tensor | None,
+        grads: Grads,
+        *,
+        steps: int,
+        full: bool,
+        leaky: bool,
+    ) -> None:
+        B, I, P = u.shape
+        _, _, J, D = weight.shape
+        self._given, self._grads = (u, weight, prior, bias), grads
+        self._full, self._leaky = full, leaky
+        self._launch, splits, self._tiles = pass_launch(rule, I, P, J, D, u.dtype, target_of(u))
+        self._contraction = launch_for(u, weight)
+        dtype = accumulation_dtype(u.dtype)
+        self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
+        self._saved = u.new_empty((2, steps, B, I), dtype=dtype)
+        # The sum over the passes. The last one writes it in u's dtype.
+        is_sum = u.dtype == dtype or self._contraction is not None
+        self._du = grads[0] if is_sum else u.new_empty((B, I, P), dtype=dtype)
+
+    def run(self, step: int, pose: Tensor | None, ds: Tensor, grad_coupling: Tensor | None) -> None:
+        """Write the shares of dpose of a step to the slots, from the last step to the first.
+
+        Args:
+            step: from 0.
+            pose: contiguous, (B, J, D), or None for zeros, in the first step.
+            ds: contiguous, (B, J, D).
+            grad_coupling: contiguous, (B, I, J), or None, in the last step.
+        """
+        u, weight, prior, bias = self._given
+        if self._contraction and pose is None and prior is None:
+            return
+        B, I, P = u.shape
+        _, _, J, D = weight.shape
+        self.slots.zero_()
+        _pass_bwd_kernel[(triton.cdiv(B, self._launch["BLOCK_B"]), len(self.slots))](
+            u, weight,
+            # In place of a missing tensor, a kernel gets u, which it does not touch.
+            *(u if x is None else x for x in (pose, ds, prior, bias, grad_coupling)),
+            self.slots, *self._saved[:, step], self._du, self._du if step else self._grads[0],
+            B, I, P, J, D, self._tiles,
+            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
+            WITH_DU=self._contraction is None,
+            ADD_DU=step < self._saved.shape[1] - 1,
+            FULL=self._full,
+            HAS_POSE=pose is not None,
+            HAS_PRIOR=prior is not None,
+            HAS_BIAS=bias is not None,
+            LEAKY=self._leaky,
+            HAS_GRAD_COUPLING=grad_coupling is not None,
+            PRECISION=dot_precision(u.dtype, target_of(u)),
+            **self._launch,
+        )  # fmt: skip
+
+    def contract(
+        self,
+        poses: Tensor,
+        ds: Tensor,
+        grad_coupling: Tensor | None,
+        *,
+        uniform: bool,
+    ) -> None:
+        """Write the gradients of all steps.
+
+        Args:
+            poses, ds: contiguous, (steps, B, J, D).
+            grad_coupling: of the last step, contiguous, (B, I, J), or None.
+            uniform: whether the first step has no logits.
+        """
+        u, weight, prior, bias = self._given
+        if self._contraction is None:
+            self._write_weight_gradient(poses, ds, grad_coupling, uniform)
+        else:
+            launch = self._contraction
+            prepared = prepare(
+                u, weight, dot_precision(u.dtype, target_of(u)),
+                block_b=16, block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
+            )  # fmt: skip
+            saved = self._saved.new_zeros(*self._saved.shape[:2], *prepared.columns.shape[:2])
+            # A row that does not exist takes no part in any sum.
+            saved[0] = float("inf")
+            saved[..., : len(u)] = self._saved.mT
+            write_vote_gradient(
+                prepared, poses, ds, prior, bias, grad_coupling,
+                (saved[0], saved[1]), self._grads, launch,
+                full=self._full,
+                leaky=self._leaky,
+                uniform=uniform,
+            )  # fmt: skip
+
+    def _write_weight_gradient(
+        self,
+        poses: Tensor,
+        ds: Tensor,
+        grad_coupling: Tensor | None,
+        uniform: bool,
+    ) -> None:
+        """Write dW, dprior and dbias of all steps."""
+        u, weight, prior, bias = self._given
+        B, I, P = u.shape
+        _, _, J, D = weight.shape
+        launch = weight_gradient_launch(I, P, J, D, u.dtype, target_of(u))
+        _weight_gradient_kernel[(triton.cdiv(I, launch["BLOCK_I"]) * J,)](
+            u, weight, *(u if x is None else x for x in (prior, bias, grad_coupling)),
+            poses, ds, self._saved[0], self._saved[1],
+            *(self._grads[1] if x is None else x for x in self._grads[1:]),
+            B, I, P, J, D, len(ds),
+            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
+            FULL=self._full,
+            WITHOUT_POSE=uniform,
+            HAS_PRIOR=prior is not None,
+            HAS_BIAS=bias is not None,
+            LEAKY=self._leaky,
+            HAS_GRAD_COUPLING=grad_coupling is not None,
+            PRECISION=dot_precision(u.dtype, target_of(u)),
+            **launch,
+        )  # fmt: skip
+
+
+def backward_passes(
+    rule: str,
     u: Tensor,
     weight: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
-    grad_coupling: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    grads: tuple[Tensor, Tensor | None, Tensor | None],
+    grads: Grads,
     *,
-    first_step: int = 0,
     steps: int = 1,
     full: bool = True,
     leaky: bool,
-    without_pose: bool = False,
-    unlogged: int = 0,
-) -> None:
-    """Write dW, dprior and dbias of one pass or of several steps.
+) -> OneProductBackward | TwoSweeps:
+    """Backward passes over u, (B, I, P), and the weight, (I, P, J, D): one product if it serves.
 
     Args:
-        u, weight, prior, bias: as given to the forward.
-        grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
-        saved: poses and ds, (steps, B, J, D), then log Σ_j exp and δ, (steps - unlogged, B, I).
-        grads: contiguous outputs dW, dprior and dbias, or None if there is no prior or no bias.
-        first_step, steps, full, leaky, without_pose, unlogged: see `_weight_gradient_kernel`.
+        rule: the operator, whose entry a table of launches may replace.
+        u, weight, prior, bias, leaky: as given to the forward.
+        grads: of u, the weight, the prior and the bias: contiguous outputs.
+        steps: how many passes there are.
+        full: whether the couplings depend on û. If not, the gradients of prior and bias are zero,
+            and are not written.
     """
-    B, I, P = u.shape
-    _, _, J, D = weight.shape
-    grad_weight, grad_prior, grad_bias = grads
-    target = target_of(u)
-    launch = weight_gradient_launch(I, P, J, D, u.dtype, target)
-    _weight_gradient_kernel[(triton.cdiv(I, launch["BLOCK_I"]) * J,)](
-        u, weight, *(u if tensor is None else tensor for tensor in (prior, bias, grad_coupling)),
-        *saved, grad_weight,
-        grad_weight if grad_prior is None else grad_prior,
-        grad_weight if grad_bias is None else grad_bias,
-        B, I, P, J, D, first_step, steps,
-        *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
-        FULL=full,
-        WITHOUT_POSE=without_pose,
-        HAS_PRIOR=prior is not None,
-        HAS_BIAS=bias is not None,
-        LEAKY=leaky,
-        HAS_GRAD_COUPLING=grad_coupling is not None,
-        UNLOGGED=unlogged,
-        PRECISION=dot_precision(u.dtype, target),
-        **launch,
-    )  # fmt: skip
+    contraction = launch_for(u, weight)
+    passes = None if contraction is None else one_product(u, weight)
+    if contraction is None or passes is None:
+        return TwoSweeps(rule, u, weight, prior, bias, grads, steps=steps, full=full, leaky=leaky)
+    return OneProductBackward(
+        passes, contraction, prior, bias, grads, steps=steps, full=full, leaky=leaky
+    )
 
 
 def routing_pass_fwd(
@@ -680,7 +676,7 @@ def routing_pass_fwd(
     Returns:
         s (B, J, D), and c (B, I, J) or an empty tensor.
     """
-    B, I, P = u.shape
+    B, I, _ = u.shape
     _, _, J, D = weight.shape
     s = u.new_empty(B, J, D)
     coupling = u.new_empty((B, I, J) if return_coupling else (0,))
@@ -688,31 +684,10 @@ def routing_pass_fwd(
         return s.zero_(), coupling
 
     with device_of(u):
-        if passes := one_product(u, weight):
-            saved = coupling if return_coupling else None
-            passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
-            write_sum(passes.slots, s)
-            return s, coupling
-        target = target_of(u)
-        launch, splits, tiles = pass_launch(
-            "routing_pass", I, P, J, D, u.dtype, target, backward=False
-        )
-        slots = u.new_empty((splits, B, J, D), dtype=accumulation_dtype(u.dtype))
-        _pass_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-            u, weight, pose.contiguous(),
-            # In place of a missing tensor, a kernel gets u, which it does not touch.
-            *(u if tensor is None else tensor for tensor in (prior, bias)),
-            slots, coupling,
-            B, I, P, J, D, tiles,
-            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
-            HAS_PRIOR=prior is not None,
-            HAS_BIAS=bias is not None,
-            LEAKY=leaky,
-            SAVE_COUPLING=return_coupling,
-            PRECISION=dot_precision(u.dtype, target),
-            **launch,
-        )  # fmt: skip
-        write_sum(slots, s)
+        passes = forward_passes(u, weight)
+        saved = coupling if return_coupling else None
+        passes.run(pose.contiguous(), prior, bias, saved, leaky=leaky)
+        write_sum(passes.slots, s)
     return s, coupling
 
 
@@ -733,8 +708,8 @@ def routing_pass_bwd(
         grad_coupling: shape (B, I, J), any strides, or None.
         u, weight, pose, prior, bias, leaky: as given to `routing_pass_fwd`.
     """
-    B, I, P = u.shape
-    _, _, J, D = weight.shape
+    B, I, _ = u.shape
+    _, _, J, _ = weight.shape
     grad_u, grad_weight, grad_pose = (_contiguous_like(x) for x in (u, weight, pose))
     grad_prior, grad_bias = (None if x is None else _contiguous_like(x) for x in (prior, bias))
     if B == 0 or I == 0 or J == 0:
@@ -743,33 +718,13 @@ def routing_pass_bwd(
                 grad.zero_()
         return grad_u, grad_weight, grad_pose, grad_prior, grad_bias
 
-    target = target_of(u)
-    launch, splits, tiles = pass_launch("routing_pass", I, P, J, D, u.dtype, target, backward=True)
-    dtype = accumulation_dtype(u.dtype)
-    slots = u.new_zeros((splits, B, J, D), dtype=dtype)
-    normaliser = u.new_empty((B, I), dtype=dtype)
-    delta = torch.empty_like(normaliser)
     pose, grad_s = pose.contiguous(), grad_s.contiguous()
     # Copied if it is not contiguous, because its strides would cost the last free registers.
     grad_coupling = None if grad_coupling is None else grad_coupling.contiguous()
     with device_of(u):
-        _pass_bwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](
-            u, weight, pose, grad_s,
-            *(u if tensor is None else tensor for tensor in (prior, bias, grad_coupling)),
-            slots, normaliser, delta, grad_u,
-            B, I, P, J, D, tiles,
-            *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
-            HAS_PRIOR=prior is not None,
-            HAS_BIAS=bias is not None,
-            LEAKY=leaky,
-            HAS_GRAD_COUPLING=grad_coupling is not None,
-            PRECISION=dot_precision(u.dtype, target),
-            **launch,
-        )  # fmt: skip
-        write_sum(slots, grad_pose)
-        write_weight_gradient(
-            u, weight, prior, bias, grad_coupling,
-            (pose, grad_s, normaliser, delta), (grad_weight, grad_prior, grad_bias),
-            leaky=leaky,
-        )  # fmt: skip
+        grads = grad_u, grad_weight, grad_prior, grad_bias
+        passes = backward_passes("routing_pass", u, weight, prior, bias, grads, leaky=leaky)
+        passes.run(0, pose, grad_s, grad_coupling)
+        write_sum(passes.slots, grad_pose)
+        passes.contract(pose[None], grad_s[None], grad_coupling, uniform=False)
     return grad_u, grad_weight, grad_pose, grad_prior, grad_bias

@@ -108,19 +108,17 @@ def test_any_tiling_of_a_table(device, name, tmp_path, monkeypatch):
     architecture = _launch.target_of(torch.empty(0, device=device)).architecture
     tiling = {"BLOCK_I": 4, "GROUPS": 1, "num_warps": 1, "MAX_SPLITS": 3}
     fused = f"{architecture} float64 I21 P4 J3 D2"
-    loop = {
-        f"fused_dynamic_routing_fwd {fused}": tiling | {"BLOCK_ROWS": 2},
-        f"fused_dynamic_routing_bwd {fused}": tiling | {"BLOCK_ROWS": 2, "MAX_SPLITS": 2},
+    forward = {
+        f"logits {fused}": {"GROUPS": 1, "num_warps": 1, "BLOCK_B": 16, "MAX_RUN": 2},
+        f"weighted_sum {fused}": {"BLOCK_J": 2, "num_warps": 2, "BLOCK_B": 16, "MAX_SPLITS": 2},
     }
-    one_pass = {
-        f"routing_pass_fwd {fused}": tiling,
-        f"routing_pass_bwd {fused}": tiling | {"MAX_SPLITS": 2},
-    }
+    loop = {f"fused_dynamic_routing_bwd {fused}": tiling}
+    one_pass = {f"routing_pass_bwd {fused}": tiling | {"MAX_SPLITS": 2}}
     weight = {f"weight_gradient {fused}": {"BLOCK_I": 8, "BLOCK_B": 16}}
     given = {"BLOCK_I": 2, "BLOCK_J": 1, "MAX_SPLITS": 3}
     dynamic = {f"dynamic_routing {architecture} float64 I21 J3 D2": given}
     path = tmp_path / "table.json"
-    path.write_text(json.dumps(loop | one_pass | weight | dynamic))
+    path.write_text(json.dumps(forward | loop | one_pass | weight | dynamic))
 
     class Asked(dict):
         """A table that remembers what it was asked for."""
@@ -135,8 +133,8 @@ def test_any_tiling_of_a_table(device, name, tmp_path, monkeypatch):
     check(name, device, sized(2 if name == "dynamic_routing" else 17, 21, 4, 3, 2))
     expected = {
         "dynamic_routing": dynamic,
-        "routing_pass": one_pass | weight,
-        "fused_dynamic_routing": loop | weight,
+        "routing_pass": forward | one_pass | weight,
+        "fused_dynamic_routing": forward | loop | weight,
     }
     assert asked == expected[name].keys()
 

@@ -15,7 +15,13 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 
 import triton
 
-from tritoncaps.kernels import _launch, dynamic_routing, prediction_vectors, routing_pass
+from tritoncaps.kernels import (
+    _launch,
+    _two_products,
+    dynamic_routing,
+    prediction_vectors,
+    routing_pass,
+)
 
 SM80, SM90 = _launch.Target("sm80", 166912), _launch.Target("sm90", 232448)
 GFX942 = _launch.Target("gfx942", 65536)
@@ -74,19 +80,24 @@ def test_launches_cover_the_capsules_and_fit(I, P, J, D, dtype, architecture, sh
         assert splits <= 16
         assert (splits - 1) * tile * tiles < I <= splits * tile * tiles
 
-    for backward in (False, True):
-        for prologue in (False, True):
-            launch, splits, tiles = routing_pass.pass_launch(
-                "any", I, P, J, D, dtype, target, backward=backward, prologue=prologue
-            )
-            tile = launch["GROUPS"] * launch["BLOCK_I"]
-            assert_covers(splits, tiles, tile)
-            assert launch["BLOCK_P"] >= P
-            assert launch["BLOCK_D"] >= D
-            assert launch["BLOCK_I"] * launch["BLOCK_P"] >= 16
-            weight = tile * launch["BLOCK_P"] * launch["BLOCK_D"] * width
-            assert weight * max(launch["num_stages"] - 1, 1) <= shared_memory
-            assert ("BLOCK_ROWS" in launch) == prologue
+    for rule in ("routing_pass", "fused_dynamic_routing"):
+        launch, splits, tiles = routing_pass.pass_launch(rule, I, P, J, D, dtype, target)
+        tile = launch["GROUPS"] * launch["BLOCK_I"]
+        assert_covers(splits, tiles, tile)
+        assert launch["BLOCK_P"] >= P
+        assert launch["BLOCK_D"] >= D
+        assert launch["BLOCK_I"] * launch["BLOCK_P"] >= 16
+        assert tile * launch["BLOCK_P"] * launch["BLOCK_D"] * width <= shared_memory
+    block, logits, weighted_sum = _two_products.two_products_launch(I, P, J, D, dtype, target)
+    assert block["BLOCK_P"] >= P
+    assert block["BLOCK_D"] >= D
+    columns = block["BLOCK_I"] * block["BLOCK_P"]
+    assert columns >= 16
+    for launch, warps in ((logits, logits["GROUPS"]), (weighted_sum, weighted_sum["BLOCK_J"])):
+        weight = warps * columns * block["BLOCK_D"] * width
+        assert weight * (4 if launch["num_stages"] > 1 else 1) <= shared_memory
+        assert 16 <= launch["BLOCK_B"] <= 64
+        assert launch["num_warps"] == warps
     launch, splits, tiles = dynamic_routing.dynamic_routing_launch(I, J, D, dtype, target)
     assert_covers(splits, tiles, launch["BLOCK_I"])
 
@@ -153,9 +164,9 @@ def test_smaller_tiles_where_products_keep_operands_in_registers(architecture, h
 @pytest.mark.parametrize(("target", "block_i"), [(SM80, 2), (SM90, 2), (GFX942, 4)])
 def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block_i):
     shape = (1152, 8, 10, 16, torch.float32, target)
-    launch, *_ = routing_pass.pass_launch("any", *shape, backward=True)
+    launch, *_ = routing_pass.pass_launch("routing_pass", *shape)
     assert launch["BLOCK_I"] == block_i
-    launch, *_ = routing_pass.pass_launch("any", *shape, backward=True, prologue=True)
+    launch, *_ = routing_pass.pass_launch("fused_dynamic_routing", *shape)
     assert launch["BLOCK_I"] == 4
 
 
@@ -170,9 +181,7 @@ def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block
 )
 def test_few_input_capsules_are_spread_over_programs_first(architecture, I, tiling):
     target = _launch.Target(architecture, 65536)
-    launch, splits, _ = routing_pass.pass_launch(
-        "any", I, 16, 10, 16, torch.float32, target, backward=True, prologue=True
-    )
+    launch, splits, _ = routing_pass.pass_launch("any", I, 16, 10, 16, torch.float32, target)
     assert (launch["GROUPS"], launch["BLOCK_I"], splits) == tiling
 
 
@@ -188,19 +197,6 @@ def test_the_widest_prediction_vectors_that_a_grid_covers(dtype, block):
 def test_a_block_of_output_capsules_is_at_most_a_quarter_empty(J, block_j):
     launch, *_ = dynamic_routing.dynamic_routing_launch(4, J, 16, torch.float32, SM90)
     assert launch["BLOCK_J"] == block_j
-
-
-def test_only_the_forward_prefetches_and_only_if_the_buffers_fit():
-    def stages(shared_memory, backward):
-        target = _launch.Target("sm90", shared_memory)
-        launch, *_ = routing_pass.pass_launch(
-            "any", 1152, 8, 10, 16, torch.float32, target, backward=backward, prologue=True
-        )
-        return launch["num_stages"]
-
-    buffer = 8 * 512 * 4  # eight warps with 512 float32 each
-    assert [stages(232448, backward) for backward in (False, True)] == [3, 1]
-    assert [stages(size, False) for size in (4 * buffer, 4 * buffer - 1)] == [3, 1]
 
 
 def test_precision_follows_torch():

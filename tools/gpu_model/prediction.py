@@ -85,27 +85,31 @@ def measure_program(start: Start, target_name: str) -> Program:
     """Compile a launch and walk through its program in the middle of the grid.
 
     With a thousand output capsules a walk would take minutes. What a program does is then affine
-    in J: the same loop runs more often. So two smaller J, with the same rest in unrolled loops,
-    tell the cost of the real one.
+    in J: the same loop runs more often, or not at all if J is in the grid. So two smaller J, with
+    the same rest in unrolled loops, tell the cost of the real one.
     """
     compiled = compile_launch(start.launch, TARGETS[target_name][0])
     J = start.extent("J") or 0
-    if J <= _MOST_J:
-        return _measure(start, compiled, target_name)
+    # A kernel with a run length walks over no more output capsules than that.
+    if J <= _MOST_J or start.extent("run_length"):
+        return _measure(start, compiled, target_name, 1)
     few, more = 24 + J % 8, 48 + J % 8
-    near, far = (_measure(start.with_extent("J", n), compiled, target_name) for n in (few, more))
+    near, far = (
+        _measure(start.with_extent("J", n), compiled, target_name, n / J) for n in (few, more)
+    )
     return near.beyond(far, (J - few) / (more - few))
 
 
 _MOST_J = 64
 
 
-def _measure(start: Start, compiled: Any, target_name: str) -> Program:
+def _measure(start: Start, compiled: Any, target_name: str, share: float) -> Program:
+    """Walk through the program in the middle of a grid of which only a share may exist."""
     machine = MACHINES[target_name]
     taken, warps = footprint(compiled), compiled.metadata.num_warps
     code = parse(cuobjdump(compiled.asm["cubin"], "-sass"))
     constants, spans = place(start, machine)
-    x, y, z = (extent // 2 for extent in start.grid)
+    x, y, z = (int(extent * share) // 2 for extent in start.grid)
     way = walk(code, constants, threads=32 * warps, program=(x, y, z))
     waves = Waves.of(start.programs, warps, taken, machine)
     # What its neighbours on the SM leave of the first-level cache.

@@ -10,18 +10,24 @@ from tritoncaps.models._load import load_model
 from tritoncaps.models._parts import CapsuleOutput
 from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
+from tritoncaps.models.efficient_capsnet import EfficientCapsNet
 
 __all__ = [
     "CapsNet",
     "CapsuleOutput",
     "CheckpointError",
     "DeepCapsNet",
+    "EfficientCapsNet",
     "create_model",
     "list_models",
     "load_model",
 ]
 
-_MODELS: dict[str, type[nn.Module]] = {"capsnet": CapsNet, "deep_capsnet": DeepCapsNet}
+_MODELS: dict[str, type[nn.Module]] = {
+    "capsnet": CapsNet,
+    "deep_capsnet": DeepCapsNet,
+    "efficient_capsnet": EfficientCapsNet,
+}
 
 
 def list_models() -> list[str]:
@@ -29,7 +35,7 @@ def list_models() -> list[str]:
 
     Example:
         >>> list_models()
-        ['capsnet', 'deep_capsnet']
+        ['capsnet', 'deep_capsnet', 'efficient_capsnet']
     """
     return sorted(_MODELS)
 

@@ -172,6 +172,26 @@ _ROWS = (
         registered=fused_dynamic_routing,
     ),
     Operator(
+        ops.attention_routing,
+        reference.attention_routing,
+        inputs={"u": "B I P", "weight": "I P J D", "bias?": "I J"},
+        outputs={"s": "B J D", "coupling?": "B I J"},
+        options={"return_coupling": (False, True)},
+    ),
+    Operator(
+        ops.inverted_attention_routing,
+        reference.inverted_attention_routing,
+        inputs={
+            "u": "B I P",
+            "weight": "I P J D",
+            "pose?": "B J D",
+            "norm_weight?": "D",
+            "norm_bias?": "D",
+        },
+        outputs=_ROUTING_OUTPUTS,
+        options={"iterations": (2, 1, 3), "return_coupling": (False, True)},
+    ),
+    Operator(
         _with_target(ops.margin_loss),
         _with_target(reference.margin_loss),
         inputs={"activations": "B K"},

@@ -1,4 +1,4 @@
-"""The networks of the paper, by class or by name."""
+"""The networks, by class or by name."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -11,6 +11,7 @@ from tritoncaps.models._parts import CapsuleOutput
 from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
+from tritoncaps.models.inverted_capsnet import InvertedCapsNet
 
 __all__ = [
     "CapsNet",
@@ -18,6 +19,7 @@ __all__ = [
     "CheckpointError",
     "DeepCapsNet",
     "EfficientCapsNet",
+    "InvertedCapsNet",
     "create_model",
     "list_models",
     "load_model",
@@ -27,6 +29,7 @@ _MODELS: dict[str, type[nn.Module]] = {
     "capsnet": CapsNet,
     "deep_capsnet": DeepCapsNet,
     "efficient_capsnet": EfficientCapsNet,
+    "inverted_capsnet": InvertedCapsNet,
 }
 
 
@@ -35,7 +38,7 @@ def list_models() -> list[str]:
 
     Example:
         >>> list_models()
-        ['capsnet', 'deep_capsnet', 'efficient_capsnet']
+        ['capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet']
     """
     return sorted(_MODELS)
 

@@ -271,9 +271,9 @@ NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {
 }
 
 
-def models_flag(names: Sequence[str]) -> Any:
-    """Declare the flag that chooses networks."""
-    return flag(tuple(names), "which networks", nargs="+", choices=names)
+def models_flag(names: Sequence[str], choices: Sequence[str]) -> Any:
+    """Declare the flag that chooses networks, by default `names`."""
+    return flag(tuple(names), "which networks", nargs="+", choices=choices)
 
 
 def seeds_flag() -> Any:

@@ -258,7 +258,7 @@ class Runner:
         )
         model, config = self.build(recipe, images.images.shape[1:])
         task = Task(recipe.reconstruction_weight)
-        if recipe.model == baseline.CNN:
+        if recipe.model in baseline.WITH_LOGITS:
             task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 

@@ -310,7 +310,7 @@ CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
     "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
-    "decoder_lr_factor": "2.0",
+    "decoder_lr_factor": "2.0", "rotation": "5.0", "scaling": "0.1", "one_cycle": None,
 }  # fmt: skip
 
 
@@ -384,8 +384,10 @@ class TestResume:
     def test_a_flag_that_would_change_the_run_is_refused_by_name(self, a_run, capsys, name):
         before = snapshot(a_run)
         flag = f"--{name.replace('_', '-')}"
-        assert run(f"--resume={a_run}", flag, CHANGES[name], "--epochs=5") == 2
-        value = "{'iterations': 2}" if name == "model_kwargs" else CHANGES[name]
+        # None stands for a flag without a value.
+        given = [] if CHANGES[name] is None else [CHANGES[name]]
+        assert run(f"--resume={a_run}", flag, *given, "--epochs=5") == 2
+        value = {"model_kwargs": "{'iterations': 2}", "one_cycle": "True"}.get(name, CHANGES[name])
         start = f"train_mnist.py: error: {flag} {value} differs from the resumed run's "
         error = capsys.readouterr().err
         assert error.startswith(start) and error.count("\n") == 1

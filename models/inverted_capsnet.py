@@ -7,6 +7,7 @@ The defaults are their network for CIFAR-10, which has 1,829,329 parameters.
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,7 @@ from tritoncaps._tracing import concrete, rearrange
 from tritoncaps.layers import InvertedAttentionCapsules
 from tritoncaps.layers._convolution import LinearConv2d, ReluConv2d
 from tritoncaps.models._parts import CapsuleOutput, check_images, check_sides, image_sides
+from tritoncaps.ops._inverted_attention_routing import normalised
 
 # A pose is a 4×4 matrix.
 _DIM, _ROWS = 16, 4
@@ -112,7 +114,8 @@ class InvertedCapsNet(nn.Module):
         check_images(type(self).__name__, images, self.image_shape, self.features[0])
         check_size(type(self).__name__, "iterations", count)
         maps = self.primary(self.features(images))
-        grid = self.norm(rearrange(maps, "B (T D) H W -> B H W T D", D=_DIM))
+        grid = rearrange(maps, "B (T D) H W -> B H W T D", D=_DIM)
+        grid = normalised(grid, self.norm.weight, self.norm.bias)
         route = self._concurrently if self.routing == "concurrent" else self._sequentially
         poses = route(grid, count).flatten(1, 3)  # (B, K, D)
         logits = self.score(poses).squeeze(2).to(poses.dtype)
@@ -158,11 +161,21 @@ class CapsuleConvolution(nn.Module):
 
     def forward(self, grid: Tensor, pose: Tensor | None = None, *, iterations: int) -> Tensor:
         """Route so many passes, from the poses of an earlier call if there was one."""
-        windows = grid.unfold(1, self.kernel[0], self.stride).unfold(2, self.kernel[1], self.stride)
-        u = rearrange(windows, "B H W T D k l -> (B H W) (k l T) D")
+        windows = _windows(grid, 1, self.kernel[0], self.stride)
+        windows = _windows(windows, 2, self.kernel[1], self.stride)
+        u = windows.flatten(0, 2).flatten(1, 3)  # (B·H'·W', I, D)
         pose = None if pose is None else pose.flatten(0, 2)
         v = self.routing(u, pose, iterations=iterations)
         return v.unflatten(0, windows.shape[:3])
+
+
+def _windows(grid: Tensor, axis: int, size: int, stride: int) -> Tensor:
+    """Cut an axis of positions into windows, whose own axis comes before those of the capsules."""
+    parts = [
+        grid[(slice(None),) * axis + (slice(first, first - size + 1 or None, stride),)]
+        for first in range(size)
+    ]
+    return torch.stack(parts, dim=axis + 2)
 
 
 class Block(nn.Module):

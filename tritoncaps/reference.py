@@ -173,7 +173,10 @@ def inverted_attention_routing(
     v = u.new_zeros(B, J, D) if pose is None else pose
     for _ in range(iterations):
         s, c = routing_pass(u, weight, v / D**0.5, return_coupling=True)
-        v = F.layer_norm(s, (D,), norm_weight, norm_bias)
+        centred = s - reduce(s, "B J D -> B J 1", "mean")
+        v = centred * (reduce(centred**2, "B J D -> B J 1", "mean") + 1e-5).rsqrt()
+        v = v if norm_weight is None else v * norm_weight
+        v = v if norm_bias is None else v + norm_bias
     return (v, c) if return_coupling else v
 
 

@@ -38,7 +38,7 @@ MODELS = {
         "leaky": True,
     },
     "efficient_capsnet": WIDE,
-    "inverted_capsnet": WIDE | {"iterations": 3},
+    "inverted_capsnet": {"in_channels": 3, "image_size": (13, 17), "num_classes": 4},
 }
 
 

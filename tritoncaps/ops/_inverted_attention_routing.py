@@ -4,12 +4,15 @@ import math
 from typing import Literal, overload
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from tritoncaps import _checks
 from tritoncaps._operators.routing_pass import routing_pass
+from tritoncaps._torch_path import accumulation_dtype
 from tritoncaps._tracing import one_node
 from tritoncaps.ops._attention_routing import summed_predictions
+
+# Added to the variance, as torch does by default.
+EPS = 1e-5
 
 _AXES = {
     "u": "B I P",
@@ -123,5 +126,19 @@ def inverted_attention_routing(
             s, coupling = routing_pass.forward(
                 u, weight, scaled, None, None, False, return_coupling and is_last
             )
-        pose = F.layer_norm(s, (D,), norm_weight, norm_bias)
+        pose = normalised(s, norm_weight, norm_bias)
     return (pose, coupling) if return_coupling else pose
+
+
+def normalised(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A LayerNorm over the last axis.
+
+    That of torch has a wrong gradient of its forward-mode derivative: it takes mean and variance
+    for constants there.
+    """
+    raised = s.to(accumulation_dtype(s.dtype))
+    centred = raised - raised.mean(dim=-1, keepdim=True)
+    variance = centred.square().mean(dim=-1, keepdim=True)
+    v = (centred * (variance + EPS).rsqrt()).to(s.dtype)
+    v = v if weight is None else v * weight
+    return v if bias is None else v + bias

@@ -19,6 +19,7 @@ from tritoncaps.kernels._launch import (
 )
 from tritoncaps.kernels._one_product import OneProduct, one_product
 from tritoncaps.kernels._slots import advance_running_sum, pull_back, write_result
+from tritoncaps.kernels.prediction_vectors import uniform_sums
 from tritoncaps.kernels.routing_pass import (
     pass_backward,
     pass_forward,
@@ -130,21 +131,6 @@ def _routing_bwd_kernel(
 # Launchers ----------------------------------------------------------------------------------------
 
 
-def _uniform_sums(u: Tensor, weight: Tensor) -> Tensor:
-    """Σ_i û_ij, not yet times 1/J: one (B, I·P) × (I·P, J·D) product of the vendor's library."""
-    B, I, P = u.shape
-    _, _, J, D = weight.shape
-    dtype = accumulation_dtype(u.dtype)
-    rows, columns = u.reshape(B, I * P), weight.reshape(I * P, J * D)
-    if u.dtype == dtype:
-        product = torch.mm(rows, columns)
-    elif u.is_cuda and torch.version.hip is None:
-        product = torch.mm(rows, columns, out_dtype=dtype)
-    else:
-        product = torch.mm(rows.to(dtype), columns.to(dtype))
-    return product.view(1, B, J, D)
-
-
 def _route(
     passes: OneProduct,
     prior: Tensor | None,
@@ -194,7 +180,7 @@ def _route_in_two_sweeps(
     V = sums.new_empty(splits, B, J, D)
     filled, uniform, first = slots[:1, 0], False, 1
     if prior is None:
-        filled, uniform, first = _uniform_sums(u, weight), True, 2
+        filled, uniform, first = uniform_sums(u, weight).unsqueeze(0), True, 2
     for iteration in range(first, len(sums) + 1):
         next_slots = slots[iteration % 2]
         _routing_fwd_kernel[(triton.cdiv(B, launch["BLOCK_B"]), splits)](

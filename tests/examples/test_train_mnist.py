@@ -393,6 +393,13 @@ class TestResume:
         assert error.startswith(start) and error.count("\n") == 1
         assert snapshot(a_run) == before
 
+    def test_one_cycle_cannot_be_continued_beyond_its_end(self, tmp_path, capsys):
+        assert run(*NEW, "--one-cycle", "--epochs=1", "--rotation=8", "--output-dir=run") == 0
+        assert run("--resume=run") == 0
+        assert run("--resume=run", "--epochs=2") == 2
+        error = "--epochs 2 differs from the resumed run's 1: start a new run for that"
+        assert error in capsys.readouterr().err
+
     def test_every_flag_that_must_not_change_was_tried(self):
         fixed = {entry.name for entry in fields(Recipe) if entry.metadata["fixed"]}
         assert CHANGES.keys() == fixed - {"limit_train", "limit_test", "image_size"}
@@ -748,6 +755,7 @@ class TestWrongFlags:
             ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),
             ("--decoder-lr-factor=nan", "--decoder-lr-factor nan must be >= 0 and finite"),
             ("--gamma=0", "--gamma 0.0 must be > 0 and finite"),
+            ("--rotation=-1", "--rotation -1.0 must be >= 0 and finite"),
             ("--warmup-steps=-1", "--warmup-steps -1 must be >= 0"),
             ("--reconstruction-weight=-1", "--reconstruction-weight -1.0 must be >= 0 and finite"),
             ("--seed=9223372036854775808", "must be in -2**63 .. 2**63 - 1"),

@@ -113,10 +113,12 @@ class EfficientCapsNet(nn.Module):
         return CapsuleOutput(capsule_lengths(poses), poses, reconstruction, None, coupling)
 
 
-def _conv(in_channels: int, out_channels: int, **options: int) -> list[nn.Module]:
+def _conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+) -> list[nn.Module]:
     """A convolution, ReLU, and then the normalisation."""
     return [
-        ReluConv2d(in_channels, out_channels, **options),
+        ReluConv2d(in_channels, out_channels, kernel_size, stride),
         nn.ReLU(),
         nn.BatchNorm2d(out_channels),
     ]

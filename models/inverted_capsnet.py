@@ -208,6 +208,6 @@ def _normalised(
     in_channels: int, channels: int, stride: int = 1, kernel_size: int = 3
 ) -> list[nn.Module]:
     """A convolution and the normalisation of its features."""
-    options = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2}
-    conv = ReluConv2d(in_channels, channels, **options, bias=False)
+    padding = kernel_size // 2
+    conv = ReluConv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
     return [conv, nn.BatchNorm2d(channels)]

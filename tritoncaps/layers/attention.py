@@ -86,10 +86,10 @@ class AttentionCapsules(nn.Module):
         With `return_coupling`, the coupling, (B, I, J), is returned too.
         """
         return_coupling = concrete("return_coupling", return_coupling, False)
-        result = ops.attention_routing(u, self.weight, self.bias, return_coupling=return_coupling)
         if not return_coupling:
-            return ops.squash(result, form="exponential")
-        s, coupling = result
+            s = ops.attention_routing(u, self.weight, self.bias)
+            return ops.squash(s, form="exponential")
+        s, coupling = ops.attention_routing(u, self.weight, self.bias, return_coupling=True)
         return ops.squash(s, form="exponential"), coupling
 
     def extra_repr(self) -> str:

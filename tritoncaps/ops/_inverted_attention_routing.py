@@ -111,23 +111,24 @@ def inverted_attention_routing(
     _checks.check_size(name, "iterations", iterations)
     _checks.check_flag(name, "return_coupling", return_coupling)
     # Once, so that 16-bit gradients are rounded once.
-    u, weight, pose, norm_weight, norm_bias = (
+    u, weight = (tensor.to(_checks.routed_dtype(tensor)) for tensor in (u, weight))
+    v, norm_weight, norm_bias = (
         None if tensor is None else tensor.to(_checks.routed_dtype(tensor))
-        for tensor in (u, weight, pose, norm_weight, norm_bias)
+        for tensor in (pose, norm_weight, norm_bias)
     )
     (B, I, _), (_, _, J, D) = u.shape, weight.shape
-    coupling = u.new_full((B, I, J), 1 / J) if return_coupling else None
+    coupling = u.new_full((B, I, J), 1 / J) if return_coupling else u.new_empty(0)
     for iteration in range(iterations):
-        if pose is None:
+        if v is None:
             s = summed_predictions(u, weight) / J
         else:
             is_last = iteration == iterations - 1
-            scaled = pose / math.sqrt(D)
             s, coupling = routing_pass.forward(
-                u, weight, scaled, None, None, False, return_coupling and is_last
+                u, weight, v / math.sqrt(D), None, None, False, return_coupling and is_last
             )
-        pose = normalised(s, norm_weight, norm_bias)
-    return (pose, coupling) if return_coupling else pose
+        v = normalised(s, norm_weight, norm_bias)
+    assert v is not None  # there is an iteration
+    return (v, coupling) if return_coupling else v
 
 
 def normalised(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -189,6 +189,11 @@ class Recipe:
         "enlarge or shrink each training image by exp(x), x normal with this standard deviation",
         metavar="F",
     )
+    one_cycle: bool = flag(
+        False,
+        "raise the learning rate to --lr over 3 of 10 steps and lower it to 0 by the last one, in "
+        "place of --gamma and --warmup-steps; a resumed run then keeps --epochs",
+    )
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
@@ -210,11 +215,6 @@ class Recipe:
     )
     warmup_steps: int = flag(
         50, "steps over which the learning rate rises to its full value", metavar="N"
-    )
-    one_cycle: bool = flag(
-        False,
-        "raise the learning rate to --lr over 3 of 10 steps and lower it to 0 by the last one, in "
-        "place of --gamma and --warmup-steps; a resumed run then keeps --epochs",
     )
     reconstruction_weight: float = flag(
         None,

@@ -131,6 +131,7 @@ def inverted_attention_routing(
     return (v, coupling) if return_coupling else v
 
 
+@one_node
 def normalised(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """A LayerNorm over the last axis.
 

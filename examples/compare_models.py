@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from engine import figures
-from engine.baseline import TITLES, list_networks
+from engine.baseline import CNN, PAPER, TITLES, list_networks
 from engine.flags import Machine, Output, Recipe, models_flag, seeds_flag
 from engine.runner import Experiment, run_experiment
 from engine.tables import averages, counted, grouped, percent
@@ -26,7 +26,7 @@ from engine.tables import averages, counted, grouped, percent
 class Comparison:
     """What is compared."""
 
-    models: list[str] = models_flag(list_networks())
+    models: list[str] = models_flag((*PAPER, CNN), list_networks())
     seeds: int = seeds_flag()
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import figures
-from engine.baseline import TITLES, list_networks
+from engine.baseline import CNN, PAPER, TITLES, list_networks
 from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
 from engine.runner import VARIED, Experiment, Job, run_experiment
 from engine.tables import averages, grouped, percent
@@ -34,7 +34,7 @@ SIZES = [100, 300, 1_000, 3_000, 10_000, 30_000, 60_000]
 class Sizes:
     """What is compared."""
 
-    models: list[str] = models_flag(list_networks())
+    models: list[str] = models_flag((*PAPER, CNN), list_networks())
     sizes: list[int] | None = flag(
         None,
         f"training images (default: those of {SIZES} that there are, and all)",

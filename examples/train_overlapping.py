@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from engine import figures
-from engine.baseline import TITLES
+from engine.baseline import PAPER, TITLES, WITH_LOGITS
 from engine.figures import Overlapped
 from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
 from engine.runner import VARIED, Experiment, Job, run_experiment
@@ -50,7 +50,9 @@ class Pairs:
         "coincident: no shift, 28×28; shifted: each by up to 4 pixels, 36×36",
         choices=list(MODES),
     )
-    models: list[str] = models_flag(list_models())
+    models: list[str] = models_flag(
+        PAPER, [name for name in list_models() if name not in WITH_LOGITS]
+    )
     seeds: int = seeds_flag()
     partners: int = flag(1, "overlays of each test image in the final test", **COUNT)
 

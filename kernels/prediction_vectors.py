@@ -20,6 +20,9 @@ from tritoncaps.kernels._launch import (
 )
 from tritoncaps.kernels._tiles import dot
 
+# Few programs would walk through the sum over so long a P. The vendor's library splits it.
+LONG_SUM = 512
+
 
 def prediction_vectors_launch(
     P: int, J: int, D: int, dtype: torch.dtype, target: Target
@@ -153,10 +156,27 @@ def _grad_weight_kernel(
     tl.store(grad_weight_ptr + offsets, dw, (p < P)[:, None] & (n < N)[None, :])
 
 
+def _of_one_capsule(u: Tensor, weight: Tensor) -> Tensor:
+    """û of a single input capsule: one product of the vendor's library, (B, P) × (P, J·D)."""
+    B, _, P = u.shape
+    _, _, J, D = weight.shape
+    rows, columns = u.reshape(B, P), weight.reshape(P, J * D)
+    dtype = accumulation_dtype(u.dtype)
+    if u.dtype == dtype:
+        product = torch.mm(rows, columns)
+    elif u.is_cuda and torch.version.hip is None:
+        product = torch.mm(rows, columns, out_dtype=dtype)
+    else:
+        product = torch.mm(rows.to(dtype), columns.to(dtype))
+    return product.view(B, 1, J, D).to(u.dtype)
+
+
 def prediction_vectors_fwd(u: Tensor, weight: Tensor) -> Tensor:
     """û, shape (B, I, J, D), from u (B, I, P) and weight (I, P, J, D), both with any strides."""
     B, I, P = u.shape
     _, _, J, D = weight.shape
+    if I == 1 and P >= LONG_SUM:
+        return _of_one_capsule(u, weight)
     u_hat = u.new_empty(B, I, J, D)
     if u_hat.numel() == 0:
         return u_hat

@@ -1,4 +1,4 @@
-"""The networks of the paper, by class or by name."""
+"""The networks, by class or by name."""
 
 from inspect import signature
 from typing import Any
@@ -12,12 +12,16 @@ from tritoncaps.models._parts import CapsuleOutput
 from tritoncaps.models._pretrained import PretrainedCfg, did_you_mean, find, registry
 from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
+from tritoncaps.models.efficient_capsnet import EfficientCapsNet
+from tritoncaps.models.inverted_capsnet import InvertedCapsNet
 
 __all__ = [
     "CapsNet",
     "CapsuleOutput",
     "CheckpointError",
     "DeepCapsNet",
+    "EfficientCapsNet",
+    "InvertedCapsNet",
     "PretrainedCfg",
     "PretrainedMixin",
     "create_model",
@@ -25,7 +29,12 @@ __all__ = [
     "load_model",
 ]
 
-_MODELS: dict[str, type[nn.Module]] = {"capsnet": CapsNet, "deep_capsnet": DeepCapsNet}
+_MODELS: dict[str, type[nn.Module]] = {
+    "capsnet": CapsNet,
+    "deep_capsnet": DeepCapsNet,
+    "efficient_capsnet": EfficientCapsNet,
+    "inverted_capsnet": InvertedCapsNet,
+}
 
 
 def list_models(pretrained: bool = False) -> list[str]:
@@ -37,7 +46,7 @@ def list_models(pretrained: bool = False) -> list[str]:
 
     Example:
         >>> list_models()
-        ['capsnet', 'deep_capsnet']
+        ['capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet']
     """
     if pretrained:
         return [cfg.name for cfg in registry()]

@@ -136,12 +136,19 @@ def device(monkeypatch):
 @pytest.fixture
 def small_model():
     """Build a network by name with few channels, always from the same seed."""
-    channels = {"capsnet": 4, "deep_capsnet": (4, 6)}
+    usual = {
+        "capsnet": {"channels": 4, "capsule_types": 2},
+        "deep_capsnet": {"channels": (4, 6), "capsule_types": 2},
+        "efficient_capsnet": {"primary_capsules": 4, "decoder_hidden": (8, 8)},
+        "inverted_capsnet": {
+            **{"in_channels": 1, "image_size": 28},
+            **{"channels": (4, 6), "blocks": (1, 1), "capsule_types": 2},
+        },
+    }
 
     def build(name, seed=0, **arguments):
         torch.manual_seed(seed)
-        usual = {"channels": channels[name], "capsule_types": 2}
-        return create_model(name, **(usual | arguments))
+        return create_model(name, **(usual[name] | arguments))
 
     return build
 

@@ -8,8 +8,20 @@ from tritoncaps.models import CapsuleOutput, create_model, list_models
 
 CNN = "cnn"
 
+# The capsule networks of the paper that the experiments repeat.
+PAPER = ("capsnet", "deep_capsnet")
+
+# Trained with the cross entropy of their logits, and without a decoder.
+WITH_LOGITS = ("inverted_capsnet", CNN)
+
 # The names of the networks in pictures and tables.
-TITLES = {"capsnet": "CapsNet", "deep_capsnet": "DeepCapsNet", CNN: "CNN"}
+TITLES = {
+    "capsnet": "CapsNet",
+    "deep_capsnet": "DeepCapsNet",
+    CNN: "CNN",
+    "efficient_capsnet": "Efficient-CapsNet",
+    "inverted_capsnet": "InvertedCapsNet",
+}
 
 
 class ConvNet(nn.Module):

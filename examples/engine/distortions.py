@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritoncaps.data.batches import rotated_and_scaled
+
 # Right, left, down, up.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 
@@ -27,35 +29,25 @@ def shifted(images: Tensor, pixels: float, first: int = 0) -> Tensor:
     directions = torch.tensor(_DIRECTIONS)[(torch.arange(len(images)) + first) % 4]
     # An affine map gives where a pixel comes from, in coordinates from -1 to 1.
     offset = -2 * pixels * directions / torch.tensor([width, height])
-    return _sample(images, torch.eye(2).expand(len(images), 2, 2), offset)
+    matrix = torch.eye(2).expand(len(images), 2, 2)
+    theta = torch.cat([matrix, offset.unsqueeze(2)], dim=2).to(images)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # Outside is black, and rounding leaves nothing outside [0, 1].
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False).clamp(0, 1)
 
 
 def rotated(images: Tensor, degrees: float, first: int = 0) -> Tensor:
     """Rotate about the centre, in turn anticlockwise and clockwise."""
     sign = 1 - 2 * ((torch.arange(len(images)) + first) % 2)
-    angle = sign * math.radians(degrees)
-    height, width = images.shape[2:]
-    cos, sin = angle.cos(), angle.sin()
-    # Angles are measured in pixels, so they are right for any aspect ratio.
-    rows = [cos, -sin * height / width], [sin * width / height, cos]
-    matrix = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
-    return _sample(images, matrix, torch.zeros(len(images), 2))
+    return rotated_and_scaled(images, sign * math.radians(degrees), torch.ones(len(images)))
 
 
 def scaled(images: Tensor, factor: float, first: int = 0) -> Tensor:
     """Enlarge about the centre; a factor below 1 makes smaller."""
     if not factor > 0:
         raise ValueError(f"scaled: factor must be > 0, got {factor}")
-    matrix = torch.eye(2).expand(len(images), 2, 2) / factor
-    return _sample(images, matrix, torch.zeros(len(images), 2))
-
-
-def _sample(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """Sample (B, C, H, W) at matrix (B, 2, 2) · position + offset (B, 2), bilinearly."""
-    theta = torch.cat([matrix.float(), offset.float().unsqueeze(2)], dim=2).to(images.device)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # Outside is black, and rounding leaves nothing outside [0, 1].
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False).clamp(0, 1)
+    count = len(images)
+    return rotated_and_scaled(images, torch.zeros(count), torch.full((count,), float(factor)))
 
 
 def sign_of_gradient(

@@ -179,6 +179,21 @@ class Recipe:
         type=int,
         metavar="PIXELS",
     )
+    rotation: float = flag(
+        0.0,
+        "rotate each training image by a normal random angle with this standard deviation",
+        metavar="DEGREES",
+    )
+    scaling: float = flag(
+        0.0,
+        "enlarge or shrink each training image by exp(x), x normal with this standard deviation",
+        metavar="F",
+    )
+    one_cycle: bool = flag(
+        False,
+        "raise the learning rate to --lr over 3 of 10 steps and lower it to 0 by the last one, in "
+        "place of --gamma and --warmup-steps; a resumed run then keeps --epochs",
+    )
     epochs: int | None = flag(
         None,
         "passes over the training images; a larger number continues a finished run "
@@ -256,9 +271,9 @@ NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {
 }
 
 
-def models_flag(names: Sequence[str]) -> Any:
-    """Declare the flag that chooses networks."""
-    return flag(tuple(names), "which networks", nargs="+", choices=names)
+def models_flag(names: Sequence[str], choices: Sequence[str]) -> Any:
+    """Declare the flag that chooses networks, by default `names`."""
+    return flag(tuple(names), "which networks", nargs="+", choices=choices)
 
 
 def seeds_flag() -> Any:
@@ -341,7 +356,7 @@ def check_numbers(recipe: Recipe) -> None:
         "> 0 and finite": (lambda x: 0 < x < math.inf, ("lr", "gamma")),
         ">= 0 and finite": (
             lambda x: 0 <= x < math.inf,
-            ("decoder_lr_factor", "reconstruction_weight", "weight_decay"),
+            ("decoder_lr_factor", "reconstruction_weight", "weight_decay", "rotation", "scaling"),
         ),
         ">= 0": (lambda x: x >= 0, ("max_shift", "warmup_steps")),
         "in -2**63 .. 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("seed",)),
@@ -358,7 +373,8 @@ def first_difference(recipe: Recipe, before: Mapping[str, Any]) -> str | None:
     Values are compared as JSON, which has no tuples.
     """
     for entry in fields(recipe):
-        if entry.metadata["fixed"] and entry.name in before:
+        is_fixed = entry.metadata["fixed"] or (entry.name == "epochs" and recipe.one_cycle)
+        if is_fixed and entry.name in before:
             value = getattr(recipe, entry.name)
             if json.dumps(value) != json.dumps(before[entry.name]):
                 return entry.name

@@ -42,7 +42,7 @@ from engine.run_directory import (
 from engine.runtime import choose_runtime, describe_environment, make_deterministic, require
 from engine.tables import accuracies, percent
 from engine.tasks import CrossEntropy, Source, Task
-from engine.training import Schedule, Trainer, TrainingError
+from engine.training import OneCycle, Schedule, Trainer, TrainingError
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import (
     Batches,
@@ -181,7 +181,6 @@ class Runner:
         if dataset.name == "folder":
             # Another run of this recipe must not choose another size.
             self.recipe = replace(self.recipe, image_size=[height, width])
-        self.schedule = Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
         self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
         self.train_images = self.dataset.train.to(self.runtime.device)
         self.test_images = self.dataset.test.to(self.runtime.device)
@@ -249,10 +248,17 @@ class Runner:
         validation = None
         if images is None:
             images, validation = self.split(recipe)
-        batches = Batches(images, recipe.batch_size, seed=recipe.seed, max_shift=recipe.max_shift)
+        batches = Batches(
+            images,
+            recipe.batch_size,
+            seed=recipe.seed,
+            max_shift=recipe.max_shift,
+            rotation=recipe.rotation,
+            scaling=recipe.scaling,
+        )
         model, config = self.build(recipe, images.images.shape[1:])
         task = Task(recipe.reconstruction_weight)
-        if recipe.model == baseline.CNN:
+        if recipe.model in baseline.WITH_LOGITS:
             task = CrossEntropy()
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
@@ -270,6 +276,13 @@ class Runner:
         ]
         return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
+    def schedule(self, job: Job) -> Schedule | OneCycle:
+        """Return the learning rate of each step of a job."""
+        recipe = self.recipe
+        if recipe.one_cycle:
+            return OneCycle(recipe.lr, steps=self.epochs * len(job.train))
+        return Schedule(recipe.lr, recipe.gamma, recipe.warmup_steps)
+
     def trainer(self, job: Job, directory: Path, args: Mapping[str, Any]) -> Trainer:
         """Build the trainer of a job; `args` are its flags."""
         # All arguments of the network: `load_model` needs them.
@@ -278,7 +291,7 @@ class Runner:
             job.model,
             directory,
             task=job.task,
-            schedule=self.schedule,
+            schedule=self.schedule(job),
             optimizer=self.optimizer(job.model),
             runtime=self.runtime,
             args=args,
@@ -339,6 +352,8 @@ class Experiment(Runner):
             RunDirectoryError: it cannot be used, or belongs to another recipe.
         """
         recipe = {k: v for k, v in as_dict(self.recipe).items() if k not in self.varied}
+        if self.recipe.one_cycle:  # no run can go on after its cycle
+            recipe["epochs"] = self.epochs
         self.shared = {**recipe, "precision": self.runtime.precision, **shared}
         if self.dataset.name == "folder":
             folder = Path(str(self.machine.data_dir)).expanduser()

@@ -38,7 +38,7 @@ class Trained:
     @property
     def trains_logits(self) -> bool:
         """Whether it was trained by the cross entropy of its logits."""
-        return self.network == baseline.CNN
+        return self.network in baseline.WITH_LOGITS
 
 
 def check_trained(directory: str | Path) -> Path:

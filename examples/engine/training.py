@@ -2,7 +2,7 @@
 
 `Trainer.fit` trains epoch by epoch, evaluates, keeps checkpoints and stops cleanly when asked to. A
 run that is interrupted anywhere and resumed ends with the same bits as one that is not: the order
-and the shifts of the images depend only on (seed, epoch), the learning rate only on the step, and
+and the moves of the images depend only on (seed, epoch), the learning rate only on the step, and
 everything else is in the checkpoint. Several processes (see distributed.py) run the same loop, each
 on its share of every batch, and add up their sums before they use them.
 """
@@ -90,6 +90,37 @@ class Schedule:
         return self.lr * warmup * self.gamma**epoch
 
 
+@dataclass(frozen=True)
+class OneCycle:
+    """One cycle of the learning rate: up to `lr` in 3 of 10 steps, then down to almost 0.
+
+    Both ways follow a cosine, from lr/25 and to lr/250,000. Small networks reach in 15 epochs what
+    takes 150 at a falling rate. Smith, Topin: Super-Convergence (2018).
+
+    Args:
+        lr: the highest rate.
+        steps: of the whole run, which cannot be continued beyond them.
+    """
+
+    lr: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"OneCycle: lr must be a positive number, got {self.lr}")
+        if self.steps < 1:
+            raise ValueError(f"OneCycle: steps must be >= 1, got {self.steps}")
+
+    def __call__(self, step: int, epoch: int) -> float:
+        """Return the rate of a step, counted from 0 over the whole run."""
+        peak = 0.3 * self.steps
+        if step < peak:
+            start, end, way = self.lr / 25, self.lr, step / peak
+        else:
+            start, end, way = self.lr, self.lr / 250_000, (step - peak) / (self.steps - peak)
+        return end + (start - end) * (1 + math.cos(math.pi * min(way, 1.0))) / 2
+
+
 @dataclass
 class Progress:
     """How far a run has come; `loss_sum` and `correct` are sums over the epoch so far."""
@@ -150,7 +181,7 @@ class Trainer:
         directory: str | Path,
         *,
         task: Task | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | OneCycle | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         runtime: Runtime | None = None,
         args: Mapping[str, Any] | None = None,

@@ -1,6 +1,7 @@
 """The digits, image sets, splits, shifts and batches."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tritoncaps.data import (
     split_validation,
     to_float,
 )
+from tritoncaps.data.batches import _epoch_generator, rotated_and_scaled
 
 
 def generator(seed=1):
@@ -365,6 +367,39 @@ def test_shifts_differ_from_image_to_image_and_from_batch_to_batch():
     assert not torch.equal(first, second)
 
 
+def test_rotations_and_scalings_are_normal_and_come_after_the_shifts():
+    """Order and shifts are those of an epoch without them."""
+    images = make_set(40)
+    options = {"seed": 1, "max_shift": 2}
+    plain = all_pixels(Batches(images, 16, **options), 2)
+    zero = all_pixels(Batches(images, 16, rotation=0.0, scaling=0, **options), 2)
+    assert torch.equal(zero, plain)
+    turned = Batches(images, 16, rotation=8.0, scaling=0.06, **options)
+    generator = _epoch_generator(1, 2)
+    torch.randperm(40, generator=generator)
+    torch.randint(5, (40, 2), generator=generator)
+    angles, factors = torch.randn(2, 40, generator=generator)
+    angles, factors = angles * math.radians(8), (factors * 0.06).exp()
+    pixels = all_pixels(turned, 2)
+    torch.testing.assert_close(pixels, rotated_and_scaled(plain, angles, factors))
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    resumed = torch.cat([pixels for pixels, _ in turned.epoch(2, start=1)])
+    assert torch.equal(resumed, pixels[16:])
+
+
+def test_rotated_and_scaled_in_one():
+    """A quarter turn anticlockwise at twice the size: corners of the middle become corners."""
+    image = torch.arange(16.0).view(1, 1, 4, 4) / 16
+    turn = torch.tensor([math.pi / 2])
+    torch.testing.assert_close(
+        rotated_and_scaled(image, turn, torch.ones(1)), torch.rot90(image, 1, (2, 3))
+    )
+    whole = rotated_and_scaled(image, turn, torch.tensor([2.0]))
+    corners = torch.rot90(image, 1, (2, 3))[..., 1:3, 1:3]
+    centre = whole.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5))
+    torch.testing.assert_close(centre, corners, atol=0.04, rtol=0)
+
+
 def test_batches_leave_the_global_random_state_alone():
     state = torch.get_rng_state()
     all_pixels(Batches(make_set(50), 16, seed=1, max_shift=2), 0)
@@ -377,6 +412,10 @@ def test_batches_refuse_wrong_arguments():
         Batches(images, 0, seed=1)
     with pytest.raises(ValueError, match="max_shift must be >= 0, got -2"):
         Batches(images, 4, seed=1, max_shift=-2)
+    with pytest.raises(ValueError, match="rotation must be >= 0 and finite, got -1"):
+        Batches(images, 4, seed=1, rotation=-1)
+    with pytest.raises(TypeError, match="scaling must be a number, got str"):
+        Batches(images, 4, seed=1, scaling="0.1")
     batches = Batches(images, 4, seed=1)
     for start in (-1, 4):
         with pytest.raises(ValueError, match=rf"start={start} is not in 0 \.\. 3"):

@@ -202,7 +202,8 @@ class TestRun:
                     assert "precision bf16" in capsys.readouterr().out
                 assert_same_run(tmp_path / f"{model}-first", tmp_path / f"{model}-second")
                 state = checkpoint.load(tmp_path / f"{model}-first/last.safetensors")
-                assert all(tensor.dtype is torch.float32 for tensor in state["model"].values())
+                weights = [w for w in state["model"].values() if w.is_floating_point()]
+                assert all(tensor.dtype is torch.float32 for tensor in weights)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -310,7 +311,7 @@ CHANGES = {
     "model": "deep_capsnet", "model_kwargs": "iterations=2", "dataset": "mnist", "batch_size": "16",
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
     "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
-    "decoder_lr_factor": "2.0",
+    "decoder_lr_factor": "2.0", "rotation": "5.0", "scaling": "0.1", "one_cycle": None,
 }  # fmt: skip
 
 
@@ -384,12 +385,21 @@ class TestResume:
     def test_a_flag_that_would_change_the_run_is_refused_by_name(self, a_run, capsys, name):
         before = snapshot(a_run)
         flag = f"--{name.replace('_', '-')}"
-        assert run(f"--resume={a_run}", flag, CHANGES[name], "--epochs=5") == 2
-        value = "{'iterations': 2}" if name == "model_kwargs" else CHANGES[name]
+        # None stands for a flag without a value.
+        given = [] if CHANGES[name] is None else [CHANGES[name]]
+        assert run(f"--resume={a_run}", flag, *given, "--epochs=5") == 2
+        value = {"model_kwargs": "{'iterations': 2}", "one_cycle": "True"}.get(name, CHANGES[name])
         start = f"train_mnist.py: error: {flag} {value} differs from the resumed run's "
         error = capsys.readouterr().err
         assert error.startswith(start) and error.count("\n") == 1
         assert snapshot(a_run) == before
+
+    def test_one_cycle_cannot_be_continued_beyond_its_end(self, tmp_path, capsys):
+        assert run(*NEW, "--one-cycle", "--epochs=1", "--rotation=8", "--output-dir=run") == 0
+        assert run("--resume=run") == 0
+        assert run("--resume=run", "--epochs=2") == 2
+        error = "--epochs 2 differs from the resumed run's 1: start a new run for that"
+        assert error in capsys.readouterr().err
 
     def test_every_flag_that_must_not_change_was_tried(self):
         fixed = {entry.name for entry in fields(Recipe) if entry.metadata["fixed"]}
@@ -746,6 +756,7 @@ class TestWrongFlags:
             ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),
             ("--decoder-lr-factor=nan", "--decoder-lr-factor nan must be >= 0 and finite"),
             ("--gamma=0", "--gamma 0.0 must be > 0 and finite"),
+            ("--rotation=-1", "--rotation -1.0 must be >= 0 and finite"),
             ("--warmup-steps=-1", "--warmup-steps -1 must be >= 0"),
             ("--reconstruction-weight=-1", "--reconstruction-weight -1.0 must be >= 0 and finite"),
             ("--seed=9223372036854775808", "must be in -2**63 .. 2**63 - 1"),

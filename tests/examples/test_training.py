@@ -26,7 +26,7 @@ from engine import checkpoint, training
 from engine.runtime import Runtime
 from engine.tables import best_epoch
 from engine.tasks import Task
-from engine.training import Evaluation, Schedule, Trainer, TrainingError
+from engine.training import Evaluation, OneCycle, Schedule, Trainer, TrainingError
 from tritoncaps import RoutedCapsules
 from tritoncaps.data import Batches, ImageSet
 from tritoncaps.layers import capsule_lengths
@@ -164,6 +164,26 @@ class TestRun:
         )
         assert trainer.fit(train, validation, epochs=2)
         assert rates == [0.004] * BATCHES + [0.002] * BATCHES
+
+    def test_one_cycle_rises_to_the_rate_and_falls_to_nothing(self):
+        """As torch's own scheduler has it."""
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        expected = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.004, total_steps=51, cycle_momentum=False
+        )
+        # torch puts the peak at step 0.3·51 − 1 and the end at step 50.
+        cycle = OneCycle(0.004, 50)
+        assert cycle(0, 0) == pytest.approx(expected.get_last_lr()[0])
+        assert cycle(15, 0) == 0.004
+        assert cycle(50, 0) == pytest.approx(0.004 / 250_000)
+        rates = [cycle(step, 0) for step in range(51)]
+        assert rates[:16] == sorted(rates[:16])
+        assert rates[15:] == sorted(rates[15:], reverse=True)
+        for step in range(50):
+            assert rates[step] == pytest.approx(expected.get_last_lr()[0], abs=2e-4), step
+            optimizer.step()
+            expected.step()
 
     def test_the_tracker_gets_every_record_and_epoch(self, tmp_path, train, validation):
         trainer = new_trainer(tmp_path, log_interval=3)

@@ -86,6 +86,7 @@ def test_axes_of_no_and_of_one_element(device, name, optional, extent, axis):
     [
         ("squash", sized(B=60, I=1, P=1, J=5, D=5)),
         ("prediction_vectors", sized(B=33, I=2, P=34, J=7, D=5)),
+        ("prediction_vectors", sized(B=5, I=1, P=600, J=2, D=3)),
         ("dynamic_routing", sized(B=1, I=2, P=1, J=300, D=17)),
         ("dynamic_routing", sized(B=2, I=150, P=1, J=3, D=33)),
         ("fused_dynamic_routing", sized(B=1, I=2, P=33, J=20, D=17)),

@@ -9,6 +9,11 @@ from tritoncaps import CapsuleLoss, ops
 from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
 
 every_model = pytest.mark.parametrize("name", list_models())
+# Networks with class capsules whose length is the activation, and a decoder.
+with_decoder = pytest.mark.parametrize("name", ["capsnet", "deep_capsnet", "efficient_capsnet"])
+# Networks with routing by agreement.
+ROUTINGS = {"capsnet": ["routing"], "deep_capsnet": ["primary_routing", "secondary_routing"]}
+dynamic = pytest.mark.parametrize("name", ROUTINGS)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +39,8 @@ def test_models_have_the_layers_of_table_1():
 
 
 def test_models_are_known_by_name():
-    assert list_models() == ["capsnet", "deep_capsnet"]
+    names = ["capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet"]
+    assert list_models() == names
     model = create_model("deep_capsnet", hidden_capsules=12, hidden_dim=8, primary_iterations=1)
     assert isinstance(model, DeepCapsNet)
     assert model.primary_routing.weight.shape == (1152, 8, 12, 8)
@@ -51,7 +57,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
-@every_model
+@with_decoder
 def test_models_take_any_images(device, small_model, name, images):
     model = small_model(name, class_dim=12, **images).to(device)
     K = images["num_classes"]
@@ -67,10 +73,10 @@ def test_models_take_any_images(device, small_model, name, images):
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert torch.isfinite(parameter.grad).all(), parameter_name
-    assert model(batch[:0]).activations.shape == (0, K)
+    assert model.eval()(batch[:0]).activations.shape == (0, K)
 
 
-@every_model
+@with_decoder
 def test_model_without_decoder(small_model, name):
     images, target = torch.rand(2, 1, 28, 28), torch.tensor([1, 2])
     output = small_model(name, reconstruction=False)(images)
@@ -79,10 +85,7 @@ def test_model_without_decoder(small_model, name):
     torch.testing.assert_close(loss, ops.margin_loss(output.activations, target))
 
 
-ROUTINGS = {"capsnet": ["routing"], "deep_capsnet": ["primary_routing", "secondary_routing"]}
-
-
-@every_model
+@dynamic
 def test_a_call_returns_the_coupling_of_each_routing(small_model, name):
     model, images = small_model(name).eval(), torch.rand(2, 1, 28, 28)
     output = model(images, return_coupling=True)
@@ -95,7 +98,7 @@ def test_a_call_returns_the_coupling_of_each_routing(small_model, name):
     assert model(images).coupling is None
 
 
-@every_model
+@dynamic
 def test_a_call_sets_the_iterations(small_model, name):
     iterations = (
         {"iterations": 1}
@@ -107,7 +110,7 @@ def test_a_call_sets_the_iterations(small_model, name):
     assert torch.equal(small_model(name)(images, iterations=1).poses, expected.poses)
 
 
-@every_model
+@dynamic
 def test_options_reach_the_routings(small_model, name):
     options = {"learned_prior": True, "pose_bias": True, "leaky": True}
     model = small_model(name, **options)
@@ -138,9 +141,9 @@ def test_weights_shared_by_position(small_model, name, weights):
     ("stride", "padding", "smallest"),
     [(1, 0, (17, 17)), (3, 0, (33, 33)), (2, 1, (21, 21)), (2, 3, (13, 17)), (1, 6, (9, 13))],
 )
-@every_model
+@dynamic
 def test_the_smallest_image_leaves_a_position(small_model, name, stride, padding, smallest):
-    side = smallest[list_models().index(name)]
+    side = smallest[list(ROUTINGS).index(name)]
     model = small_model(name, image_size=(side, side + 1), stride=stride, padding=padding)
     assert model(torch.rand(1, 1, side, side + 1)).poses.shape == (1, 10, 16)
     with pytest.raises(ValueError, match=f"both sides must be at least {side}"):
@@ -170,7 +173,9 @@ def test_a_module_resets_to_its_own_initialisation(name):
     """After `to_empty`, module by module in either order, as FSDP does it."""
 
     def spread(model):
-        return {name: value.std() for name, value in model.named_parameters() if value.ndim > 1}
+        # Of a few hundred numbers, the spread itself is not known to 5 %.
+        weights = {name: value for name, value in model.named_parameters() if value.ndim > 1}
+        return {name: value.std() for name, value in weights.items() if value.numel() > 1000}
 
     expected = spread(create_model(name))
     for modules in (list, lambda found: reversed(list(found))):
@@ -183,7 +188,7 @@ def test_a_module_resets_to_its_own_initialisation(name):
         torch.testing.assert_close(spread(model), expected, rtol=0.05, atol=0)
 
 
-@every_model
+@with_decoder
 def test_a_multi_hot_target_draws_all_present_classes(small_model, name):
     model, images = small_model(name), torch.rand(2, 1, 28, 28)
     target = torch.zeros(2, 10)
@@ -199,7 +204,9 @@ def test_a_bad_image_stays_alone(device, small_model, name):
     spoilt = images.clone()
     spoilt[1, 0, 5, 5] = float("nan")
     with torch.no_grad():
-        for result, expected in zip(model(spoilt)[:3], model(images)[:3], strict=True):
+        for result, expected in zip(model(spoilt), model(images), strict=True):
+            if expected is None:
+                continue
             assert result[1].isnan().any()
             assert torch.equal(result[::2], expected[::2])
 

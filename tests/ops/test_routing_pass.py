@@ -88,16 +88,6 @@ def test_prior_and_bias_are_not_mistaken_for_each_other(device):
     assert not torch.allclose(ops.routing_pass(**swapped), expected)
 
 
-def test_it_takes_the_poses_of_attention_routing(device):
-    """Efficient-CapsNet's self-attention is one pass with pose = Σ_i û/√D and a learned bias."""
-    inputs = drawn(device, "bias")
-    u_hat = ops.prediction_vectors(inputs["u"], inputs["weight"])
-    inputs["pose"] = u_hat.sum(dim=1) / SIZES["D"] ** 0.5
-    c = torch.einsum("bijd,bkjd->bij", u_hat, u_hat / SIZES["D"] ** 0.5).softmax(dim=-1)
-    expected = torch.einsum("bij,bijd->bjd", c + inputs["bias"], u_hat)
-    torch.testing.assert_close(ops.routing_pass(**inputs), expected)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 def test_strides_change_no_bit(device, layout, grad_layout):

@@ -30,6 +30,10 @@ ALL = list(CALLS)
 CAPSULES = [name for name in ALL if name != "margin_loss"]
 ROUTINGS = [name for name in ALL if "coupling?" in CALLS[name][0].outputs]
 LOOPS = [name for name in ROUTINGS if "iterations" in CALLS[name][1]]
+# Their logits or their normalisation square a sum of prediction vectors.
+SQUARES = ["attention_routing", "inverted_attention_routing"]
+# The others squash, and their agreement adds up.
+SQUASHING = [name for name in LOOPS if name not in SQUARES]
 
 # Interpreted kernels compute with NumPy, which warns about the infinities that these tests make.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -108,8 +112,9 @@ def test_zeros_give_zeros(device, name, B, has_optional, dtype):
         torch.testing.assert_close(results["coupling"], uniform)
 
 
+# A normalisation makes zeros of equal components. Their gradients cancel to mere roundings.
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_call(ALL)
+@every_call([name for name in ALL if name != "inverted_attention_routing"])
 def test_equal_inputs_are_right(device, name, B, has_optional, dtype):
     """A capsule agrees equally with all outputs, so the coupling is the softmax of the prior."""
     call = Drawn(name, B, has_optional)
@@ -125,9 +130,14 @@ def test_equal_inputs_are_right(device, name, B, has_optional, dtype):
 @pytest.mark.parametrize("magnitude", ["denormal", "1e-20", "1e20"])
 @every_call(CAPSULES)
 def test_tiny_and_huge_inputs_are_right(device, name, B, has_optional, magnitude, dtype):
-    """Their squares overflow or underflow float32, but the results do not."""
+    """Their squares overflow or underflow float32, but the results do not.
+
+    Where a call squares its prediction vectors, docs/operators.md promises half of the exponents.
+    """
+    if name in SQUARES and magnitude == "1e20":
+        magnitude = "1e15"
     if dtype == torch.float16 and magnitude != "denormal":
-        magnitude = {"1e-20": "1e-3", "1e20": "1e3"}[magnitude]  # float16 cannot hold their squares
+        magnitude = {"1e-20": "1e-3"}.get(magnitude, "1e3")  # float16 cannot hold their squares
     call = Drawn(name, B, has_optional)
     call.scale(torch.finfo(dtype).tiny / 8 if magnitude == "denormal" else float(magnitude))
     call.assert_right(dtype, device)
@@ -141,7 +151,7 @@ def test_saturated_routing_is_right(device, name, B, length, dtype):
     """Agreements in the hundreds make each coupling 0 or 1, and v as long as a unit vector."""
     call = Drawn(name, B, has_optional=False)
     # A routing finds poses that agree. Those of a single pass are drawn.
-    call.scale(length if name in LOOPS else 4 * length)
+    call.scale(length if name in SQUASHING else 4 * length)
     results = call.assert_right(dtype, device)
     largest = results["coupling"].double().amax(dim=-1)
     assert (largest > 0.99).double().mean() > 0.8
@@ -187,7 +197,8 @@ def test_many_iterations_of_long_prediction_vectors_stay_finite(device, name, B,
     for what, result in results.items():
         assert torch.isfinite(result).all(), what
     roundings = torch.finfo(dtype).eps
-    assert (results["v"].double().norm(dim=-1) <= 1 + 8 * roundings).all()
+    if name in SQUASHING:
+        assert (results["v"].double().norm(dim=-1) <= 1 + 8 * roundings).all()
     total = results["coupling"].double().sum(dim=-1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=4 * roundings, atol=0)
 

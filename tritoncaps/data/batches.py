@@ -1,13 +1,14 @@
-"""Batches of a set that is already on the device, each image shifted on its own."""
+"""Batches of a set that is already on the device, each image moved on its own."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritoncaps._checks import check_size
+from tritoncaps._checks import check_not_negative, check_size
 from tritoncaps.data.sets import ImageSet
 
 
@@ -52,23 +53,53 @@ def random_shift(images: Tensor, max_shift: int, generator: torch.Generator) -> 
     return _shift(images, offsets.to(images.device), max_shift)
 
 
+def rotated_and_scaled(images: Tensor, angle: Tensor, factor: Tensor) -> Tensor:
+    """Rotate and enlarge each image about its centre, with linear interpolation between pixels.
+
+    Args:
+        images: float, in [0, 1], shape (B, C, H, W). Black comes in.
+        angle: radians, anticlockwise, shape (B,).
+        factor: above 1 enlarges, shape (B,).
+
+    Example:
+        >>> images = torch.rand(2, 1, 28, 28)
+        >>> rotated_and_scaled(images, torch.tensor([0.0, 3.1]), torch.tensor([1.1, 1.0])).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    height, width = images.shape[2:]
+    # The map gives where a pixel comes from. Angles are measured in pixels, so they are right for
+    # any aspect ratio.
+    cos, sin = angle.cos() / factor, angle.sin() / factor
+    none = torch.zeros_like(cos)
+    rows = [cos, -sin * height / width, none], [sin * width / height, cos, none]
+    theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1).to(images)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # Rounding must leave nothing outside [0, 1].
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False).clamp(0, 1)
+
+
 class Batches:
     """The batches of an `ImageSet`, epoch by epoch.
 
-    The order and the shifts of an epoch depend only on the seed and the number of the epoch, and
+    The order and the moves of an epoch depend only on the seed and the number of the epoch, and
     are drawn on the CPU. So they are the same on every device, and no random state has to be saved.
     An epoch resumed in the middle continues exactly as if it had not been interrupted.
 
     Args:
         images: the set to draw from. Batches are made on its device.
         batch_size: images in a batch. The last batch of an epoch may be smaller.
-        seed: determines the order and the shifts, together with the number of the epoch.
+        seed: determines the order and the moves, together with the number of the epoch.
         shuffle: use a new order in every epoch instead of the order of the set.
         max_shift: shift each image by up to this many pixels. See `random_shift`.
         drop_last: leave out a last batch that is not full.
+        rotation: rotate each image by a normal random angle with this standard deviation, in
+            degrees.
+        scaling: enlarge or shrink each image by a factor exp(x), where x is normal with this
+            standard deviation.
 
     Raises:
-        TypeError, ValueError: a size is not an int, or is out of range.
+        TypeError, ValueError: a size is not an int, a standard deviation is not a number, or one of
+            them is out of range.
 
     Example:
         >>> labels = torch.arange(10).repeat(10)
@@ -89,15 +120,21 @@ class Batches:
         shuffle: bool = True,
         max_shift: int = 0,
         drop_last: bool = False,
+        rotation: float = 0.0,
+        scaling: float = 0.0,
     ) -> None:
         check_size("Batches", "batch_size", batch_size)
         _check_max_shift("Batches", max_shift)
+        check_not_negative("Batches", "rotation", rotation)
+        check_not_negative("Batches", "scaling", scaling)
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.max_shift = max_shift
         self.drop_last = drop_last
+        self.rotation = rotation
+        self.scaling = scaling
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -125,18 +162,26 @@ class Batches:
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        # Both are drawn for the whole epoch, wherever it starts, and copied to the device once.
+        # All is drawn for the whole epoch, wherever it starts, and copied to the device once.
         generator = _epoch_generator(self.seed, epoch)
         count, device = len(self.images), self.images.labels.device
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         offsets = _draw_offsets(count, self.max_shift, generator).to(device)
         order = order.to(device)
+        is_turned = self.rotation > 0 or self.scaling > 0
+        if is_turned:
+            turns = torch.randn(2, count, generator=generator)
+            angles = (turns[0] * math.radians(self.rotation)).to(device)
+            factors = (turns[1] * self.scaling).exp().to(device)
         for batch in range(start, len(self)):
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             chosen = order[part]
             # Shift as uint8, a quarter of the bytes of float32.
             images = _shift(self.images.images[chosen], offsets[part], self.max_shift)
-            yield to_float(images), self.images.labels[chosen]
+            images = to_float(images)
+            if is_turned:
+                images = rotated_and_scaled(images, angles[part], factors[part])
+            yield images, self.images.labels[chosen]
 
 
 def _check_max_shift(function: str, max_shift: object) -> None:

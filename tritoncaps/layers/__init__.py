@@ -4,6 +4,7 @@ The layers support any image size, channel count and number of classes. Capsules
 layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has its own activation.
 """
 
+from tritoncaps.layers.attention import AttentionCapsules, InvertedAttentionCapsules
 from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_layers
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.decoder import ReconstructionDecoder
@@ -12,10 +13,12 @@ from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
 __all__ = [
+    "AttentionCapsules",
     "Calibrated",
     "CapsuleHead",
     "Capsules",
     "DeadLayer",
+    "InvertedAttentionCapsules",
     "PrimaryCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",

@@ -14,8 +14,10 @@ Derivatives of any order work, in reverse and in forward mode, and so do the tra
 `tritoncaps.reference`, with û in memory.
 """
 
+from tritoncaps.ops._attention_routing import attention_routing
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
 from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
+from tritoncaps.ops._inverted_attention_routing import inverted_attention_routing
 from tritoncaps.ops._margin_loss import Reduction, margin_loss
 from tritoncaps.ops._prediction_vectors import prediction_vectors
 from tritoncaps.ops._routing_pass import routing_pass
@@ -26,8 +28,10 @@ __all__ = [
     "Gradient",
     "Output",
     "Reduction",
+    "attention_routing",
     "dynamic_routing",
     "fused_dynamic_routing",
+    "inverted_attention_routing",
     "margin_loss",
     "prediction_vectors",
     "routing_pass",

@@ -140,7 +140,9 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
 
     return st.builds(
         Case,
-        sizes=st.fixed_dictionaries({axis: _sizes(largest.get(axis, 17)) for axis in axes}),
+        sizes=st.fixed_dictionaries(
+            {axis: _sizes(operator.smallest.get(axis, 1), largest.get(axis, 17)) for axis in axes}
+        ),
         options=st.fixed_dictionaries(
             {name: st.sampled_from(values) for name, values in operator.options.items()}
         ),
@@ -153,9 +155,10 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
     )
 
 
-def _sizes(largest: int) -> st.SearchStrategy[int]:
+def _sizes(smallest: int, largest: int) -> st.SearchStrategy[int]:
     """Sizes of an axis: often 1, a power of two, or a neighbour of one."""
     from hypothesis import strategies as st
 
     edges = sorted({1, *(size for e in range(1, 8) for size in (2**e - 1, 2**e, 2**e + 1))})
-    return st.sampled_from([e for e in edges if e <= largest]) | st.integers(1, largest)
+    some = st.sampled_from([e for e in edges if smallest <= e <= largest])
+    return some | st.integers(smallest, largest)

@@ -637,7 +637,8 @@ def _wrong_tensors(operator: Operator, right: Mapping[str, Tensor]) -> Iterator[
         yield TypeError, name, ["sparse"], {name: tensor.to_sparse()}
         if operator.is_elementwise:
             continue
-        yield ValueError, name, [f"{len(axes)} axes", str(tensor.ndim + 1)], {name: tensor[None]}
+        rank = "1 axis" if len(axes) == 1 else f"{len(axes)} axes"
+        yield ValueError, name, [rank, str(tensor.ndim + 1)], {name: tensor[None]}
         for position, axis in enumerate(axes):
             if axis != "B":
                 empty = tensor.narrow(position, 0, 0)

@@ -31,6 +31,8 @@ class Operator:
         registered: the operators registered with torch, forward and backward, or None for a
             function composed of torch's own operators.
         domain: by input name, a function that maps normal numbers to valid values of the input.
+        smallest: by axis, the smallest size that `cases` draws, if it is not 1. Where less leaves
+            a gradient of nothing but cancelled roundings, no two forms agree on its digits.
         is_elementwise: whether any number of axes may stand before the last one, as for a squash;
             `inputs` are then those of the tests.
     """
@@ -43,6 +45,7 @@ class Operator:
     name: str = ""
     registered: Any = None
     domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    smallest: Mapping[str, int] = field(default_factory=dict)
     is_elementwise: bool = False
 
     def __post_init__(self) -> None:
@@ -170,6 +173,28 @@ _ROWS = (
         outputs=_ROUTING_OUTPUTS,
         options=_ROUTING_OPTIONS,
         registered=fused_dynamic_routing,
+    ),
+    Operator(
+        ops.attention_routing,
+        reference.attention_routing,
+        inputs={"u": "B I P", "weight": "I P J D", "bias?": "I J"},
+        outputs={"s": "B J D", "coupling?": "B I J"},
+        options={"return_coupling": (False, True)},
+    ),
+    Operator(
+        ops.inverted_attention_routing,
+        reference.inverted_attention_routing,
+        inputs={
+            "u": "B I P",
+            "weight": "I P J D",
+            "pose?": "B J D",
+            "norm_weight?": "D",
+            "norm_bias?": "D",
+        },
+        outputs=_ROUTING_OUTPUTS,
+        options={"iterations": (2, 1, 3), "return_coupling": (False, True)},
+        # A normalisation of one prediction vector, or of two components, is nearly constant.
+        smallest={"I": 2, "D": 3},
     ),
     Operator(
         _with_target(ops.margin_loss),

@@ -64,7 +64,8 @@ def vote_gradient_launch(
 
 def launch_for(u: Tensor, weight: Tensor) -> dict[str, int] | None:
     """The launch of `write_vote_gradient` for these inputs, or None."""
-    return vote_gradient_launch(*weight.shape, u.dtype, target_of(u))
+    I, P, J, D = weight.shape
+    return vote_gradient_launch(I, P, J, D, u.dtype, target_of(u))
 
 
 # Packed vectors -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ dû Wᵀ wants them, if the components are ordered (d / 4, j, d % 4 / 2, d % 2):
 2n and 2n + 1 of the first result, and takes columns n and n + 4 of a factor. Only dûᵀ u changes
 the owner of values.
 
-`pack` brings poses and ds into the order in which a thread reads them: 4 values at once.
+`_pack` brings poses and ds into the order in which a thread reads them: 4 values at once.
 """
 
 import torch

@@ -14,7 +14,7 @@ dû Wᵀ wants them, if the components are ordered (d / 4, j, d % 4 / 2, d % 2):
 2n and 2n + 1 of the first result, and takes columns n and n + 4 of a factor. Only dûᵀ u changes
 the owner of values.
 
-`pack` brings poses and ds into the order in which a thread reads them: 4 values at once.
+`_pack` brings poses and ds into the order in which a thread reads them: 4 values at once.
 """
 
 import torch
@@ -64,7 +64,8 @@ def vote_gradient_launch(
 
 def launch_for(u: Tensor, weight: Tensor) -> dict[str, int] | None:
     """The launch of `write_vote_gradient` for these inputs, or None."""
-    return vote_gradient_launch(*weight.shape, u.dtype, target_of(u))
+    I, P, J, D = weight.shape
+    return vote_gradient_launch(I, P, J, D, u.dtype, target_of(u))
 
 
 # Packed vectors -----------------------------------------------------------------------------------

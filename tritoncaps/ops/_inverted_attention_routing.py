@@ -3,11 +3,11 @@
 import math
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from tritoncaps import _checks
 from tritoncaps._operators.routing_pass import routing_pass
-from tritoncaps._torch_path import accumulation_dtype
 from tritoncaps._tracing import one_node
 from tritoncaps.ops._attention_routing import summed_predictions
 
@@ -138,7 +138,7 @@ def normalised(s: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     That of torch has a wrong gradient of its forward-mode derivative: it takes mean and variance
     for constants there.
     """
-    raised = s.to(accumulation_dtype(s.dtype))
+    raised = s.to(torch.promote_types(s.dtype, torch.float32))
     centred = raised - raised.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     v = (centred * (variance + EPS).rsqrt()).to(s.dtype)

@@ -37,6 +37,9 @@ from tritoncaps.models._mixin import describe  # noqa: E402
 # In bytes. The wheel has to stay small.
 LARGEST = {"encoder": 700_000, "decoder": 1_000_000}
 
+# What BatchNorm counts on the way. The optimiser does not train it.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 # What a reader of the card must know about the data.
 _LIMITS = {
     "mnist": "It reads single upright digits that were made like those of MNIST: white on black, "
@@ -181,10 +184,11 @@ def check_alike(runs: Sequence[Run]) -> None:
 
 
 def check_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the numbers in encoder and decoder, and refuse those that make the wheel large."""
+    """Return the parameters of encoder and decoder, and refuse those that make the wheel large."""
     counts = {"encoder": 0, "decoder": 0}
     for key, value in weights.items():
-        counts["decoder" if key.startswith("decoder.") else "encoder"] += value.numel()
+        if key.rpartition(".")[2] not in _STATISTICS:
+            counts["decoder" if key.startswith("decoder.") else "encoder"] += value.numel()
     for part, count in counts.items():
         if 4 * count > LARGEST[part]:
             remedy = ", or give --without-decoder" if part == "decoder" else ""
@@ -223,7 +227,8 @@ def card(cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str
     where = first.environment
     taken = timedelta(seconds=round(sum(float(row["seconds"]) for row in first.rows)))
     share = f"{100 * first.args['validation_fraction']:g} %"
-    device = where["gpu"] or f"{where['processor']}, {where['threads']} threads"
+    threads = where["threads"]
+    device = where["gpu"] or f"{where['processor']}, {threads} thread{'s'[: threads != 1]}"
     facts = {
         "parameters": f"{sizes['encoder']:,} in the encoder"
         + (f", {sizes['decoder']:,} in the decoder" if sizes["decoder"] else ", no decoder"),

@@ -50,8 +50,9 @@ def two_products_launch(
     BLOCK_I: 32 columns, 16 if D is above 32. A block is at least one capsule, and a product needs
     at least 16 columns.
     BLOCK_B: 32 batch rows, of which a thread of the logits holds u and a projection, 32 values
-    each. Up to 64 in the weighted sum: c u and the sum take 64 and 32 values. Half of that for
-    float64, and fewer the larger a pose is.
+    each. In the weighted sum, a thread holds c u, at most 64 values, and the sum and a product, at
+    most 32 each: 64 rows. Three products split c u in two. So they have 32 rows, because Triton 3.6
+    spills a few values with 64. Half of all that for float64, and fewer the larger a pose is.
     GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp. Fewer if
     their W does not fit into shared memory.
     maxnreg: three programs of the logits share a processor. The values of float64, or of a larger
@@ -92,7 +93,8 @@ def two_products_launch(
     if is_nvidia and not holds_operands(target) and max(columns, block_d) <= 32 // scale:
         logits["maxnreg"] = 168
     block_j = min(triton.next_power_of_2(J), warps)
-    block_b = min(max(min(2048 // columns, 1024 // block_d) // scale, 16), 64)
+    factors = 1024 if dot_precision(dtype, target) == "tf32x3" else 2048
+    block_b = min(max(min(factors // columns, 1024 // block_d) // scale, 16), 64)
     programs = 128 // block_b * triton.cdiv(J, block_j)
     weighted_sum = {
         "BLOCK_B": block_b,
@@ -164,8 +166,8 @@ def _blocks_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write a block of u, (BLOCK_B, BLOCK_P, BLOCK_I). What does not exist is zero."""
-    block = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    block = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     k = tl.arange(0, BLOCK_P * BLOCK_I)[None, :]
     i = block * BLOCK_I + k % BLOCK_I
     p = (k // BLOCK_I).to(tl.int64)
@@ -343,7 +345,7 @@ class TwoProducts:
         self._logits = u.new_empty((J, blocks * self._chunk * block_i), dtype=dtype)
         self._runs = u.new_empty((runs, 2 * blocks * self._chunk * block_i), dtype=dtype)
         self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
-        _blocks_kernel[(triton.cdiv(B, 32), blocks)](
+        _blocks_kernel[(blocks, triton.cdiv(B, 32))](
             u, self._blocks,
             B, I, P,
             *u.stride(),
@@ -405,6 +407,8 @@ class TwoProducts:
         """Write the logits of some rows, and to the first run their maximum and inverse sum."""
         B, I, P, J, D = self._extents
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
+        if prior is not None and "maxnreg" in launch:
+            launch = launch | {"maxnreg": 255}  # its addresses take registers too
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
         _logits_kernel[grid](
             self._blocks, self._weight,

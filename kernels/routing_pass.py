@@ -68,8 +68,8 @@ def pass_launch(
     programs.
     BLOCK_I: a warp's slice of the weight has 512 values (256 of float64). With more, du and two
     projections no longer keep to the registers. A `routing_pass`, which may also hold a bias, takes
-    half of that on NVIDIA. A pair P × D with more values spills. The larger it is, the more it
-    spills, until it is refused.
+    half of that on NVIDIA, and so does every pass if D is above 16. A pair P × D with more values
+    spills. The larger it is, the more it spills, until it is refused.
     GROUPS: 8 warps with one group each. Few input capsules are spread over the splits first, then
     over the warps. The interpreter takes a millisecond for every program, so there they are spread
     over the warps alone.
@@ -79,7 +79,7 @@ def pass_launch(
     Whether more and smaller ones would be faster has not been measured on any device.
     """
     is_wide = accumulation_dtype(dtype) == torch.float64
-    is_tight = rule == "routing_pass" and target.architecture.startswith("sm")
+    is_tight = (rule == "routing_pass" or D > 16) and target.architecture.startswith("sm")
     block_i, block_p, block_d = _weight_tile(P, D, 256 if is_wide or is_tight else 512)
     is_interpreted = target.architecture == "interpreter"
     spread = triton.cdiv(I, 8 if is_interpreted else 16)
@@ -359,7 +359,7 @@ def _add_pairs(
     """
     K: tl.constexpr = w.shape[0]
     ds = tl.load(ds_ptrs, mask_bd, other=0.0).to(u.dtype)
-    # The gradient comes before the logits, as in `pass_backward`: this takes fewer registers.
+    # The gradient comes before the logits, as in `_pass_bwd_kernel`: this takes fewer registers.
     if (HAS_POSE or HAS_PRIOR) and FULL:
         projected = dot(w, tl.trans(ds), PRECISION)
         dc = grad_coupling + tl.sum(tl.reshape(projected, u.shape) * u, axis=0)

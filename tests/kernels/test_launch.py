@@ -80,17 +80,14 @@ def test_launches_cover_the_capsules_and_fit(I, P, J, D, dtype, architecture, sh
         assert splits <= 16
         assert (splits - 1) * tile * tiles < I <= splits * tile * tiles
 
-    for prologue in (False, True):
-        launch, splits, tiles = routing_pass.pass_launch(
-            "any", I, P, J, D, dtype, target, prologue=prologue
-        )
+    for rule in ("routing_pass", "fused_dynamic_routing"):
+        launch, splits, tiles = routing_pass.pass_launch(rule, I, P, J, D, dtype, target)
         tile = launch["GROUPS"] * launch["BLOCK_I"]
         assert_covers(splits, tiles, tile)
         assert launch["BLOCK_P"] >= P
         assert launch["BLOCK_D"] >= D
         assert launch["BLOCK_I"] * launch["BLOCK_P"] >= 16
         assert tile * launch["BLOCK_P"] * launch["BLOCK_D"] * width <= shared_memory
-        assert ("BLOCK_ROWS" in launch) == prologue
     block, logits, weighted_sum = _two_products.two_products_launch(I, P, J, D, dtype, target)
     assert block["BLOCK_P"] >= P
     assert block["BLOCK_D"] >= D
@@ -167,9 +164,9 @@ def test_smaller_tiles_where_products_keep_operands_in_registers(architecture, h
 @pytest.mark.parametrize(("target", "block_i"), [(SM80, 2), (SM90, 2), (GFX942, 4)])
 def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block_i):
     shape = (1152, 8, 10, 16, torch.float32, target)
-    launch, *_ = routing_pass.pass_launch("any", *shape)
+    launch, *_ = routing_pass.pass_launch("routing_pass", *shape)
     assert launch["BLOCK_I"] == block_i
-    launch, *_ = routing_pass.pass_launch("any", *shape, prologue=True)
+    launch, *_ = routing_pass.pass_launch("fused_dynamic_routing", *shape)
     assert launch["BLOCK_I"] == 4
 
 
@@ -184,9 +181,7 @@ def test_the_backward_of_a_single_pass_has_smaller_tiles_on_nvidia(target, block
 )
 def test_few_input_capsules_are_spread_over_programs_first(architecture, I, tiling):
     target = _launch.Target(architecture, 65536)
-    launch, splits, _ = routing_pass.pass_launch(
-        "any", I, 16, 10, 16, torch.float32, target, prologue=True
-    )
+    launch, splits, _ = routing_pass.pass_launch("any", I, 16, 10, 16, torch.float32, target)
     assert (launch["GROUPS"], launch["BLOCK_I"], splits) == tiling
 
 

@@ -1,4 +1,4 @@
-"""The form of a forward pass that forms every prediction vector once.
+"""The passes that form every prediction vector once, and the contraction after the backward ones.
 
 It serves float32 and 16-bit types on NVIDIA GPUs. The interpreter runs it here, because the target
 is said to be one. Its results are float32 or less, so the rule for them is that of every operator:
@@ -54,7 +54,7 @@ def check(name, device, sizes=SIZES, *, dtype=torch.float32, optional=(), **opti
     [  # None is every input
         ((), 3, {"B": 3, "J": 10, "D": 16, "P": 8}, {}),
         (("prior",), 1, {}, {"output": "s", "leaky": True}),
-        (("prior",), 2, {"J": 2}, {"with_coupling": False}),
+        (("prior",), 2, {"J": 2}, {"with_coupling": False, "gradient": "last"}),
         (("pose_bias",), 1, {"J": 1, "I": 1}, {"leaky": True}),
         (("pose_bias",), 2, {"J": 14, "D": 2, "I": 1}, {"output": "s", "leaky": True}),
         (None, 3, {"B": 1, "P": 9}, {"leaky": True}),
@@ -108,26 +108,35 @@ def test_any_tiling_of_a_table(device, monkeypatch):
     """Several capsules per split, the last of which has fewer, and several groups."""
     name = f"one_product {_one_product.target_of(torch.empty(0, device=device)).architecture}"
     entry = {"GROUPS": 2, "num_warps": 2, "MAX_SPLITS": 2}
-    monkeypatch.setattr(_launch, "_table", {f"{name} float32 I5 P3 J5 D6": entry})
+    groups = {"GROUPS": 2, "num_warps": 2}
+    shape = "float32 I5 P3 J5 D6"
+    contraction = name.replace("one_product", "vote_gradient")
+    table = {f"{name} {shape}": entry, f"{contraction} {shape}": groups}
+    monkeypatch.setattr(_launch, "_table", table)
     call = draw(PASS, device, SIZES | {"I": 5, "B": 17}, dtype=torch.float32, optional=())
     with Allocations() as allocations:
-        results = forward(PASS, call)
+        results = forward(PASS, call, with_gradients=True)
     allocations.assert_bands_untouched()
     assert (2, 17, 5, 6) in allocations.shapes, "the slots of two splits"
-    expected = exact(PASS, call)
+    assert (2, 5, 3, 5, 6) in allocations.shapes, "those of dW, of two shares of the batch"
+    plain, exactly = exact(PASS, call, dtype=torch.float32), exact(PASS, call)
     for key, result in results.items():
-        torch.testing.assert_close(result, expected[key].float(), rtol=1e-5, atol=1e-6)
+        testing.assert_agrees(key, result, plain[key], exactly[key])
 
 
 def test_launches_and_memory(device):
     """A launch that prepares, then a pass and its sum for every iteration; û is not stored."""
     call = draw(LOOP, device, SIZES | {"I": 7, "B": 2}, dtype=torch.float32, optional=())
     with Allocations() as allocations, counted_launches() as launched:
-        run(LOOP, call, iterations=2, with_gradients=False)
-    assert launched == ["_prepare_kernel", *["_one_product_kernel", "_squash_slots_kernel"] * 2]
+        run(LOOP, call, iterations=2)
+    assert launched == [
+        *["_prepare_kernel", *["_one_product_kernel", "_squash_slots_kernel"] * 2],
+        *["_prepare_kernel", "_pull_back_kernel", "_one_product_bwd_kernel", "_pull_back_kernel"],
+        *["_pack_kernel", "_vote_gradient_kernel"],
+    ]
     assert allocations.products == 0
-    # The slots of the 7 splits are the largest tensor over i and d.
-    assert max(size.numel() for size in allocations.shapes) < 2 * 7 * 5 * 8 * 8 * 2
+    # Tensors have 16 batch rows at least. Even so, none is as large as û.
+    assert max(size.numel() for size in allocations.shapes) < 16 * 7 * 5 * 6
     allocations.assert_bands_untouched()
 
 

@@ -181,11 +181,13 @@ def _blocks_kernel(
 
 
 @triton.jit
-def _agreement(x, w, u, PRECISION: tl.constexpr):
-    """û·x of the capsules of a block, (GROUPS, BLOCK_B, BLOCK_I), from W x."""
-    x = tl.broadcast_to(x[None, :, :], (w.shape[0], x.shape[0], x.shape[1]))
+def _agreements(x, w, u, VECTORS: tl.constexpr, PRECISION: tl.constexpr):
+    """û·x of the vectors of a capsule, (GROUPS, BLOCK_B, BLOCK_I, VECTORS), from one product W x."""
+    G: tl.constexpr = u.shape[0]
+    x = tl.broadcast_to(x[None, :, :], (G, x.shape[0], x.shape[1]))
     projected = _dot(x, tl.permute(w, (0, 2, 1)), PRECISION)
-    return tl.sum(tl.reshape(projected, u.shape) * u, axis=2)
+    projected = tl.reshape(projected, (G, VECTORS, u.shape[1], u.shape[2], u.shape[3]))
+    return tl.permute(tl.sum(projected * u[:, None, :, :, :], axis=3), (0, 2, 3, 1))
 
 
 @triton.jit
@@ -209,6 +211,8 @@ def _logits_kernel(
     With dc, also û_ij·ds_j + grad_coupling_ij, and Σ_j exp(logit - maximum) dc of the run. Unless
     SAVE_PAIRS, what belongs to a pair (i, j) is not written.
     """
+    VECTORS: tl.constexpr = HAS_POSE + WITH_DC
+    ROWS: tl.constexpr = BLOCK_B * max(VECTORS, 1)
     VALUES: tl.constexpr = 3 if WITH_DC else 2
     DTYPE: tl.constexpr = runs_ptr.dtype.element_ty
     K: tl.constexpr = BLOCK_P * BLOCK_I
@@ -219,12 +223,21 @@ def _logits_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     k = tl.arange(0, K)
     p = (k // BLOCK_I).to(tl.int64)
-    mask_bd = (row < rows)[:, None] & (d < D)[None, :]
     mask_rows = (row < rows)[None, :, None] & (block < blocks)[:, None, None]
     u_ptrs = blocks_ptr + ((block[:, None] * B + b[None, :]) * K)[:, :, None] + k[None, None, :]
     u = tl.load(u_ptrs, mask_rows, other=0.0)
     u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-    offs_bd = (b * J * D)[:, None] + d[None, :]
+    # The pose and ds of the rows below each other.
+    x_row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, ROWS) % BLOCK_B
+    x_ptrs = ((first_b + x_row) * J * D)[:, None] + d[None, :]
+    if VECTORS == 2:
+        is_pose = (tl.arange(0, ROWS) < BLOCK_B)[:, None]
+        x_ptrs += tl.where(is_pose, pose_ptr, ds_ptr)
+    elif HAS_POSE:
+        x_ptrs += pose_ptr
+    else:
+        x_ptrs += ds_ptr
+    mask_x = (x_row < rows)[:, None] & (d < D)[None, :]
     ki = block[:, None] * BLOCK_I + (k % BLOCK_I)[None, :]
     weight_ptrs = weight_ptr + (ki * stride_weight_i + (p * stride_weight_p)[None, :])[:, :, None]
     weight_ptrs += (d * stride_weight_d)[None, None, :]
@@ -238,12 +251,17 @@ def _logits_kernel(
     top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, False)
     moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
     for j in range(run * run_length, tl.minimum((run + 1) * run_length, J)):
-        if HAS_POSE or WITH_DC:
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0)
         logits = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
-        if HAS_POSE:
-            pose = tl.load(pose_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
-            logits += _agreement(pose, w, u, PRECISION)
+        if VECTORS > 0:
+            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0)
+            x = tl.load(x_ptrs + j * D, mask_x, other=0.0).to(DTYPE)
+            agreements = _agreements(x, w, u, VECTORS, PRECISION)
+        if VECTORS == 2:
+            logits, dc = tl.split(agreements)
+        elif HAS_POSE:
+            logits = tl.reshape(agreements, (GROUPS, BLOCK_B, BLOCK_I))
+        elif WITH_DC:
+            dc = tl.reshape(agreements, (GROUPS, BLOCK_B, BLOCK_I))
         if HAS_PRIOR:
             prior = tl.load(prior_ptrs + j * stride_prior_j, i < I, other=0.0)
             logits += prior.to(DTYPE)[:, None, :]
@@ -255,8 +273,6 @@ def _logits_kernel(
         is_new = logits > top
         mass = tl.where(is_new, mass * share + 1.0, mass + share)
         if WITH_DC:
-            ds = tl.load(ds_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
-            dc = _agreement(ds, w, u, PRECISION)
             if HAS_GRAD_COUPLING:
                 mask_pairs = mask_rows & (i < I)[:, None, :]
                 dc += tl.load(coupling_ptrs + j, mask_pairs, other=0.0).to(DTYPE)

@@ -20,8 +20,8 @@ thread the columns of one of them: in the first product, so it can sum over p, a
 it forms the coupling once for all p. `_blocks_kernel` writes u in this order once a call. The
 logits of a block lie side by side too.
 
-`_two_products_backward.py` has the backward. The first kernel then also forms dc_ij = û_ij·ds_j, and
-the second takes db_ij = c̃_ij (dc_ij - δ_i) in place of c_ij.
+`_two_products_backward.py` has the backward. There the first kernel also forms dc_ij = û_ij·ds_j.
+The second takes db_ij = c̃_ij (dc_ij - δ_i) in place of c_ij.
 """
 
 import torch
@@ -116,10 +116,10 @@ def two_products_launch(
 
 # Kernels ------------------------------------------------------------------------------------------
 #
-# u is kept as (blocks, B, BLOCK_P, BLOCK_I), the logits and dc as (J, blocks, rows, BLOCK_I), and
-# what the runs have summed as (runs, 2 or 3, blocks, rows, BLOCK_I): the softmax's maximum, its sum,
-# and with dc the sum of exp(logit - maximum) dc. `rows` are a chunk of the batch, from `first_b` on,
-# and `size` is blocks · rows · BLOCK_I.
+# u is kept as (blocks, B, BLOCK_P, BLOCK_I), the logits and dc as (J, blocks, rows, BLOCK_I). Each
+# run leaves (2 or 3, blocks, rows, BLOCK_I): the softmax's maximum, its sum, and with dc the sum of
+# exp(logit - maximum) dc. `rows` are a chunk of the batch, from `first_b` on, and `size` is
+# blocks · rows · BLOCK_I.
 
 
 @triton.jit
@@ -181,13 +181,23 @@ def _blocks_kernel(
 
 
 @triton.jit
-def _agreements(x, w, u, VECTORS: tl.constexpr, PRECISION: tl.constexpr):
-    """û·x of the vectors of a capsule, (GROUPS, BLOCK_B, BLOCK_I, VECTORS), from one product W x."""
-    G: tl.constexpr = u.shape[0]
-    x = tl.broadcast_to(x[None, :, :], (G, x.shape[0], x.shape[1]))
+def _again(w):
+    """w, written as another value. So Triton loads and splits it for a second product as for one.
+
+    It would move factors that two products share through shared memory. As in `_dot`, the assembler
+    gets one of each.
+    """
+    INT: tl.constexpr = tl.int16 if w.dtype.primitive_bitwidth == 16 else tl.int32
+    bits = w.to(INT, bitcast=True)
+    return ((bits & 0xFF) | (bits & -0x100)).to(w.dtype, bitcast=True)
+
+
+@triton.jit
+def _agreement(x, w, u, PRECISION: tl.constexpr):
+    """û·x of the capsules of a block, (GROUPS, BLOCK_B, BLOCK_I), from the product W x."""
+    x = tl.broadcast_to(x[None, :, :], (u.shape[0], x.shape[0], x.shape[1]))
     projected = _dot(x, tl.permute(w, (0, 2, 1)), PRECISION)
-    projected = tl.reshape(projected, (G, VECTORS, u.shape[1], u.shape[2], u.shape[3]))
-    return tl.permute(tl.sum(projected * u[:, None, :, :, :], axis=3), (0, 2, 3, 1))
+    return tl.sum(tl.reshape(projected, u.shape) * u, axis=2)
 
 
 @triton.jit
@@ -211,8 +221,6 @@ def _logits_kernel(
     With dc, also û_ij·ds_j + grad_coupling_ij, and Σ_j exp(logit - maximum) dc of the run. Unless
     SAVE_PAIRS, what belongs to a pair (i, j) is not written.
     """
-    VECTORS: tl.constexpr = HAS_POSE + WITH_DC
-    ROWS: tl.constexpr = BLOCK_B * max(VECTORS, 1)
     VALUES: tl.constexpr = 3 if WITH_DC else 2
     DTYPE: tl.constexpr = runs_ptr.dtype.element_ty
     K: tl.constexpr = BLOCK_P * BLOCK_I
@@ -227,17 +235,8 @@ def _logits_kernel(
     u_ptrs = blocks_ptr + ((block[:, None] * B + b[None, :]) * K)[:, :, None] + k[None, None, :]
     u = tl.load(u_ptrs, mask_rows, other=0.0)
     u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-    # The pose and ds of the rows below each other.
-    x_row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, ROWS) % BLOCK_B
-    x_ptrs = ((first_b + x_row) * J * D)[:, None] + d[None, :]
-    if VECTORS == 2:
-        is_pose = (tl.arange(0, ROWS) < BLOCK_B)[:, None]
-        x_ptrs += tl.where(is_pose, pose_ptr, ds_ptr)
-    elif HAS_POSE:
-        x_ptrs += pose_ptr
-    else:
-        x_ptrs += ds_ptr
-    mask_x = (x_row < rows)[:, None] & (d < D)[None, :]
+    offs_bd = (b * J * D)[:, None] + d[None, :]
+    mask_bd = (row < rows)[:, None] & (d < D)[None, :]
     ki = block[:, None] * BLOCK_I + (k % BLOCK_I)[None, :]
     weight_ptrs = weight_ptr + (ki * stride_weight_i + (p * stride_weight_p)[None, :])[:, :, None]
     weight_ptrs += (d * stride_weight_d)[None, None, :]
@@ -251,17 +250,12 @@ def _logits_kernel(
     top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, False)
     moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
     for j in range(run * run_length, tl.minimum((run + 1) * run_length, J)):
-        logits = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
-        if VECTORS > 0:
+        if HAS_POSE or WITH_DC:
             w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0)
-            x = tl.load(x_ptrs + j * D, mask_x, other=0.0).to(DTYPE)
-            agreements = _agreements(x, w, u, VECTORS, PRECISION)
-        if VECTORS == 2:
-            logits, dc = tl.split(agreements)
-        elif HAS_POSE:
-            logits = tl.reshape(agreements, (GROUPS, BLOCK_B, BLOCK_I))
-        elif WITH_DC:
-            dc = tl.reshape(agreements, (GROUPS, BLOCK_B, BLOCK_I))
+        logits = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
+        if HAS_POSE:
+            pose = tl.load(pose_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
+            logits += _agreement(pose, w, u, PRECISION)
         if HAS_PRIOR:
             prior = tl.load(prior_ptrs + j * stride_prior_j, i < I, other=0.0)
             logits += prior.to(DTYPE)[:, None, :]
@@ -273,6 +267,8 @@ def _logits_kernel(
         is_new = logits > top
         mass = tl.where(is_new, mass * share + 1.0, mass + share)
         if WITH_DC:
+            ds = tl.load(ds_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
+            dc = _agreement(ds, _again(w), u, PRECISION)
             if HAS_GRAD_COUPLING:
                 mask_pairs = mask_rows & (i < I)[:, None, :]
                 dc += tl.load(coupling_ptrs + j, mask_pairs, other=0.0).to(DTYPE)
@@ -345,8 +341,8 @@ def _weighted_sum_kernel(
     stride_bias_i, stride_bias_j,
     # meta-parameters
     HAS_LOGITS: tl.constexpr, WITH_DC: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Put one program's share of s in its slot. Without logits, its share of Σ_i û_ij.
 
@@ -419,9 +415,10 @@ class TwoProducts:
         blocks = triton.cdiv(I, block_i)
         splits, self._blocks_each = divide(blocks, 1, weighted_sum.pop("MAX_SPLITS"))
         runs, self._run_length = divide(J, 1, triton.cdiv(J, logits.pop("MAX_RUN")))
-        # Chunks are whole programs. With D of 10 or more, one has the whole batch. Otherwise the
-        # logits take a tenth of what û would, or those of 64 rows.
-        self._chunk = B if D >= 10 else min(B, max(B * D // 10 // 64, 1) * 64)
+        # What a pass leaves of the pairs takes an eighth of what û would, or is that of 64 rows. If
+        # the whole batch would take more, it goes in chunks, which are whole programs.
+        fitting = B * D // (8 * pairs)
+        self._chunk = B if fitting >= B else min(B, max(fitting // 64, 1) * 64)
         self._weight, self._extents = weight, (B, I, P, J, D)
         self._logits_launch, self._sum_launch = block | logits, block | weighted_sum
         self._precision = dot_precision(u.dtype, target)
@@ -485,8 +482,8 @@ class TwoProducts:
         first_b, rows = chunk
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
         size = blocks * rows * launch["BLOCK_I"]
-        if prior is not None and "maxnreg" in launch:
-            launch = launch | {"maxnreg": 255}  # its addresses take registers too
+        if (prior is not None or ds is not None) and "maxnreg" in launch:
+            launch = launch | {"maxnreg": 255}  # addresses, or a second product, take some too
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
         _logits_kernel[grid](
             self._blocks, self._weight,

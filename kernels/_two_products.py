@@ -59,7 +59,8 @@ def two_products_launch(
     GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp. Fewer if
     their W does not fit into shared memory.
     maxnreg: three programs of the logits share a processor. The values of float64, or of a larger
-    pose, would not fit then, and neither would those of products that keep their operands.
+    pose, would not fit then, and neither would those of products that keep their operands. With a
+    prior, or in the backward, two programs share it.
     MAX_RUN: the output capsules that a program walks over. Shorter runs make more programs, and
     read u more often.
     MAX_SPLITS: at B = 128, two programs for each of the 132 processors of an H200.
@@ -476,14 +477,14 @@ class TwoProducts:
         """Write the logits of a chunk, and to the first run their maximum and inverse sum.
 
         With `ds`, (B, J, D), write dc too, and to the first run δ. `saved`, (2, I, B'), gets
-        log Σ_j exp and δ.
+        log Σ_j exp and δ. Without `save_pairs`, logits and dc are not written.
         """
         B, I, P, J, D = self._extents
         first_b, rows = chunk
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
         size = blocks * rows * launch["BLOCK_I"]
         if (prior is not None or ds is not None) and "maxnreg" in launch:
-            launch = launch | {"maxnreg": 255}  # addresses, or a second product, take some too
+            launch = launch | {"maxnreg": 255}  # for its addresses, and for a second product
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
         _logits_kernel[grid](
             self._blocks, self._weight,
@@ -520,7 +521,7 @@ class TwoProducts:
         has_logits: bool = True,
         with_dc: bool = False,
     ) -> None:
-        """Write the shares of s of a chunk to the slots, or those of dpose."""
+        """Write the shares of s of a chunk to the slots, or with dc those of dpose."""
         B, I, P, J, D = self._extents
         first_b, rows = chunk
         launch, blocks = self._sum_launch, len(self._blocks)

@@ -4,8 +4,8 @@
 
 The prediction vectors û = W u are computed where they are needed and never stored.
 
-The forward is that of `_one_product.py` or `_two_products.py`. So is the backward where the first
-of these serves. This file has the other backward. A program holds a tile of u,
+The forward is that of `_one_product.py` or `_two_products.py`. So is the backward where
+`_vote_gradient.py` serves. This file has the other backward. A program holds a tile of u,
 (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules twice. The first sweep finds
 the softmax's normaliser for each pair (b, i), and the second applies it. Nothing in the program
 grows with J.

@@ -145,20 +145,21 @@ def test_gradients_of_16_bits(device):
 @pytest.mark.usefixtures("on_nvidia")
 def test_the_backward_takes_chunks_of_the_batch(device):
     """The logits and dc together are limited."""
-    sizes = {"B": 70, "I": 2, "P": 3, "J": 22, "D": 2}
+    sizes = {"B": 70, "I": 1, "P": 3, "J": 22, "D": 2}
     allocations = check_gradients(PASS, device, sizes, with_coupling=False)
     assert (2, 22, 64 * 8) in allocations.shapes
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.usefixtures("with_short_runs")
 def test_nan_stays_in_its_image_and_a_prior_may_forbid_pairs(device):
     call = draw(PASS, device, FEW, dtype=torch.float32, optional=("prior",))
-    call["prior"][:, 1:6] = float("-inf")
+    call["prior"][:, 1:9] = float("-inf")  # the second run too, as a whole
     clean = run(PASS, call, with_coupling=False)
     assert all(torch.isfinite(result).all() for result in clean.values())
-    assert not clean["d_prior"][:, 1:6].any()
+    assert not clean["d_prior"][:, 1:9].any()
     call["u"][1] = float("nan")
     spoilt = run(PASS, call, with_coupling=False)
     for key in ("d_u", "d_pose"):

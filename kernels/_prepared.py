@@ -20,12 +20,11 @@ from tritoncaps.kernels._tiles import round_to_tf32, tf32_operand
 
 @triton.jit
 def _prepare_weight(
-    weight_ptr, rows_ptr, P, J, D, stride_p, stride_j, stride_d,
-    ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    weight_ptr, rows_ptr, first_row, rows, P, J, D, stride_p, stride_j, stride_d,
+    ROUND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write W_i of one capsule, (P, J, D), as (ROWS, BLOCK_P)."""
-    row = tl.arange(0, BLOCK_ROWS)
+    """Write some rows of W_i of one capsule, (P, J, D), as (rows, BLOCK_P)."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)
     j = row // (2 * BLOCK_D) * 2 + row // 4 % 2
     d = row // 8 % (BLOCK_D // 4) * 4 + row % 4
     p = tl.arange(0, BLOCK_P)
@@ -36,7 +35,7 @@ def _prepare_weight(
     if ROUND:
         w = tf32_operand(w)
     row_ptrs = rows_ptr + row[:, None] * BLOCK_P + p[None, :]
-    tl.store(row_ptrs, tl.trans(w), (row < ROWS)[:, None])
+    tl.store(row_ptrs, tl.trans(w), (row < rows)[:, None])
 
 
 @triton.jit
@@ -67,27 +66,31 @@ def _prepare_kernel(
     # pointers
     u_ptr, weight_ptr, columns_ptr, rows_ptr,
     # extents
-    B, I, P, J, D, padded_b,
+    B, I, P, J, D, padded_b, rows,
     # strides
     stride_u_b, stride_u_i, stride_u_p,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     # meta-parameters
-    SPLIT_COLUMNS: tl.constexpr, ROUND_WEIGHT: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT_COLUMNS: tl.constexpr, ROUND_WEIGHT: tl.constexpr, K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """The first I programs prepare the weight of a capsule each, the others a tile of u each."""
+    """The first programs prepare a tile of a capsule's weight each, the others a tile of u each."""
+    tiles_w = tl.cdiv(rows, BLOCK_ROWS)
     pid = tl.program_id(0).to(tl.int64)
-    if pid < I:
+    tile = pid - tl.cast(I, tl.int64) * tiles_w
+    if tile < 0:
+        capsule = pid // tiles_w
         _prepare_weight(
-            weight_ptr + pid * stride_weight_i, rows_ptr + pid * (ROWS * BLOCK_P), P, J, D,
+            weight_ptr + capsule * stride_weight_i, rows_ptr + capsule * rows * BLOCK_P,
+            pid % tiles_w * BLOCK_ROWS, rows, P, J, D,
             stride_weight_p, stride_weight_j, stride_weight_d,
-            ROUND_WEIGHT, ROWS, BLOCK_ROWS, BLOCK_P, BLOCK_D,
+            ROUND_WEIGHT, BLOCK_ROWS, BLOCK_P, BLOCK_D,
         )  # fmt: skip
     else:
         tiles_b = tl.cdiv(padded_b, BLOCK_B)
-        b = (pid - I) % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
-        i = (pid - I) // tiles_b * BLOCK_I + tl.arange(0, BLOCK_I)
+        b = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
+        i = tile // tiles_b * BLOCK_I + tl.arange(0, BLOCK_I)
         _prepare_columns(
             u_ptr, columns_ptr, b, i, B, I, P, padded_b, stride_u_b, stride_u_i, stride_u_p,
             SPLIT_COLUMNS, K, BLOCK_P,
@@ -122,15 +125,16 @@ def prepare(
     # A tile has 1024 values: 8 batch rows, of which a warp has as many.
     block_i = 128 // block_p
     tiles = padded_b // 8 * triton.cdiv(I, block_i)
-    _prepare_kernel[(I + tiles,)](
+    # Few output capsules fill one tile of W. More of them take tiles of 512 rows.
+    block_rows = min(triton.next_power_of_2(rows), 512)
+    _prepare_kernel[(I * triton.cdiv(rows, block_rows) + tiles,)](
         u, weight, columns, prepared,
-        B, I, P, J, D, padded_b,
+        B, I, P, J, D, padded_b, rows,
         *u.stride(), *weight.stride(),
         SPLIT_COLUMNS=is_float32,
         ROUND_WEIGHT=is_float32 and not split,
         K=K,
-        ROWS=rows,
-        BLOCK_ROWS=triton.next_power_of_2(rows),
+        BLOCK_ROWS=block_rows,
         BLOCK_P=block_p,
         BLOCK_D=block_d,
         BLOCK_B=8,

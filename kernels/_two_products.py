@@ -19,6 +19,9 @@ Columns of a block run over (p, i) with i fastest. Where a block has four capsul
 thread the columns of one of them: in the first product, so it can sum over p, and in the second, so
 it forms the coupling once for all p. `_blocks_kernel` writes u in this order once a call. The
 logits of a block lie side by side too.
+
+`_two_products_backward.py` has the backward. There the first kernel also forms dc_ij = û_ij·ds_j.
+The second takes db_ij = c̃_ij (dc_ij - δ_i) in place of c_ij.
 """
 
 import torch
@@ -56,7 +59,8 @@ def two_products_launch(
     GROUPS: 4 blocks, one for each warp. BLOCK_J: 8 output capsules, one for each warp. Fewer if
     their W does not fit into shared memory.
     maxnreg: three programs of the logits share a processor. The values of float64, or of a larger
-    pose, would not fit then, and neither would those of products that keep their operands.
+    pose, would not fit then, and neither would those of products that keep their operands. With a
+    prior, or in the backward, two programs share it.
     MAX_RUN: the output capsules that a program walks over. Shorter runs make more programs, and
     read u more often.
     MAX_SPLITS: at B = 128, two programs for each of the 132 processors of an H200.
@@ -113,9 +117,10 @@ def two_products_launch(
 
 # Kernels ------------------------------------------------------------------------------------------
 #
-# u is kept as (blocks, B, BLOCK_P, BLOCK_I), the logits as (J, blocks, rows, BLOCK_I), and the
-# softmax's maximum and sum of each run as (runs, 2, blocks, rows, BLOCK_I). `rows` are a chunk of
-# the batch, from `first_b` on, and `size` is blocks · rows · BLOCK_I.
+# u is kept as (blocks, B, BLOCK_P, BLOCK_I), the logits and dc as (J, blocks, rows, BLOCK_I). Each
+# run leaves (2 or 3, blocks, rows, BLOCK_I): the softmax's maximum, its sum, and with dc the sum of
+# exp(logit - maximum) dc. `rows` are a chunk of the batch, from `first_b` on, and `size` is
+# blocks · rows · BLOCK_I.
 
 
 @triton.jit
@@ -177,20 +182,48 @@ def _blocks_kernel(
 
 
 @triton.jit
+def _again(w):
+    """w, written as another value. So Triton loads and splits it for a second product as for one.
+
+    It would move factors that two products share through shared memory. As in `_dot`, the assembler
+    gets one of each.
+    """
+    INT: tl.constexpr = tl.int16 if w.dtype.primitive_bitwidth == 16 else tl.int32
+    bits = w.to(INT, bitcast=True)
+    return ((bits & 0xFF) | (bits & -0x100)).to(w.dtype, bitcast=True)
+
+
+@triton.jit
+def _agreement(x, w, u, PRECISION: tl.constexpr):
+    """û·x of the capsules of a block, (GROUPS, BLOCK_B, BLOCK_I), from the product W x."""
+    x = tl.broadcast_to(x[None, :, :], (u.shape[0], x.shape[0], x.shape[1]))
+    projected = _dot(x, tl.permute(w, (0, 2, 1)), PRECISION)
+    return tl.sum(tl.reshape(projected, u.shape) * u, axis=2)
+
+
+@triton.jit
 def _logits_kernel(
     # pointers
-    blocks_ptr, weight_ptr, pose_ptr, prior_ptr, logits_ptr, runs_ptr,
+    blocks_ptr, weight_ptr, pose_ptr, prior_ptr, ds_ptr, grad_coupling_ptr,
+    logits_ptr, dc_ptr, runs_ptr,
     # extents
     B, I, P, J, D, first_b, rows, blocks, size, run_length,
     # strides
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j,
     # meta-parameters
-    HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    HAS_POSE: tl.constexpr, HAS_PRIOR: tl.constexpr, WITH_DC: tl.constexpr,
+    HAS_GRAD_COUPLING: tl.constexpr, SAVE_PAIRS: tl.constexpr, PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write û_ij·pose_j + prior_ij of a run of output capsules, and its maximum and sum."""
-    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    """Write û_ij·pose_j + prior_ij of a run of output capsules, and its maximum and sum.
+
+    With dc, also û_ij·ds_j + grad_coupling_ij, and Σ_j exp(logit - maximum) dc of the run. Unless
+    SAVE_PAIRS, what belongs to a pair (i, j) is not written.
+    """
+    VALUES: tl.constexpr = 3 if WITH_DC else 2
+    DTYPE: tl.constexpr = runs_ptr.dtype.element_ty
     K: tl.constexpr = BLOCK_P * BLOCK_I
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b = first_b + row
@@ -199,82 +232,123 @@ def _logits_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     k = tl.arange(0, K)
     p = (k // BLOCK_I).to(tl.int64)
-    mask_bd = (row < rows)[:, None] & (d < D)[None, :]
     mask_rows = (row < rows)[None, :, None] & (block < blocks)[:, None, None]
     u_ptrs = blocks_ptr + ((block[:, None] * B + b[None, :]) * K)[:, :, None] + k[None, None, :]
     u = tl.load(u_ptrs, mask_rows, other=0.0)
     u = tl.reshape(u, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I))
-    pose_ptrs = pose_ptr + (b * J * D)[:, None] + d[None, :]
+    offs_bd = (b * J * D)[:, None] + d[None, :]
+    mask_bd = (row < rows)[:, None] & (d < D)[None, :]
     ki = block[:, None] * BLOCK_I + (k % BLOCK_I)[None, :]
     weight_ptrs = weight_ptr + (ki * stride_weight_i + (p * stride_weight_p)[None, :])[:, :, None]
     weight_ptrs += (d * stride_weight_d)[None, None, :]
     mask_w = ((ki < I) & (p < P)[None, :])[:, :, None] & (d < D)[None, None, :]
     i = block[:, None] * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
     prior_ptrs = prior_ptr + i * stride_prior_i
+    coupling_ptrs = grad_coupling_ptr + (b[None, :, None] * I + i[:, None, :]) * J
     offs = ((block[:, None] * rows + row[None, :]) * BLOCK_I)[:, :, None]
     offs += tl.arange(0, BLOCK_I)[None, None, :]
 
     top, mass = softmax_start((GROUPS, BLOCK_B, BLOCK_I), DTYPE, False)
+    moment = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
     for j in range(run * run_length, tl.minimum((run + 1) * run_length, J)):
+        if HAS_POSE or WITH_DC:
+            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0)
         logits = tl.zeros((GROUPS, BLOCK_B, BLOCK_I), DTYPE)
         if HAS_POSE:
-            w = tl.load(weight_ptrs + j * stride_weight_j, mask_w, other=0.0)
-            pose = tl.load(pose_ptrs + j * D, mask_bd, other=0.0).to(DTYPE)
-            pose = tl.broadcast_to(pose[None, :, :], (GROUPS, BLOCK_B, BLOCK_D))
-            projected = _dot(pose, tl.permute(w, (0, 2, 1)), PRECISION)
-            logits += tl.sum(tl.reshape(projected, (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I)) * u, axis=2)
+            pose = tl.load(pose_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
+            logits += _agreement(pose, w, u, PRECISION)
         if HAS_PRIOR:
             prior = tl.load(prior_ptrs + j * stride_prior_j, i < I, other=0.0)
             logits += prior.to(DTYPE)[:, None, :]
         # Where no capsule is left in a block, the logits are 0: the weighted sum reads them.
-        tl.store(logits_ptr + j * size + offs, logits, mask_rows)
+        if SAVE_PAIRS:
+            tl.store(logits_ptr + j * size + offs, logits, mask_rows)
         # Of the exponentials of both differences from the new maximum, one is 1.
         share = tl.exp(-tl.abs(logits - top))
-        mass = tl.where(logits > top, mass * share + 1.0, mass + share)
+        is_new = logits > top
+        mass = tl.where(is_new, mass * share + 1.0, mass + share)
+        if WITH_DC:
+            ds = tl.load(ds_ptr + j * D + offs_bd, mask_bd, other=0.0).to(DTYPE)
+            dc = _agreement(ds, _again(w), u, PRECISION)
+            if HAS_GRAD_COUPLING:
+                mask_pairs = mask_rows & (i < I)[:, None, :]
+                dc += tl.load(coupling_ptrs + j, mask_pairs, other=0.0).to(DTYPE)
+            if SAVE_PAIRS:
+                tl.store(dc_ptr + j * size + offs, dc, mask_rows)
+            moment = tl.where(is_new, moment * share + dc, moment + share * dc)
         top = tl.maximum(top, logits)
-    tl.store(runs_ptr + 2 * run * size + offs, top, mask_rows)
-    tl.store(runs_ptr + (2 * run + 1) * size + offs, mass, mask_rows)
+    runs_ptr += VALUES * run * size
+    tl.store(runs_ptr + offs, top, mask_rows)
+    tl.store(runs_ptr + size + offs, mass, mask_rows)
+    if WITH_DC:
+        tl.store(runs_ptr + 2 * size + offs, moment, mask_rows)
 
 
 @triton.jit
 def _softmax_kernel(
     # pointers
-    runs_ptr,
+    runs_ptr, normaliser_ptr, delta_ptr,
     # extents
-    size, runs,
+    I, first_b, rows, size, runs, padded_b,
     # meta-parameters
-    LEAKY: tl.constexpr, BLOCK: tl.constexpr,
+    LEAKY: tl.constexpr, WITH_DC: tl.constexpr, SAVE_NORMALISER: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Join the runs. The first gets the softmax's maximum, and the inverse of its sum."""
+    """Join the runs. The first gets the softmax's maximum, the inverse of its sum, and δ with dc.
+
+    log Σ_j exp and δ may be saved too, (I, padded_b).
+    """
     DTYPE: tl.constexpr = runs_ptr.dtype.element_ty
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    top, mass = softmax_start((BLOCK,), DTYPE, LEAKY)
+    VALUES: tl.constexpr = 3 if WITH_DC else 2
+    block = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    of_block = tl.arange(0, BLOCK_I)[None, :]
+    mask = tl.broadcast_to(row < rows, (BLOCK_B, BLOCK_I))
+    first_ptrs = runs_ptr + (block * rows + row) * BLOCK_I + of_block
+    top, mass = softmax_start((BLOCK_B, BLOCK_I), DTYPE, LEAKY)
+    moment = tl.zeros((BLOCK_B, BLOCK_I), DTYPE)
     for run in range(tl.cast(runs, tl.int64)):
-        top_of_run = tl.load(runs_ptr + 2 * run * size + offs, mask, other=0.0)
-        mass_of_run = tl.load(runs_ptr + (2 * run + 1) * size + offs, mask, other=1.0)
+        ptrs = first_ptrs + VALUES * run * size
+        top_of_run = tl.load(ptrs, mask, other=0.0)
         new_top = tl.maximum(top, top_of_run)
-        mass = mass * tl.exp(top - new_top) + mass_of_run * tl.exp(top_of_run - new_top)
+        shrink = tl.exp(top - new_top)
+        share = tl.exp(top_of_run - new_top)
+        mass = mass * shrink + tl.load(ptrs + size, mask, other=1.0) * share
+        if WITH_DC:
+            moment = moment * shrink + tl.load(ptrs + 2 * size, mask, other=0.0) * share
         top = new_top
-    tl.store(runs_ptr + offs, top, mask)
-    tl.store(runs_ptr + size + offs, 1.0 / mass, mask)
+    inverse = 1.0 / mass
+    delta = moment * inverse
+    tl.store(first_ptrs, top, mask)
+    tl.store(first_ptrs + size, inverse, mask)
+    if WITH_DC:
+        tl.store(first_ptrs + 2 * size, delta, mask)
+    if SAVE_NORMALISER:
+        i = block * BLOCK_I + of_block
+        offs = i * padded_b + first_b + row
+        tl.store(normaliser_ptr + offs, top + tl.log(mass), mask & (i < I))
+        if WITH_DC:
+            tl.store(delta_ptr + offs, delta, mask & (i < I))
 
 
 @triton.jit
 def _weighted_sum_kernel(
     # pointers
-    blocks_ptr, weight_ptr, logits_ptr, softmax_ptr, bias_ptr, slots_ptr, coupling_ptr,
+    blocks_ptr, weight_ptr, logits_ptr, dc_ptr, softmax_ptr, bias_ptr, slots_ptr, coupling_ptr,
     # extents
     B, I, P, J, D, first_b, rows, blocks, size, blocks_each,
     # strides
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_bias_i, stride_bias_j,
     # meta-parameters
-    HAS_LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr, SAVE_COUPLING: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_LOGITS: tl.constexpr, WITH_DC: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SAVE_COUPLING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Put one program's share of s in its slot. Without logits, its share of Σ_i û_ij."""
+    """Put one program's share of s in its slot. Without logits, its share of Σ_i û_ij.
+
+    With dc, that of dpose: db takes the place of c.
+    """
     DTYPE: tl.constexpr = slots_ptr.dtype.element_ty
     K: tl.constexpr = BLOCK_P * BLOCK_I
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -301,8 +375,12 @@ def _weighted_sum_kernel(
             offs = ((block * rows + row) * BLOCK_I)[None, :, None] + of_block
             top = tl.load(softmax_ptr + offs, is_row, other=0.0)
             inverse = tl.load(softmax_ptr + size + offs, is_row, other=0.0)
-            logits_ptrs = logits_ptr + (j * size)[:, None, None] + offs
-            c = tl.exp(tl.load(logits_ptrs, is_j & is_row, other=0.0) - top) * inverse
+            offs_pairs = (j * size)[:, None, None] + offs
+            logits = tl.load(logits_ptr + offs_pairs, is_j & is_row, other=0.0)
+            c = tl.exp(logits - top) * inverse
+            if WITH_DC:
+                delta = tl.load(softmax_ptr + 2 * size + offs, is_row, other=0.0)
+                c *= tl.load(dc_ptr + offs_pairs, is_j & is_row, other=0.0) - delta
             i = block * BLOCK_I + of_block
             if HAS_BIAS:
                 bias_ptrs = bias_ptr + i * stride_bias_i + (j * stride_bias_j)[:, None, None]
@@ -324,9 +402,12 @@ def _weighted_sum_kernel(
 
 
 class TwoProducts:
-    """The passes of one call over u, (B, I, P), and the weight, (I, P, J, D), any strides."""
+    """The passes of one call over u, (B, I, P), and the weight, (I, P, J, D), any strides.
 
-    def __init__(self, u: Tensor, weight: Tensor) -> None:
+    `pairs` is the tensors over (b, i, j) that a pass leaves in memory: 2 if it has dc.
+    """
+
+    def __init__(self, u: Tensor, weight: Tensor, *, pairs: int = 1) -> None:
         B, I, P = u.shape
         _, _, J, D = weight.shape
         target, dtype = target_of(u), accumulation_dtype(u.dtype)
@@ -335,15 +416,17 @@ class TwoProducts:
         blocks = triton.cdiv(I, block_i)
         splits, self._blocks_each = divide(blocks, 1, weighted_sum.pop("MAX_SPLITS"))
         runs, self._run_length = divide(J, 1, triton.cdiv(J, logits.pop("MAX_RUN")))
-        # Chunks are whole programs. With D of 10 or more, one has the whole batch. Otherwise the
-        # logits take a tenth of what û would, or those of 64 rows.
-        self._chunk = B if D >= 10 else min(B, max(B * D // 10 // 64, 1) * 64)
+        # What a pass leaves of the pairs takes an eighth of what û would, or is that of 64 rows. If
+        # the whole batch would take more, it goes in chunks, which are whole programs.
+        fitting = B * D // (8 * pairs)
+        self._chunk = B if fitting >= B else min(B, max(fitting // 64, 1) * 64)
         self._weight, self._extents = weight, (B, I, P, J, D)
         self._logits_launch, self._sum_launch = block | logits, block | weighted_sum
         self._precision = dot_precision(u.dtype, target)
         self._blocks = u.new_empty((blocks, B, block_p * block_i), dtype=dtype)
-        self._logits = u.new_empty((J, blocks * self._chunk * block_i), dtype=dtype)
-        self._runs = u.new_empty((runs, 2 * blocks * self._chunk * block_i), dtype=dtype)
+        size = blocks * self._chunk * block_i
+        self._pairs = u.new_empty((pairs, J, size), dtype=dtype)
+        self._runs = u.new_empty((runs, 1 + pairs, size), dtype=dtype)
         self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
         _blocks_kernel[(blocks, triton.cdiv(B, 32))](
             u, self._blocks,
@@ -368,62 +451,92 @@ class TwoProducts:
         The arguments are those of `OneProduct.run`.
         """
         has_logits = pose is not None or prior is not None
-        B, I, P, J, D = self._extents
-        launch, blocks = self._sum_launch, len(self._blocks)
         # Without logits, nothing limits the rows.
-        chunk = self._chunk if has_logits else B
-        for first_b in range(0, B, chunk):
-            rows = min(chunk, B - first_b)
-            size = blocks * rows * launch["BLOCK_I"]
+        for chunk in self.chunks() if has_logits else [(0, self._extents[0])]:
             if has_logits:
-                self._write_softmax(pose, prior, first_b, rows, size, leaky)
-            tiles_b, tiles_j = (
-                triton.cdiv(rows, launch["BLOCK_B"]),
-                triton.cdiv(J, launch["BLOCK_J"]),
-            )
-            _weighted_sum_kernel[(tiles_b, tiles_j, len(self.slots))](
-                # In place of a missing tensor, a kernel gets the blocks, which it only reads.
-                self._blocks, self._weight, self._logits, self._runs,
-                self._blocks if bias is None else bias,
-                self.slots, self._blocks if coupling is None else coupling,
-                B, I, P, J, D, first_b, rows, blocks, size, self._blocks_each,
-                *self._weight.stride(), *strides(bias, 2),
-                HAS_LOGITS=has_logits,
-                HAS_BIAS=bias is not None,
-                SAVE_COUPLING=coupling is not None,
-                PRECISION=self._precision,
-                **launch,
-            )  # fmt: skip
+                self.write_softmax(chunk, pose, prior, leaky=leaky)
+            self.write_weighted_sum(chunk, bias, coupling, has_logits=has_logits)
 
-    def _write_softmax(
+    def chunks(self) -> list[tuple[int, int]]:
+        """The first row and the number of rows of every chunk of the batch."""
+        B = self._extents[0]
+        return [(first, min(self._chunk, B - first)) for first in range(0, B, self._chunk)]
+
+    def write_softmax(
         self,
+        chunk: tuple[int, int],
         pose: Tensor | None,
         prior: Tensor | None,
-        first_b: int,
-        rows: int,
-        size: int,
+        ds: Tensor | None = None,
+        grad_coupling: Tensor | None = None,
+        saved: Tensor | None = None,
+        *,
+        save_pairs: bool = True,
         leaky: bool,
     ) -> None:
-        """Write the logits of some rows, and to the first run their maximum and inverse sum."""
+        """Write the logits of a chunk, and to the first run their maximum and inverse sum.
+
+        With `ds`, (B, J, D), write dc too, and to the first run δ. `saved`, (2, I, B'), gets
+        log Σ_j exp and δ. Without `save_pairs`, logits and dc are not written.
+        """
         B, I, P, J, D = self._extents
+        first_b, rows = chunk
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
-        if prior is not None and "maxnreg" in launch:
-            launch = launch | {"maxnreg": 255}  # its addresses take registers too
+        size = blocks * rows * launch["BLOCK_I"]
+        if (prior is not None or ds is not None) and "maxnreg" in launch:
+            launch = launch | {"maxnreg": 255}  # for its addresses, and for a second product
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
         _logits_kernel[grid](
             self._blocks, self._weight,
-            *(self._blocks if tensor is None else tensor for tensor in (pose, prior)),
-            self._logits, self._runs,
+            # In place of a missing tensor, a kernel gets the blocks, which it only reads.
+            *(self._blocks if x is None else x for x in (pose, prior, ds, grad_coupling)),
+            self._pairs[0], self._pairs[-1], self._runs,
             B, I, P, J, D, first_b, rows, blocks, size, self._run_length,
             *self._weight.stride(), *strides(prior, 2),
             HAS_POSE=pose is not None,
             HAS_PRIOR=prior is not None,
+            WITH_DC=ds is not None,
+            HAS_GRAD_COUPLING=grad_coupling is not None,
+            SAVE_PAIRS=save_pairs,
             PRECISION=self._precision,
             **launch,
         )  # fmt: skip
-        _softmax_kernel[(triton.cdiv(size, 1024),)](
-            self._runs,
-            size, runs,
+        block_b = max(1024 // launch["BLOCK_I"], 1)
+        _softmax_kernel[(blocks, triton.cdiv(rows, block_b))](
+            self._runs, *((self._runs, self._runs) if saved is None else saved),
+            I, first_b, rows, size, runs, 0 if saved is None else saved.shape[2],
             LEAKY=leaky,
-            BLOCK=1024,
+            WITH_DC=ds is not None,
+            SAVE_NORMALISER=saved is not None,
+            BLOCK_B=block_b,
+            BLOCK_I=launch["BLOCK_I"],
+        )  # fmt: skip
+
+    def write_weighted_sum(
+        self,
+        chunk: tuple[int, int],
+        bias: Tensor | None = None,
+        coupling: Tensor | None = None,
+        *,
+        has_logits: bool = True,
+        with_dc: bool = False,
+    ) -> None:
+        """Write the shares of s of a chunk to the slots, or with dc those of dpose."""
+        B, I, P, J, D = self._extents
+        first_b, rows = chunk
+        launch, blocks = self._sum_launch, len(self._blocks)
+        tiles_b, tiles_j = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(J, launch["BLOCK_J"])
+        _weighted_sum_kernel[(tiles_b, tiles_j, len(self.slots))](
+            self._blocks, self._weight, self._pairs[0], self._pairs[-1], self._runs,
+            self._blocks if bias is None else bias,
+            self.slots, self._blocks if coupling is None else coupling,
+            B, I, P, J, D, first_b, rows, blocks, blocks * rows * launch["BLOCK_I"],
+            self._blocks_each,
+            *self._weight.stride(), *strides(bias, 2),
+            HAS_LOGITS=has_logits,
+            WITH_DC=with_dc,
+            HAS_BIAS=bias is not None,
+            SAVE_COUPLING=coupling is not None,
+            PRECISION=self._precision,
+            **launch,
         )  # fmt: skip

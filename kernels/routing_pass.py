@@ -4,8 +4,8 @@
 
 The prediction vectors û = W u are computed where they are needed and never stored.
 
-The forward is that of `_one_product.py` or `_two_products.py`. So is the backward where the first
-of these serves. This file has the other backward. A program holds a tile of u,
+The forward is that of `_one_product.py` or `_two_products.py`. So is the backward where
+`_vote_gradient.py` serves. This file has the other backward. A program holds a tile of u,
 (GROUPS, BLOCK_B, BLOCK_P, BLOCK_I), and walks over the output capsules twice. The first sweep finds
 the softmax's normaliser for each pair (b, i), and the second applies it. Nothing in the program
 grows with J.
@@ -38,11 +38,11 @@ from tritoncaps.kernels._launch import (
 )
 from tritoncaps.kernels._one_product import OneProduct, one_product
 from tritoncaps.kernels._one_product_backward import OneProductBackward
-from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 from tritoncaps.kernels._two_products import TwoProducts
-from tritoncaps.kernels._vote_gradient import Grads, launch_for, write_vote_gradient
+from tritoncaps.kernels._two_products_backward import TwoProductsBackward
+from tritoncaps.kernels._vote_gradient import Grads, launch_for
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ def _pass_bwd_kernel(
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     stride_prior_i, stride_prior_j, stride_bias_i, stride_bias_j,
     # meta-parameters
-    WITH_DU: tl.constexpr, ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
+    ADD_DU: tl.constexpr, FULL: tl.constexpr, HAS_POSE: tl.constexpr,
     HAS_PRIOR: tl.constexpr, HAS_BIAS: tl.constexpr, LEAKY: tl.constexpr,
     HAS_GRAD_COUPLING: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -325,22 +325,19 @@ def _pass_bwd_kernel(
             softmax = tl.exp(logits - top) / mass
             bias_ptrs = bias_ptr + i * stride_bias_i + j * stride_bias_j
             c = _add_bias(softmax, bias_ptrs, i < I, HAS_BIAS)
-            if WITH_DU:
-                du += c[:, :, None, :] * ds_projected
+            du += c[:, :, None, :] * ds_projected
             if HAS_POSE and FULL:
                 db = softmax * (dc - delta)
-                if WITH_DU:
-                    du += db[:, :, None, :] * pose_projected
+                du += db[:, :, None, :] * pose_projected
                 slot_ptrs = slot_ptr + j * D + offs_bd
                 dpose = tl.load(slot_ptrs, mask_bd, other=0.0)
                 tl.store(slot_ptrs, dpose + _weighted_sum(db, u, w, PRECISION), mask_bd)
 
-        if WITH_DU:
-            du = tl.reshape(du, (GROUPS, BLOCK_B, BLOCK_P * BLOCK_I))
-            offs_u = ((b * I)[None, :, None] + ki[:, None, :]) * P + p[None, None, :]
-            if ADD_DU:
-                du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
-            tl.store(grad_u_ptr + offs_u, du, mask_u)
+        du = tl.reshape(du, (GROUPS, BLOCK_B, BLOCK_P * BLOCK_I))
+        offs_u = ((b * I)[None, :, None] + ki[:, None, :]) * P + p[None, None, :]
+        if ADD_DU:
+            du += tl.load(du_ptr + offs_u, mask_u, other=0.0)
+        tl.store(grad_u_ptr + offs_u, du, mask_u)
         tl.debug_barrier()
 
 
@@ -494,7 +491,7 @@ def forward_passes(u: Tensor, weight: Tensor) -> OneProduct | TwoProducts:
 class TwoSweeps:
     """The backward passes of one call by two sweeps over j, and the contraction after them.
 
-    Without `_vote_gradient.py`, the passes also sum du, and the contraction is dW alone.
+    The passes sum du too. The contraction is dW, dprior and dbias.
     """
 
     def __init__(
@@ -515,13 +512,11 @@ class TwoSweeps:
         self._given, self._grads = (u, weight, prior, bias), grads
         self._full, self._leaky = full, leaky
         self._launch, splits, self._tiles = pass_launch(rule, I, P, J, D, u.dtype, target_of(u))
-        self._contraction = launch_for(u, weight)
         dtype = accumulation_dtype(u.dtype)
         self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
         self._saved = u.new_empty((2, steps, B, I), dtype=dtype)
         # The sum over the passes. The last one writes it in u's dtype.
-        is_sum = u.dtype == dtype or self._contraction is not None
-        self._du = grads[0] if is_sum else u.new_empty((B, I, P), dtype=dtype)
+        self._du = grads[0] if u.dtype == dtype else u.new_empty((B, I, P), dtype=dtype)
 
     def run(self, step: int, pose: Tensor | None, ds: Tensor, grad_coupling: Tensor | None) -> None:
         """Write the shares of dpose of a step to the slots, from the last step to the first.
@@ -533,8 +528,6 @@ class TwoSweeps:
             grad_coupling: contiguous, (B, I, J), or None, in the last step.
         """
         u, weight, prior, bias = self._given
-        if self._contraction and pose is None and prior is None:
-            return
         B, I, P = u.shape
         _, _, J, D = weight.shape
         self.slots.zero_()
@@ -545,7 +538,6 @@ class TwoSweeps:
             self.slots, *self._saved[:, step], self._du, self._du if step else self._grads[0],
             B, I, P, J, D, self._tiles,
             *u.stride(), *weight.stride(), *strides(prior, 2), *strides(bias, 2),
-            WITH_DU=self._contraction is None,
             ADD_DU=step < self._saved.shape[1] - 1,
             FULL=self._full,
             HAS_POSE=pose is not None,
@@ -565,42 +557,13 @@ class TwoSweeps:
         *,
         uniform: bool,
     ) -> None:
-        """Write the gradients of all steps.
+        """Write the gradients of all steps, of which du is there already.
 
         Args:
             poses, ds: contiguous, (steps, B, J, D).
             grad_coupling: of the last step, contiguous, (B, I, J), or None.
             uniform: whether the first step has no logits.
         """
-        u, weight, prior, bias = self._given
-        if self._contraction is None:
-            self._write_weight_gradient(poses, ds, grad_coupling, uniform)
-        else:
-            launch = self._contraction
-            prepared = prepare(
-                u, weight, dot_precision(u.dtype, target_of(u)),
-                block_b=16, block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
-            )  # fmt: skip
-            saved = self._saved.new_zeros(*self._saved.shape[:2], *prepared.columns.shape[:2])
-            # A row that does not exist takes no part in any sum.
-            saved[0] = float("inf")
-            saved[..., : len(u)] = self._saved.mT
-            write_vote_gradient(
-                prepared, poses, ds, prior, bias, grad_coupling,
-                (saved[0], saved[1]), self._grads, launch,
-                full=self._full,
-                leaky=self._leaky,
-                uniform=uniform,
-            )  # fmt: skip
-
-    def _write_weight_gradient(
-        self,
-        poses: Tensor,
-        ds: Tensor,
-        grad_coupling: Tensor | None,
-        uniform: bool,
-    ) -> None:
-        """Write dW, dprior and dbias of all steps."""
         u, weight, prior, bias = self._given
         B, I, P = u.shape
         _, _, J, D = weight.shape
@@ -633,8 +596,10 @@ def backward_passes(
     steps: int = 1,
     full: bool = True,
     leaky: bool,
-) -> OneProductBackward | TwoSweeps:
-    """Backward passes over u, (B, I, P), and the weight, (I, P, J, D): one product if it serves.
+) -> OneProductBackward | TwoProductsBackward | TwoSweeps:
+    """Backward passes over u, (B, I, P), and the weight, (I, P, J, D).
+
+    Where `_vote_gradient.py` serves they have one product, or two. Elsewhere they take two sweeps.
 
     Args:
         rule: the operator, whose entry a table of launches may replace.
@@ -645,9 +610,13 @@ def backward_passes(
             and are not written.
     """
     contraction = launch_for(u, weight)
-    passes = None if contraction is None else one_product(u, weight)
-    if contraction is None or passes is None:
+    if contraction is None:
         return TwoSweeps(rule, u, weight, prior, bias, grads, steps=steps, full=full, leaky=leaky)
+    passes = one_product(u, weight)
+    if passes is None:
+        return TwoProductsBackward(
+            u, weight, contraction, prior, bias, grads, steps=steps, full=full, leaky=leaky
+        )
     return OneProductBackward(
         passes, contraction, prior, bias, grads, steps=steps, full=full, leaky=leaky
     )

@@ -1,7 +1,8 @@
-"""The form of a forward pass with two products, where test_exact.py does not reach.
+"""The passes with two products, where test_exact.py does not reach.
 
 The interpreter gives that file one run of output capsules, one chunk of the batch and few blocks.
-Here it is told that the target is an NVIDIA GPU, with a shape that one product does not serve.
+Its backward takes two sweeps. Here the target is said to be an NVIDIA GPU, with a shape that one
+product does not serve.
 """
 
 import pytest
@@ -15,9 +16,15 @@ if not INTERPRETED and not torch.cuda.is_available():
 from kernel_cases import Allocations, assert_exact, counted_launches, draw, exact, run
 
 from tritoncaps import testing
-from tritoncaps.kernels import _launch, _one_product, _two_products
+from tritoncaps.kernels import (
+    _launch,
+    _one_product,
+    _two_products,
+    _two_products_backward,
+    _vote_gradient,
+)
 
-PASS = "routing_pass"
+LOOP, PASS = "fused_dynamic_routing", "routing_pass"
 # 34 output capsules are two runs, 3 blocks of input capsules.
 SIZES = {"B": 2, "I": 17, "P": 3, "J": 34, "D": 2}
 
@@ -25,7 +32,8 @@ SIZES = {"B": 2, "I": 17, "P": 3, "J": 34, "D": 2}
 @pytest.fixture
 def on_nvidia(monkeypatch):
     if INTERPRETED:
-        for module in (_one_product, _two_products):
+        modules = (_one_product, _two_products, _two_products_backward, _vote_gradient)
+        for module in modules:
             monkeypatch.setattr(module, "target_of", lambda _: _launch.Target("sm90", 232448))
 
 
@@ -69,7 +77,7 @@ def test_float16_agrees(device):
 
 
 def test_few_components_take_a_chunk_of_the_batch_at_a_time(device):
-    """The logits take a tenth of what û would, or those of 64 rows, whichever is more."""
+    """The logits take an eighth of what û would, or are those of 64 rows."""
     call = draw(PASS, device, {"B": 70, "I": 2, "P": 2, "J": 2, "D": 3}, optional=("prior",))
     with Allocations() as allocations:
         actual = forward(call)
@@ -77,7 +85,83 @@ def test_few_components_take_a_chunk_of_the_batch_at_a_time(device):
     block_i = _two_products.two_products_launch(
         2, 2, 2, 3, torch.float64, _launch.target_of(call["u"])
     )[0]["BLOCK_I"]
-    assert (2, 64 * block_i) in allocations.shapes
-    assert (2, 70 * block_i) not in allocations.shapes
+    assert (1, 2, 64 * block_i) in allocations.shapes
+    assert (1, 2, 70 * block_i) not in allocations.shapes
     expected = exact(PASS, call)
     assert_exact(actual, {key: expected[key] for key in actual})
+
+
+# Backward -----------------------------------------------------------------------------------------
+
+# 14 output capsules are four runs with the table below, 9 input capsules are two blocks.
+FEW = {"B": 3, "I": 9, "P": 3, "J": 14, "D": 14}
+
+
+@pytest.fixture
+def with_short_runs(monkeypatch, on_nvidia, device):
+    architecture = _two_products.target_of(torch.empty(0, device=device)).architecture
+    table = {
+        f"logits {architecture} {dtype} I9 P3 J14 D14": {"MAX_RUN": 4}
+        for dtype in ("float32", "float16")
+    }
+    monkeypatch.setattr(_launch, "_table", table)
+
+
+def check_gradients(name, device, sizes=FEW, *, dtype=torch.float32, optional=(), **options):
+    call = draw(name, device, sizes, dtype=dtype, optional=optional)
+    plain, exactly = exact(name, call, dtype=dtype, **options), exact(name, call, **options)
+    with Allocations() as allocations, counted_launches() as launched:
+        results = run(name, call, **options)
+    allocations.assert_bands_untouched()
+    assert "_vote_gradient_kernel" in launched and "_pass_bwd_kernel" not in launched
+    for key, result in results.items():
+        if key in exactly:
+            assert result.dtype == dtype
+            testing.assert_agrees(key, result, plain[key], exactly[key])
+    return allocations
+
+
+@pytest.mark.parametrize(
+    ("name", "optional", "options"),
+    [
+        (LOOP, (), {"iterations": 3, "with_coupling": False}),
+        (LOOP, ("prior",), {"iterations": 2, "leaky": True}),
+        (LOOP, ("prior",), {"iterations": 2, "gradient": "last", "with_coupling": False}),
+        (PASS, ("prior", "bias"), {"leaky": True}),
+        (PASS, (), {"with_coupling": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("with_short_runs")
+def test_every_gradient(device, name, optional, options):
+    check_gradients(name, device, optional=optional, **options)
+
+
+@pytest.mark.usefixtures("with_short_runs")
+def test_gradients_of_16_bits(device):
+    check_gradients(PASS, device, dtype=torch.float16, optional=("prior",))
+
+
+@pytest.mark.usefixtures("on_nvidia")
+def test_the_backward_takes_chunks_of_the_batch(device):
+    """The logits and dc together are limited."""
+    sizes = {"B": 70, "I": 1, "P": 3, "J": 22, "D": 2}
+    allocations = check_gradients(PASS, device, sizes, with_coupling=False)
+    assert (2, 22, 64 * 8) in allocations.shapes
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.usefixtures("with_short_runs")
+def test_nan_stays_in_its_image_and_a_prior_may_forbid_pairs(device):
+    call = draw(PASS, device, FEW, dtype=torch.float32, optional=("prior",))
+    call["prior"][:, 1:9] = float("-inf")  # the second run too, as a whole
+    clean = run(PASS, call, with_coupling=False)
+    assert all(torch.isfinite(result).all() for result in clean.values())
+    assert not clean["d_prior"][:, 1:9].any()
+    call["u"][1] = float("nan")
+    spoilt = run(PASS, call, with_coupling=False)
+    for key in ("d_u", "d_pose"):
+        assert spoilt[key].isnan().flatten(1).any(1).tolist() == [False, True, False]
+        assert torch.equal(spoilt[key][::2], clean[key][::2])

@@ -485,6 +485,8 @@ class TwoProducts:
         first_b, rows = chunk
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
         size = blocks * rows * launch["BLOCK_I"]
+        if ds is not None and launch["BLOCK_I"] > 4:
+            launch = launch | {"BLOCK_B": 16}  # of many small capsules, a thread has many pairs
         if (prior is not None or ds is not None) and "maxnreg" in launch:
             launch = launch | {"maxnreg": 255}  # for its addresses, and for a second product
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs

@@ -39,6 +39,7 @@ from tritoncaps.kernels._launch import (
     pose_blocks,
     strides,
     target_of,
+    with_all_registers,
 )
 from tritoncaps.kernels._tiles import round_to_tf32, softmax_start
 
@@ -422,6 +423,7 @@ class TwoProducts:
         self._chunk = B if fitting >= B else min(B, max(fitting // 64, 1) * 64)
         self._weight, self._extents = weight, (B, I, P, J, D)
         self._logits_launch, self._sum_launch = block | logits, block | weighted_sum
+        self._join_launch = with_all_registers({"num_warps": 4}, target)
         self._precision = dot_precision(u.dtype, target)
         self._blocks = u.new_empty((blocks, B, block_p * block_i), dtype=dtype)
         size = blocks * self._chunk * block_i
@@ -483,6 +485,8 @@ class TwoProducts:
         first_b, rows = chunk
         launch, blocks, runs = self._logits_launch, len(self._blocks), len(self._runs)
         size = blocks * rows * launch["BLOCK_I"]
+        if ds is not None and launch["BLOCK_I"] > 4:
+            launch = launch | {"BLOCK_B": 16}  # of many small capsules, a thread has many pairs
         if (prior is not None or ds is not None) and "maxnreg" in launch:
             launch = launch | {"maxnreg": 255}  # for its addresses, and for a second product
         grid = triton.cdiv(rows, launch["BLOCK_B"]), triton.cdiv(blocks, launch["GROUPS"]), runs
@@ -501,7 +505,7 @@ class TwoProducts:
             PRECISION=self._precision,
             **launch,
         )  # fmt: skip
-        block_b = max(1024 // launch["BLOCK_I"], 1)
+        block_b = 512 // launch["BLOCK_I"]
         _softmax_kernel[(blocks, triton.cdiv(rows, block_b))](
             self._runs, *((self._runs, self._runs) if saved is None else saved),
             I, first_b, rows, size, runs, 0 if saved is None else saved.shape[2],
@@ -510,6 +514,7 @@ class TwoProducts:
             SAVE_NORMALISER=saved is not None,
             BLOCK_B=block_b,
             BLOCK_I=launch["BLOCK_I"],
+            **self._join_launch,
         )  # fmt: skip
 
     def write_weighted_sum(

@@ -219,9 +219,10 @@ def _vote_gradient_kernel(
     factor_ptrs = columns_ptrs + (b * K)[None, :, None] + p[None, None, :]
     columns_ptrs += (b * K)[None, :, None] + k[None, None, :]
     pair_ptrs = (near * padded_b)[:, None] + b[None, :]
-    offs_u = ((b.to(tl.int64) * I)[None, :] + i[:, None]) * P
+    offs_u = ((b.to(tl.int64) * I)[None, :] + near[:, None]) * P
     offs_u = offs_u[:, :, None] + p[None, None, :]
-    for pair in range(tl.cast(pairs, tl.int64)):
+    for pair in range(pairs):
+        first_block = tl.cast(pair, tl.int64) * steps_b * (32 * BLOCK_D)
         j = 2 * pair + tl.arange(0, 2)
         is_pair = is_capsule[:, None] & (j < J)[None, :]
         w_ptrs = weight_ptr + ((near * pairs + pair) * (ROWS * BLOCK_P))[:, None, None]
@@ -237,19 +238,25 @@ def _vote_gradient_kernel(
         prior = tl.zeros((GROUPS, 1, 2), tl.float32)
         bias = tl.zeros((GROUPS, 1, 2), tl.float32)
         if HAS_PRIOR:
-            ptrs = prior_ptr + (i * stride_prior_i)[:, None] + (j * stride_prior_j)[None, :]
+            ptrs = (
+                prior_ptr
+                + (i * stride_prior_i)[:, None]
+                + (j.to(tl.int64) * stride_prior_j)[None, :]
+            )
             prior += tl.load(ptrs, is_pair, other=float("-inf")).to(tl.float32)[:, None, :]
         elif IS_ODD:
             prior = tl.where((j < J)[None, None, :], prior, float("-inf"))
         if HAS_BIAS:
-            ptrs = bias_ptr + (i * stride_bias_i)[:, None] + (j * stride_bias_j)[None, :]
+            ptrs = (
+                bias_ptr + (i * stride_bias_i)[:, None] + (j.to(tl.int64) * stride_bias_j)[None, :]
+            )
             bias += tl.load(ptrs, is_pair, other=0.0).to(tl.float32)[:, None, :]
 
         dw = tl.zeros((GROUPS, ROWS, BLOCK_P), tl.float32)
         dprior = tl.zeros((GROUPS, 16, 2), tl.float32)
         dbias = tl.zeros((GROUPS, 16, 2), tl.float32)
         for step_b in range(first_step, tl.minimum(first_step + each, steps_b)):
-            block = (pair * steps_b + step_b) * (32 * BLOCK_D)
+            block = first_block + step_b * (32 * BLOCK_D)
             first_b = tl.cast(step_b, tl.int64) * 16
             exists = is_capsule[:, None] & (b < B - first_b)[None, :]
             # Loads come before the product. Then everything takes the layout of its result.

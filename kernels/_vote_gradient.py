@@ -374,8 +374,9 @@ def write_vote_gradient(
     B, padded_b = len(grad_u), prepared.columns.shape[1]
     if I == 0:
         return
-    if prior is None and bias is None and grad_coupling is None:
-        # Enough for everything then, and ten warps fit into a processor.
+    is_plain = prior is None and bias is None and grad_coupling is None
+    if is_plain and not target_of(poses).architecture.startswith("sm1"):
+        # Enough for everything then, except on Blackwell, and ten warps fit into a processor.
         launch = {**launch, "maxnreg": 200}
     packed_poses, packed_ds = _pack(poses, ds, launch["BLOCK_D"])
     steps_b = packed_ds.shape[2]

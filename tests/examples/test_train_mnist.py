@@ -227,12 +227,13 @@ class TestRun:
             lambda self, *args, **options: trainers.append(self) or inner(self, *args, **options),
         )
         flags = (
-            "--seed=7", "--max-shift=1", "--reconstruction-weight=0.25", "--epochs=1",
-            "--weight-decay=0.1", "--decoder-lr-factor=2",
+            "--seed=7", "--max-shift=1", "--rotation=4", "--reconstruction-weight=0.25",
+            "--epochs=1", "--weight-decay=0.1", "--decoder-lr-factor=2",
         )  # fmt: skip
         assert run(*NEW, *flags, "--output-dir=run") == 0
         ((_, batch_size), options) = made.call_args
-        assert (batch_size, options) == (32, {"seed": 7, "max_shift": 1})
+        expected = {"seed": 7, "max_shift": 1, "rotation": 4.0, "scaling": 0.0}
+        assert (batch_size, options) == (32, expected)
         (trainer,) = trainers
         assert trainer.schedule == training.Schedule(0.003, 0.9, 2)
         assert trainer.task.capsule_loss.reconstruction_weight == 0.25

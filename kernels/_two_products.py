@@ -377,7 +377,8 @@ def _weighted_sum_kernel(
             top = tl.load(softmax_ptr + offs, is_row, other=0.0)
             inverse = tl.load(softmax_ptr + size + offs, is_row, other=0.0)
             offs_pairs = (j * size)[:, None, None] + offs
-            logits = tl.load(logits_ptr + offs_pairs, is_j & is_row, other=0.0)
+            # The exponential of a logit that does not exist must not overflow.
+            logits = tl.load(logits_ptr + offs_pairs, is_j & is_row, other=float("-inf"))
             c = tl.exp(logits - top) * inverse
             if WITH_DC:
                 delta = tl.load(softmax_ptr + 2 * size + offs, is_row, other=0.0)

@@ -28,7 +28,7 @@ from tritoncaps.kernels._one_product import (
     parts_of,
     sum_over_j,
 )
-from tritoncaps.kernels._vote_gradient import Grads, write_vote_gradient
+from tritoncaps.kernels._vote_gradient import Contraction
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -143,46 +143,34 @@ def _one_product_bwd_kernel(
 class OneProductBackward:
     """The backward passes of one call, and the contraction after them."""
 
-    def __init__(
-        self,
-        passes: OneProduct,
-        contraction: dict[str, int],
-        prior: Tensor | None,
-        bias: Tensor | None,
-        grads: Grads,
-        *,
-        steps: int,
-        full: bool,
-        leaky: bool,
-    ) -> None:
+    def __init__(self, passes: OneProduct, contraction: Contraction, *, steps: int) -> None:
         self._passes, self._contraction = passes, contraction
-        self._prior, self._bias, self._grads = prior, bias, grads
-        self._full, self._leaky = full, leaky
         self.slots = passes.slots
         I, padded_b, _ = passes.prepared.columns.shape
         self._saved = self.slots.new_empty(2, steps, I, padded_b)
 
     def run(self, step: int, pose: Tensor | None, ds: Tensor, grad_coupling: Tensor | None) -> None:
         """Write the shares of dpose of a step to the slots. See `TwoSweeps.run`."""
-        if pose is None and self._prior is None:
+        prior = self._contraction.prior
+        if pose is None and prior is None:
             return
         B, I, J, D = self._passes.shape
         columns, weight, split = self._passes.prepared
         launch = self._passes.launch
-        if self._prior is not None or grad_coupling is not None:
+        if prior is not None or grad_coupling is not None:
             # Addresses of capsules that are fetched ahead would not fit into registers.
             launch = {**launch, "num_stages": 1}
         _one_product_bwd_kernel[(columns.shape[1] // (8 * launch["GROUPS"]), len(self.slots))](
             columns, weight,
             # In place of a missing tensor, a kernel gets the columns, which it does not touch.
-            *(columns if x is None else x for x in (pose, ds, self._prior, grad_coupling)),
+            *(columns if x is None else x for x in (pose, ds, prior, grad_coupling)),
             self.slots, self._saved[0, step], self._saved[1, step],
             B, I, J, D, columns.shape[1], self._passes.capsules,
-            *strides(self._prior, 2),
-            FULL=self._full,
+            *strides(prior, 2),
+            FULL=self._contraction.full,
             HAS_POSE=pose is not None,
-            HAS_PRIOR=self._prior is not None,
-            LEAKY=self._leaky,
+            HAS_PRIOR=prior is not None,
+            LEAKY=self._contraction.leaky,
             HAS_GRAD_COUPLING=grad_coupling is not None,
             SPLIT=split,
             IS_ODD=J % 2 == 1,
@@ -201,10 +189,6 @@ class OneProductBackward:
         uniform: bool,
     ) -> None:
         """Write the gradients of all steps. See `TwoSweeps.contract`."""
-        write_vote_gradient(
-            self._passes.prepared, poses, ds, self._prior, self._bias, grad_coupling,
-            (self._saved[0], self._saved[1]), self._grads, self._contraction,
-            full=self._full,
-            leaky=self._leaky,
-            uniform=uniform,
-        )  # fmt: skip
+        self._contraction.write(
+            self._passes.prepared, poses, ds, grad_coupling, self._saved, uniform=uniform
+        )

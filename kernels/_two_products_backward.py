@@ -15,29 +15,15 @@ from torch import Tensor
 from tritoncaps.kernels._launch import dot_precision, target_of
 from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._two_products import TwoProducts
-from tritoncaps.kernels._vote_gradient import Grads, write_vote_gradient
+from tritoncaps.kernels._vote_gradient import Contraction
 
 
 class TwoProductsBackward:
     """The backward passes of one call, and the contraction after them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        weight: Tensor,
-        contraction: dict[str, int],
-        prior: Tensor | None,
-        bias: Tensor | None,
-        grads: Grads,
-        *,
-        steps: int,
-        full: bool,
-        leaky: bool,
-    ) -> None:
+    def __init__(self, u: Tensor, weight: Tensor, contraction: Contraction, *, steps: int) -> None:
         B, I, _ = u.shape
         self._u, self._weight, self._contraction = u, weight, contraction
-        self._prior, self._bias, self._grads = prior, bias, grads
-        self._full, self._leaky = full, leaky
         self._passes = TwoProducts(u, weight, pairs=2)
         self.slots = self._passes.slots
         # As many rows as `prepare` gives u. Those that do not exist take no part in any sum.
@@ -47,15 +33,16 @@ class TwoProductsBackward:
 
     def run(self, step: int, pose: Tensor | None, ds: Tensor, grad_coupling: Tensor | None) -> None:
         """Write the shares of dpose of a step to the slots. See `TwoSweeps.run`."""
-        if pose is None and self._prior is None:
+        prior, full = self._contraction.prior, self._contraction.full
+        if pose is None and prior is None:
             return
-        has_dpose = pose is not None and self._full
+        has_dpose = pose is not None and full
         for chunk in self._passes.chunks():
             self._passes.write_softmax(
-                chunk, pose, self._prior, ds if self._full else None, grad_coupling,
+                chunk, pose, prior, ds if full else None, grad_coupling,
                 self._saved[:, step],
                 save_pairs=has_dpose,
-                leaky=self._leaky,
+                leaky=self._contraction.leaky,
             )  # fmt: skip
             if has_dpose:
                 self._passes.write_weighted_sum(chunk, with_dc=True)
@@ -70,16 +57,9 @@ class TwoProductsBackward:
     ) -> None:
         """Write the gradients of all steps. See `TwoSweeps.contract`."""
         del self._passes  # The contraction needs its memory.
+        launch = self._contraction.launch
         prepared = prepare(
             self._u, self._weight, dot_precision(self._u.dtype, target_of(self._u)),
-            block_b=16,
-            block_p=self._contraction["BLOCK_P"],
-            block_d=self._contraction["BLOCK_D"],
+            block_b=16, block_p=launch["BLOCK_P"], block_d=launch["BLOCK_D"],
         )  # fmt: skip
-        write_vote_gradient(
-            prepared, poses, ds, self._prior, self._bias, grad_coupling,
-            (self._saved[0], self._saved[1]), self._grads, self._contraction,
-            full=self._full,
-            leaky=self._leaky,
-            uniform=uniform,
-        )  # fmt: skip
+        self._contraction.write(prepared, poses, ds, grad_coupling, self._saved, uniform=uniform)

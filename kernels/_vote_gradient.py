@@ -17,6 +17,8 @@ the owner of values.
 `_pack` brings poses and ds into the order in which a thread reads them: 4 values at once.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,7 @@ def vote_gradient_launch(
 
 
 def launch_for(u: Tensor, weight: Tensor) -> dict[str, int] | None:
-    """The launch of `write_vote_gradient` for these inputs, or None."""
+    """The launch of a contraction of these inputs, or None."""
     I, P, J, D = weight.shape
     return vote_gradient_launch(I, P, J, D, u.dtype, target_of(u))
 
@@ -341,88 +343,102 @@ def _vote_gradient_kernel(
 # Launcher -----------------------------------------------------------------------------------------
 
 
-def write_vote_gradient(
-    prepared: Prepared,
-    poses: Tensor,
-    ds: Tensor,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    grad_coupling: Tensor | None,
-    saved: tuple[Tensor, Tensor],
-    grads: Grads,
-    launch: dict[str, int],
-    *,
-    full: bool = True,
-    leaky: bool,
-    uniform: bool = False,
-) -> None:
-    """Write du, dW, dprior and dbias of several passes.
+@dataclass(frozen=True)
+class Contraction:
+    """What the passes of a call have in common, and the gradients that they lead to.
 
-    Args:
-        prepared: u and W.
-        poses, ds: contiguous, (steps, B, J, D).
+    Attributes:
+        launch: of `launch_for`.
         prior, bias: (I, J), any strides, or None.
-        grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
-        saved: log Σ_j exp and δ, contiguous, (steps, I, B').
         grads: contiguous outputs.
-        launch: of `vote_gradient_launch`.
         full: whether the couplings depend on û. If not, dprior and dbias are not written.
-        leaky: whether an orphan class takes part in the softmax.
-        uniform: whether the first step has no logits.
+        leaky: whether an orphan class with logit 0 takes part in the softmax.
     """
-    grad_u, grad_weight, grad_prior, grad_bias = grads
-    normaliser, delta = saved
-    I, P, J, D = grad_weight.shape
-    B, padded_b = len(grad_u), prepared.columns.shape[1]
-    if I == 0:
-        return
-    is_plain = prior is None and bias is None and grad_coupling is None
-    if _FITS_200 and is_plain and not target_of(poses).architecture.startswith("sm1"):
-        # Enough for everything then, except on Blackwell, and ten warps fit into a processor.
-        launch = {**launch, "maxnreg": 200}
-    packed_poses, packed_ds = _pack(poses, ds, launch["BLOCK_D"])
-    steps_b = packed_ds.shape[2]
-    programs = triton.cdiv(I, launch["GROUPS"])
-    # Few capsules make few programs. Then these share the batch too.
-    splits, each = divide(steps_b, 1, max(_FEWEST_PROGRAMS // programs, 1))
-    logged = list(range(1 if uniform else 0, len(ds)))
-    chunks = [logged[n : n + _MOST_STEPS] for n in range(0, len(logged), _MOST_STEPS)] or [[]]
-    slots = grad_weight[None]
-    if splits * len(chunks) > 1:
-        slots = grad_weight.new_empty((splits * len(chunks), I, P, J, D), dtype=torch.float32)
-    pair_slots = normaliser.new_empty((2, splits * len(chunks), I, J))
-    du = grad_u if grad_u.dtype == torch.float32 else torch.empty_like(grad_u, dtype=torch.float32)
-    for number, chunk in enumerate(chunks):
-        step = chunk[0] if chunk else 0
-        is_last = number == len(chunks) - 1
-        first_slot = number * splits
-        _vote_gradient_kernel[(programs, splits)](
-            prepared.columns, prepared.weight, packed_poses[step:], packed_ds[step:], packed_ds,
-            # In place of a missing tensor, the kernel gets the columns, which it only reads.
-            *(prepared.columns if x is None else x for x in (prior, bias, grad_coupling)),
-            normaliser[step:], delta[step:],
-            du, grad_u if is_last else du,
-            slots[first_slot:], pair_slots[0, first_slot:], pair_slots[1, first_slot:],
-            B, I, J, D, padded_b, steps_b, each,
-            *strides(prior, 2), *strides(bias, 2),
-            STEPS=len(chunk),
-            UNIFORM=uniform and number == 0,
-            ADD_DU=number > 0,
-            FULL=full,
-            HAS_PRIOR=prior is not None,
-            HAS_BIAS=bias is not None,
-            LEAKY=leaky,
-            HAS_GRAD_COUPLING=grad_coupling is not None and is_last,
-            IS_ODD=J % 2 == 1,
-            SPLIT=prepared.split,
-            PRECISION="tf32x3" if prepared.split else "tf32",
-            P=P,
-            K=prepared.columns.shape[2],
-            **launch,
-        )  # fmt: skip
-    if slots.shape[0] > 1:
-        write_sum(slots.view(-1, I * P, J, D), grad_weight.view(I * P, J, D))
-    if full:
-        for grad, shares in ((grad_prior, pair_slots[0]), (grad_bias, pair_slots[1])):
-            if grad is not None:
-                grad.copy_(shares.sum(0))
+
+    launch: dict[str, int]
+    prior: Tensor | None
+    bias: Tensor | None
+    grads: Grads
+    full: bool
+    leaky: bool
+
+    def write(
+        self,
+        prepared: Prepared,
+        poses: Tensor,
+        ds: Tensor,
+        grad_coupling: Tensor | None,
+        saved: Tensor,
+        *,
+        uniform: bool,
+    ) -> None:
+        """Write du, dW, dprior and dbias of all passes.
+
+        Args:
+            prepared: u and W.
+            poses, ds: contiguous, (steps, B, J, D).
+            grad_coupling: gradient of the last step's coupling, contiguous, (B, I, J), or None.
+            saved: log Σ_j exp and δ, contiguous, (2, steps, I, B').
+            uniform: whether the first step has no logits.
+        """
+        prior, bias, launch = self.prior, self.bias, self.launch
+        grad_u, grad_weight, grad_prior, grad_bias = self.grads
+        normaliser, delta = saved
+        I, P, J, D = grad_weight.shape
+        B, padded_b = len(grad_u), prepared.columns.shape[1]
+        if I == 0:
+            return
+        is_plain = prior is None and bias is None and grad_coupling is None
+        if _FITS_200 and is_plain and not target_of(poses).architecture.startswith("sm1"):
+            # Enough for everything then, except on Blackwell, and ten warps fit into a processor.
+            launch = {**launch, "maxnreg": 200}
+        packed_poses, packed_ds = _pack(poses, ds, launch["BLOCK_D"])
+        steps_b = packed_ds.shape[2]
+        programs = triton.cdiv(I, launch["GROUPS"])
+        # Few capsules make few programs. Then these share the batch too.
+        splits, each = divide(steps_b, 1, max(_FEWEST_PROGRAMS // programs, 1))
+        logged = list(range(1 if uniform else 0, len(ds)))
+        chunks = [logged[n : n + _MOST_STEPS] for n in range(0, len(logged), _MOST_STEPS)] or [[]]
+        slots = grad_weight[None]
+        if splits * len(chunks) > 1:
+            slots = grad_weight.new_empty((splits * len(chunks), I, P, J, D), dtype=torch.float32)
+        pair_slots = normaliser.new_empty((2, splits * len(chunks), I, J))
+        du = (
+            grad_u
+            if grad_u.dtype == torch.float32
+            else torch.empty_like(grad_u, dtype=torch.float32)
+        )
+        for number, chunk in enumerate(chunks):
+            step = chunk[0] if chunk else 0
+            is_last = number == len(chunks) - 1
+            first_slot = number * splits
+            _vote_gradient_kernel[(programs, splits)](
+                prepared.columns, prepared.weight, packed_poses[step:], packed_ds[step:], packed_ds,
+                # In place of a missing tensor, the kernel gets the columns, which it only reads.
+                *(prepared.columns if x is None else x for x in (prior, bias, grad_coupling)),
+                normaliser[step:], delta[step:],
+                du, grad_u if is_last else du,
+                slots[first_slot:], pair_slots[0, first_slot:], pair_slots[1, first_slot:],
+                B, I, J, D, padded_b, steps_b, each,
+                *strides(prior, 2), *strides(bias, 2),
+                STEPS=len(chunk),
+                UNIFORM=uniform and number == 0,
+                ADD_DU=number > 0,
+                FULL=self.full,
+                HAS_PRIOR=prior is not None,
+                HAS_BIAS=bias is not None,
+                LEAKY=self.leaky,
+                HAS_GRAD_COUPLING=grad_coupling is not None and is_last,
+                IS_ODD=J % 2 == 1,
+                SPLIT=prepared.split,
+                PRECISION="tf32x3" if prepared.split else "tf32",
+                P=P,
+                K=prepared.columns.shape[2],
+                **launch,
+            )  # fmt: skip
+        if slots.shape[0] > 1:
+            write_sum(slots.view(-1, I * P, J, D), grad_weight.view(I * P, J, D))
+        if self.full:
+            for grad, shares in ((grad_prior, pair_slots[0]), (grad_bias, pair_slots[1])):
+                if grad is not None:
+                    grad.copy_(shares.sum(0))

@@ -42,7 +42,7 @@ from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 from tritoncaps.kernels._two_products import TwoProducts
 from tritoncaps.kernels._two_products_backward import TwoProductsBackward
-from tritoncaps.kernels._vote_gradient import Grads, launch_for
+from tritoncaps.kernels._vote_gradient import Contraction, Grads, launch_for
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -609,17 +609,14 @@ def backward_passes(
         full: whether the couplings depend on û. If not, the gradients of prior and bias are zero,
             and are not written.
     """
-    contraction = launch_for(u, weight)
-    if contraction is None:
+    launch = launch_for(u, weight)
+    if launch is None:
         return TwoSweeps(rule, u, weight, prior, bias, grads, steps=steps, full=full, leaky=leaky)
+    contraction = Contraction(launch, prior, bias, grads, full, leaky)
     passes = one_product(u, weight)
     if passes is None:
-        return TwoProductsBackward(
-            u, weight, contraction, prior, bias, grads, steps=steps, full=full, leaky=leaky
-        )
-    return OneProductBackward(
-        passes, contraction, prior, bias, grads, steps=steps, full=full, leaky=leaky
-    )
+        return TwoProductsBackward(u, weight, contraction, steps=steps)
+    return OneProductBackward(passes, contraction, steps=steps)
 
 
 def routing_pass_fwd(

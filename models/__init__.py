@@ -58,7 +58,7 @@ def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn
 
     Args:
         name: the model, such as "capsnet"; with a tag the weights as well, such as
-            "efficient_capsnet.digits"; "hf-hub:owner/name" or "local-dir:PATH".
+            "efficient_capsnet.mnist"; "hf-hub:owner/name" or "local-dir:PATH".
         pretrained: load trained weights, and return the model in eval mode. A str is their tag.
             Without it, a tag, repository or directory only gives the arguments of the model.
         kwargs: may differ from those that the weights were trained with. With another

@@ -1,4 +1,4 @@
-"""Trained weights by name, in the way of timm: ``efficient_capsnet.digits`` is a model and a tag.
+"""Trained weights by name, in the way of timm: ``efficient_capsnet.mnist`` is a model and a tag.
 
 The folder weights/ holds those that come with the package. Each has a safetensors file, a model
 card and an entry in registry.json, all written by ``tools/ship_weights.py``. A model's first entry

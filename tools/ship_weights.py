@@ -4,8 +4,9 @@
     python -m tools.ship_weights RUN RUN RUN --tag mnist --description "…" --paper arXiv:2101.12491
 
 A RUN is a directory of examples/train_mnist.py. The first one ships, with the weights of the epoch
-that its validation set chose. The others were trained alike from other seeds, and the card has
-their mean and deviation. All figures are read from the runs. Commit what is written.
+that its validation set chose, or with --last those of its last epoch. The others were trained alike
+from other seeds, and the card has their mean and deviation. All figures are read from the runs.
+Commit what is written.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+from engine import checkpoint  # noqa: E402
 from engine.flags import Recipe, flag_name  # noqa: E402
+from engine.run_directory import BEST, LAST  # noqa: E402
 from engine.runner import FROM_DATA  # noqa: E402
 from engine.tables import accuracies, mean_and_spread, percent  # noqa: E402
 from tritoncaps._files import CheckpointError, atomic_write, read_sealed, write_sealed  # noqa: E402
@@ -72,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--description", help="one line (default: model and data)")
     parser.add_argument("--paper", nargs="*", default=[], metavar="ID", help="as arXiv:2101.12491")
     parser.add_argument("--license", default="mit", help="of the weights (default: mit)")
+    parser.add_argument(
+        "--last", action="store_true", help="ship the last epoch, as after one cycle"
+    )
     parser.add_argument("--default", action="store_true", help="make it the model's default")
     parser.add_argument("--without-decoder", action="store_true", help="leave the decoder out")
     options = parser.parse_args(argv)
@@ -87,9 +93,16 @@ def ship(options: argparse.Namespace) -> None:
     """Write the weights, the card and the registry's entry."""
     runs = [read_run(directory) for directory in options.runs]
     check_alike(runs)
-    weights, header = read_sealed(runs[0].directory / "model_best.safetensors")
-    if header["epoch"] != runs[0].accuracies["chosen_epoch"]:
-        raise ValueError(f"{runs[0].directory}: its weights and summary.csv are of other epochs")
+    directory, found = runs[0].directory, runs[0].accuracies
+    weights, header = read_sealed(directory / BEST)
+    epoch, expected = header["epoch"], found["chosen_epoch"]
+    if options.last:
+        state = checkpoint.load(directory / LAST)
+        weights, epoch, expected = state["model"], state["progress"]["epoch"], found["epochs"]
+    if epoch != expected:
+        raise ValueError(
+            f"{directory}: its weights are of epoch {epoch}, by summary.csv it should be {expected}"
+        )
     kwargs = dict(header["model_kwargs"])
     if options.without_decoder:
         weights = {key: value for key, value in weights.items() if not key.startswith("decoder.")}
@@ -119,7 +132,10 @@ def ship(options: argparse.Namespace) -> None:
     entry = json.loads(json.dumps(cfg.to_config()))
     folder = shipped.FOLDER
     write_sealed(folder / cfg.file, weights, entry)
-    write_text(folder / f"{name}.md", card(PretrainedCfg.from_config(entry), runs, title, sizes))
+    write_text(
+        folder / f"{name}.md",
+        card(PretrainedCfg.from_config(entry), runs, title, sizes, options.last),
+    )
     entries = {known.name: known.to_config() for known in shipped.registry()}
     entries |= {name: entry}  # keeps its place, or comes last
     if options.default:
@@ -221,7 +237,9 @@ def command(run: Run) -> str:
     return shlex.join(["python", "examples/train_mnist.py", *flags, *precision])
 
 
-def card(cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str, int]) -> str:
+def card(
+    cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str, int], is_last: bool
+) -> str:
     """Return the model card."""
     first = runs[0]
     where = first.environment
@@ -262,7 +280,8 @@ def card(cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str
             for key in ("final_test_accuracy", "test_accuracy")
         )
         lines.append(f"| mean ± standard deviation | | {' | '.join(means)} |")
-    lines += ["", "The file holds the epoch that the validation images chose."]
+    held = "last epoch" if is_last else "epoch that the validation images chose"
+    lines += ["", f"The file holds the {held}."]
     lines += ["", "## Training", "", "```sh", command(first), "```", ""]
     lines += [f"Commit {where['commit']}, torch {where['torch']}, {device}, {where['precision']}; "
               f"{taken} without evaluations."]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from tritoncaps._files import write_sealed
+from tritoncaps.data import load_dataset, to_float
 from tritoncaps.models import (
     CapsNet,
     CheckpointError,
@@ -33,6 +35,14 @@ def assert_equal_weights(model, expected, but=()):
     for name, value in expected.state_dict().items():
         if name not in but:
             assert torch.equal(model.state_dict()[name], value), name
+
+
+def wrong(name, test):
+    """How many images a shipped model does not read."""
+    model = create_model(name, pretrained=True)
+    with torch.inference_mode():
+        answers = [model(to_float(part)).activations.argmax(1) for part in test.images.split(500)]
+    return int((torch.cat(answers) != test.labels).sum())
 
 
 @pytest.fixture
@@ -81,6 +91,19 @@ class TestWhatShips:
                 assert load_model(_pretrained.FOLDER / cfg.file).pretrained_cfg == cfg
         files = {path.name for path in _pretrained.FOLDER.glob("*.safetensors")}
         assert files == {cfg.file for cfg in _pretrained.registry() if cfg.file}
+
+    def test_it_reads_the_digits_of_scikit_learn(self):
+        test = load_dataset("digits").test
+        assert wrong("efficient_capsnet.digits", test) == 0
+
+    @pytest.mark.skipif(
+        "TRITONCAPS_MNIST" not in os.environ,
+        reason="TRITONCAPS_MNIST does not name a folder that holds MNIST/raw",
+    )
+    def test_it_reads_mnist(self):
+        test = load_dataset("mnist", os.environ["TRITONCAPS_MNIST"], download=False).test
+        # The card says 34. Another processor rounds otherwise.
+        assert wrong("efficient_capsnet", test) <= 40
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from engine import checkpoint
 from tools import ship_weights
 from tritoncaps._files import read_sealed, write_sealed
 from tritoncaps.models import _load, _pretrained, create_model
@@ -90,6 +91,23 @@ def test_weights_card_and_registry(folder, make_run, capsys):
         "| data | scikit-learn's digits |",
     ):
         assert line in card.splitlines()
+
+
+def test_the_last_epoch(folder, make_run, capsys):
+    run = make_run(1)
+    torch.manual_seed(3)
+    weights = create_model("capsnet", **KWARGS, reconstruction=False).state_dict()
+    state = {"model": weights, "progress": {"epoch": 1}}
+    checkpoint.save(run / "last.safetensors", state)
+    assert ship_weights.main([str(run), "--tag=last", "--last"]) == 2
+    said = "its weights are of epoch 1, by summary.csv it should be 2"
+    assert said in capsys.readouterr().err
+    state["progress"]["epoch"] = 2
+    checkpoint.save(run / "last.safetensors", state)
+    assert ship_weights.main([str(run), "--tag=last", "--last"]) == 0
+    model = create_model("capsnet.last", pretrained=True)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+    assert "The file holds the last epoch." in (folder / "capsnet.last.md").read_text()
 
 
 def test_the_order_of_the_tags(folder, make_run):

@@ -1,10 +1,17 @@
 """Small image sets for tests, and the bytes of IDX files."""
 
+import os
 import struct
 
+import pytest
 import torch
 
 from tritoncaps.data import ImageSet
+
+needs_mnist = pytest.mark.skipif(
+    "TRITONCAPS_MNIST" not in os.environ,
+    reason="TRITONCAPS_MNIST does not name a folder that holds MNIST/raw",
+)
 
 
 def make_set(count, *, height=6, width=5, seed=0):

@@ -244,6 +244,8 @@ def card(
     first = runs[0]
     where = first.environment
     taken = timedelta(seconds=round(sum(float(row["seconds"]) for row in first.rows)))
+    epoch = timedelta(seconds=round(first.accuracies["seconds_per_epoch"]))
+    resumed = " when last resumed" if first.args.get("resume") else ""
     share = f"{100 * first.args['validation_fraction']:g} %"
     threads = where["threads"]
     device = where["gpu"] or f"{where['processor']}, {threads} thread{'s'[: threads != 1]}"
@@ -280,11 +282,18 @@ def card(
             for key in ("final_test_accuracy", "test_accuracy")
         )
         lines.append(f"| mean ± standard deviation | | {' | '.join(means)} |")
-    held = "last epoch" if is_last else "epoch that the validation images chose"
-    lines += ["", f"The file holds the {held}."]
+    if is_last:
+        held = (
+            "the last epoch, not the one that the validation images chose. The accuracy of both "
+            "was known by then, so that of this file may be slightly flattering"
+        )
+    else:
+        held = "the epoch that the validation images chose"
+    lines += ["", f"The file holds {held}."]
     lines += ["", "## Training", "", "```sh", command(first), "```", ""]
-    lines += [f"Commit {where['commit']}, torch {where['torch']}, {device}, {where['precision']}; "
-              f"{taken} without evaluations."]  # fmt: skip
+    lines += [f"Commit {where['commit']}{resumed}, torch {where['torch']}, {device}, "
+              f"{where['precision']}; {taken} without evaluations, {epoch} for the median "
+              "epoch."]  # fmt: skip
     lines += ["", "## Limits", ""]
     if cfg.dataset in _LIMITS:
         lines.append(f"- {_LIMITS[cfg.dataset]}")

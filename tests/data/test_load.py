@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import assert_same_set, idx_bytes, make_set
+from image_sets import assert_same_set, idx_bytes, make_set, needs_mnist
 
 from tritoncaps.data import (
     DatasetError,
@@ -256,10 +256,7 @@ def test_without_verify_malformed_files_are_still_refused(tiny, fault):
     assert_refused(tiny, file, "Delete", *fragments, verify=False)
 
 
-@pytest.mark.skipif(
-    "TRITONCAPS_MNIST" not in os.environ,
-    reason="TRITONCAPS_MNIST does not name a folder that holds MNIST/raw",
-)
+@needs_mnist
 def test_the_real_mnist_is_accepted():
     dataset = load_dataset("auto", os.environ["TRITONCAPS_MNIST"], download=False)
     assert dataset.name == "mnist"

@@ -269,7 +269,7 @@ def kill_at_random_moments(directory, kills):
     assert newest > 0, "no save ever finished, so the test proves nothing"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 class TestKilledProcess:
     """A process killed at any moment leaves a good checkpoint, and no later state is lost.
 
@@ -347,7 +347,8 @@ class TestFailedWrite:
         assert_failure_changes_nothing(tmp_path, fault(), errno.EFBIG)
 
     @pytest.mark.skipif(
-        not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes to any directory"
+        not hasattr(os, "geteuid") or os.geteuid() == 0,
+        reason="root and Windows write to any directory",
     )
     def test_a_read_only_directory(self, tmp_path):
         @contextmanager

@@ -87,14 +87,15 @@ def test_weights_card_and_registry(folder, make_run, capsys):
         "| mean ± standard deviation | | 96.00 ± 1.00 % | 91.00 ± 1.73 % |",
         "python examples/train_mnist.py --model capsnet --model-kwargs channels=4 capsule_types=1 "
         "--dataset digits --epochs 2 --batch-size 64 --seed 1 --precision fp32",
-        "Commit 0123456789ab, torch 2.14.1, CPU, 2 threads, fp32; 0:02:02 without evaluations.",
+        "Commit 0123456789ab, torch 2.14.1, CPU, 2 threads, fp32; 0:02:02 without evaluations, "
+        "0:01:01 for the median epoch.",
         "| data | scikit-learn's digits |",
     ):
         assert line in card.splitlines()
 
 
 def test_the_last_epoch(folder, make_run, capsys):
-    run = make_run(1)
+    run = make_run(1, resume="runs/1")
     torch.manual_seed(3)
     weights = create_model("capsnet", **KWARGS, reconstruction=False).state_dict()
     state = {"model": weights, "progress": {"epoch": 1}}
@@ -107,7 +108,9 @@ def test_the_last_epoch(folder, make_run, capsys):
     assert ship_weights.main([str(run), "--tag=last", "--last"]) == 0
     model = create_model("capsnet.last", pretrained=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
-    assert "The file holds the last epoch." in (folder / "capsnet.last.md").read_text()
+    card = (folder / "capsnet.last.md").read_text()
+    assert "holds the last epoch, not the one that the validation images chose." in card
+    assert "Commit 0123456789ab when last resumed, torch" in card
 
 
 def test_the_order_of_the_tags(folder, make_run):

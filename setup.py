@@ -34,7 +34,7 @@ def extension(variant: str) -> Extension:
     return Extension(
         f"tritoncaps._native._{variant}",
         sources=[str(NATIVE / "routing.cpp")],
-        depends=sorted(map(str, NATIVE.glob("*.h"))),
+        depends=["setup.py", *sorted(map(str, NATIVE.glob("*.h")))],
         extra_compile_args=[*FLAGS, f"-DLANES={lanes}", *instructions],
         language="c++",
         optional=True,
@@ -44,7 +44,10 @@ def extension(variant: str) -> Extension:
 def has_gnu_openmp(compiler: list[str]) -> bool:
     """Whether a compiler's OpenMP is that of torch. Clang's calls a library of its own."""
     command = [*compiler, "-fopenmp", "-dM", "-E", "-x", "c++", os.devnull]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # There is no compiler.
+        return False
     return "_OPENMP" in found.stdout and "__clang__" not in found.stdout
 
 

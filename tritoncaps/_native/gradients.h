@@ -68,24 +68,30 @@ inline void vote_gradients(const Terms& terms, int64_t image, int64_t n, int64_t
       for (int64_t j = 0; j < d.J; j++)
         for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) out[k] += x[k] * a[j * L];
     }
-    if (d.padded())
-      for (int64_t k = d.Dv - 1; k < d.NV; k += d.Dv) out[k] = without_padding(out[k], k, d);
   }
 }
 
-// du before its sum over lanes: acc (n, P) vectors, Σ over the vectors of W_ip · dû.
+// du before its sum over lanes: acc (n, P) vectors, Σ over the vectors of W_ip · dû. A long row is
+// summed in runs, which keeps the roundings few.
 template <int N, int R>
 inline void pose_tile(const float* W, const vf* grad, int64_t m, int64_t p, vf* acc, const Sizes& d) {
-  vf a[N][R];
-  for (int k = 0; k < N; k++)
-    for (int e = 0; e < R; e++) a[k][e] = vf{};
-  for (int64_t v = 0; v < d.NV; v++)
-    for (int e = 0; e < R; e++) {
-      const vf y = load(W + ((p + e) * d.NV + v) * L);
-      for (int k = 0; k < N; k++) a[k][e] += y * grad[(m + k) * d.NV + v];
-    }
-  for (int k = 0; k < N; k++)
-    for (int e = 0; e < R; e++) acc[(m + k) * d.P + p + e] = a[k][e];
+  constexpr int64_t RUN = 128;
+  for (int64_t from = 0; from < d.NV; from += RUN) {
+    const int64_t to = std::min(from + RUN, d.NV);
+    vf a[N][R];
+    for (int k = 0; k < N; k++)
+      for (int e = 0; e < R; e++) a[k][e] = vf{};
+    for (int64_t v = from; v < to; v++)
+      for (int e = 0; e < R; e++) {
+        const vf y = load(W + ((p + e) * d.NV + v) * L);
+        for (int k = 0; k < N; k++) a[k][e] += y * grad[(m + k) * d.NV + v];
+      }
+    for (int k = 0; k < N; k++)
+      for (int e = 0; e < R; e++) {
+        vf& sum = acc[(m + k) * d.P + p + e];
+        sum = from ? sum + a[k][e] : a[k][e];
+      }
+  }
 }
 template <int N, int R>
 inline void pose_rows(const float* W, const vf* grad, int64_t m, vf* acc, const Sizes& d) {

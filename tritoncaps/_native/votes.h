@@ -1,16 +1,12 @@
 // Prediction vectors û_ij = u_i W_ij of a few images, in cache, and products with them.
+//
+// The padding of W is 0, and so is that of û. If u_i is infinite or NaN, the padding of û_ij becomes
+// NaN, but then all of û_ij is infinite or NaN itself.
 #pragma once
 
 #include "sizes.h"
 
 namespace tritoncaps {
-
-// Keeps the padding at 0, where 0·∞ would make it NaN.
-inline vf without_padding(vf x, int64_t vector, const Sizes& d) {
-  const int64_t rest = (vector + 1) % d.Dv ? L : d.D - (d.Dv - 1) * L;
-  for (int64_t k = rest; k < L; k++) x[k] = 0;
-  return x;
-}
 
 // W_i, (P, J, D), as (P, NV) vectors: in place where nothing is to be raised or padded.
 template <class T> inline const float* weight_rows(const T* w, int64_t i, vf* buffer, const Sizes& d) {
@@ -43,7 +39,6 @@ inline void votes_tile(const float* W, const float* x, int64_t v, vf* out, int64
   }
   for (int n = 0; n < N; n++)
     for (int k = 0; k < V; k++) {
-      if (d.padded()) a[n][k] = without_padding(a[n][k], v + k, d);
       out[n * stride + v + k] = a[n][k];
       if (sum) sum[n * d.NV + v + k] += a[n][k];
     }
@@ -173,13 +168,14 @@ template <class T> class Votes {
   }
 
  private:
-  vf* partial() const { return partial_ + turn_ * plan_.slabs * plan_.images * d_.NV; }
+  // A slab's sums have one place, whatever the group: only the thread of the slab writes there.
+  vf* partial(int64_t slab) const { return partial_ + (turn_ * plan_.slabs + slab) * plan_.images * d_.NV; }
   int64_t size() const { return n_ * d_.NV; }
 
   template <class Visit> void each_piece(const Visit& visit) {
     const int64_t last = plan_.slabs * (team_.rank + 1) / team_.size;
     for (int64_t s = plan_.slabs * team_.rank / team_.size; s < last; s++) {
-      vf* sum = partial() + s * size();
+      vf* sum = partial(s);
       clear(sum, size());
       const int64_t end = plan_.start(s + 1, d_);
       for (int64_t from = plan_.start(s, d_), to; from < end; from = to) {
@@ -196,9 +192,9 @@ template <class T> class Votes {
   // Two buffers in turn: a thread may write the next sums while another still reads these.
   void add_up(vf* total) {
     team_.barrier();
-    memcpy(static_cast<void*>(total), partial(), size() * sizeof(vf));
+    memcpy(static_cast<void*>(total), partial(0), size() * sizeof(vf));
     for (int64_t s = 1; s < plan_.slabs; s++)
-      for (int64_t k = 0; k < size(); k++) total[k] += partial()[s * size() + k];
+      for (int64_t k = 0; k < size(); k++) total[k] += partial(s)[k];
     turn_ ^= 1;
   }
   void add_rows(const vf* u_hat, int64_t blocks, vf* sum) const {

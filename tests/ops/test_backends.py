@@ -187,8 +187,8 @@ def test_backend_info_of_native_kernels(monkeypatch, has_triton):
 
 def test_backend_info_without_native_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.9.0"))
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
     monkeypatch.setattr(_library, "found", lambda: _library.Found(None, None, "not built"))
+    monkeypatch.setattr(_dispatch, "kernels", lambda: None)
     info = tritoncaps.backend_info()
     assert (info["cpu"], info["variant"], info["reason"]) == ("torch", None, "not built")
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)

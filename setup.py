@@ -17,8 +17,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("tritoncaps", "_native")
-# The GNU dialect: in the other one, GCC does not contract a·b + c to one instruction.
-FLAGS = ["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 # Lanes of float32 in a vector, and the instructions that have such vectors.
 VARIANTS = {"portable": (4, [])}
 if platform.machine().lower() in ("x86_64", "amd64"):

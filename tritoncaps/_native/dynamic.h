@@ -16,7 +16,7 @@
 #include "gradients.h"
 #include "squash.h"
 
-namespace tritoncaps {
+namespace {
 
 template <class T> struct DynamicInputs {
   const T *u, *w;
@@ -41,7 +41,7 @@ bool dynamic_forward(const DynamicInputs<T>& in, const Sizes& d, T* v, float* su
         const bool last = t == d.iterations - 1;
         T* keep = last && last_coupling ? last_coupling + first * d.I * d.J : nullptr;
         if (t == 0 && !in.prior) {
-          votes.sum(s);
+          votes.visit_blocks(s, [&](int64_t, int64_t, const vf* block, vf* sum) { add_rows(block, sum, d); });
           for (int64_t k = 0; k < n * d.NV; k++) s[k] *= d.uniform();
           if (keep && team.rank == 0)
             for (int64_t k = 0; k < n * d.I * d.J; k++) put(keep[k], d.uniform());
@@ -167,4 +167,4 @@ bool dynamic_backward(const DynamicInputs<T>& in, const Sizes& d, const float* g
   return true;
 }
 
-}  // namespace tritoncaps
+}  // namespace

@@ -12,9 +12,9 @@
 
 #include "votes.h"
 
-namespace tritoncaps {
+namespace {
 
-// The factors of a round of images: as many as fit 12 MB.
+// The factors of a round of images: as many as fit 16 MB or an eighth of the weight.
 struct Terms {
   const Sizes& d;
   int64_t products;  // terms of dû with a coefficient for each pair
@@ -38,43 +38,50 @@ struct Terms {
  private:
   static int64_t images(const Sizes& d, int64_t stored, int64_t vectors) {
     const int64_t bytes = (stored * d.blocks * d.J + vectors * d.NV) * int64_t(sizeof(vf));
-    const int64_t n = std::clamp<int64_t>((12 << 20) / std::max<int64_t>(1, bytes), 1, d.B);
-    return n > 8 && n < d.B ? n - n % 8 : n;
+    const int64_t most = std::max<int64_t>(16 << 20, d.I * d.P * d.J * d.D / 2);
+    const int64_t n = std::clamp<int64_t>(most / std::max<int64_t>(1, bytes), 1, d.B);
+    return n == d.B || n < 4 ? n : n < 8 ? 4 : n - n % 8;
   }
 };
 
 constexpr int64_t SIDE_BY_SIDE = 8;  // images whose dû exist at once
 
+// out_j += Σ_t a⁽ᵗ⁾_j x⁽ᵗ⁾_j of N terms.
+template <int N> inline void add_terms(const float* a, int64_t a_stride, const vf* x, vf* out, const Sizes& d) {
+  for (int64_t j = 0; j < d.J; j++)
+    for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) {
+      vf sum = out[k];
+      for (int t = 0; t < N; t++) sum += x[t * d.NV + k] * a[t * a_stride + j * L];
+      out[k] = sum;
+    }
+}
+
 // dû of n images and input capsule i, (n, NV).
 inline void vote_gradients(const Terms& terms, int64_t image, int64_t n, int64_t i, vf* out) {
   const Sizes& d = terms.d;
-  for (int64_t m = 0; m < n; m++, out += d.NV) {
+  const int64_t stride = d.blocks * d.J * L;  // between the coefficients of two terms
+  for (int64_t m = image; m < image + n; m++, out += d.NV) {
     if (terms.uniform)
-      memcpy(static_cast<void*>(out), terms.vector(image + m, terms.products), d.NV * sizeof(vf));
+      memcpy(static_cast<void*>(out), terms.vector(m, terms.products), d.NV * sizeof(vf));
     else
       clear(out, d.NV);
-    int64_t t = 0;
-    const auto factors = [&](int64_t term) {
-      return std::pair(floats(terms.coefficient(image + m, term, i / L)) + i % L, terms.vector(image + m, term));
-    };
-    for (; t + 2 <= terms.products; t += 2) {
-      const auto [a, x] = factors(t);
-      const auto [b, y] = factors(t + 1);
-      for (int64_t j = 0; j < d.J; j++)
-        for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) out[k] += x[k] * a[j * L] + y[k] * b[j * L];
-    }
-    if (t < terms.products) {
-      const auto [a, x] = factors(t);
-      for (int64_t j = 0; j < d.J; j++)
-        for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) out[k] += x[k] * a[j * L];
+    for (int64_t t = 0; t < terms.products; t += 4) {
+      const float* a = floats(terms.coefficient(m, t, i / L)) + i % L;
+      const vf* x = terms.vector(m, t);
+      switch (terms.products - t) {
+        case 1: add_terms<1>(a, stride, x, out, d); break;
+        case 2: add_terms<2>(a, stride, x, out, d); break;
+        case 3: add_terms<3>(a, stride, x, out, d); break;
+        default: add_terms<4>(a, stride, x, out, d);
+      }
     }
   }
 }
 
 // du before its sum over lanes: acc (n, P) vectors, Σ over the vectors of W_ip · dû. A long row is
 // summed in runs, which keeps the roundings few.
-template <int N, int R>
-inline void pose_tile(const float* W, const vf* grad, int64_t m, int64_t p, vf* acc, const Sizes& d) {
+template <int N, int R, class T>
+inline void pose_tile(const T* W, const vf* grad, int64_t m, int64_t p, vf* acc, const Sizes& d) {
   constexpr int64_t RUN = 128;
   for (int64_t from = 0; from < d.NV; from += RUN) {
     const int64_t to = std::min(from + RUN, d.NV);
@@ -93,13 +100,13 @@ inline void pose_tile(const float* W, const vf* grad, int64_t m, int64_t p, vf* 
       }
   }
 }
-template <int N, int R>
-inline void pose_rows(const float* W, const vf* grad, int64_t m, vf* acc, const Sizes& d) {
+template <int N, int R, class T>
+inline void pose_rows(const T* W, const vf* grad, int64_t m, vf* acc, const Sizes& d) {
   int64_t p = 0;
   for (; p + R <= d.P; p += R) pose_tile<N, R>(W, grad, m, p, acc, d);
   for (; p < d.P; p++) pose_tile<N, 1>(W, grad, m, p, acc, d);
 }
-inline void pose_gradients(const float* W, const vf* grad, int64_t n, vf* acc, const Sizes& d) {
+template <class T> inline void pose_gradients(const T* W, const vf* grad, int64_t n, vf* acc, const Sizes& d) {
   int64_t m = 0;
   for (; m + 4 <= n; m += 4) pose_rows<4, 2>(W, grad, m, acc, d);
   for (; m < n; m++) pose_rows<1, 8>(W, grad, m, acc, d);
@@ -134,31 +141,30 @@ void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const
   vf *grad = scratch, *acc = grad + SIDE_BY_SIDE * d.NV, *padded = acc + SIDE_BY_SIDE * P + L;
   float *poses = floats(padded + P * d.NV), *du = poses + (SIDE_BY_SIDE * P / L + 1) * L;
   u += first * d.I * P, grad_u += first * d.I * P;
+
+  const auto contract_images = [&](const auto* W, int64_t i, int64_t m, int64_t some, bool fresh, float* dW) {
+    for (int64_t e = 0; e < some; e++)
+      for (int64_t p = 0; p < P; p++) poses[p * SIDE_BY_SIDE + e] = raise(u[((m + e) * d.I + i) * P + p]);
+    vote_gradients(terms, m, some, i, grad);
+    pose_gradients(W, grad, some, acc, d);
+    clear(acc + some * P, L);
+    for (int64_t q = 0; q < some * P; q += L) store(du + q, reduce(acc + q));
+    for (int64_t e = 0; e < some; e++)
+      for (int64_t p = 0; p < P; p++) put(grad_u[((m + e) * d.I + i) * P + p], du[e * P + p]);
+    int64_t e = 0;
+    if (some == 8) add_weight_gradient<8>(grad, poses, dW, fresh, d), e = 8;
+    if (some - e >= 4) add_weight_gradient<4>(grad, poses, dW, fresh, d), e = 4;
+    for (; e < some; e++) add_weight_gradient<1>(grad + e * d.NV, poses + e, dW, fresh && e == 0, d);
+  };
   for (int64_t i = k * L; i < k * L + d.rows(k); i++) {
     prefetch_weight(w, i, d);
-    const float* W = weight_rows(w, i, rows, d);
-    float *dW = grad_w + i * P * JD, *out = d.padded() ? floats(padded) : dW;
-    bool fresh = first == 0;
-    if (d.padded() && !fresh)
+    float* dW = grad_w + i * P * JD;
+    if (d.padded() && first)
       for (int64_t p = 0; p < P; p++) pad(dW + p * JD, padded + p * d.NV, d);
-    for (int64_t m = 0; m < n; m += SIDE_BY_SIDE, fresh = false) {
-      const int64_t some = std::min(SIDE_BY_SIDE, n - m);
-      for (int64_t e = 0; e < some; e++)
-        for (int64_t p = 0; p < P; p++) poses[p * SIDE_BY_SIDE + e] = raise(u[((m + e) * d.I + i) * P + p]);
-      vote_gradients(terms, m, some, i, grad);
-      pose_gradients(W, grad, some, acc, d);
-      clear(acc + some * P, L);
-      for (int64_t q = 0; q < some * P; q += L) store(du + q, reduce(acc + q));
-      for (int64_t e = 0; e < some; e++)
-        for (int64_t p = 0; p < P; p++) put(grad_u[((m + e) * d.I + i) * P + p], du[e * P + p]);
-      switch (some) {
-        case 8: add_weight_gradient<8>(grad, poses, out, fresh, d); break;
-        case 4: add_weight_gradient<4>(grad, poses, out, fresh, d); break;
-        default:
-          for (int64_t e = 0; e < some; e++)
-            add_weight_gradient<1>(grad + e * d.NV, poses + e, out, fresh && e == 0, d);
-      }
-    }
+    with_weight(w, i, rows, d, [&](const auto* W) {
+      for (int64_t m = 0; m < n; m += SIDE_BY_SIDE)
+        contract_images(W, i, m, std::min(SIDE_BY_SIDE, n - m), first + m == 0, d.padded() ? floats(padded) : dW);
+    });
     if (d.padded())
       for (int64_t p = 0; p < P; p++) unpad(padded + p * d.NV, dW + p * JD, d);
   }
@@ -178,4 +184,4 @@ inline void add_coefficients(const Terms& terms, int64_t from, int64_t step, int
   put_pairs(total, k, pairs, d);
 }
 
-}  // namespace tritoncaps
+}  // namespace

@@ -11,7 +11,7 @@
 #define LANES 4
 #endif
 
-namespace tritoncaps {
+namespace {
 
 constexpr int L = LANES;
 static_assert(L == 4 || L == 8 || L == 16, "LANES is 4, 8 or 16");
@@ -39,6 +39,10 @@ inline float raise(bf16 x) {
   float y;
   memcpy(&y, &bits, 4);
   return y;
+}
+inline vf load(const bf16* p) {
+  typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), vi) << 16);
 }
 inline void put(float& out, float x) { out = x; }
 inline void put(bf16& out, float x) {  // to nearest, ties to even
@@ -102,4 +106,4 @@ template <class X> struct Buffer {
   ~Buffer() { free(values); }
 };
 
-}  // namespace tritoncaps
+}  // namespace

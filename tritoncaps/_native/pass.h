@@ -6,7 +6,7 @@
 
 #include "gradients.h"
 
-namespace tritoncaps {
+namespace {
 
 template <class T> struct PassInputs {
   const T *u, *w, *pose;
@@ -96,4 +96,4 @@ bool pass_backward(const PassInputs<T>& in, const Sizes& d, const float* grad_s,
   return true;
 }
 
-}  // namespace tritoncaps
+}  // namespace

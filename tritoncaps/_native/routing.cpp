@@ -10,7 +10,6 @@
 #endif
 
 namespace {
-using namespace tritoncaps;
 
 template <class T> const T* as(const void* x) { return static_cast<const T*>(x); }
 template <class T> T* as(void* x) { return static_cast<T*>(x); }

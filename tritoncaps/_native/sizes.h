@@ -12,16 +12,19 @@
 
 #include "lanes.h"
 
-namespace tritoncaps {
+namespace {
 
 struct Sizes {
   int64_t B, I, P, J, D, iterations;
   bool leaky;
   int64_t Dv, NV, blocks;  // vectors of D and of J·D, blocks of I
+  vi inside;               // of the last vector of D: −1 in the lanes that are no padding
 
   Sizes(const int64_t* n, bool leaky)
       : B(n[0]), I(n[1]), P(n[2]), J(n[3]), D(n[4]), iterations(n[5]), leaky(leaky),
-        Dv((D + L - 1) / L), NV(J * Dv), blocks((I + L - 1) / L) {}
+        Dv((D + L - 1) / L), NV(J * Dv), blocks((I + L - 1) / L), inside() {
+    for (int64_t k = 0; k < D - (Dv - 1) * L; k++) inside[k] = -1;
+  }
   bool padded() const { return D % L != 0; }
   int64_t rows(int64_t block) const { return std::min<int64_t>(L, I - block * L); }
   float uniform() const { return 1.f / float(J + leaky); }
@@ -30,27 +33,25 @@ struct Sizes {
 // How the work is cut. All of it follows from the sizes, except `together`, which changes no bit:
 // the sum over i of an image is always the sum, in order, of the sums over its slabs.
 //
-// The prediction vectors of a group of images stay in cache for all iterations, if those of one
-// image take at most 8 MB. If not, they are computed anew in each iteration, piece by piece.
+// A thread works on a group of images. If four images' prediction vectors fit 4 MB, they stay in
+// cache for all iterations. If not, they are computed anew in each iteration, block by block, for
+// more images at a time.
 struct Plan {
   int64_t images;    // in a group
   int64_t slabs;     // cuts of the input capsules
   bool kept;
-  int64_t piece;     // blocks whose prediction vectors exist at once; a whole slab if kept
   bool together;     // threads share a group, each with some slabs, or each has groups of its own
   int64_t stride;    // vectors between the prediction vectors of two images
 
   Plan(const Sizes& d, int64_t B, int threads) {
-    constexpr int64_t near = 3 << 20, most = 8 << 20;
+    constexpr int64_t cache = 4 << 20;
     const int64_t block = L * d.NV * int64_t(sizeof(vf)), image = d.blocks * block;
-    kept = image <= most;
-    images = kept ? near / std::max<int64_t>(1, image) : 4;
-    images = std::min({std::max<int64_t>(1, images), B, int64_t{64}});
+    kept = std::min<int64_t>(B, 4) * image <= cache;
+    images = kept ? cache / image : (cache / 4) / block;
+    images = std::min(std::clamp<int64_t>(images, 1, kept ? 64 : 16), B);
     if (images > 4) images -= images % 4;
     slabs = std::clamp<int64_t>(d.blocks / 4, 1, 16);
-    const int64_t slab = (d.blocks + slabs - 1) / slabs;
-    piece = kept ? slab : std::clamp<int64_t>((near / 6) / (images * block), 1, slab);
-    stride = (kept ? d.blocks : piece) * L * d.NV;
+    stride = (kept ? d.blocks : 1) * L * d.NV;
     together = threads > 1 && (B + images - 1) / images < 2 * threads && slabs > 1;
   }
   int64_t start(int64_t slab, const Sizes& d) const { return d.blocks * slab / slabs; }
@@ -82,15 +83,34 @@ template <class Work> void in_parallel(int threads, const Work& work) {
   work(0, 1);
 }
 
-// (J, D) to vectors, and back.
+// (J, D) to vectors, and back. Whole vectors are read and written as long as they lie inside (J, D):
+// they reach into the next rows, whose values are masked when read, and come later when written.
 template <class T> inline void pad(const T* x, vf* out, const Sizes& d) {
-  if (d.padded()) clear(out, d.NV);
+  const int64_t whole = d.J * d.D - L;
   for (int64_t j = 0; j < d.J; j++)
-    for (int64_t k = 0; k < d.D; k++) floats(out)[j * d.Dv * L + k] = raise(x[j * d.D + k]);
+    for (int64_t k = 0; k < d.Dv; k++, out++) {
+      const int64_t from = j * d.D + k * L, n = std::min<int64_t>(L, d.D - k * L);
+      if (from <= whole) {
+        *out = load(x + from);
+        if (n < L) *out = d.inside ? *out : vf{};
+      } else {
+        *out = vf{};
+        for (int64_t e = 0; e < n; e++) floats(out)[e] = raise(x[from + e]);
+      }
+    }
 }
 template <class T> inline void unpad(const vf* x, T* out, const Sizes& d) {
+  const int64_t whole = d.J * d.D - L;
   for (int64_t j = 0; j < d.J; j++)
-    for (int64_t k = 0; k < d.D; k++) put(out[j * d.D + k], floats(x)[j * d.Dv * L + k]);
+    for (int64_t k = 0; k < d.Dv; k++, x++) {
+      const int64_t from = j * d.D + k * L, n = std::min<int64_t>(L, d.D - k * L);
+      if constexpr (sizeof(T) == sizeof(float))
+        if (from <= whole) {
+          store(out + from, *x);
+          continue;
+        }
+      for (int64_t e = 0; e < n; e++) put(out[from + e], floats(x)[e]);
+    }
 }
 
-}  // namespace tritoncaps
+}  // namespace

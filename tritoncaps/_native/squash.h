@@ -6,7 +6,7 @@
 
 #include "sizes.h"
 
-namespace tritoncaps {
+namespace {
 
 inline double length(const float* x, int64_t D) {
   double sum = 0;
@@ -47,4 +47,4 @@ inline void squash_gradient(const vf* grad_v, const vf* s, vf* grad_s, const Siz
   }
 }
 
-}  // namespace tritoncaps
+}  // namespace

@@ -6,15 +6,14 @@
 
 #include "sizes.h"
 
-namespace tritoncaps {
+namespace {
 
-// W_i, (P, J, D), as (P, NV) vectors: in place where nothing is to be raised or padded.
-template <class T> inline const float* weight_rows(const T* w, int64_t i, vf* buffer, const Sizes& d) {
+// Calls use(W_i), (P, NV) vectors of T or of float: in place, or in the buffer if they need padding.
+template <class T, class Use> inline void with_weight(const T* w, int64_t i, vf* buffer, const Sizes& d, const Use& use) {
   const T* x = w + i * d.P * d.J * d.D;
-  if constexpr (sizeof(T) == sizeof(float))
-    if (!d.padded()) return reinterpret_cast<const float*>(x);
+  if (!d.padded()) return use(x);
   for (int64_t p = 0; p < d.P; p++) pad(x + p * d.J * d.D, buffer + p * d.NV, d);
-  return floats(buffer);
+  use(static_cast<const float*>(floats(buffer)));
 }
 
 // The weight is read once, in order: ask for what comes two input capsules later.
@@ -25,9 +24,9 @@ template <class T> inline void prefetch_weight(const T* w, int64_t i, const Size
   for (int64_t k = 0; k < std::min<int64_t>(bytes, 1 << 16); k += 64) __builtin_prefetch(x + k);
 }
 
-// û of N images and one input capsule: V vectors from `v` on. `sum`, (N, NV), collects Σ_i û_ij.
-template <int N, int V>
-inline void votes_tile(const float* W, const float* x, int64_t v, vf* out, int64_t stride, vf* sum, const Sizes& d) {
+// û of N images and one input capsule: V vectors from `v` on.
+template <int N, int V, class T>
+inline void votes_tile(const T* W, const float* x, int64_t v, vf* out, int64_t stride, const Sizes& d) {
   vf a[N][V];
   for (int n = 0; n < N; n++)
     for (int k = 0; k < V; k++) a[n][k] = vf{};
@@ -38,37 +37,32 @@ inline void votes_tile(const float* W, const float* x, int64_t v, vf* out, int64
       for (int k = 0; k < V; k++) a[n][k] += y[k] * x[n * d.P + p];
   }
   for (int n = 0; n < N; n++)
-    for (int k = 0; k < V; k++) {
-      out[n * stride + v + k] = a[n][k];
-      if (sum) sum[n * d.NV + v + k] += a[n][k];
-    }
+    for (int k = 0; k < V; k++) out[n * stride + v + k] = a[n][k];
 }
-template <int N> inline void votes(const float* W, const float* x, vf* out, int64_t stride, vf* sum, const Sizes& d) {
+template <int N, class T> inline void votes(const T* W, const float* x, vf* out, int64_t stride, const Sizes& d) {
   constexpr int V = N == 4 ? 2 : 5;  // the tile fits 16 registers
   int64_t v = 0;
-  for (; v + V <= d.NV; v += V) votes_tile<N, V>(W, x, v, out, stride, sum, d);
-  for (; v < d.NV; v++) votes_tile<N, 1>(W, x, v, out, stride, sum, d);
+  for (; v + V <= d.NV; v += V) votes_tile<N, V>(W, x, v, out, stride, d);
+  for (; v < d.NV; v++) votes_tile<N, 1>(W, x, v, out, stride, d);
 }
 
-// û of n images and the blocks [from, to): image m's are at out + m·stride, (rows, NV). Rows beyond
-// the last input capsule are 0. `sum` may be null. Scratch: `rows` (P, NV), `x` (n, P).
+// û of n images and block k: image m's is at out + m·stride, (L, NV). Rows beyond the last input
+// capsule are 0. Scratch: `rows` (P, NV), `x` (n, P).
 template <class T>
-void predict(const T* u, const T* w, int64_t n, int64_t from, int64_t to, vf* out, int64_t stride,
-             vf* sum, vf* rows, float* x, const Sizes& d) {
-  for (int64_t i = from * L; i < to * L; i++, out += d.NV) {
+void predict(const T* u, const T* w, int64_t n, int64_t k, vf* out, int64_t stride, vf* rows, float* x, const Sizes& d) {
+  for (int64_t i = k * L; i < (k + 1) * L; i++, out += d.NV) {
     if (i >= d.I) {
       for (int64_t m = 0; m < n; m++) clear(out + m * stride, d.NV);
       continue;
     }
     prefetch_weight(w, i, d);
-    const float* W = weight_rows(w, i, rows, d);
     for (int64_t m = 0; m < n; m++)
       for (int64_t p = 0; p < d.P; p++) x[m * d.P + p] = raise(u[(m * d.I + i) * d.P + p]);
-    int64_t m = 0;
-    for (; m + 4 <= n; m += 4)
-      votes<4>(W, x + m * d.P, out + m * stride, stride, sum ? sum + m * d.NV : nullptr, d);
-    for (; m < n; m++)
-      votes<1>(W, x + m * d.P, out + m * stride, stride, sum ? sum + m * d.NV : nullptr, d);
+    with_weight(w, i, rows, d, [&](const auto* W) {
+      int64_t m = 0;
+      for (; m + 4 <= n; m += 4) votes<4>(W, x + m * d.P, out + m * stride, stride, d);
+      for (; m < n; m++) votes<1>(W, x + m * d.P, out + m * stride, stride, d);
+    });
   }
 }
 
@@ -101,6 +95,15 @@ inline void add_weighted(const vf* u_hat, const vf* c, int64_t rows, vf* s, cons
       }
       s[j * d.Dv + k] += a + b;
     }
+  }
+}
+
+// Of one block: s += Σ_i û_i.
+inline void add_rows(const vf* u_hat, vf* s, const Sizes& d) {
+  for (int64_t v = 0; v < d.NV; v++) {
+    vf a = {};
+    for (int i = 0; i < L; i++) a += u_hat[i * d.NV + v];
+    s[v] += a;
   }
 }
 
@@ -144,63 +147,34 @@ template <class T> class Votes {
 
   void start(int64_t first, int64_t n) { first_ = first, n_ = n, made_ = false; }
 
-  // Σ_i û_ij of each image of the group, (n, NV), the same in each thread.
-  void sum(vf* total) {
-    each_piece([&](int64_t from, int64_t to, vf* u_hat, vf* sum) {
-      if (!made_ || !plan_.kept)
-        make(from, to, u_hat, sum);
-      else
-        add_rows(u_hat, to - from, sum);
-    });
-    add_up(total);
-  }
-
   // Calls visit(k, m, block, sum) for the blocks k of this thread and each image m of the group,
-  // and adds up the sums, (NV). `total` is as above, or null if there is nothing to add up.
+  // and adds up the sums, (NV), to `total`, (n, NV), the same in each thread. `total` may be null.
   template <class Visit> void visit_blocks(vf* total, const Visit& visit) {
-    each_piece([&](int64_t from, int64_t to, vf* u_hat, vf* sum) {
-      if (!made_ || !plan_.kept) make(from, to, u_hat, nullptr);
-      for (int64_t m = 0; m < n_; m++)
-        for (int64_t k = from; k < to; k++)
-          visit(k, m, u_hat + m * plan_.stride + (k - from) * L * d_.NV, sum + m * d_.NV);
-    });
+    const int64_t last = plan_.slabs * (team_.rank + 1) / team_.size;
+    for (int64_t s = plan_.slabs * team_.rank / team_.size; s < last; s++) {
+      vf* sum = partial(s);
+      clear(sum, n_ * d_.NV);
+      for (int64_t k = plan_.start(s, d_); k < plan_.start(s + 1, d_); k++) {
+        vf* block = u_hat_ + (plan_.kept ? k * L * d_.NV : 0);
+        if (!made_ || !plan_.kept) predict(u_ + first_ * d_.I * d_.P, w_, n_, k, block, plan_.stride, rows_, x_, d_);
+        for (int64_t m = 0; m < n_; m++) visit(k, m, block + m * plan_.stride, sum + m * d_.NV);
+      }
+    }
+    made_ = true;
     if (total) add_up(total);
   }
 
  private:
   // A slab's sums have one place, whatever the group: only the thread of the slab writes there.
   vf* partial(int64_t slab) const { return partial_ + (turn_ * plan_.slabs + slab) * plan_.images * d_.NV; }
-  int64_t size() const { return n_ * d_.NV; }
 
-  template <class Visit> void each_piece(const Visit& visit) {
-    const int64_t last = plan_.slabs * (team_.rank + 1) / team_.size;
-    for (int64_t s = plan_.slabs * team_.rank / team_.size; s < last; s++) {
-      vf* sum = partial(s);
-      clear(sum, size());
-      const int64_t end = plan_.start(s + 1, d_);
-      for (int64_t from = plan_.start(s, d_), to; from < end; from = to) {
-        to = std::min(from + plan_.piece, end);
-        visit(from, to, u_hat_ + (plan_.kept ? from * L * d_.NV : 0), sum);
-      }
-    }
-    made_ = true;
-  }
-  void make(int64_t from, int64_t to, vf* u_hat, vf* sum) {
-    const T* u = u_ + first_ * d_.I * d_.P;
-    predict(u, w_, n_, from, to, u_hat, plan_.stride, sum, rows_, x_, d_);
-  }
   // Two buffers in turn: a thread may write the next sums while another still reads these.
   void add_up(vf* total) {
     team_.barrier();
-    memcpy(static_cast<void*>(total), partial(0), size() * sizeof(vf));
+    memcpy(static_cast<void*>(total), partial(0), n_ * d_.NV * sizeof(vf));
     for (int64_t s = 1; s < plan_.slabs; s++)
-      for (int64_t k = 0; k < size(); k++) total[k] += partial(s)[k];
+      for (int64_t k = 0; k < n_ * d_.NV; k++) total[k] += partial(s)[k];
     turn_ ^= 1;
-  }
-  void add_rows(const vf* u_hat, int64_t blocks, vf* sum) const {
-    for (int64_t m = 0; m < n_; m++)
-      for (int64_t row = 0; row < blocks * L; row++)
-        for (int64_t v = 0; v < d_.NV; v++) sum[m * d_.NV + v] += u_hat[m * plan_.stride + row * d_.NV + v];
   }
 
   const T *u_, *w_;
@@ -252,4 +226,4 @@ template <class Work> void each_group(int64_t images, const Plan& plan, int rank
     work(g * plan.images, std::min(plan.images, images - g * plan.images));
 }
 
-}  // namespace tritoncaps
+}  // namespace

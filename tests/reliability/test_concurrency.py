@@ -3,9 +3,6 @@
 Interpreted kernels are left out. Triton's interpreter keeps the grid position of the running
 program in one global object, so two threads that launch at once overwrite each other's position.
 Compiled kernels run if there is a GPU.
-
-Each thread differentiates its own graph. torch does not support sharing a graph between threads for
-registered operators, because their backward sets `ctx.needs_input_grad` while it runs.
 """
 
 import os
@@ -116,6 +113,21 @@ def test_a_warning_that_is_an_error_is_raised_every_time(monkeypatch):
     for _ in range(2):
         with pytest.raises(UserWarning, match="no kernel"):
             _dispatch._warn_once("no kernel")
+
+
+@pytest.mark.usefixtures("eager_switching")
+def test_eight_threads_differentiate_one_graph(device):
+    operator, inputs, options = drawn_calls(device)["fused_dynamic_routing"]
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    results = operator.function(**leaves, **options)
+    loss = sum(result.square().sum() for result in results)
+
+    def differentiate():
+        return torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+
+    expected = differentiate()
+    for found in at_once([differentiate] * THREADS):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # In a process of its own --------------------------------------------------------------------------

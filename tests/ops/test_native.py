@@ -41,7 +41,7 @@ def variant(request, monkeypatch):
 
 def forget():
     """Forget which library was loaded."""
-    for cached in (_library.library, _call.function):
+    for cached in (_library.found, _call.function):
         cached.cache_clear()
 
 

@@ -22,7 +22,7 @@ def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int
     found = getattr(native, f"tritoncaps_{name}_{_SUFFIX[dtype]}")
     found.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int}[letter] for letter in signature]
     found.restype = ctypes.c_int
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @cache

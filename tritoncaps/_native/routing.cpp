@@ -50,3 +50,12 @@ template <class T> T* as(void* x) { return static_cast<T*>(x); }
 
 OPERATORS(f32, float)
 OPERATORS(bf16, bf16)
+
+// The widest vectors that this processor has, in floats. Only the portable library asks.
+EXPORT int tritoncaps_lanes() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("x86-64-v4")) return 16;
+  if (__builtin_cpu_supports("x86-64-v3")) return 8;
+#endif
+  return 4;
+}

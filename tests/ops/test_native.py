@@ -109,8 +109,8 @@ def test_agrees(operator, data):
 
 # Sizes beyond those that the tests of the table draw.
 LARGE = {
-    "several groups and rounds of images": sizes_of(21, 512, 2, 100, 4),
-    "prediction vectors computed anew": sizes_of(5, 70, 2, 1000, 33),
+    "several groups and rounds of images": sizes_of(13, 512, 2, 100, 4),
+    "prediction vectors computed anew": sizes_of(5, 40, 2, 400, 17),
     "one image and many input capsules": sizes_of(1, 1152, 3, 10, 16),
     "poses of 64": sizes_of(9, 20, 64, 3, 64),
 }
@@ -130,7 +130,7 @@ def test_large_sizes(operator, sizes):
         sizes_of(1, 200, 8, 10, 16),  # the threads share an image
         sizes_of(5, 130, 8, 10, 20),  # and a group of images
         sizes_of(70, 100, 8, 10, 16),  # each has its own groups
-        sizes_of(3, 70, 2, 1000, 33),  # prediction vectors are computed anew
+        sizes_of(5, 40, 2, 400, 17),  # prediction vectors are computed anew
     ],
     ids=str,
 )

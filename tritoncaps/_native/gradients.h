@@ -46,14 +46,18 @@ struct Terms {
 
 constexpr int64_t SIDE_BY_SIDE = 8;  // images whose dû exist at once
 
-// out_j += Σ_t a⁽ᵗ⁾_j x⁽ᵗ⁾_j of N terms.
-template <int N> inline void add_terms(const float* a, int64_t a_stride, const vf* x, vf* out, const Sizes& d) {
-  for (int64_t j = 0; j < d.J; j++)
+// out_j = start_j + Σ_t a⁽ᵗ⁾_j x⁽ᵗ⁾_j of N terms. Null: start from 0.
+template <int N>
+inline void add_terms(const float* a, int64_t a_stride, const vf* x, const vf* start, vf* out, const Sizes& d) {
+  for (int64_t j = 0; j < d.J; j++) {
+    vf c[N];
+    for (int t = 0; t < N; t++) c[t] = splat(a[t * a_stride + j * L]);
     for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) {
-      vf sum = out[k];
-      for (int t = 0; t < N; t++) sum += x[t * d.NV + k] * a[t * a_stride + j * L];
+      vf sum = start ? start[k] : vf{};
+      for (int t = 0; t < N; t++) sum += x[t * d.NV + k] * c[t];
       out[k] = sum;
     }
+  }
 }
 
 // dû of n images and input capsule i, (n, NV).
@@ -61,18 +65,16 @@ inline void vote_gradients(const Terms& terms, int64_t image, int64_t n, int64_t
   const Sizes& d = terms.d;
   const int64_t stride = d.blocks * d.J * L;  // between the coefficients of two terms
   for (int64_t m = image; m < image + n; m++, out += d.NV) {
-    if (terms.uniform)
-      memcpy(static_cast<void*>(out), terms.vector(m, terms.products), d.NV * sizeof(vf));
-    else
-      clear(out, d.NV);
-    for (int64_t t = 0; t < terms.products; t += 4) {
+    const vf* start = terms.uniform ? terms.vector(m, terms.products) : nullptr;
+    if (terms.products == 0) memcpy(static_cast<void*>(out), start, d.NV * sizeof(vf));
+    for (int64_t t = 0; t < terms.products; t += 4, start = out) {
       const float* a = floats(terms.coefficient(m, t, i / L)) + i % L;
       const vf* x = terms.vector(m, t);
       switch (terms.products - t) {
-        case 1: add_terms<1>(a, stride, x, out, d); break;
-        case 2: add_terms<2>(a, stride, x, out, d); break;
-        case 3: add_terms<3>(a, stride, x, out, d); break;
-        default: add_terms<4>(a, stride, x, out, d);
+        case 1: add_terms<1>(a, stride, x, start, out, d); break;
+        case 2: add_terms<2>(a, stride, x, start, out, d); break;
+        case 3: add_terms<3>(a, stride, x, start, out, d); break;
+        default: add_terms<4>(a, stride, x, start, out, d);
       }
     }
   }
@@ -156,18 +158,23 @@ void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const
     if (some - e >= 4) add_weight_gradient<4>(grad, poses, dW, fresh, d), e = 4;
     for (; e < some; e++) add_weight_gradient<1>(grad + e * d.NV, poses + e, dW, fresh && e == 0, d);
   };
-  for (int64_t i = k * L; i < k * L + d.rows(k); i++) {
-    prefetch_weight(w, i, d);
-    float* dW = grad_w + i * P * JD;
-    if (d.padded() && first)
-      for (int64_t p = 0; p < P; p++) pad(dW + p * JD, padded + p * d.NV, d);
-    with_weight(w, i, rows, d, [&](const auto* W) {
-      for (int64_t m = 0; m < n; m += SIDE_BY_SIDE)
-        contract_images(W, i, m, std::min(SIDE_BY_SIDE, n - m), first + m == 0, d.padded() ? floats(padded) : dW);
-    });
-    if (d.padded())
-      for (int64_t p = 0; p < P; p++) unpad(padded + p * d.NV, dW + p * JD, d);
-  }
+  // A few images outside, so that their factors stay near for all rows of the block. But padding and
+  // unpadding the weight again costs more.
+  const int64_t step = d.padded() ? n : SIDE_BY_SIDE;
+  for (int64_t from = 0; from < n; from += step)
+    for (int64_t i = k * L; i < k * L + d.rows(k); i++) {
+      const int64_t to = std::min(from + step, n);
+      float *dW = grad_w + i * P * JD, *sum = d.padded() ? floats(padded) : dW;
+      if (d.padded() && first)
+        for (int64_t p = 0; p < P; p++) pad(dW + p * JD, padded + p * d.NV, d);
+      if (from == 0) prefetch_weight(w, i, d);
+      with_weight(w, i, rows, d, [&](const auto* W) {
+        for (int64_t m = from; m < to; m += SIDE_BY_SIDE)
+          contract_images(W, i, m, std::min(SIDE_BY_SIDE, to - m), first + m == 0, sum);
+      });
+      if (d.padded())
+        for (int64_t p = 0; p < P; p++) unpad(padded + p * d.NV, dW + p * JD, d);
+    }
 }
 
 // Of block k: the sum over n images of the coefficients from, from + step, ..., added to (I, J).

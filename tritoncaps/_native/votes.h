@@ -66,11 +66,12 @@ void predict(const T* u, const T* w, int64_t n, int64_t k, vf* out, int64_t stri
   }
 }
 
-// Of one block: lane i of out[j] = û_ij · x_j.
+// Of one block: lane i of out[j] = û_ij · x_j. Asks for the block that comes next in memory.
 inline void agreements(const vf* u_hat, const vf* x, vf* out, const Sizes& d) {
   for (int64_t j = 0; j < d.J; j++) {
     vf a[L];
     const vf* y = u_hat + j * d.Dv;
+    for (int i = 0; i < L; i++) __builtin_prefetch(y + (L + i) * d.NV);
     for (int i = 0; i < L; i++) a[i] = y[i * d.NV] * x[j * d.Dv];
     for (int64_t k = 1; k < d.Dv; k++)
       for (int i = 0; i < L; i++) a[i] += y[i * d.NV + k] * x[j * d.Dv + k];
@@ -154,11 +155,16 @@ template <class T> class Votes {
     for (int64_t s = plan_.slabs * team_.rank / team_.size; s < last; s++) {
       vf* sum = partial(s);
       clear(sum, n_ * d_.NV);
-      for (int64_t k = plan_.start(s, d_); k < plan_.start(s + 1, d_); k++) {
-        vf* block = u_hat_ + (plan_.kept ? k * L * d_.NV : 0);
-        if (!made_ || !plan_.kept) predict(u_ + first_ * d_.I * d_.P, w_, n_, k, block, plan_.stride, rows_, x_, d_);
-        for (int64_t m = 0; m < n_; m++) visit(k, m, block + m * plan_.stride, sum + m * d_.NV);
-      }
+      const int64_t from = plan_.start(s, d_), to = plan_.start(s + 1, d_);
+      if (made_ && plan_.kept)  // image by image: memory in order
+        for (int64_t m = 0; m < n_; m++)
+          for (int64_t k = from; k < to; k++) visit(k, m, u_hat_ + m * plan_.stride + k * L * d_.NV, sum + m * d_.NV);
+      else
+        for (int64_t k = from; k < to; k++) {
+          vf* block = u_hat_ + (plan_.kept ? k * L * d_.NV : 0);
+          predict(u_ + first_ * d_.I * d_.P, w_, n_, k, block, plan_.stride, rows_, x_, d_);
+          for (int64_t m = 0; m < n_; m++) visit(k, m, block + m * plan_.stride, sum + m * d_.NV);
+        }
     }
     made_ = true;
     if (total) add_up(total);

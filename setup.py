@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("tritoncaps", "_native")
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 # Lanes of float32 in a vector, and the instructions that have such vectors.
-VARIANTS = {"portable": (4, [])}
+VARIANTS: dict[str, tuple[int, list[str]]] = {"portable": (4, [])}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS["avx2"] = (8, ["-march=x86-64-v3"])
     VARIANTS["avx512"] = (16, ["-march=x86-64-v4"])

@@ -14,6 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 try:
+    from torch._C import (
+        _after_ADInplaceOrView_keyset,
+        _any_requires_grad,
+        _AutoDispatchBelowAutograd,
+    )
     from torch._C._functorch import TransformType, get_interpreter_stack
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
@@ -57,8 +62,8 @@ def set_autograd(
     overload, forward = operator._opoverload, operator._init_fn
 
     def call(keyset: Any, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            below = keyset & torch._C._after_ADInplaceOrView_keyset
+        with _AutoDispatchBelowAutograd():
+            below = keyset & _after_ADInplaceOrView_keyset
             # Nothing is left between here and the forward, as in most calls: no tracing, no mode.
             if below.highestPriorityTypeId() in _DEVICES:
                 return forward(*args)
@@ -94,7 +99,7 @@ def set_autograd(
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             if in_forward_mode() and any(has_tangent(tensor) for tensor in tensors):
                 return with_tangents(*args)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
             return call(keyset, args)
         if is_plain:
             return Plain.apply(keyset, *args)

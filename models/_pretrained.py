@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ class PretrainedCfg:
     def from_config(cls, config: Mapping[str, Any]) -> PretrainedCfg:
         """Read the header of a run's weights, a config.json or an entry of the registry.
 
-        Other entries are left out, and so are those of a wrong type: they only describe.
+        Other entries are left out, and so are those of a wrong type, or class names of another
+        number than that of the classes: they only describe.
         """
         known: dict[str, Any] = {
             name: config[name] for name in _TEXTS if isinstance(config.get(name), str)
@@ -66,7 +67,9 @@ class PretrainedCfg:
         for name in _LISTS:
             if isinstance(items := config.get(name), (list, tuple)):
                 known[name] = tuple(map(str, items))
-        return cls(config["model"], config.get("model_kwargs", {}), **known)
+        cfg = cls(config["model"], config.get("model_kwargs", {}), **known)
+        is_named = cfg.num_classes in (None, len(cfg.class_names))
+        return cfg if is_named else replace(cfg, class_names=())
 
     def to_config(self) -> dict[str, Any]:
         """Return what is known, as plain values for JSON."""
@@ -84,12 +87,11 @@ class PretrainedCfg:
 
     @property
     def input_size(self) -> tuple[int, int, int] | None:
-        """(channels, height, width) of the images."""
+        """(channels, height, width) of the images, or None if the arguments do not say it."""
         channels, size = map(self.model_kwargs.get, ("in_channels", "image_size"))
-        if channels is None or size is None:
-            return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return (channels, height, width)
+        height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
+        is_known = all(isinstance(side, int) for side in (channels, height, width))
+        return (channels, height, width) if is_known else None
 
 
 def registry() -> list[PretrainedCfg]:
@@ -98,8 +100,14 @@ def registry() -> list[PretrainedCfg]:
     return [PretrainedCfg.from_config(entry) for entry in entries]
 
 
-def find(function: str, model: str, tag: str) -> PretrainedCfg:
-    """Return the pretrained weights of a model, the default ones where the tag is "".
+def split_name(name: str) -> tuple[str, str | None]:
+    """Return the model and the tag of ``model.tag``. The tag is None if there is no dot."""
+    model, dot, tag = name.partition(".")
+    return model, tag if dot else None
+
+
+def find(function: str, model: str, tag: str | None) -> PretrainedCfg:
+    """Return the pretrained weights of a model, the default ones where the tag is None.
 
     Raises:
         ValueError: there are none, or none with this tag.
@@ -113,18 +121,17 @@ def find(function: str, model: str, tag: str) -> PretrainedCfg:
             f"{function}: there are no pretrained weights of {model}; {remedy}train it, and read "
             "the run with load_model"
         )
-    if not tag:
+    if tag is None:
         return next(iter(own.values()))
     if tag not in own:
-        names = ", ".join(cfg.name for cfg in own.values())
         raise ValueError(
-            f"{function}: {model} has no pretrained weights {tag!r}, there are "
-            f"{names}{did_you_mean(tag, own)}"
+            f"{function}: {model} has no pretrained weights with the tag {tag!r}, the tags are "
+            f"{', '.join(own)}{did_you_mean(tag, own)}"
         )
     return own[tag]
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return the end of an error that names the most similar name, if one is similar."""
-    close = get_close_matches(name, known, n=1)
+    """Return the end of an error that names the most similar of these lowercase names, if any."""
+    close = get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -86,6 +86,7 @@ class AttentionCapsules(nn.Module):
         With `return_coupling`, the coupling, (B, I, J), is returned too.
         """
         return_coupling = concrete("return_coupling", return_coupling, False)
+        _checks.check_flag("AttentionCapsules", "return_coupling", return_coupling)
         if not return_coupling:
             s = ops.attention_routing(u, self.weight, self.bias)
             return ops.squash(s, form="exponential")

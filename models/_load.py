@@ -204,8 +204,8 @@ def build(
     model.load_state_dict(weights, strict=not renewed)
     if isinstance(model, PretrainedMixin):
         described = {**config, "model_kwargs": {**known, **changes}}
-        if renewed:
-            described["class_names"] = ()
+        if renewed:  # the rest tells of the weights that were left out
+            described |= {"class_names": (), "dataset": "", "description": ""}
         model.pretrained_cfg = PretrainedCfg.from_config(described)
     return model
 

@@ -247,10 +247,8 @@ def _card(model: nn.Module, cfg: PretrainedCfg, repo_id: str | None) -> str:
     if cfg.model == type(model).__qualname__:  # a class that `create_model` does not know
         load, imported = f'{kind}.from_pretrained("{repo_id or "PATH"}")', f"# import {kind} here"
     about = [f"`{kind}`, a capsule network of tritoncaps with {count:,} parameters."]
-    if cfg.description:
-        about.append(cfg.description)
-    if cfg.dataset:
-        about.append(f"Trained on {cfg.dataset}.")
+    if cfg.description or cfg.dataset:
+        about.append((cfg.description or f"Trained on {cfg.dataset}").removesuffix(".") + ".")
     if cfg.input_size:
         sizes = ", ".join(map(str, cfg.input_size))
         about.append(f"It takes images (B, {sizes}): {cfg.scaling}.")

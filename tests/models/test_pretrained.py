@@ -59,7 +59,11 @@ def shipped(tmp_path, monkeypatch, trained):
     kwargs = {**KWARGS, "learned_prior": True, "in_channels": 1}
     entries = []
     for tag in ("mnist", "digits"):
-        cfg = PretrainedCfg("capsnet", kwargs, tag, f"capsnet.{tag}.safetensors", class_names=NAMES)
+        cfg = PretrainedCfg(
+            **{"model": "capsnet", "model_kwargs": kwargs, "class_names": NAMES, "tag": tag},
+            **{"file": f"capsnet.{tag}.safetensors", "dataset": tag},
+            **{"description": f"CapsNet, trained on {tag.upper()}"},
+        )
         entries.append(cfg.to_config())
         zeros = {name: torch.zeros_like(value) for name, value in trained.state_dict().items()}
         weights = trained.state_dict() if tag == "mnist" else zeros
@@ -192,6 +196,7 @@ class TestChangedArguments:
         assert model.routing.weight.std() > 0
         assert model.pretrained_cfg.class_names == ()
         assert model.pretrained_cfg.num_classes == 5
+        assert (model.pretrained_cfg.dataset, model.pretrained_cfg.description) == ("", "")
         other = create_model("capsnet", pretrained=True, num_classes=5)
         assert not torch.equal(other.routing.weight, model.routing.weight)
 
@@ -277,6 +282,9 @@ class TestDirectories:
         assert (saved / "README.md").read_text() == "mine"
         cfg = load_model(saved).pretrained_cfg
         assert (cfg.name, cfg.class_names, cfg.file) == ("capsnet", NAMES, "")
+        model.save_pretrained(saved / "new")
+        card = (saved / "new" / "README.md").read_text()
+        assert "parameters. CapsNet, trained on MNIST. It takes" in card
 
     def test_a_model_of_a_user(self, tmp_path):
         model = Scores((2, 3), scale=2.0, bias=False)

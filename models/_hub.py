@@ -65,8 +65,8 @@ def _explained(function: str, repo_id: str) -> Iterator[Any]:
         yield huggingface_hub
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name, and for a "
-            f"directory that exists its path ({_first_line(error)})"
+            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name, or the "
+            f"path of an existing directory ({_first_line(error)})"
         ) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(

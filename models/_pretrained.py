@@ -33,8 +33,7 @@ class PretrainedCfg:
         hf_hub_id: the repository ``owner/name`` on the Hugging Face Hub, where there is no file.
         dataset: what it was trained on.
         class_names: what each class stands for.
-        scaling: how pixels in 0 .. 255 become the model's input. There is neither a mean nor
-            a deviation to take off.
+        scaling: how pixels in 0 .. 255 become the model's input. No mean is subtracted.
         license: of the weights.
         description: one line.
         origin_url: where the weights were first published.
@@ -116,9 +115,9 @@ def find(function: str, model: str, tag: str | None) -> PretrainedCfg:
     own = {cfg.tag: cfg for cfg in known if cfg.model == model}
     if not own:
         others = ", ".join(cfg.name for cfg in known)
-        remedy = f"there are {others}, or " if others else ""
+        remedy = f"use {others}, or " if others else ""
         raise ValueError(
-            f"{function}: there are no pretrained weights of {model}; {remedy}train it, and read "
+            f"{function}: there are no pretrained weights of {model}; {remedy}train it and read "
             "the run with load_model"
         )
     if tag is None:

@@ -167,8 +167,8 @@ class TestNames:
             ("../capsnet", {"pretrained": True}, "no model is named '../capsnet'"),
             ("capsnet", {"pretrained": "svhn"}, "the tags are mnist, digits"),
             ("capsnet.mnist", {"pretrained": "digits"}, "'mnist' and pretrained for 'digits'"),
-            ("deep_capsnet", {"pretrained": True}, "no pretrained weights of deep_capsnet; there "
-             "are capsnet.mnist, capsnet.digits, or train it"),
+            ("deep_capsnet", {"pretrained": True}, "no pretrained weights of deep_capsnet; use "
+             "capsnet.mnist, capsnet.digits, or train it"),
             ("local-dir:x", {"pretrained": "mnist"}, "local-dir:x has no tags"),
             ("capsnet", {"pretrained": 3}, "pretrained must be a bool or a tag, got int"),
             ("capsnet", {"pretrained": True, "chanels": 3}, "capsnet has no argument 'chanels'; "

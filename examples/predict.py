@@ -106,7 +106,9 @@ def draw(images: Tensor, decoded: Tensor, path: Path) -> None:
 
     tiles = nn.functional.pad(torch.stack([images, decoded], dim=1), (0, 1, 0, 1), value=1.0)
     rows = math.ceil(len(tiles) / _MOST_IN_A_ROW)
-    tiles = nn.utils.rnn.pad_sequence(tiles.tensor_split(rows), batch_first=True, padding_value=1.0)
+    tiles = nn.utils.rnn.pad_sequence(
+        list(tiles.tensor_split(rows)), batch_first=True, padding_value=1.0
+    )
     pixels = rearrange(tiles, "r n two c h w -> (r two h) (n w) c")
     pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.expand(-1, -1, 3).contiguous()

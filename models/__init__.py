@@ -1,5 +1,6 @@
 """The networks, by class or by name."""
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -93,7 +94,8 @@ def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn
         raise TypeError(
             f"create_model: pretrained must be a bool or a tag, got {type(pretrained).__name__}"
         )
-    saved, defaults = None, {}
+    saved = None
+    defaults: Mapping[str, Any] = {}
     if name.startswith((HUB, LOCAL)):
         if isinstance(pretrained, str):
             raise ValueError(f"create_model: {name} has no tags, got pretrained={pretrained!r}")

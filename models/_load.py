@@ -59,7 +59,7 @@ def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") ->
         TypeError: `path` is neither a str nor a Path.
         CheckpointError: the path or the directory's file does not exist, the file is damaged,
             nothing says which model to build, or the weights do not fit that model.
-        ValueError: the name is that of a model, with a tag that it does not have.
+        ValueError: the name is that of a model without trained weights, or without this tag.
         ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
 
     Example:
@@ -86,6 +86,8 @@ def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any
 
     Without `hub_options`, a repository needs the prefix ``hf-hub:``.
     """
+    from tritoncaps.models import list_models  # imported late, because it imports this module
+
     name = str(source)
     if name.startswith(HUB):
         return read(function, download(function, name.removeprefix(HUB), **(hub_options or {})))
@@ -93,7 +95,7 @@ def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any
     if path.exists() or name.startswith(LOCAL) or isinstance(source, Path):
         return read(function, path)
     model, tag = split_name(name)
-    if model in {cfg.model for cfg in registry()} and path.suffix != ".safetensors":
+    if model in list_models() and path.suffix != ".safetensors":
         return read_pretrained(function, find(function, model, tag))
     if hub_options is not None:
         return read(function, download(function, name, **hub_options))

@@ -88,9 +88,11 @@ class PretrainedCfg:
     def input_size(self) -> tuple[int, int, int] | None:
         """(channels, height, width) of the images, or None if the arguments do not say it."""
         channels, size = map(self.model_kwargs.get, ("in_channels", "image_size"))
-        height, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, size)
-        is_known = all(isinstance(side, int) for side in (channels, height, width))
-        return (channels, height, width) if is_known else None
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        shape: tuple[Any, ...] = (channels, *sides)
+        if len(shape) != 3 or not all(isinstance(side, int) for side in shape):
+            return None
+        return (shape[0], shape[1], shape[2])
 
 
 def registry() -> list[PretrainedCfg]:

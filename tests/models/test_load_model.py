@@ -112,6 +112,10 @@ class TestRefusal:
     def test_a_name_that_is_almost_right(self):
         assert_refused("Efficient_CapsNets", "does not exist", "did you mean 'efficient_capsnet'?")
 
+    def test_a_model_without_trained_weights(self):
+        with pytest.raises(ValueError, match="load_model: there are no pretrained weights of deep"):
+            load_model("deep_capsnet")
+
     def test_a_directory_without_weights(self, tmp_path):
         files = "holds neither model_best.safetensors nor last.safetensors"
         assert_refused(tmp_path, tmp_path, files, "train_mnist.py or save_pretrained wrote")

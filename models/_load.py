@@ -290,8 +290,10 @@ def _misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> l
     ]
     kinds = [
         f"{name} is {weights[name].dtype} and must be floating-point"
-        for name, tensor in expected.items()
-        if name in weights and tensor.is_floating_point() > weights[name].is_floating_point()
+        for name in expected
+        if name in weights
+        and expected[name].is_floating_point()
+        and not weights[name].is_floating_point()
     ]
     return [
         *_listed("it lacks ", [name for name in expected if name not in weights]),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from interpreter import patch_once
 
+from tritoncaps import _native
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.models import create_model
 
@@ -121,6 +122,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain_torch():
+    """Let CPU tensors take the torch path, as without native kernels, in a whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "library", lambda: None)
+        yield
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ from tritoncaps._operators import INTERPRETED
 from tritoncaps._torch_path import _slices, dynamic_routing, fused_dynamic_routing, squash
 from tritoncaps.testing import CHECKS, OPERATORS, cases, compare, draw_inputs
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels"),
+    pytest.mark.usefixtures("plain_torch"),
+]
 
 CPU = torch.device("cpu")
 MB = 1 << 20

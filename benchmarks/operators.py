@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from benchmarks.roofline import Floor, floor, measure_ceilings
 from benchmarks.session import Session, axes, reason, timed
 from benchmarks.timing import Task, clock_for, replayed
 from tritoncaps import testing
-from tritoncaps._torch_path._slices import cache_bytes
 
 PHASES = ("forward", "backward", "both")
 # Shorter calls are replayed from a CUDA graph, because launching them may take longer.
 _LAUNCH_BOUND = 1e-3
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
+_DEFAULT_CACHE_BYTES = 8 << 20  # if the system does not say: that of a small machine
 
 
 # Correctness --------------------------------------------------------------------------------------
@@ -184,7 +186,14 @@ def last_cache_bytes(device: torch.device) -> int:
     """The size of the last cache before memory: a GPU's level 2, a CPU's level 3."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return cache_bytes(3)
+    try:
+        for index in _CACHES.glob("index*"):
+            if (index / "level").read_text().strip() == "3":
+                size = (index / "size").read_text().strip().removesuffix("K")
+                return (int(size) << 10) or _DEFAULT_CACHE_BYTES
+    except (OSError, ValueError):
+        pass
+    return _DEFAULT_CACHE_BYTES
 
 
 def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: str) -> list[Row]:

@@ -22,17 +22,18 @@ def route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v or s (B, J, D), the last coupling (B, I, J) or an empty tensor, all s⁽ᵗ⁾ (r, B, J, D)."""
     B, I, J, D = passes.shape
-    sums = passes.like.new_empty(iterations, B, J, D)
+    sums = passes.like.new_zeros(iterations, B, J, D)
     coupling = passes.like.new_empty((B, I, J) if return_coupling else (0,), dtype=dtype)
     V: Tensor | None = None
     for t, s in enumerate(sums):
         is_last = t == iterations - 1
-        s.copy_(passes.weighted_sum(V, coupling=coupling if is_last and return_coupling else None))
+        passes.add_weighted_sum(s, V, coupling=coupling if is_last and return_coupling else None)
         if pose_bias is not None:
             s += pose_bias
-        v = s.clone() if is_last and output == "s" else squash_fwd(s, "quadratic")
-        V = v if V is None else V + v
-    return v.to(dtype), coupling, sums
+        if not is_last:
+            V = squash_fwd(s, "quadratic") if V is None else V.add_(squash_fwd(s, "quadratic"))
+    result = s.clone() if output == "s" else squash_fwd(s, "quadratic")
+    return result.to(dtype), coupling, sums
 
 
 def route_backward(
@@ -52,26 +53,34 @@ def route_backward(
     known. Then one pass gives dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j). With
     `gradient="last"` it has the terms of the last iteration alone, without db.
     """
-    poses = [None, *accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])]
-    first = len(sums) - 1 if gradient == "last" else 0
-    grad_s: list[Tensor] = []
-    grad_out = grad_v.to(sums.dtype)
-    for t in reversed(range(first, len(sums))):
-        is_last = t == len(sums) - 1
-        squashed = output == "v" or not is_last
-        ds = squash_bwd(grad_out, sums[t], "quadratic") if squashed else grad_out
-        grad_s.insert(0, ds)
-        if t > first:
-            share = torch.zeros_like(ds)  # of dV⁽ᵗ⁻¹⁾
-            passes.backward([poses[t]], [ds], grad_coupling if is_last else None, grad_pose=share)
-            grad_out = share if is_last else grad_out + share
+    r, B, J, D = sums.shape
+    vectors = sums.new_empty(B, J, 2 * r - 1, D)  # V⁽¹⁾, ..., V⁽ʳ⁻¹⁾, ds⁽¹⁾, ..., ds⁽ʳ⁾
+    for t, V in enumerate(accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])):
+        vectors[:, :, t] = V
     is_full = gradient == "full"
-    grad_prior = (
-        None if prior is None else torch.zeros_like(prior, memory_format=torch.contiguous_format)
-    )
+    first = 0 if is_full else r - 1
+    grad_out = grad_v.to(sums.dtype)
+    for t in reversed(range(first, r)):
+        is_last = t == r - 1
+        squashed = output == "v" or not is_last
+        vectors[:, :, r - 1 + t] = (
+            squash_bwd(grad_out, sums[t], "quadratic") if squashed else grad_out
+        )
+        if is_last:  # from here on, dV⁽ᵗ⁾ of all later iterations
+            grad_out = torch.zeros_like(sums[t])
+        if t > first:
+            of_pass = vectors[:, :, t - 1 :: r]  # V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾
+            passes.backward(of_pass, 1, grad_coupling if is_last else None, grad_pose=grad_out)
+    if not is_full:
+        vectors = vectors[:, :, max(r - 2, 0) :: r]
+    grad_prior = None if prior is None else zeros_like(prior)
     passes.backward(
-        poses[first:], grad_s, grad_coupling, use, through_coupling=is_full, grad_prior=grad_prior
+        vectors, r - first, grad_coupling, use, through_coupling=is_full, grad_prior=grad_prior
     )
     if pose_bias is None:
         return grad_prior, None
-    return grad_prior, torch.stack(grad_s).sum(dim=(0, 1)).to(pose_bias.dtype)
+    return grad_prior, vectors[:, :, first - r :].sum(dim=(0, 2)).to(pose_bias.dtype)
+
+
+def zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)

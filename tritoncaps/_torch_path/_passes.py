@@ -26,12 +26,21 @@ from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 OfCapsules = Callable[[slice, Tensor], object]
 
 
+def slices_for(shape: Sequence[int], passes: int, like: Tensor) -> list[slice]:
+    """Slices whose û and three coefficients for each of so many passes at once fit the cache.
+
+    A backward has twice as much: dû and its coefficients.
+    """
+    B, I, J, D = shape
+    return slices(I, B * J * (D + 3 * passes) * like.element_size(), like.device)
+
+
 class Passes:
     """Passes over the same prediction vectors.
 
-    For products there is one matrix (C, D) for each image and output capsule, (B·J, C, D). Logits
-    and couplings of K passes at once are (B, J, K, C): torch's softmax over J is ten times as fast
-    when the input capsules are innermost.
+    Agreements are products of one matrix (C, D) for each image and output capsule. Logits and
+    couplings of K passes at once are (B, J, K, C): torch's softmax over J is ten times as fast when
+    the input capsules are innermost.
     """
 
     def __init__(
@@ -41,9 +50,9 @@ class Passes:
         prior: Tensor | None,
         leaky: bool,
         like: Tensor,
-        backward_passes: int = 0,
+        at_once: int = 1,
     ) -> None:
-        """Choose the slices, for at most so many backward passes at once.
+        """Choose the slices, for at most so many passes at once.
 
         Args:
             write_u_hat: writes the prediction vectors of a slice to the tensor that it is given.
@@ -51,49 +60,52 @@ class Passes:
             prior: (I, J).
             leaky: whether the softmax has an orphan class.
             like: a tensor with the device and the accumulation type.
-            backward_passes: 0 for the forward.
+            at_once: how many.
         """
         self.shape, self.like = shape, like
         self._write_u_hat, self._leaky = write_u_hat, leaky
-        B, I, J, D = shape
+        B, _, J, D = shape
         self._prior = None if prior is None else prior.to(like.dtype)
-        width = 2 * D + 6 * backward_passes if backward_passes else D + 3
-        self.slices = slices(I, B * J * width * like.element_size(), like.device)
+        self.slices = slices_for(shape, at_once, like)
         self._u_hat = buffer_for(self.slices, B * J * D, like)
-        self._grad_u_hat = buffer_for(self.slices if backward_passes else [], B * J * D, like)
 
     def _vectors(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield some input capsules and their û, (B·J, C, D), valid until the next ones."""
+        """Yield some input capsules and their û, (C, B·J, D), to be used up before the next."""
         B, _, J, D = self.shape
         for capsules in self.slices:
             u_hat = view(self._u_hat, length(capsules), B, J, D)
             self._write_u_hat(capsules, u_hat)
-            yield capsules, u_hat.flatten(1, 2).transpose(0, 1)
+            yield capsules, u_hat.flatten(1, 2)
 
-    def weighted_sum(
-        self, V: Tensor | None, bias: Tensor | None = None, coupling: Tensor | None = None
-    ) -> Tensor:
-        """s, (B, J, D). Without V there are no agreements. Fills the coupling, (B, I, J)."""
+    def add_weighted_sum(
+        self,
+        s: Tensor,
+        V: Tensor | None,
+        bias: Tensor | None = None,
+        coupling: Tensor | None = None,
+    ) -> None:
+        """Add Σ_i c_ij û_ij to s, (B, J, D), and fill the coupling, (B, I, J).
+
+        Without V there are no agreements.
+        """
         B, _, J, D = self.shape
-        s = self.like.new_zeros(B * J, 1, D)
-        row = None if V is None else V.to(s.dtype).reshape(s.shape)
+        rows = None if V is None else V.to(s.dtype).reshape(B * J, 1, D)
         for capsules, u_hat in self._vectors():
-            if row is None:
-                b = self.like.new_zeros(B, J, 1, length(capsules))
+            if rows is None:
+                b = s.new_zeros(B, J, 1, length(capsules))
             else:
-                b = torch.bmm(row, u_hat.mT).view(B, J, 1, length(capsules))
+                b = torch.bmm(rows, u_hat.permute(1, 2, 0)).view(B, J, 1, length(capsules))
             c = self._coupling(b, capsules)
             if bias is not None:
                 c += _columns(bias, capsules)
-            s.baddbmm_(c.flatten(0, 1), u_hat)
+            s += _weighted_sum(c, u_hat).view(B, J, D)
             if coupling is not None:
                 coupling[:, capsules] = c.squeeze(2).transpose(1, 2)
-        return s.view(B, J, D)
 
     def backward(
         self,
-        poses: Sequence[Tensor | None],
-        grad_s: Sequence[Tensor],
+        vectors: Tensor,
+        passes: int,
         grad_coupling: Tensor | None,
         use: OfCapsules | None = None,
         *,
@@ -103,40 +115,46 @@ class Passes:
         grad_prior: Tensor | None = None,
         grad_bias: Tensor | None = None,
     ) -> None:
-        """Go back through K passes at once, given V and ds of each.
+        """Go back through one or more passes at once.
 
-        Only the first V can be None. `grad_coupling`, (B, I, J), is that of the last pass. `use`
-        gets the sum over the passes of dû. Gradients that are given are filled: of the pose of a
-        single pass, (B, J, D), which must be zeros, and of the prior and the bias, (I, J). Without
-        `through_coupling`, db is taken to be 0.
+        Args:
+            vectors: V of each pass, or of each but the first, then ds of each, (B, J, M, D).
+            passes: how many.
+            grad_coupling: the gradient of the last pass's coupling, (B, I, J).
+            use: is given the sum of dû over the passes.
+            through_coupling: whether the coupling depends on its inputs; else db is taken to be 0.
+            bias: (I, J).
+            grad_pose: dV of a single pass is added to it, (B, J, D).
+            grad_prior: filled with the gradient of the prior, (I, J).
+            grad_bias: filled with the gradient of the bias, (I, J).
         """
         B, _, J, D = self.shape
-        K, given = len(grad_s), [V for V in poses if V is not None]
-        stacked = torch.stack([*given, *grad_s], dim=2).to(self.like.dtype)
-        vectors = stacked.flatten(0, 1)  # (B·J, K and those given, D)
+        given = vectors.shape[2] - passes  # poses
+        vectors = vectors.flatten(0, 1)
+        buffer = buffer_for(self.slices if use is not None else [], B * J * D, self.like)
         for capsules, u_hat in self._vectors():
             C = length(capsules)
-            agreements = torch.bmm(vectors, u_hat.mT).view(B, J, len(given) + K, C)
-            b, grad_c = agreements.split([len(given), K], dim=2)
-            c = self._coupling(pad(b, (0, 0, K - len(given), 0)), capsules)
-            factors, terms = c, vectors[:, len(given) :]
+            agreements = torch.bmm(vectors, u_hat.permute(1, 2, 0)).view(B, J, given + passes, C)
+            b, grad_c = agreements.split([given, passes], dim=2)
+            c = self._coupling(pad(b, (0, 0, passes - given, 0)), capsules)
+            factors, terms = c, vectors[:, given:]
             if through_coupling:
                 if grad_coupling is not None:
                     grad_c[:, :, -1] += grad_coupling[:, capsules].transpose(1, 2)
                 grad_b = coupling_gradient(c, grad_c)
                 if grad_pose is not None:
-                    grad_pose.flatten(0, 1).unsqueeze(1).baddbmm_(grad_b.flatten(0, 1), u_hat)
+                    grad_pose += _weighted_sum(grad_b, u_hat).view(B, J, D)
                 if grad_prior is not None:
                     grad_prior[capsules] = grad_b.sum(dim=(0, 2)).T
                 if grad_bias is not None:
                     grad_bias[capsules] = grad_c.sum(dim=(0, 2)).T
                 if bias is not None:
                     c += _columns(bias, capsules)
-                factors, terms = torch.cat([grad_b[:, :, K - len(given) :], c], dim=2), vectors
+                factors, terms = torch.cat([grad_b[:, :, passes - given :], c], dim=2), vectors
             if use is not None:
-                product = view(self._grad_u_hat, B * J, C, D)
+                product = view(buffer, B * J, C, D)
                 torch.bmm(factors.flatten(0, 1).mT, terms, out=product)
-                grad_u_hat = u_hat.transpose(0, 1).copy_(product.transpose(0, 1))
+                grad_u_hat = u_hat.copy_(product.transpose(0, 1))
                 use(capsules, grad_u_hat.view(C, B, J, D))
 
     def _coupling(self, b: Tensor, capsules: slice) -> Tensor:
@@ -153,6 +171,15 @@ class Passes:
 def coupling_gradient(c: Tensor, grad_c: Tensor) -> Tensor:
     """db = c∘(dc − Σ_j c∘dc), the gradient of the softmax over the output capsules."""
     return (grad_c - (c * grad_c).sum(dim=1, keepdim=True)).mul_(c)
+
+
+def _weighted_sum(c: Tensor, u_hat: Tensor) -> Tensor:
+    """Σ_i c_ij û_ij of a single pass, (B·J, D), which uses up û.
+
+    As a product for each image and output capsule it would be ten times slower where they are many
+    and the input capsules few.
+    """
+    return u_hat.mul_(c.flatten(0, 2).T.unsqueeze(2)).sum(dim=0)
 
 
 def _columns(pairs: Tensor, capsules: slice) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tritoncaps._torch_path._loop import zeros_like
 from tritoncaps._torch_path._passes import Passes
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path.prediction_vectors import Projection
@@ -21,7 +22,8 @@ def routing_pass_fwd(
     votes = Projection(u, weight, accumulation_dtype(u.dtype))
     passes = Passes(votes.write, votes.shape, prior, leaky, votes.u)
     coupling = u.new_empty((*u.shape[:2], weight.shape[2]) if return_coupling else (0,))
-    s = passes.weighted_sum(pose, bias, coupling if return_coupling else None)
+    s = votes.u.new_zeros(pose.shape)
+    passes.add_weighted_sum(s, pose, bias, coupling if return_coupling else None)
     return s.to(u.dtype), coupling
 
 
@@ -37,15 +39,13 @@ def routing_pass_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, weight, pose, prior and bias. Each is None if its input is None."""
     votes = Projection(u, weight, accumulation_dtype(u.dtype), backward=True)
-    passes = Passes(votes.write, votes.shape, prior, leaky, votes.u, 1)
-    grad_pose = passes.like.new_zeros(pose.shape)
-    grad_prior, grad_bias = (
-        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (prior, bias)
-    )
+    passes = Passes(votes.write, votes.shape, prior, leaky, votes.u)
+    vectors = torch.stack([pose, grad_s], dim=2).to(votes.u.dtype)
+    grad_pose = votes.u.new_zeros(pose.shape)
+    grad_prior, grad_bias = (None if x is None else zeros_like(x) for x in (prior, bias))
     passes.backward(
-        [pose],
-        [grad_s],
+        vectors,
+        1,
         grad_coupling,
         votes.contract,
         bias=bias,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import rivals, roofline, scaling
+from benchmarks import operators, rivals, roofline, scaling
 from benchmarks.cases import SHAPES, Case, Shape, operator_names
 from benchmarks.roofline import Ceilings, Floor, floor, measure_ceilings
 from benchmarks.timing import CpuClock
@@ -65,6 +65,24 @@ def test_an_operators_own_rival_is_a_function_in_its_file():
     assert rivals.rival_names("routing_pass", cuda) == ["eager", "compile", "triton"]
     with pytest.raises(KeyError, match="broadcast"):
         rivals.op_rival("broadcast", Case("squash", Shape(7, 3, 4, 5), B=2), CPU)
+
+
+# Caches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [({"2": "1024K", "3": "32768K"}, 32 << 20)]
+    + [(listed, 8 << 20) for listed in ({}, {"2": "1024K"}, {"3": ""}, {"3": "?"}, {"3": "0K"})],
+)
+def test_the_last_cache_is_as_large_as_the_system_says(tmp_path, monkeypatch, listed, expected):
+    for level, size in listed.items():
+        folder = tmp_path / f"index{level}"
+        folder.mkdir()
+        (folder / "level").write_text(f"{level}\n")
+        (folder / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(operators, "_CACHES", tmp_path)
+    assert operators.last_cache_bytes(CPU) == expected
 
 
 # Floors -------------------------------------------------------------------------------------------

@@ -212,14 +212,13 @@ def fused_peaks(B, I, P, J, D, iterations=3):
     return {"forward": forward.peak, "both": backward.peak + sums.nbytes}
 
 
-# Of 32 images, the last two shapes take some at a time, and of three images all. Most others take a
-# chunk at a time.
+# Of 32 images, a slice holds a few input capsules or one, and of three images many.
 SHAPES = [
     Shape(100, 8, 10, 16),
     Shape(400, 8, 10, 16),
     Shape(100, 8, 40, 16),
     Shape(25, 16, 10, 16),
-    Shape(200, 16, 10, 16),  # 16 images, which the cache does not hold
+    Shape(200, 16, 10, 16),
 ]
 
 
@@ -248,7 +247,7 @@ def test_temporaries_do_not_grow_with_the_prediction_vectors():
 
 
 @pytest.mark.usefixtures("small_slices")
-def test_temporaries_of_some_images_do_not_grow_with_the_batch():
+def test_temporaries_do_not_grow_with_the_batch():
     """From B to 4 B, û grows by 3 MB. The peak grows only by tensors of the size of u or v."""
     before, after = (fused_peaks(B, 25, 16, 10, 16) for B in (64, 256))
     u_hat, u, v = 4 * 192 * 25 * 10 * 16, 4 * 192 * 25 * 16, 4 * 192 * 10 * 16
@@ -262,10 +261,7 @@ def test_temporaries_of_some_images_do_not_grow_with_the_batch():
 @pytest.mark.parametrize("I", [100, 400])
 @pytest.mark.parametrize("B", [8, 64])
 def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
-    """Beyond results and gradients: what the cache holds or one image, and copies in float32.
-
-    An image's prediction vectors are P times smaller than the weight.
-    """
+    """Beyond results and gradients: what the cache holds or one capsule, and float32 copies."""
     P, J, D = 8, 10, 16
     operator = OPERATORS["routing_pass"]
     sizes = {"B": B, "I": I, "P": P, "J": J, "D": D}
@@ -279,13 +275,12 @@ def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
     copies = sum(4 * x.numel() for x in inputs.values()) if dtype == torch.bfloat16 else 0
     sums = 4 * inputs["weight"].numel() if dtype == torch.bfloat16 else 0
     pairs = 4 * 4 * I * J  # prior and bias, and the sums of their gradients
-    cache = SLICE  # a group's share of level 3 is as large as a chunk's of level 2
-    image = 4 * I * J * (D + 3)
+    capsule = 4 * B * J * (D + 3)
     poses = 4 * 4 * B * J * D
     own = sum(result.nbytes for result in results)
-    assert forward.peak <= own + copies + max(cache, image) + pairs + poses
+    assert forward.peak <= own + copies + max(SLICE, capsule) + pairs + poses
     own = sum(gradient.nbytes for gradient in gradients)
-    bound = own + copies + sums + 2 * max(cache, image) + cache + pairs + poses
+    bound = own + copies + sums + 2 * max(SLICE, capsule) + pairs + poses
     assert backward.peak <= bound
     u_hat = 4 * B * I * J * D
     assert B == 8 or u_hat > 2 * (bound - own - copies - sums)
@@ -305,8 +300,8 @@ def peak_of_dynamic_routing(B, iterations, gradient, dtype):
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporaries_of_dynamic_routing_fit_the_cache(dtype):
-    """Whatever the batch size. More iterations mean fewer images at a time."""
-    cache = 2 * SLICE  # a group's share of level 3, and a chunk
+    """Whatever the batch size. More iterations mean fewer input capsules at a time."""
+    cache = 2 * SLICE
     of_an_image = 4 * 10 * 16 * (3 * 4 + 4)
     for B in (8, 64):
         for iterations in (1, 3, 10):

@@ -3,8 +3,6 @@
 The logits of iteration t are û·V⁽ᵗ⁻¹⁾ with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so it is a pass with these poses.
 """
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -55,8 +53,10 @@ def route_backward(
     """
     r, B, J, D = sums.shape
     vectors = sums.new_empty(B, J, 2 * r - 1, D)  # V⁽¹⁾, ..., V⁽ʳ⁻¹⁾, ds⁽¹⁾, ..., ds⁽ʳ⁾
-    for t, V in enumerate(accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])):
-        vectors[:, :, t] = V
+    for t in range(r - 1):
+        vectors[:, :, t] = squash_fwd(sums[t], "quadratic")
+        if t > 0:
+            vectors[:, :, t] += vectors[:, :, t - 1]
     is_full = gradient == "full"
     first = 0 if is_full else r - 1
     grad_out = grad_v.to(sums.dtype)

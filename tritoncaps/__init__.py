@@ -3,12 +3,14 @@
 `ops` holds the functional operators, `reference` the same mathematics in einsum, `layers` and
 `losses` the modules, `models` the networks and `data` the data sets. `export` writes models for
 programs without this package. `testing` runs this package's own checks on a routing that you wrote.
+`backend_info` says what computes the operators here.
 """
 
 from importlib import import_module
 from typing import Any
 
 from tritoncaps import layers, losses, ops, reference
+from tritoncaps._backends import backend_info
 from tritoncaps._version import __version__
 from tritoncaps.layers import (
     CapsuleHead,
@@ -28,6 +30,7 @@ __all__ = [
     "ReconstructionDecoder",
     "RoutedCapsules",
     "__version__",
+    "backend_info",
     "layers",
     "losses",
     "ops",

@@ -88,11 +88,12 @@ def check_routing_options(
 
 def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> None:
     """Axes of the same name have the same size; `tensors` holds (name, tensor, axes)."""
-    first: dict[str, tuple[str, int]] = {}
+    first: dict[str, int] = {}
     for name, tensor, axes in tensors:
         for axis, size in zip(axes.split(), tensor.shape, strict=True):
-            other, expected = first.setdefault(axis, (name, size))
+            expected = first.setdefault(axis, size)
             if size != expected:
+                other = next(n for n, _, others in tensors if axis in others.split())
                 shapes = ", ".join(f"{n}: {shape_of(t)}" for n, t, _ in tensors)
                 raise ValueError(
                     f"{function}: {name} has {axis}={size} but {other} has {axis}={expected} "
@@ -102,6 +103,8 @@ def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> Non
 
 def check_not_empty(function: str, name: str, tensor: Tensor, axes: str) -> None:
     """Only the batch may be empty: a softmax over no output capsule has no value."""
+    if 0 not in tensor.shape:
+        return
     for axis, size in zip(axes.split(), tensor.shape, strict=True):
         if size == 0 and axis != "B":
             raise ValueError(
@@ -118,7 +121,7 @@ def check_same_kind(function: str, tensors: Sequence[tuple[str, Tensor]]) -> Non
             raise ValueError(
                 f"{function}: {name} is on {tensor.device} but {first_name} is on {first.device}"
             )
-        if routed_dtype(tensor) != routed_dtype(first):
+        if tensor.dtype != first.dtype and routed_dtype(tensor) != routed_dtype(first):
             raise TypeError(
                 f"{function}: {name} is {tensor.dtype} but {first_name} is {first.dtype}; "
                 f"convert one of them, or run under torch.autocast, which routes in float32"

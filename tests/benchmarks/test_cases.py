@@ -7,7 +7,7 @@ from benchmarks import operators, rivals, roofline, scaling
 from benchmarks.cases import SHAPES, Case, Shape, operator_names
 from benchmarks.roofline import Ceilings, Floor, floor, measure_ceilings
 from benchmarks.timing import CpuClock
-from tritoncaps import testing
+from tritoncaps import _operators, testing
 
 CPU = torch.device("cpu")
 
@@ -141,6 +141,31 @@ def test_ceilings_come_from_a_copy_and_a_product():
     # From the slowest computer that runs torch to ten times the fastest one.
     assert 1e8 < ceilings.copy_bytes_per_second < 1e14
     assert 1e8 < ceilings.gemm_flops_per_second["fp32"] < 1e16
+    for rate in ceilings.onednn_flops_per_second.values():
+        assert 1e8 < rate < 1e16
+
+
+def test_the_faster_of_two_libraries_is_the_ceiling():
+    product = Floor(0, 100)
+    assert Ceilings(1.0, {"fp32": 10.0}, {"fp32": 20.0}).seconds(product, "fp32") == 5
+    assert Ceilings(1.0, {"fp32": 10.0, "bf16": 50.0}, {"fp32": 5.0}).seconds(product, "fp32") == 10
+
+
+@pytest.mark.parametrize(
+    ("op", "precision", "variant", "expected"),
+    [
+        ("fused_dynamic_routing", "bf16", "avx2", "native avx2"),
+        ("routing_pass", "fp32", None, "torch"),
+        ("fused_dynamic_routing", "fp64", "avx2", "torch"),
+        ("dynamic_routing", "fp32", "avx2", "torch"),
+    ],
+)
+def test_a_row_says_what_computed_it(monkeypatch, op, precision, variant, expected):
+    monkeypatch.setattr(_operators, "INTERPRETED", False)
+    monkeypatch.setattr("tritoncaps.backend_info", lambda: {"variant": variant})
+    case = Case(op, Shape(I, P, J, D), B, precision=precision)
+    assert rivals.backend(case, CPU) == expected
+    assert rivals.backend(case, torch.device("cuda")) == "triton"
 
 
 # Sweeps -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def test_a_missing_triton_means_no_kernels_and_other_missing_modules_are_errors(
 
         return import_module
 
-    find = _dispatch._kernels.__wrapped__
+    find = _dispatch.kernels.__wrapped__
     monkeypatch.setattr(_dispatch, "import_module", missing("triton"))
     assert find() is None
     monkeypatch.setattr(_dispatch, "import_module", missing("tritoncaps.kernels.squash"))
@@ -34,7 +34,7 @@ def test_a_refused_shape_takes_the_torch_path_with_one_warning(monkeypatch):
             raise LookupError("D=3 is too much for this test")
 
     monkeypatch.setattr(_dispatch, "INTERPRETED", True)
-    monkeypatch.setattr(_dispatch, "_kernels", lambda: Kernels)
+    monkeypatch.setattr(_dispatch, "kernels", lambda: Kernels)
     monkeypatch.setattr(_dispatch, "_warned", {})
     s = torch.ones(2, 3)
     with pytest.warns(UserWarning, match="squash_fwd runs without its Triton kernel: D=3"):

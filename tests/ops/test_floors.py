@@ -7,15 +7,15 @@ import pytest
 from torch.utils.flop_counter import flop_registry
 
 import tritoncaps
-from tritoncaps import _torch_path, ops, reference
+from tritoncaps import _native, _torch_path, ops, reference
 from tritoncaps.testing import OPERATORS
 
 PACKAGE = Path(tritoncaps.__file__).parent
-ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path")}
+ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path", "_native")}
 REGISTERED = {name: row for name, row in OPERATORS.items() if row.registered is not None}
 DIRECTIONS = ("fwd", "bwd")
-# Files of the torch path that several operators share.
-SHARED = {"_loop", "_passes", "_precision", "_slices"}
+# Files of the two paths of a CPU that several operators share.
+SHARED = {"_call", "_library", "_loop", "_passes", "_precision", "_slices"}
 
 
 def modules(room):
@@ -56,19 +56,30 @@ def test_the_torch_path_has_each_operator_and_no_more():
     assert exported(_torch_path) == set(REGISTERED)
 
 
-def test_the_kernels_are_those_of_the_torch_path():
+def check_twins(backend):
     """Names and arguments match, because a call goes to one or the other."""
+    for name in exported(backend):
+        for way in DIRECTIONS:
+            arguments = [
+                list(inspect.signature(getattr(module, f"{name}_{way}")).parameters)
+                for module in (backend, _torch_path)
+            ]
+            assert arguments[0] == arguments[1], f"{name}_{way}"
+
+
+def test_the_kernels_are_those_of_the_torch_path():
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     from tritoncaps import kernels
 
     assert exported(kernels) == set(REGISTERED)
-    for name in REGISTERED:
-        for way in DIRECTIONS:
-            arguments = [
-                list(inspect.signature(getattr(backend, f"{name}_{way}")).parameters)
-                for backend in (kernels, _torch_path)
-            ]
-            assert arguments[0] == arguments[1], f"{name}_{way}"
+    check_twins(kernels)
+
+
+def test_the_native_kernels_are_some_of_the_torch_path():
+    operators = exported(_native)
+    assert operators == modules("_native")
+    assert operators < set(REGISTERED)
+    check_twins(_native)
 
 
 @pytest.mark.parametrize("name", REGISTERED)

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from calls import CALLS
 
-from tritoncaps import ops
+from tritoncaps import _native, ops
 from tritoncaps._operators import INTERPRETED, _dispatch
 from tritoncaps.testing import draw_inputs, evaluate
 
@@ -180,6 +181,40 @@ print(count, "from workers")
 """
 
 
+# Large enough for several threads, which torch then has started too.
+NATIVE = """
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch
+from tritoncaps import ops, reference
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+def route():
+    return ops.fused_dynamic_routing(u, weight)
+
+torch.manual_seed(0)
+u, weight = torch.randn(16, 200, 8), torch.randn(200, 8, 10, 16)
+torch.randn(4_000_000).exp()
+begun = tasks()
+expected = route()
+torch.testing.assert_close(expected, reference.fused_dynamic_routing(u, weight))
+print("threads started:", tasks() - begun)
+maps = Path("/proc/self/maps").read_text().split()
+print("OpenMP libraries:", len({word for word in maps if "libgomp" in word or "libomp" in word}))
+with ThreadPoolExecutor(2) as pool:
+    for result in pool.map(lambda _: route(), range(8)):
+        assert torch.equal(result, expected)
+print("two callers at once")
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(route(), expected) else 1)
+print("child:", os.waitpid(child, 0)[1])
+"""
+
+
 def run_script(script, **environment):
     """Run Python code in its own process group, which is killed if it hangs."""
     # Python 3.12 warns about what is tested here, a fork of a process that has threads.
@@ -214,6 +249,14 @@ def test_forked_workers_use_the_operators_after_their_parent():
     """With two threads per process, because a fork cannot copy its parent's thread pool."""
     output = run_script(WORKERS, OMP_NUM_THREADS="2", CUDA_VISIBLE_DEVICES="")
     assert "16 from workers" in output
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the threads")
+@pytest.mark.skipif(_native.library() is None, reason="there are no native kernels")
+def test_native_kernels_share_the_threads_of_torch_and_survive_a_fork():
+    output = run_script(NATIVE, OMP_NUM_THREADS="2")
+    expected = ["threads started: 0", "OpenMP libraries: 1", "two callers at once", "child: 0"]
+    assert output.splitlines() == expected
 
 
 # On a GPU -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The one rule that chooses the backend of a call.
 
-The backends are `tritoncaps.kernels` and `tritoncaps._torch_path`. Both define functions with the
-same names and signatures, `<operator>_fwd` and `<operator>_bwd`.
+The backends are `tritoncaps.kernels`, `tritoncaps._native` and `tritoncaps._torch_path`. All define
+functions with the same names and signatures, `<operator>_fwd` and `<operator>_bwd`.
 """
 
 import os
@@ -15,18 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritoncaps import _native
+
 # Read once: Triton itself decides at import whether its kernels are interpreted.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "False")
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function of the torch path, or its twin among the Triton kernels.
+    """Call a function of the torch path, or its twin in another backend.
 
-    The kernels run CUDA and ROCm tensors, and with TRITON_INTERPRET=1 also CPU tensors. The torch
-    path runs on every other device, on platforms without Triton, for operators without a kernel,
-    and for shapes that no launch fits. In the last two cases the user is warned once. Autocast is
-    off inside. It has already cast at the operator's boundary, and a backward may run outside the
-    autocast block of its forward.
+    The Triton kernels run CUDA and ROCm tensors, and with TRITON_INTERPRET=1 also CPU tensors. The
+    native kernels run those CPU tensors that they take. The torch path runs everything else: other
+    devices and dtypes, platforms without Triton, operators without a kernel, and shapes that no
+    launch fits. In the last two cases the user of a GPU is warned once. Autocast is off inside. It
+    has already cast at the operator's boundary, and a backward may run outside the autocast block
+    of its forward.
     """
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     device_type = tensor.device.type
@@ -34,22 +37,24 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
         with torch.autocast(device_type, enabled=False):
             return run(function, *args)
     wants_kernels = tensor.is_cuda or (INTERPRETED and device_type == "cpu")
-    kernels = _kernels() if wants_kernels else None
-    if kernels is not None:
-        name = function.__name__
-        kernel = getattr(kernels, name, None)
+    triton = kernels() if wants_kernels else None
+    name = function.__name__
+    if triton is not None:
+        kernel = getattr(triton, name, None)
         if kernel is None:
             _warn_once(f"{name} has no Triton kernel and runs in plain torch")
             return function(*args)
         try:
             return kernel(*args)
-        except kernels.REFUSALS as reason:
+        except triton.REFUSALS as reason:
             _warn_once(f"{name} runs without its Triton kernel: {reason}")
+    elif _native.takes(tensor):
+        function = getattr(_native, name, function)
     return function(*args)
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def kernels() -> ModuleType | None:
     """The Triton kernels, or None on a platform without Triton."""
     try:
         return import_module("tritoncaps.kernels")

@@ -1,0 +1,228 @@
+"""The routing in C++: every variant is right, whatever the number of threads and the sizes."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from tritoncaps import _native, _torch_path
+from tritoncaps._native import _call, _library
+from tritoncaps._operators import INTERPRETED
+from tritoncaps.testing import OPERATORS, cases, compare, compare_inputs, draw_inputs, normal
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
+
+CPU = torch.device("cpu")
+MB = 1 << 20
+DTYPES = (torch.float32, torch.bfloat16)
+ROUTINGS = [OPERATORS["fused_dynamic_routing"], OPERATORS["routing_pass"]]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
+def variant(request, monkeypatch):
+    """Run the operators with one variant of the library."""
+    monkeypatch.setenv("TRITONCAPS_CPU", request.param)
+    forget()
+    try:
+        _library.library()
+    except RuntimeError as reason:
+        pytest.skip(str(reason))
+    else:
+        yield request.param
+    finally:
+        monkeypatch.undo()
+        forget()
+
+
+def forget():
+    """Forget which library was loaded."""
+    for cached in (_library.found, _call.function):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def set_threads():
+    """Set the threads of torch until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Call:
+    """Both operators with all their options, forward and backward."""
+
+    sizes: dict[str, int]
+    dtype: torch.dtype = torch.float32
+    iterations: int = 3
+    leaky: bool = True
+    gradient: str = "full"
+    scale: float = 1.0
+
+    def inputs(self):
+        options = {"sizes": self.sizes, "dtype": self.dtype, "scale": self.scale}
+        return {row.name: draw_inputs(row, **options) for row in ROUTINGS}
+
+    def results(self, inputs, path=_native):
+        """Every result and gradient, by name."""
+        B, I, J, D = (self.sizes[axis] for axis in "BIJD")
+        grad = normal(B, J, D, seed=1, dtype=self.dtype)
+        grad_coupling = normal(B, I, J, seed=1, dtype=self.dtype)
+        u, weight, prior, pose_bias = inputs["fused_dynamic_routing"].values()
+        v, coupling, sums = path.fused_dynamic_routing_fwd(
+            u, weight, prior, pose_bias, self.iterations, self.leaky, "v", True
+        )
+        grads = path.fused_dynamic_routing_bwd(
+            grad,
+            grad_coupling if self.gradient == "full" else None,
+            *(u, weight, prior, pose_bias, sums, self.leaky, self.gradient, "v"),
+        )
+        u, weight, pose, prior, bias = inputs["routing_pass"].values()
+        s, pass_coupling = path.routing_pass_fwd(u, weight, pose, prior, bias, self.leaky, True)
+        pass_grads = path.routing_pass_bwd(
+            grad, grad_coupling, u, weight, pose, prior, bias, self.leaky
+        )
+        fused = dict(zip(("v", "coupling", "sums"), (v, coupling, sums), strict=True))
+        fused |= dict(zip(("du", "dweight", "dprior", "dpose_bias"), grads, strict=True))
+        one_pass = {"s": s, "coupling of the pass": pass_coupling}
+        names = ("du", "dweight", "dpose", "dprior", "dbias")
+        one_pass |= {f"{n} of the pass": x for n, x in zip(names, pass_grads, strict=True)}
+        return fused | one_pass
+
+
+def sizes_of(B, I, P, J, D):
+    return {"B": B, "I": I, "P": P, "J": J, "D": D}
+
+
+@pytest.mark.parametrize("operator", ROUTINGS, ids=str)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_agrees(operator, data):
+    """Values and gradients obey the 2x rule, for odd sizes, all options and any strides."""
+    compare(operator, data.draw(cases(operator, DTYPES)), CPU)
+
+
+# Sizes beyond those that the tests of the table draw.
+LARGE = {
+    "several groups and rounds of images": sizes_of(21, 512, 2, 100, 4),
+    "prediction vectors computed anew": sizes_of(5, 70, 2, 1000, 33),
+    "one image and many input capsules": sizes_of(1, 1152, 3, 10, 16),
+    "poses of 64": sizes_of(9, 20, 64, 3, 64),
+}
+
+
+@pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("operator", ROUTINGS, ids=str)
+def test_large_sizes(operator, sizes):
+    inputs = draw_inputs(operator, sizes, dtype=torch.float32, scale=0.3)
+    compare_inputs(operator, inputs, operator.defaults | {"return_coupling": True})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        sizes_of(1, 200, 8, 10, 16),  # the threads share an image
+        sizes_of(5, 130, 8, 10, 20),  # and a group of images
+        sizes_of(70, 100, 8, 10, 16),  # each has its own groups
+        sizes_of(3, 70, 2, 1000, 33),  # prediction vectors are computed anew
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_threads(set_threads, sizes, dtype):
+    call = Call(sizes, dtype)
+    inputs = call.inputs()
+    by_threads = []
+    for threads in (1, 1, 2, 3):
+        set_threads(threads)
+        by_threads.append(call.results(inputs))
+    for results in by_threads[1:]:
+        for name, expected in by_threads[0].items():
+            assert_close(results[name], expected, rtol=0, atol=0, msg=f"{name} differs")
+
+
+SHARED = ("dweight", "dprior", "dpose_bias", "dbias")  # gradients that are sums over the images
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("D", [3, 16])
+def test_one_image_spoils_no_other(value, iterations, D):
+    """Values and gradients of the other images keep their bits."""
+    call = Call(sizes_of(9, 37, 3, 5, D), iterations=iterations)
+    inputs = call.inputs()
+    expected = call.results(inputs)
+    for tensors in inputs.values():
+        tensors["u"][4, 2, 1] = value
+    actual = call.results(inputs)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    for name, result in actual.items():
+        if name.startswith(SHARED):
+            assert result.isnan().any(), name
+            continue
+        axis = 1 if name == "sums" else 0
+        if iterations > 1 or name != "coupling":  # which is constant in the first iteration
+            assert not result.select(axis, 4).isfinite().all(), name
+        index = torch.tensor(others)
+        rest, same = result.index_select(axis, index), expected[name].index_select(axis, index)
+        assert_close(rest, same, rtol=0, atol=0, msg=f"{name} of another image differs")
+
+
+@pytest.mark.parametrize("D", [3, 16])
+def test_an_infinite_weight_spoils_its_own_row(D):
+    """A pass adds û_ij to s_j alone, so an infinity in W_ij leaves all but c_i and s_j finite."""
+    sizes = sizes_of(3, 37, 4, 5, D)
+    inputs = draw_inputs(OPERATORS["routing_pass"], sizes, dtype=torch.float32)
+    inputs["pose"].zero_()[:, 0, 0] = 1  # no agreement with row 2
+    inputs["weight"][36, 0, 2, 1] = float("inf")
+    s, _ = _native.routing_pass_fwd(*inputs.values(), leaky=False, return_coupling=False)
+    s_torch, _ = _torch_path.routing_pass_fwd(*inputs.values(), leaky=False, return_coupling=False)
+    assert_close(s.isfinite(), s_torch.isfinite())
+
+
+@pytest.mark.parametrize("length", [1e-42, 1e-38, 1e-30, 1.0, 1e19, 1e20, 1e25])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_extreme_lengths(length, iterations):
+    """The squash and its gradient, where squares of the sums overflow or vanish in float32."""
+    operator = OPERATORS["fused_dynamic_routing"]
+    inputs = draw_inputs(operator, sizes_of(3, 20, 1, 4, 5), dtype=torch.float32)
+    inputs["u"] *= length
+    inputs["pose_bias"] *= length
+    if length > 1:  # so that the agreements, û·v, stay in range
+        inputs["prior"] *= 0
+        iterations = 1
+    options = operator.defaults | {"iterations": iterations}
+    compare_inputs(operator, inputs, options)
+
+
+@pytest.mark.parametrize("axis", "BP")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_axes(axis, dtype):
+    call = Call(sizes_of(2, 3, 4, 5, 6) | {axis: 0}, dtype)
+    inputs = call.inputs()
+    assert_close(call.results(inputs), call.results(inputs, _torch_path))
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot forget the peak"
+)
+def test_memory_does_not_grow_with_the_prediction_vectors(set_threads):
+    """The prediction vectors would take 189 MB, and each of their gradients as much."""
+
+    def resident(which):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
+
+    set_threads(2)
+    call = Call(sizes_of(256, 1152, 2, 10, 16), iterations=1)
+    inputs = call.inputs()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    before = resident("VmRSS")
+    results = call.results(inputs)
+    own = sum(x.nbytes for x in results.values())
+    assert resident("VmHWM") - before < own + 48 * MB

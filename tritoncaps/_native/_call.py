@@ -1,0 +1,62 @@
+"""Calls a function of the library: pointers, sizes, threads."""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritoncaps._native._library import library, threads
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@cache
+def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int]:
+    """`tritoncaps_<name>` for a dtype. The signature has a letter an argument: pointer or int."""
+    native = library()
+    if native is None:
+        raise RuntimeError(f"{name}: the native library is not built")
+    found = getattr(native, f"tritoncaps_{name}_{_SUFFIX[dtype]}")
+    found.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int}[letter] for letter in signature]
+    found.restype = ctypes.c_int
+    return found
+
+
+@cache
+def sizes(*n: int) -> Any:
+    """Turn sizes into an array of int64."""
+    return (ctypes.c_int64 * len(n))(*n)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor, which must outlive the call."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def raised(tensor: Tensor | None) -> Tensor | None:
+    """Make a tensor contiguous and float32."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def empty_like_float(tensor: Tensor | None) -> Tensor | None:
+    """Allocate the gradient of a tensor, float32."""
+    return None if tensor is None else tensor.new_empty(tensor.shape, dtype=torch.float32)
+
+
+def lowered(grad: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Round a gradient to the dtype of its tensor."""
+    return None if grad is None else grad.to(dtype)
+
+
+def workers(products: int) -> int:
+    """How many threads are worth starting for so many multiplications."""
+    return 1 if products < 200_000 else threads()
+
+
+def check(done: int, name: str) -> None:
+    """Raise if the call found no memory."""
+    if not done:
+        raise MemoryError(f"{name}: no memory for the temporaries of the routing")

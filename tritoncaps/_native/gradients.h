@@ -1,0 +1,187 @@
+// From the gradient of û to those of u, W and of values of pairs.
+//
+// dû_ij is a sum of products: Σ_t a⁽ᵗ⁾_ij x⁽ᵗ⁾_j, a coefficient of each pair times a vector of each
+// output capsule. A first walk, image by image, leaves both factors (`Terms`). A second walk, input
+// capsule by input capsule, multiplies them for eight images at a time, and contracts dû at once:
+//
+//     du_i = Σ_j W_ij dû_ij,   dW_ij = Σ_b u_i ⊗ dû_ij
+//
+// So dû is never in memory, and every sum over the batch runs in the order of the images, whatever
+// the number of threads.
+#pragma once
+
+#include "votes.h"
+
+namespace {
+
+// The factors of a round of images: as many as fit 16 MB or an eighth of the weight.
+struct Terms {
+  const Sizes& d;
+  int64_t products;  // terms of dû with a coefficient for each pair
+  bool uniform;      // one vector more, without a coefficient
+  int64_t stored;    // coefficients kept: those of the products, and some to be summed only
+  int64_t round;     // images
+  Buffer<vf> coefficients, vectors;
+
+  Terms(const Sizes& d, int64_t products, bool uniform, int64_t stored)
+      : d(d), products(products), uniform(uniform), stored(stored), round(images(d, stored, products + uniform)),
+        coefficients(round * stored * d.blocks * d.J), vectors(round * (products + uniform) * d.NV) {}
+
+  bool allocated() const { return coefficients.values && vectors.values; }
+  vf* coefficient(int64_t image, int64_t term, int64_t block) const {
+    return coefficients.values + ((image * stored + term) * d.blocks + block) * d.J;
+  }
+  vf* vector(int64_t image, int64_t term) const {
+    return vectors.values + (image * (products + uniform) + term) * d.NV;
+  }
+
+ private:
+  static int64_t images(const Sizes& d, int64_t stored, int64_t vectors) {
+    const int64_t bytes = (stored * d.blocks * d.J + vectors * d.NV) * int64_t(sizeof(vf));
+    const int64_t most = std::max<int64_t>(16 << 20, d.I * d.P * d.J * d.D / 2);
+    const int64_t n = std::clamp<int64_t>(most / std::max<int64_t>(1, bytes), 1, d.B);
+    return n == d.B || n < 4 ? n : n < 8 ? 4 : n - n % 8;
+  }
+};
+
+constexpr int64_t SIDE_BY_SIDE = 8;  // images whose dû exist at once
+
+// out_j += Σ_t a⁽ᵗ⁾_j x⁽ᵗ⁾_j of N terms.
+template <int N> inline void add_terms(const float* a, int64_t a_stride, const vf* x, vf* out, const Sizes& d) {
+  for (int64_t j = 0; j < d.J; j++)
+    for (int64_t k = j * d.Dv; k < (j + 1) * d.Dv; k++) {
+      vf sum = out[k];
+      for (int t = 0; t < N; t++) sum += x[t * d.NV + k] * a[t * a_stride + j * L];
+      out[k] = sum;
+    }
+}
+
+// dû of n images and input capsule i, (n, NV).
+inline void vote_gradients(const Terms& terms, int64_t image, int64_t n, int64_t i, vf* out) {
+  const Sizes& d = terms.d;
+  const int64_t stride = d.blocks * d.J * L;  // between the coefficients of two terms
+  for (int64_t m = image; m < image + n; m++, out += d.NV) {
+    if (terms.uniform)
+      memcpy(static_cast<void*>(out), terms.vector(m, terms.products), d.NV * sizeof(vf));
+    else
+      clear(out, d.NV);
+    for (int64_t t = 0; t < terms.products; t += 4) {
+      const float* a = floats(terms.coefficient(m, t, i / L)) + i % L;
+      const vf* x = terms.vector(m, t);
+      switch (terms.products - t) {
+        case 1: add_terms<1>(a, stride, x, out, d); break;
+        case 2: add_terms<2>(a, stride, x, out, d); break;
+        case 3: add_terms<3>(a, stride, x, out, d); break;
+        default: add_terms<4>(a, stride, x, out, d);
+      }
+    }
+  }
+}
+
+// du before its sum over lanes: acc (n, P) vectors, Σ over the vectors of W_ip · dû. A long row is
+// summed in runs, which keeps the roundings few.
+template <int N, int R, class T>
+inline void pose_tile(const T* W, const vf* grad, int64_t m, int64_t p, vf* acc, const Sizes& d) {
+  constexpr int64_t RUN = 128;
+  for (int64_t from = 0; from < d.NV; from += RUN) {
+    const int64_t to = std::min(from + RUN, d.NV);
+    vf a[N][R];
+    for (int k = 0; k < N; k++)
+      for (int e = 0; e < R; e++) a[k][e] = vf{};
+    for (int64_t v = from; v < to; v++)
+      for (int e = 0; e < R; e++) {
+        const vf y = load(W + ((p + e) * d.NV + v) * L);
+        for (int k = 0; k < N; k++) a[k][e] += y * grad[(m + k) * d.NV + v];
+      }
+    for (int k = 0; k < N; k++)
+      for (int e = 0; e < R; e++) {
+        vf& sum = acc[(m + k) * d.P + p + e];
+        sum = from ? sum + a[k][e] : a[k][e];
+      }
+  }
+}
+template <int N, int R, class T>
+inline void pose_rows(const T* W, const vf* grad, int64_t m, vf* acc, const Sizes& d) {
+  int64_t p = 0;
+  for (; p + R <= d.P; p += R) pose_tile<N, R>(W, grad, m, p, acc, d);
+  for (; p < d.P; p++) pose_tile<N, 1>(W, grad, m, p, acc, d);
+}
+template <class T> inline void pose_gradients(const T* W, const vf* grad, int64_t n, vf* acc, const Sizes& d) {
+  int64_t m = 0;
+  for (; m + 4 <= n; m += 4) pose_rows<4, 2>(W, grad, m, acc, d);
+  for (; m < n; m++) pose_rows<1, 8>(W, grad, m, acc, d);
+}
+
+// dW_i += Σ u_p ⊗ dû of N images. u is (P, SIDE_BY_SIDE): the images of a component side by side.
+template <int N>
+inline void add_weight_gradient(const vf* grad, const float* u, float* out, bool fresh, const Sizes& d) {
+  for (int64_t v = 0; v < d.NV; v++) {
+    vf y[N];
+    for (int m = 0; m < N; m++) y[m] = grad[m * d.NV + v];
+    for (int64_t p = 0; p < d.P; p++) {
+      float* o = out + (p * d.NV + v) * L;
+      vf a = fresh ? vf{} : load(o), b = {};
+      for (int m = 0; m < N; m++) (m % 2 ? b : a) += y[m] * u[p * SIDE_BY_SIDE + m];
+      store(o, a + b);
+    }
+  }
+}
+
+// Vectors of scratch for `contract`.
+inline int64_t contract_scratch(const Sizes& d) {
+  return SIDE_BY_SIDE * d.NV + SIDE_BY_SIDE * d.P + L + d.P * d.NV + 2 * (SIDE_BY_SIDE * d.P / L + 2);
+}
+
+// Of block k and the images [first, first + n): du, and dW, which grows from round to round.
+template <class T>
+void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const Terms& terms, T* grad_u,
+              float* grad_w, vf* rows, vf* scratch) {
+  const Sizes& d = terms.d;
+  const int64_t P = d.P, JD = d.J * d.D;
+  vf *grad = scratch, *acc = grad + SIDE_BY_SIDE * d.NV, *padded = acc + SIDE_BY_SIDE * P + L;
+  float *poses = floats(padded + P * d.NV), *du = poses + (SIDE_BY_SIDE * P / L + 1) * L;
+  u += first * d.I * P, grad_u += first * d.I * P;
+
+  const auto contract_images = [&](const auto* W, int64_t i, int64_t m, int64_t some, bool fresh, float* dW) {
+    for (int64_t e = 0; e < some; e++)
+      for (int64_t p = 0; p < P; p++) poses[p * SIDE_BY_SIDE + e] = raise(u[((m + e) * d.I + i) * P + p]);
+    vote_gradients(terms, m, some, i, grad);
+    pose_gradients(W, grad, some, acc, d);
+    clear(acc + some * P, L);
+    for (int64_t q = 0; q < some * P; q += L) store(du + q, reduce(acc + q));
+    for (int64_t e = 0; e < some; e++)
+      for (int64_t p = 0; p < P; p++) put(grad_u[((m + e) * d.I + i) * P + p], du[e * P + p]);
+    int64_t e = 0;
+    if (some == 8) add_weight_gradient<8>(grad, poses, dW, fresh, d), e = 8;
+    if (some - e >= 4) add_weight_gradient<4>(grad, poses, dW, fresh, d), e = 4;
+    for (; e < some; e++) add_weight_gradient<1>(grad + e * d.NV, poses + e, dW, fresh && e == 0, d);
+  };
+  for (int64_t i = k * L; i < k * L + d.rows(k); i++) {
+    prefetch_weight(w, i, d);
+    float* dW = grad_w + i * P * JD;
+    if (d.padded() && first)
+      for (int64_t p = 0; p < P; p++) pad(dW + p * JD, padded + p * d.NV, d);
+    with_weight(w, i, rows, d, [&](const auto* W) {
+      for (int64_t m = 0; m < n; m += SIDE_BY_SIDE)
+        contract_images(W, i, m, std::min(SIDE_BY_SIDE, n - m), first + m == 0, d.padded() ? floats(padded) : dW);
+    });
+    if (d.padded())
+      for (int64_t p = 0; p < P; p++) unpad(padded + p * d.NV, dW + p * JD, d);
+  }
+}
+
+// Of block k: the sum over n images of the coefficients from, from + step, ..., added to (I, J).
+inline void add_coefficients(const Terms& terms, int64_t from, int64_t step, int64_t k, int64_t n, bool fresh,
+                             float* pairs, vf* total) {
+  const Sizes& d = terms.d;
+  clear(total, d.J);
+  if (!fresh) add_pairs(total, k, pairs, d);
+  for (int64_t m = 0; m < n; m++)
+    for (int64_t t = from; t < terms.stored; t += step) {
+      const vf* a = terms.coefficient(m, t, k);
+      for (int64_t j = 0; j < d.J; j++) total[j] += a[j];
+    }
+  put_pairs(total, k, pairs, d);
+}
+
+}  // namespace

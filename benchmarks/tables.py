@@ -92,7 +92,7 @@ def chosen_rows(device: dict[str, Any]) -> list[tuple[str, Times]]:
         # If a shape was timed in several ways, take the first, which has the usual batch size.
         times = _by_rival([row for row in group if row["case"] == group[0]["case"]], "median_s")
         if "eager" in times and own(times) in times:
-            name = f"{shape} ({group[0]['I']} → {group[0]['J']} capsules), batch {batch}"
+            name = f"{shape} ({group[0]['I']} → {group[0]['J']} capsules), batch {group[0]['B']}"
             rows.append((f"{name}, {PHASES[phase]}", times))
     names = {"einsum port": "eager", "compiled port": "compile", "tritoncaps": "torch path"}
     for precision in README_STEPS:

@@ -145,7 +145,7 @@ def test_the_page_on_speed_shows_every_row_even_if_tritoncaps_is_slower(results)
     ):
         assert line in block
     assert "than compiled einsum in 3 of 21 calls" in block
-    lines = [line for line in block.splitlines() if "backward" in line or "forward |" in line]
+    lines = [line for line in block.splitlines() if "backward" in line or ", forward" in line]
     assert len([line for line in lines if ", fp32, " in line]) == 21
 
 

@@ -7,9 +7,11 @@
 Each picture shows one digit, dark on bright or bright on dark. It is made like an image of MNIST
 (see `tritoncaps.data.prepare_digit`). A network that was trained on other images gets them resized.
 
-predictions.png shows what the network saw, over what it decodes from the capsule of its answer.
+predictions.png shows what the network saw, over what it decodes from the capsule of its answer, in
+rows of up to 16 images.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from engine.flags import flag, parse
+from engine.runtime import choose_runtime
 from tritoncaps._files import CheckpointError, atomic_write
 from tritoncaps.data import DatasetError, read_digit, to_float
 from tritoncaps.data.image_pixels import read_image, read_images
@@ -27,6 +30,7 @@ from tritoncaps.models import CapsuleOutput, PretrainedCfg, load_model
 # The data sets whose images are made as `read_digit` makes them.
 _DIGITS = ("mnist", "digits")
 _ENLARGED = 4
+_MOST_IN_A_ROW = 16
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,14 @@ def main(argv: list[str] | None = None) -> int:
 @torch.inference_mode()
 def predict(what: Predict) -> None:
     """Read the images, print what they show, and draw what the network decodes."""
-    model = load_model(what.model, device=what.device)
+    device = choose_runtime(what.device).device
+    if Path(what.picture).resolve() in {Path(path).resolve() for path in what.images}:
+        raise ValueError(f"--picture {what.picture} would replace an image: give another name")
+    model = load_model(what.model, device=device)
     cfg = model.pretrained_cfg
     assert isinstance(cfg, PretrainedCfg)
     images = torch.stack([read(path, cfg) for path in what.images])
-    output: CapsuleOutput = model(images.to(what.device))
+    output: CapsuleOutput = model(images.to(device))
     names = cfg.class_names or tuple(map(str, range(output.activations.shape[1])))
     width = max(map(len, what.images))
     for path, activations in zip(what.images, output.activations.cpu(), strict=True):
@@ -94,11 +101,15 @@ def read(path: str, cfg: PretrainedCfg) -> Tensor:
 
 
 def draw(images: Tensor, decoded: Tensor, path: Path) -> None:
-    """Draw each image, (N, C, H, W), over its reconstruction."""
+    """Draw each image, (N, C, H, W), over its reconstruction, in rows."""
     from PIL import Image
 
-    tiles = nn.functional.pad(torch.stack([images, decoded]), (0, 1, 0, 1), value=1.0)
-    pixels = rearrange(tiles, "two n c h w -> (two h) (n w) c")
+    tiles = nn.functional.pad(torch.stack([images, decoded], dim=1), (0, 1, 0, 1), value=1.0)
+    rows = math.ceil(len(tiles) / _MOST_IN_A_ROW)
+    tiles = nn.utils.rnn.pad_sequence(
+        list(tiles.tensor_split(rows)), batch_first=True, padding_value=1.0
+    )
+    pixels = rearrange(tiles, "r n two c h w -> (r two h) (n w) c")
     pixels = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels.expand(-1, -1, 3).contiguous()
     height, width = pixels.shape[:2]

@@ -1,15 +1,24 @@
 """The networks, by class or by name."""
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 from torch import nn
 
 from tritoncaps._files import CheckpointError
-from tritoncaps.models._load import HUB, LOCAL, build, load_model, read_pretrained, read_source
+from tritoncaps.models._load import (
+    HUB,
+    LOCAL,
+    build,
+    fitted,
+    load_model,
+    read_pretrained,
+    read_source,
+)
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import CapsuleOutput
-from tritoncaps.models._pretrained import PretrainedCfg, did_you_mean, find, registry
+from tritoncaps.models._pretrained import PretrainedCfg, did_you_mean, find, registry, split_name
 from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
@@ -85,46 +94,54 @@ def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn
         raise TypeError(
             f"create_model: pretrained must be a bool or a tag, got {type(pretrained).__name__}"
         )
-    saved = defaults = None
+    saved = None
+    defaults: Mapping[str, Any] = {}
     if name.startswith((HUB, LOCAL)):
         if isinstance(pretrained, str):
             raise ValueError(f"create_model: {name} has no tags, got pretrained={pretrained!r}")
         saved = read_source("create_model", name, None)
-        model, defaults = saved.config["model"], saved.config.get("model_kwargs", {})
-        _check_model(model)
+        model, defaults = saved.config["model"], saved.config["model_kwargs"]
+        if not pretrained:
+            fitted("create_model", saved)
     else:
-        model, _, tag = name.partition(".")
-        _check_model(model)
+        model, tag = split_name(name)
+        _check_name(model or name)
         if isinstance(pretrained, str):
-            if tag and tag != pretrained:
+            if tag not in (None, pretrained):
                 raise ValueError(
                     f"create_model: the name asks for the weights {tag!r} and pretrained for "
                     f"{pretrained!r}; give one of them"
                 )
             tag = pretrained
-        if tag or pretrained:
+        if tag is not None or pretrained:
             cfg = find("create_model", model, tag)
             defaults = cfg.model_kwargs
             saved = read_pretrained("create_model", cfg) if pretrained else None
-    _check_known(model, kwargs)
     if pretrained and saved is not None:
         return build("create_model", saved, kwargs).eval()
-    return _MODELS[model](**{**(defaults or {}), **kwargs})
+    return new_model(model, **{**defaults, **kwargs})
 
 
-def _check_model(model: Any) -> None:
+# Positional only, because a file may claim an argument called `name`.
+def new_model(name: Any, /, **kwargs: Any) -> nn.Module:
+    """Build a model without trained weights.
+
+    Raises:
+        TypeError, ValueError: there is no such model, or it has no such arguments.
+    """
+    _check_name(name)
+    known = list(signature(_MODELS[name]).parameters)
+    for argument in kwargs:
+        if argument not in known:
+            hint = did_you_mean(argument, known) or f"; it has {', '.join(known)}"
+            raise TypeError(f"create_model: {name} has no argument {argument!r}{hint}")
+    return _MODELS[name](**kwargs)
+
+
+def _check_name(name: Any) -> None:
     """Raise ValueError for a model that is not known."""
-    if not isinstance(model, str) or model not in _MODELS:
-        hint = did_you_mean(str(model), _MODELS)
+    if not isinstance(name, str) or name not in _MODELS:
+        hint = did_you_mean(str(name), _MODELS)
         raise ValueError(
-            f"create_model: no model is named {model!r}, there are {', '.join(list_models())}{hint}"
+            f"create_model: no model is named {name!r}, there are {', '.join(list_models())}{hint}"
         )
-
-
-def _check_known(model: str, kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for an argument that the class of the model does not have."""
-    known = list(signature(_MODELS[model]).parameters)
-    for name in kwargs:
-        if name not in known:
-            hint = did_you_mean(name, known) or f"; it has {', '.join(known)}"
-            raise TypeError(f"create_model: {model} has no argument {name!r}{hint}")

@@ -65,8 +65,8 @@ def _explained(function: str, repo_id: str) -> Iterator[Any]:
         yield huggingface_hub
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name, and for a "
-            f"directory that exists its path ({_first_line(error)})"
+            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name, or the "
+            f"path of an existing directory ({_first_line(error)})"
         ) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(
@@ -82,15 +82,22 @@ def _explained(function: str, repo_id: str) -> Iterator[Any]:
         raise CheckpointError(
             f"{function}: {repo_id} has no such revision: {_first_line(error)}"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{function}: {repo_id} was not downloaded before, and the Hub cannot be reached: "
             "connect to a network, or copy the repository here and give local-dir:PATH "
             f"({_first_line(error)})"
         ) from error
-    except (OSError, errors.EntryNotFoundError) as error:  # HTTP errors are OSErrors
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
         raise CheckpointError(
             f"{function}: the Hub refused {repo_id}: {_first_line(error)}"
+        ) from error
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # such as those of the HTTP library, which differs by release
+        raise CheckpointError(
+            f"{function}: {repo_id} cannot be exchanged with the Hub: check the network, or use a "
+            f"directory ({type(error).__name__}: {_first_line(error)})"
         ) from error
 
 

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from tritoncaps._files import CheckpointError, read_sealed
 from tritoncaps.models._hub import CONFIG, WEIGHTS, download
 from tritoncaps.models._mixin import PretrainedMixin, name_of
-from tritoncaps.models._pretrained import FOLDER, PretrainedCfg, find, registry
+from tritoncaps.models._pretrained import (
+    FOLDER,
+    PretrainedCfg,
+    did_you_mean,
+    find,
+    registry,
+    split_name,
+)
 
 # In a run directory: the best weights, and the last checkpoint.
 _BEST, _LAST = "model_best.safetensors", "last.safetensors"
@@ -26,7 +33,10 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 
 
 class Saved(NamedTuple):
-    """Weights, the file that they were read from, and the arguments of `create_model`."""
+    """Weights, the file that they were read from, and what describes their model.
+
+    `config` always has the entries ``model`` and ``model_kwargs``, the arguments of `create_model`.
+    """
 
     file: Path
     config: Mapping[str, Any]
@@ -34,7 +44,7 @@ class Saved(NamedTuple):
 
 
 def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") -> nn.Module:
-    """Load a trained model, in eval mode.
+    """Load a trained model, in eval mode and in torch's default dtype.
 
     Args:
         path: a run directory of ``examples/train_mnist.py``, one of its weight files, a directory
@@ -49,7 +59,7 @@ def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") ->
         TypeError: `path` is neither a str nor a Path.
         CheckpointError: the path or the directory's file does not exist, the file is damaged,
             nothing says which model to build, or the weights do not fit that model.
-        ValueError: the name is that of a model, with a tag that it does not have.
+        ValueError: the name is that of a model without trained weights, or without this tag.
         ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
 
     Example:
@@ -76,14 +86,16 @@ def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any
 
     Without `hub_options`, a repository needs the prefix ``hf-hub:``.
     """
+    from tritoncaps.models import list_models  # imported late, because it imports this module
+
     name = str(source)
     if name.startswith(HUB):
         return read(function, download(function, name.removeprefix(HUB), **(hub_options or {})))
     path = Path(name.removeprefix(LOCAL))
     if path.exists() or name.startswith(LOCAL) or isinstance(source, Path):
         return read(function, path)
-    model, _, tag = name.partition(".")
-    if model in {cfg.model for cfg in registry()} and path.suffix != ".safetensors":
+    model, tag = split_name(name)
+    if model in list_models() and path.suffix != ".safetensors":
         return read_pretrained(function, find(function, model, tag))
     if hub_options is not None:
         return read(function, download(function, name, **hub_options))
@@ -94,7 +106,7 @@ def read_pretrained(function: str, cfg: PretrainedCfg) -> Saved:
     """Read weights of the registry, from the package or from the Hub."""
     directory = FOLDER if cfg.file else download(function, cfg.hf_hub_id)
     saved = read(function, directory / (cfg.file or WEIGHTS))
-    return saved._replace(config=cfg.to_config())
+    return saved._replace(config={"model_kwargs": {}, **cfg.to_config()})
 
 
 def read(function: str, path: Path) -> Saved:
@@ -116,6 +128,9 @@ def _weights_file(function: str, path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{function}: {path} does not exist; give a run directory or a .safetensors file"
+            + did_you_mean(
+                str(path), [name for cfg in registry() for name in (cfg.model, cfg.name)]
+            )
         )
     if not path.is_dir():
         return path
@@ -147,7 +162,13 @@ def _config(function: str, file: Path, config: Any) -> Mapping[str, Any]:
             f"{function}: {source} has no entry 'model'; "
             'it should look like {"model": "capsnet", "model_kwargs": {}}'
         )
-    return config
+    kwargs = config.get("model_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise CheckpointError(
+            f"{function}: {source} has an entry 'model_kwargs' of type {type(kwargs).__name__}; it "
+            'should be the arguments of the model by name, as {"num_classes": 10}'
+        )
+    return {**config, "model_kwargs": kwargs}
 
 
 def build(
@@ -166,28 +187,16 @@ def build(
         CheckpointError: the file does not fit the model that it names.
         TypeError, ValueError: the changes are wrong, or the weights do not fit them.
     """
-    from tritoncaps.models import create_model  # imported late, because it imports this module
-
-    file, config, weights = saved
-    name, kwargs = config["model"], config.get("model_kwargs", {})
-    if cls is not None and name != name_of(cls):
-        raise CheckpointError(
-            f"{function}: {file} holds a model {name!r}, and {cls.__name__} is {name_of(cls)!r}; "
-            "load_model builds the right class of ours"
-        )
-    create: Callable[..., nn.Module] = cls or partial(create_model, name)
-    try:
-        # Build it first without memory, because a file may claim a model of any size.
-        with torch.device("meta"):
-            trained = create(**kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{function}: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
-        ) from error
-    if problems := _misfits(trained.state_dict(), weights):
-        raise CheckpointError(f"{function}: {file} does not fit {name}: {'; '.join(problems)}")
+    create, trained = fitted(function, saved, cls)
+    _, config, weights = saved
+    kwargs = config["model_kwargs"]
     known = getattr(trained, "init_arguments", None) or dict(kwargs)
-    changes = {key: value for key, value in changes.items() if value != known.get(key, ...)}
+    changes = {
+        key: value
+        for key, value in changes.items()
+        # The class has to refuse 10.0 and True, which are equal to 10 and 1.
+        if key not in known or type(value) is not type(known[key]) or value != known[key]
+    }
     renewed: set[str] = set()
     if changes:
         weights, renewed = _kept(function, saved, create, known, changes)
@@ -197,10 +206,42 @@ def build(
     model.load_state_dict(weights, strict=not renewed)
     if isinstance(model, PretrainedMixin):
         described = {**config, "model_kwargs": {**known, **changes}}
-        if renewed:
-            described["class_names"] = ()
+        if renewed:  # the rest tells of the weights that were left out
+            described |= {"class_names": (), "dataset": "", "description": ""}
         model.pretrained_cfg = PretrainedCfg.from_config(described)
     return model
+
+
+def fitted(
+    function: str, saved: Saved, cls: type[Any] | None = None
+) -> tuple[Callable[..., nn.Module], nn.Module]:
+    """Return what builds the model of a file, and the model itself on the device "meta".
+
+    A file may claim a model of any size. Here no memory is taken for it.
+
+    Raises:
+        CheckpointError: the file does not fit the model that it names.
+    """
+    from tritoncaps.models import new_model  # imported late, because it imports this module
+
+    file, config, weights = saved
+    name, kwargs = config["model"], config["model_kwargs"]
+    if cls is not None and name != name_of(cls):
+        raise CheckpointError(
+            f"{function}: {file} holds a model {name!r}, and {cls.__name__} is {name_of(cls)!r}; "
+            "load_model builds the right class of ours"
+        )
+    create: Callable[..., nn.Module] = cls or partial(new_model, name)
+    try:
+        with torch.device("meta"):
+            model = create(**kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{function}: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
+        ) from error
+    if problems := _misfits(model.state_dict(), weights):
+        raise CheckpointError(f"{function}: {file} does not fit {name}: {'; '.join(problems)}")
+    return create, model
 
 
 def _kept(
@@ -212,19 +253,19 @@ def _kept(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Return the weights that a changed model keeps, and the names of those that start anew."""
     name = saved.config["model"]
-    if "in_channels" in changes:
-        raise ValueError(
-            f"{function}: {name} was trained on images of {known.get('in_channels')} channels, and "
-            f"in_channels={changes['in_channels']!r} was asked for; convert the images, or train "
-            "a new model"
-        )
     wanted = {**known, **changes}
     with torch.device("meta"):
         changed = create(**wanted).state_dict()
         renewed: set[str] = set()
-        if "num_classes" in changes:
+        if "num_classes" in changes and "num_classes" in known:
             same = create(**{**wanted, "num_classes": known["num_classes"]}).state_dict()
             renewed = {key for key in changed if changed[key].shape != same[key].shape}
+    if "in_channels" in changes:
+        raise ValueError(
+            f"{function}: {name} was trained with in_channels={known.get('in_channels')}, and "
+            f"in_channels={changes['in_channels']!r} was asked for; convert the images, or train "
+            "a new model"
+        )
     weights = {
         key: value
         for key, value in saved.weights.items()
@@ -241,16 +282,24 @@ def _kept(
 
 
 def _misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """Say which weights are missing, unexpected or have the wrong shape."""
+    """Say which weights are missing, unexpected or have the wrong shape or kind of number."""
     shapes = [
         f"{name} is {tuple(weights[name].shape)} and must be {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
+    kinds = [
+        f"{name} is {weights[name].dtype} and must be floating-point"
+        for name in expected
+        if name in weights
+        and expected[name].is_floating_point()
+        and not weights[name].is_floating_point()
+    ]
     return [
         *_listed("it lacks ", [name for name in expected if name not in weights]),
         *_listed("the model has no ", [name for name in weights if name not in expected]),
         *_listed("", shapes),
+        *_listed("", kinds),
     ]
 
 

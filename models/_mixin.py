@@ -63,6 +63,7 @@ class PretrainedMixin:
 
         Raises:
             TypeError: JSON cannot hold an argument that built the model.
+            ValueError: there are not as many class names as classes.
             OSError: a file cannot be written.
         """
         self._save("save_pretrained", Path(save_directory), class_names, None)
@@ -92,11 +93,16 @@ class PretrainedMixin:
 
         Raises:
             CheckpointError: there is nothing usable, or it is a model of another class.
-            ValueError: the weights do not fit the changed arguments.
+            TypeError, ValueError: an argument is wrong, or the weights do not fit it.
             ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
         """
         from tritoncaps.models._load import build, read_source
 
+        if not isinstance(pretrained_model_name_or_path, (str, Path)):
+            raise TypeError(
+                "from_pretrained: pretrained_model_name_or_path must be a str or a Path, got "
+                f"{type(pretrained_model_name_or_path).__name__}"
+            )
         options = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -129,6 +135,7 @@ class PretrainedMixin:
             commit_message, private, token, branch, create_pr: as in huggingface_hub.
 
         Raises:
+            TypeError, ValueError: as for `save_pretrained`.
             ModuleNotFoundError: huggingface_hub is not installed.
             CheckpointError: the Hub cannot be reached, or refuses.
         """
@@ -152,6 +159,11 @@ class PretrainedMixin:
         cfg = describe(function, self)
         if class_names is not None:
             cfg = replace(cfg, class_names=tuple(class_names))
+            if cfg.num_classes not in (None, len(cfg.class_names)):
+                raise ValueError(
+                    f"{function}: class_names has {len(cfg.class_names)} names, and the model has "
+                    f"{cfg.num_classes} classes; give one for each"
+                )
         text = json.dumps(cfg.to_config(), indent=2, ensure_ascii=False) + "\n"
         directory.mkdir(parents=True, exist_ok=True)
         write_sealed(directory / WEIGHTS, self.state_dict(), {}, function=function)
@@ -235,12 +247,11 @@ def _card(model: nn.Module, cfg: PretrainedCfg, repo_id: str | None) -> str:
     if cfg.model == type(model).__qualname__:  # a class that `create_model` does not know
         load, imported = f'{kind}.from_pretrained("{repo_id or "PATH"}")', f"# import {kind} here"
     about = [f"`{kind}`, a capsule network of tritoncaps with {count:,} parameters."]
-    if cfg.description:
-        about.append(cfg.description)
-    if cfg.dataset:
-        about.append(f"Trained on {cfg.dataset}.")
+    if cfg.description or cfg.dataset:
+        about.append((cfg.description or f"Trained on {cfg.dataset}").removesuffix(".") + ".")
     if cfg.input_size:
-        about.append(f"It takes images {('B', *cfg.input_size)}: {cfg.scaling}.".replace("'", ""))
+        sizes = ", ".join(map(str, cfg.input_size))
+        about.append(f"It takes images (B, {sizes}): {cfg.scaling}.")
     if cfg.class_names:
         about.append(f"Its classes are {', '.join(cfg.class_names)}.")
     return "\n".join(

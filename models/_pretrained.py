@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ class PretrainedCfg:
         hf_hub_id: the repository ``owner/name`` on the Hugging Face Hub, where there is no file.
         dataset: what it was trained on.
         class_names: what each class stands for.
-        scaling: how pixels in 0 .. 255 become the model's input. There is neither a mean nor
-            a deviation to take off.
+        scaling: how pixels in 0 .. 255 become the model's input. No mean is subtracted.
         license: of the weights.
         description: one line.
         origin_url: where the weights were first published.
@@ -58,7 +57,8 @@ class PretrainedCfg:
     def from_config(cls, config: Mapping[str, Any]) -> PretrainedCfg:
         """Read the header of a run's weights, a config.json or an entry of the registry.
 
-        Other entries are left out, and so are those of a wrong type: they only describe.
+        Other entries are left out, and so are those of a wrong type, or class names of another
+        number than that of the classes: they only describe.
         """
         known: dict[str, Any] = {
             name: config[name] for name in _TEXTS if isinstance(config.get(name), str)
@@ -66,7 +66,9 @@ class PretrainedCfg:
         for name in _LISTS:
             if isinstance(items := config.get(name), (list, tuple)):
                 known[name] = tuple(map(str, items))
-        return cls(config["model"], config.get("model_kwargs", {}), **known)
+        cfg = cls(config["model"], config.get("model_kwargs", {}), **known)
+        is_named = cfg.num_classes in (None, len(cfg.class_names))
+        return cfg if is_named else replace(cfg, class_names=())
 
     def to_config(self) -> dict[str, Any]:
         """Return what is known, as plain values for JSON."""
@@ -84,12 +86,13 @@ class PretrainedCfg:
 
     @property
     def input_size(self) -> tuple[int, int, int] | None:
-        """(channels, height, width) of the images."""
+        """(channels, height, width) of the images, or None if the arguments do not say it."""
         channels, size = map(self.model_kwargs.get, ("in_channels", "image_size"))
-        if channels is None or size is None:
+        sides = size if isinstance(size, (tuple, list)) else (size, size)
+        shape: tuple[Any, ...] = (channels, *sides)
+        if len(shape) != 3 or not all(isinstance(side, int) for side in shape):
             return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return (channels, height, width)
+        return (shape[0], shape[1], shape[2])
 
 
 def registry() -> list[PretrainedCfg]:
@@ -98,8 +101,14 @@ def registry() -> list[PretrainedCfg]:
     return [PretrainedCfg.from_config(entry) for entry in entries]
 
 
-def find(function: str, model: str, tag: str) -> PretrainedCfg:
-    """Return the pretrained weights of a model, the default ones where the tag is "".
+def split_name(name: str) -> tuple[str, str | None]:
+    """Return the model and the tag of ``model.tag``. The tag is None if there is no dot."""
+    model, dot, tag = name.partition(".")
+    return model, tag if dot else None
+
+
+def find(function: str, model: str, tag: str | None) -> PretrainedCfg:
+    """Return the pretrained weights of a model, the default ones where the tag is None.
 
     Raises:
         ValueError: there are none, or none with this tag.
@@ -108,23 +117,22 @@ def find(function: str, model: str, tag: str) -> PretrainedCfg:
     own = {cfg.tag: cfg for cfg in known if cfg.model == model}
     if not own:
         others = ", ".join(cfg.name for cfg in known)
-        remedy = f"there are {others}, or " if others else ""
+        remedy = f"use {others}, or " if others else ""
         raise ValueError(
-            f"{function}: there are no pretrained weights of {model}; {remedy}train it, and read "
+            f"{function}: there are no pretrained weights of {model}; {remedy}train it and read "
             "the run with load_model"
         )
-    if not tag:
+    if tag is None:
         return next(iter(own.values()))
     if tag not in own:
-        names = ", ".join(cfg.name for cfg in own.values())
         raise ValueError(
-            f"{function}: {model} has no pretrained weights {tag!r}, there are "
-            f"{names}{did_you_mean(tag, own)}"
+            f"{function}: {model} has no pretrained weights with the tag {tag!r}, the tags are "
+            f"{', '.join(own)}{did_you_mean(tag, own)}"
         )
     return own[tag]
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """Return the end of an error that names the most similar name, if one is similar."""
-    close = get_close_matches(name, known, n=1)
+    """Return the end of an error that names the most similar of these lowercase names, if any."""
+    close = get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

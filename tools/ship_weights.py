@@ -12,6 +12,7 @@ Commit what is written.
 import argparse
 import csv
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def ship(options: argparse.Namespace) -> None:
     """Write the weights, the card and the registry's entry."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", options.tag):
+        raise ValueError(
+            f"--tag {options.tag!r} becomes a part of file names: use lowercase letters, digits, "
+            '"_", "-" and "."'
+        )
     runs = [read_run(directory) for directory in options.runs]
     check_alike(runs)
     directory, found = runs[0].directory, runs[0].accuracies
@@ -166,11 +172,12 @@ def read_run(directory: Path) -> Run:
                 {key: _number(value) for key, value in row.items() if value}
                 for row in csv.DictReader(file)
             ]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{directory} is no run of train_mnist.py: {error}") from error
-    run = Run(directory, args["args"], args["environment"], rows)
-    done = rows[-1]["epoch"] if rows else 0
-    if done != run.args["epochs"]:
+        run = Run(directory, args["args"], args["environment"], rows)
+        done = rows[-1]["epoch"] if rows else 0
+        is_done = done == run.args["epochs"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{directory} is no run of train_mnist.py: {error!r}") from error
+    if not is_done:
         raise ValueError(
             f"{directory} has finished {done} of {run.args['epochs']} epochs: go on with --resume"
         )

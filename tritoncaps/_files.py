@@ -64,7 +64,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = temporary_name(path)
     try:
-        with naming(path):
+        with naming(path, instead_of=temporary):
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
@@ -77,12 +77,16 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Add the file's name to an `OSError` without one, such as that of writing to a full disk."""
+def naming(path: str | Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Add the file's name to an `OSError` without one, such as that of writing to a full disk.
+
+    It also replaces the name `instead_of`, which means nothing to a user.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        is_hidden = instead_of is not None and error.filename == str(instead_of)
+        if error.errno is None or (error.filename is not None and not is_hidden):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

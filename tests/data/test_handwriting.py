@@ -91,10 +91,12 @@ def test_a_stroke_at_the_edge_and_a_single_pixel():
         ([[1]], TypeError, "pixels must be a Tensor, got list"),
         (torch.zeros(28, 28), ValueError, r"pixels must be \(1 or 3, H, W\), got \(28, 28\)"),
         (torch.zeros(1, 0, 5), ValueError, r"got \(1, 0, 5\)"),
+        (torch.full((1, 9, 9), float("nan")), ValueError, "pixels must be finite"),
         (torch.full((1, 9, 9), 77), DatasetError, "the picture is blank"),
+        (torch.rand(1, 9, 9), DatasetError, "blank: no pixel differs from its edge by 16 of 255"),
         (torch.ones(1, 1, 1), DatasetError, "the picture is blank"),
     ],
-    ids=["list", "axes", "empty", "blank", "one-pixel"],
+    ids=["list", "axes", "empty", "nan", "blank", "up-to-1", "one-pixel"],
 )
 def test_refused(pixels, kind, message):
     with pytest.raises(kind, match=message):

@@ -45,6 +45,18 @@ def test_it_prints_the_answers_and_draws_what_is_decoded(run, files, tmp_path, c
     torch.testing.assert_close(seen, predict.read_digit(files[0])[0], rtol=0, atol=0.01)
 
 
+def test_many_images_fill_rows(tmp_path):
+    images = torch.rand(18, 1, 28, 28)
+    predict.draw(images, images, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.size == (9 * 29 * 4, 4 * 29 * 4)
+    predict.draw(images[:17], images[:17], tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.size == (9 * 29 * 4, 4 * 29 * 4)
+        pixels = torch.frombuffer(bytearray(drawn.convert("L").tobytes()), dtype=torch.uint8)
+    assert (pixels.view(4 * 29 * 4, -1)[2 * 29 * 4 :, -29 * 4 :] == 255).all()  # no 18th
+
+
 def test_other_images_are_resized(tmp_path, capsys):
     images = {"num_classes": 2, "in_channels": 3, "image_size": 20}
     model = create_model("capsnet", reconstruction=False, **images, **KWARGS)
@@ -73,12 +85,17 @@ def test_colours_for_a_grey_network(tmp_path):
     [
         (["none.png"], "none.png does not exist"),
         (["FILE", "--model=none"], "load_model: none does not exist; give a run directory"),
-        (["FILE", "--picture=no/such/folder.png"], "No such file or directory"),
+        (
+            ["FILE", "--picture=no/such/folder.png"],
+            "No such file or directory: 'no/such/folder.png'",
+        ),
+        (["FILE", "--picture=FILE"], "would replace an image: give another name"),
+        (["FILE", "--device=tpu"], "--device tpu: not available here"),
     ],
-    ids=["image", "model", "picture"],
+    ids=["image", "model", "folder", "picture", "device"],
 )
 def test_errors(run, files, capsys, arguments, message):
-    arguments = [files[0] if argument == "FILE" else argument for argument in arguments]
+    arguments = [argument.replace("FILE", files[0]) for argument in arguments]
     if not any(argument.startswith("--model") for argument in arguments):
         arguments += ["--model", str(run)]
     assert predict.main(arguments) == 2

@@ -39,6 +39,12 @@ def test_self_attention_starts_short(I, J):
     assert 0.001 < lengths.mean() < 0.2
 
 
+@pytest.mark.parametrize("layer", [AttentionCapsules, InvertedAttentionCapsules])
+def test_the_coupling_is_asked_for_by_a_bool(layer):
+    with pytest.raises(TypeError, match="return_coupling must be a bool, got int"):
+        layer(6, 4, 3, 5)(torch.rand(2, 6, 4), return_coupling=1)
+
+
 def test_inverted_attention_with_matrix_poses(device):
     """Each row of a matrix pose is multiplied by the same matrix, 1e-6 from the einsum form."""
     torch.manual_seed(0)

@@ -59,7 +59,11 @@ def shipped(tmp_path, monkeypatch, trained):
     kwargs = {**KWARGS, "learned_prior": True, "in_channels": 1}
     entries = []
     for tag in ("mnist", "digits"):
-        cfg = PretrainedCfg("capsnet", kwargs, tag, f"capsnet.{tag}.safetensors", class_names=NAMES)
+        cfg = PretrainedCfg(
+            **{"model": "capsnet", "model_kwargs": kwargs, "class_names": NAMES, "tag": tag},
+            **{"file": f"capsnet.{tag}.safetensors", "dataset": tag},
+            **{"description": f"CapsNet, trained on {tag.upper()}"},
+        )
         entries.append(cfg.to_config())
         zeros = {name: torch.zeros_like(value) for name, value in trained.state_dict().items()}
         weights = trained.state_dict() if tag == "mnist" else zeros
@@ -154,12 +158,17 @@ class TestNames:
         [
             ("capsnt.mnist", {}, f"no model is named 'capsnt', there are {', '.join(list_models())}"
              "; did you mean 'capsnet'?"),
-            ("capsnet.mnits", {}, "capsnet has no pretrained weights 'mnits', there are "
-             "capsnet.mnist, capsnet.digits; did you mean 'mnist'?"),
-            ("capsnet", {"pretrained": "svhn"}, "there are capsnet.mnist, capsnet.digits"),
+            ("capsnet.mnits", {}, "capsnet has no pretrained weights with the tag 'mnits', the "
+             "tags are mnist, digits; did you mean 'mnist'?"),
+            ("capsnet.MNIST", {}, "did you mean 'mnist'?"),
+            ("capsnet.", {}, "no pretrained weights with the tag '', the tags are mnist, digits"),
+            ("capsnet", {"pretrained": ""}, "no pretrained weights with the tag ''"),
+            ("capsnet", {"pretrained": "capsnet.mnist"}, "the tags are mnist, digits"),
+            ("../capsnet", {"pretrained": True}, "no model is named '../capsnet'"),
+            ("capsnet", {"pretrained": "svhn"}, "the tags are mnist, digits"),
             ("capsnet.mnist", {"pretrained": "digits"}, "'mnist' and pretrained for 'digits'"),
-            ("deep_capsnet", {"pretrained": True}, "no pretrained weights of deep_capsnet; there "
-             "are capsnet.mnist, capsnet.digits, or train it"),
+            ("deep_capsnet", {"pretrained": True}, "no pretrained weights of deep_capsnet; use "
+             "capsnet.mnist, capsnet.digits, or train it"),
             ("local-dir:x", {"pretrained": "mnist"}, "local-dir:x has no tags"),
             ("capsnet", {"pretrained": 3}, "pretrained must be a bool or a tag, got int"),
             ("capsnet", {"pretrained": True, "chanels": 3}, "capsnet has no argument 'chanels'; "
@@ -187,6 +196,7 @@ class TestChangedArguments:
         assert model.routing.weight.std() > 0
         assert model.pretrained_cfg.class_names == ()
         assert model.pretrained_cfg.num_classes == 5
+        assert (model.pretrained_cfg.dataset, model.pretrained_cfg.description) == ("", "")
         other = create_model("capsnet", pretrained=True, num_classes=5)
         assert not torch.equal(other.routing.weight, model.routing.weight)
 
@@ -210,7 +220,7 @@ class TestChangedArguments:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"in_channels": 3}, "images of 1 channels, and in_channels=3 was asked for"),
+            ({"in_channels": 3}, "trained with in_channels=1, and in_channels=3 was asked for"),
             ({"image_size": 28}, r"do not fit image_size=28: routing\.weight is \(1, 8, 3, 16\) "
              r"and must be \(36, 8, 3, 16\), .*leave the argument out"),
             ({"pose_bias": True}, r"do not fit pose_bias=True: it lacks routing\.pose_bias"),
@@ -219,6 +229,15 @@ class TestChangedArguments:
     )  # fmt: skip
     def test_refused(self, shipped, changes, message):
         with pytest.raises(ValueError, match=f"create_model: .*{message}"):
+            create_model("capsnet", pretrained=True, **changes)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"num_classes": 3.0}, {"in_channels": True}, {"num_classes": torch.tensor([1, 2])}],
+        ids=str,
+    )
+    def test_what_is_equal_but_of_another_type_is_refused(self, shipped, changes):
+        with pytest.raises(TypeError, match=f"CapsNet: {next(iter(changes))} must be an int"):
             create_model("capsnet", pretrained=True, **changes)
 
 
@@ -263,6 +282,9 @@ class TestDirectories:
         assert (saved / "README.md").read_text() == "mine"
         cfg = load_model(saved).pretrained_cfg
         assert (cfg.name, cfg.class_names, cfg.file) == ("capsnet", NAMES, "")
+        model.save_pretrained(saved / "new")
+        card = (saved / "new" / "README.md").read_text()
+        assert "parameters. CapsNet, trained on MNIST. It takes" in card
 
     def test_a_model_of_a_user(self, tmp_path):
         model = Scores((2, 3), scale=2.0, bias=False)
@@ -271,6 +293,16 @@ class TestDirectories:
         assert 'Scores.from_pretrained("PATH")' in (tmp_path / "README.md").read_text()
         with pytest.raises(CheckpointError, match="no model is named 'Scores'"):
             load_model(tmp_path)
+
+    @pytest.mark.parametrize("image_size", [(3, 8, 8), 8.5, "8", None], ids=str)
+    def test_a_model_of_a_user_may_mean_something_else_by_image_size(self, tmp_path, image_size):
+        class Net(PretrainedMixin, nn.Module):
+            def __init__(self, in_channels=3, image_size=8):
+                super().__init__()
+                self.linear = nn.Linear(2, 2)
+
+        Net(image_size=image_size).save_pretrained(tmp_path)
+        assert Net.from_pretrained(tmp_path).pretrained_cfg.input_size is None
 
     def test_copies_keep_their_arguments(self, trained):
         assert copy.deepcopy(trained).init_arguments == trained.init_arguments
@@ -304,10 +336,46 @@ class TestDirectories:
             with pytest.raises(CheckpointError, match="none does not exist"):
                 call()
 
-    def test_a_model_that_is_not_known(self, saved):
-        (saved / "config.json").write_text('{"model": "capsnt"}')
-        with pytest.raises(ValueError, match=r"no model is named 'capsnt'.* mean 'capsnet'"):
-            create_model(f"local-dir:{saved}")
+    @pytest.mark.parametrize("pretrained", [False, True])
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"model": "capsnt"}, "no model is named 'capsnt'.* mean 'capsnet'"),
+            ({"model": ["capsnet"]}, r"no model is named \['capsnet'\]"),
+            ({"model": "hf-hub:a/b"}, "no model is named 'hf-hub:a/b'"),
+            ({"model": "efficient_capsnet.mnist"}, "no model is named 'efficient_capsnet.mnist'"),
+            ({"model": "capsnet", "model_kwargs": None}, "'model_kwargs' of type NoneType; it"),
+            ({"model": "capsnet", "model_kwargs": {"name": 3}}, "capsnet has no argument 'name'"),
+            ({"model": "capsnet", "model_kwargs": {"pretrained": True}}, "no argument 'pretrain"),
+            ({"model": "capsnet", "model_kwargs": {**KWARGS, "channels": 2**30}}, "does not fit"),
+            ({"model": "deep_capsnet"}, "does not fit deep_capsnet"),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_a_config_that_does_not_fit(self, saved, pretrained, config, message):
+        """Whether the weights are asked for or not. No memory is taken for what it claims."""
+        (saved / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"create_model: .*{saved}.*{message}"):
+            create_model(f"local-dir:{saved}", pretrained=pretrained)
+
+    def test_weights_that_are_not_floating_point(self, saved, trained):
+        whole = {name: value.int() for name, value in trained.state_dict().items()}
+        write_sealed(saved / "model.safetensors", whole, {})
+        with pytest.raises(CheckpointError, match=r"conv\.weight is torch\.int32 and must be fl"):
+            load_model(saved)
+
+    def test_as_many_class_names_as_classes(self, saved, trained):
+        with pytest.raises(ValueError, match="class_names has 2 names, and the model has 3 cla"):
+            trained.save_pretrained(saved, class_names=("a", "b"))
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps({**config, "class_names": ["a", "b"]}))
+        assert load_model(saved).pretrained_cfg.class_names == ()
+
+    def test_neither_a_path_nor_a_name(self):
+        with pytest.raises(
+            TypeError, match=r"from_pretrained: .* must be a str or a Path, got int"
+        ):
+            CapsNet.from_pretrained(3)
 
 
 def _anything(self, *args, **kwargs):
@@ -382,6 +450,20 @@ class TestHub:
             words = rf'{function}: .*pip install "tritoncaps\[hub\]", or use a directory'
             with pytest.raises(ModuleNotFoundError, match=words):
                 call()
+
+    def test_a_push_without_a_network(self, monkeypatch, trained):
+        """The library behind huggingface_hub raises an error of its own, which is no OSError."""
+
+        class ConnectError(Exception):
+            pass
+
+        def refuse(*args, **options):
+            raise ConnectError("[Errno 111] Connection refused")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+        words = r"push_to_hub: me/digits cannot be .* check the network.*\(ConnectError: \[Errno"
+        with pytest.raises(CheckpointError, match=words):
+            trained.push_to_hub("me/digits")
 
     def test_push(self, monkeypatch, trained):
         seen = {}

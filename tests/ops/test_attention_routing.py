@@ -76,6 +76,18 @@ def test_inverted_attention_goes_on_from_poses(device):
     assert torch.equal(ops.inverted_attention_routing(**inputs, iterations=3), rest)
 
 
+@pytest.mark.parametrize("change", [{"I": 1}, {"D": 2}], ids=str)
+def test_the_normalisation_takes_off_what_the_coupling_does(device, change):
+    """With one input capsule, or two components, the table's sizes begin above these."""
+    inputs = draw_inputs(INVERTED, {**SIZES, **change}, device=device, optional=("pose",))
+    pose = inputs["pose"].requires_grad_()
+    inputs["u"] = inputs["u"] * 1e6  # what is added to the variance is then nothing
+    v = ops.inverted_attention_routing(**inputs, iterations=1)
+    cotangent = torch.arange(v.numel(), dtype=v.dtype, device=device).view_as(v)
+    (grad,) = torch.autograd.grad(v, pose, cotangent)
+    assert grad.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("operator", [ATTENTION, INVERTED], ids=str)
 def test_the_prediction_vectors_are_not_kept(operator):
     """Nothing that autograd saves has both axes of û, I and D, but the weight."""

@@ -70,6 +70,10 @@ class TestAtomicWrite:
         with pytest.raises(OSError) as error, _files.naming(tmp_path / "file"):
             raise OSError(28, "No space left on device")
         assert error.value.filename == str(tmp_path / "file")
+        path = tmp_path / "none" / "file"
+        with pytest.raises(FileNotFoundError) as missing, atomic_write(path):
+            pass  # its directory is not there, and the name of the temporary file means nothing
+        assert missing.value.filename == str(path)
         with pytest.raises(OSError, match="other"), _files.naming(tmp_path / "file"):
             raise OSError(28, "No space left on device", "other")
 

@@ -6,6 +6,7 @@ tests/reliability/test_fuzz.py says how cases are drawn.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -204,3 +205,27 @@ def test_models(fuzz, tmp_path, kind):
             assert torch.equal(loaded(images).poses, model.eval()(images).poses)
 
     fuzz(damaged | forged, check)
+
+
+def test_directories(fuzz, tmp_path):
+    """A changed config.json is refused, or its model is the saved one, whatever is asked for."""
+    create_model("capsnet", **KWARGS).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    original = config.read_bytes()
+    shapes = {name: value.shape for name, value in load_model(tmp_path).state_dict().items()}
+
+    def check(changes):
+        config.write_bytes(edited(original, changes))
+        for pretrained in (True, False):
+            with warnings.catch_warnings():  # sizes far too large
+                warnings.simplefilter("ignore", UserWarning)
+                model, problem = outcome(
+                    lambda path, asked=pretrained: create_model(f"local-dir:{path}", asked),
+                    tmp_path,
+                )
+            if problem is not None:
+                assert str(problem).startswith("create_model: ")
+                continue
+            assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+
+    fuzz(damaged, check)

@@ -150,6 +150,19 @@ def test_runs_that_do_not_go_together(folder, make_run, capsys, second, message)
     assert json.loads((folder / "registry.json").read_text()) == []
 
 
-def test_no_run(folder, tmp_path, capsys):
-    assert ship_weights.main([str(tmp_path), "--tag=a"]) == 2
+@pytest.mark.parametrize("content", [None, "{", "{}", "[]", '{"args": {}, "environment": {}}'])
+def test_no_run(folder, make_run, capsys, content):
+    run = make_run(1)
+    if content is None:
+        (run / "args.json").unlink()
+    else:
+        (run / "args.json").write_text(content)
+    assert ship_weights.main([str(run), "--tag=a"]) == 2
     assert "is no run of train_mnist.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tag", ["", "../a", "a/b", "A", ".a", "a b"])
+def test_a_tag_that_is_no_file_name(folder, make_run, capsys, tag):
+    assert ship_weights.main([str(make_run(1)), "--tag", tag]) == 2
+    assert "becomes a part of file names" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"registry.json"}

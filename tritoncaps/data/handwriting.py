@@ -70,6 +70,8 @@ def prepare_digit(pixels: Tensor) -> Tensor:
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or 0 in pixels.shape:
         raise ValueError(f"prepare_digit: pixels must be (1 or 3, H, W), got {shape_of(pixels)}")
     values = pixels.detach().to("cpu", torch.float32)
+    if not values.isfinite().all():
+        raise ValueError("prepare_digit: pixels must be finite")
     grey = values[0]
     if len(values) == 3:
         grey = (values * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=0)
@@ -102,7 +104,9 @@ def _ink(grey: Tensor) -> Tensor:
     ink = (background - grey if is_dark else grey - background).clamp(min=0)
     most = ink.max()
     if most < _CONTRAST:
-        raise DatasetError("the picture is blank: no pixel differs from its edge")
+        raise DatasetError(
+            f"the picture is blank: no pixel differs from its edge by {_CONTRAST} of 255"
+        )
     edge = ink[~inner]
     # 98 of 100, because a stroke may touch the edge.
     noise = edge.kthvalue(max(1, round(0.98 * len(edge)))).values

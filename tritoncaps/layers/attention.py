@@ -12,8 +12,8 @@ from tritoncaps._tracing import concrete, one_node
 class AttentionCapsules(nn.Module):
     """Route input capsules to output capsules by self-attention (Mazzia 2021, section 3.2).
 
-    One pass, without iterations. The output is squashed with the exponential form, as the capsules
-    in front should be.
+    One pass, without iterations. The output is squashed with the exponential form. Squash the input
+    capsules with it, too.
 
     Args:
         in_capsules: input capsules, I.
@@ -86,6 +86,7 @@ class AttentionCapsules(nn.Module):
         With `return_coupling`, the coupling, (B, I, J), is returned too.
         """
         return_coupling = concrete("return_coupling", return_coupling, False)
+        _checks.check_flag("AttentionCapsules", "return_coupling", return_coupling)
         if not return_coupling:
             s = ops.attention_routing(u, self.weight, self.bias)
             return ops.squash(s, form="exponential")
@@ -115,7 +116,7 @@ class InvertedAttentionCapsules(nn.Module):
         out_dim: components of an output capsule, D.
         iterations: the number of weighted sums, at least 1. With 1, every coupling is 1/J.
         rows: poses are matrices of so many rows, row by row, and one matrix W_ij multiplies each of
-            the rows. It has rows² times fewer parameters: (I, P/rows, J, D/rows).
+            the rows. The weight is then rows² times smaller: (I, P/rows, J, D/rows).
         device, dtype: of the parameters.
 
     Shapes: (B, I, P) → (B, J, D).

@@ -71,7 +71,7 @@ def inverted_attention_routing(
 
     Start with c = 1/J, or with v = pose and c from it. Each iteration computes
     v_j = LayerNorm(Σ_i c_ij û_{j|i}) with û_{j|i} = W_ij u_i, and c = softmax_j(û·v / √D) for the
-    next one. Unlike in dynamic routing, agreement is that with the last v alone, and v is not
+    next one. Unlike in dynamic routing, only the last v counts in the agreement, and v is not
     squashed. The prediction vectors of a batch never exist in memory.
 
     Args:

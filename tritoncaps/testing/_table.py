@@ -193,7 +193,9 @@ _ROWS = (
         },
         outputs=_ROUTING_OUTPUTS,
         options={"iterations": (2, 1, 3), "return_coupling": (False, True)},
-        # A normalisation of one prediction vector, or of two components, is nearly constant.
+        # Of one prediction vector, the coupling changes only the length, and the normalisation
+        # takes it off again. That of two components is ±1. The gradients of both are 0, but for
+        # the term that is added to the variance.
         smallest={"I": 2, "D": 3},
     ),
     Operator(

@@ -22,8 +22,8 @@ from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import op_rival, ours, rival_names
 from benchmarks.session import Session, axes, reason
 from tritoncaps._torch_path import accumulation_dtype
-from tritoncaps._torch_path._slices import chunk_bytes
-from tritoncaps._torch_path.fused_dynamic_routing import group_size
+from tritoncaps._torch_path._passes import slices_for
+from tritoncaps._torch_path._slices import length
 
 _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 _STATUS = Path("/proc/self/status")
@@ -97,9 +97,8 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
 
     - Both paths keep r weighted sums of the size of v and a few more such tensors. The backward
       also keeps V and ds of each iteration, and the gradients of u and the weight.
-    - If the torch path takes n images at a time, it adds their prediction vectors and 2 couplings
-      for each, or 2r couplings and a chunk in the backward. If it takes a chunk at a time, it adds
-      u and its gradient with the batch last, and a few buffers of one chunk.
+    - The torch path adds the prediction vectors of n input capsules with 3 coefficients for each,
+      and in the backward, with 3r, as much again for their gradients.
     - The kernels add at most 16 slots of each kind. In the backward they add 2·(r − 1) values for
       each pair of image and input capsule.
     """
@@ -111,15 +110,11 @@ def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> i
         slots = (3 if forward else 4) * 16 * size["v"]
         pairs = 0 if forward else 2 * (r - 1) * size["u"] // case.shape.P
         return saved + gradients_ + slots + pairs
-    u = torch.empty(case.B, 0, dtype=case.dtype, device=device)
-    chunk = chunk_bytes(device)
-    if n := group_size(u, case.shape, r, backward=not forward):
-        u_hat = n * size["u_hat"] // max(1, case.B)
-        couplings = (2 if forward else 2 * r) * u_hat // case.shape.D
-        return saved + gradients_ + u_hat + couplings + (0 if forward else min(chunk, 2 * u_hat))
-    chunk = min(chunk, size["u"] * case.shape.J)
-    buffers = (2 if forward else 4) * chunk
-    return saved + gradients_ + (1 if forward else 2) * size["u"] + buffers
+    like = torch.empty(0, dtype=accumulation_dtype(case.dtype), device=device)
+    (I, _, J, D), passes = case.shape, 1 if forward else r
+    n = length(slices_for((case.B, I, J, D), passes, like)[0])
+    of_a_slice = n * (D + 3 * passes) * size["v"] // D
+    return saved + gradients_ + (1 if forward else 2) * of_a_slice
 
 
 def peaks(cases: list[Case], rival: str, device: torch.device, phase: str = "both") -> list[int]:

@@ -1,8 +1,13 @@
 """The operators one by one: whether they are right (`check`) and how fast they are (`ops`)."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +16,17 @@ from torch import Tensor
 from benchmarks.cases import MAIN, SHAPES, Case, batch_size, operator_names
 from benchmarks.oracle import Oracle
 from benchmarks.report import NO_TIME, Row
-from benchmarks.rivals import Rival, op_rival, ours, rival_names
+from benchmarks.rivals import Rival, backend, op_rival, ours, rival_names
 from benchmarks.roofline import Floor, floor, measure_ceilings
 from benchmarks.session import Session, axes, reason, timed
 from benchmarks.timing import Task, clock_for, replayed
 from tritoncaps import testing
-from tritoncaps._torch_path._slices import cache_bytes
 
 PHASES = ("forward", "backward", "both")
 # Shorter calls are replayed from a CUDA graph, because launching them may take longer.
 _LAUNCH_BOUND = 1e-3
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")  # of Linux
+_DEFAULT_CACHE_BYTES = 8 << 20  # if the system does not say: that of a small machine
 
 
 # Correctness --------------------------------------------------------------------------------------
@@ -74,9 +80,15 @@ def run_ops(session: Session) -> None:
     clock = clock_for(session.device)
     ceilings = measure_ceilings(session.device, clock, ["fp32", "bf16"], session.quick)
     session.report.note(ceilings=asdict(ceilings))
-    for number, case in enumerate(ops_cases(session.device, session.quick)):
-        print(case, flush=True)
+    cases = ops_cases(session.device, session.quick)
+    calls = [(case, False) for case in cases]
+    if session.device.type == "cpu":
+        calls.append((cases[0], True))
+    for number, (case, is_loaded) in enumerate(calls):
         facts: Row = {"case": str(case), "shape": case.name, **axes(case)}
+        if is_loaded:
+            facts |= {"case": f"{case} under load", "loaded_cores": os.cpu_count()}
+        print(facts["case"], flush=True)
         names = rival_names(case.op, session.device)
         if session.quick and number > 0:  # once is enough: the C++ compiler takes half a minute
             names = [name for name in names if name != "compile"]
@@ -86,7 +98,11 @@ def run_ops(session: Session) -> None:
         rivals, left_out = checked_rivals(case, names, session.device)
         session.report.add([facts | row for row in left_out], "rival")
         for phase in PHASES:
-            rows = time_phase(session, case, rivals, phase)
+            with busy_cores(facts.get("loaded_cores", 0)):
+                rows = time_phase(session, case, rivals, phase)
+            for row in rows:
+                if row["rival"] == ours(session.device):
+                    row["backend"] = backend(case, session.device)
             work = floor(case, phase)
             least = ceilings.seconds(work, case.precision)
             common = {**facts, "phase": phase, "floor_s": least}
@@ -95,6 +111,19 @@ def run_ops(session: Session) -> None:
                 "phase",
                 "rival",
             )
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Keep this many cores busy with other processes."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def ops_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -108,7 +137,7 @@ def ops_cases(device: torch.device, quick: bool) -> list[Case]:
         return [case(MAIN, "mnist"), *(case(op, "tiny") for op in operator_names())]
     return [
         case(MAIN, "mnist"),
-        case(MAIN, "mnist", B=1),
+        *(case(MAIN, "mnist", B=B) for B in (1, 8, 256)),
         case(MAIN, "mnist", precision="bf16"),
         *(case(MAIN, name) for name in SHAPES if name not in ("mnist", "large")),
         *(case(op, "mnist") for op in operator_names() if op != MAIN),
@@ -184,7 +213,14 @@ def last_cache_bytes(device: torch.device) -> int:
     """The size of the last cache before memory: a GPU's level 2, a CPU's level 3."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return cache_bytes(3)
+    try:
+        for index in _CACHES.glob("index*"):
+            if (index / "level").read_text().strip() == "3":
+                size = (index / "size").read_text().strip().removesuffix("K")
+                return (int(size) << 10) or _DEFAULT_CACHE_BYTES
+    except (OSError, ValueError):
+        pass
+    return _DEFAULT_CACHE_BYTES
 
 
 def time_phase(session: Session, case: Case, rivals: dict[str, Rival], phase: str) -> list[Row]:

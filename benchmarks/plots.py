@@ -64,7 +64,8 @@ def _mark(rival: str) -> tuple[str, str, str]:
 def _label(row: Row) -> str:
     sizes = f"{row['I']}×{row['P']} → {row['J']}×{row['D']}"
     precision = "" if row["precision"] == "fp32" else f", {row['precision']}"
-    return f"{row['shape']}{precision}\n{sizes}, B={row['B']}"
+    load = ", under load" if "loaded_cores" in row else ""
+    return f"{row['shape']}{precision}{load}\n{sizes}, B={row['B']}"
 
 
 def _legend(figure: Figure, rivals: list[str], extra: list[Any] | None = None) -> None:

@@ -75,12 +75,14 @@ class Report:
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Collect what is needed to repeat a measurement: versions, device, commit."""
+    native = tritoncaps.backend_info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "interpreted": _operators.INTERPRETED,
+        "cpu_backend": native["variant"] or native["cpu"],
         "tritoncaps": tritoncaps.__version__,
         "commit": commit_of(Path(__file__).parent),
         "torch": str(torch.__version__),

@@ -1,9 +1,10 @@
 """The least that a computation must move and compute, and how fast the machine does both."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DTYPES, Case
@@ -29,14 +30,20 @@ class Floor:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The rates that this machine reaches in a large copy, and in large products by precision."""
+    """The rates that this machine reaches in a large copy, and in large products by precision.
+
+    On a CPU, torch multiplies float32 matrices with MKL, and convolves with oneDNN. Their products
+    may differ in speed, so both are here.
+    """
 
     copy_bytes_per_second: float
     gemm_flops_per_second: dict[str, float]
+    onednn_flops_per_second: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, floor: Floor, precision: str) -> float:
         """How long the compulsory work takes at these rates, if moving and computing overlap."""
-        flops_per_second = self.gemm_flops_per_second[precision]
+        rates = (self.gemm_flops_per_second, self.onednn_flops_per_second)
+        flops_per_second = max(rate.get(precision, 0.0) for rate in rates)
         return max(floor.bytes / self.copy_bytes_per_second, floor.flops / flops_per_second)
 
 
@@ -85,8 +92,13 @@ def measure_ceilings(
 
     tasks = {"copy": Task(lambda _: destination.copy_(source))}
     tasks |= {precision: product(precision) for precision in precisions}
+    onednn = [] if cuda or not torch.backends.mkldnn.is_available() else ["fp32"]
+    if onednn:  # which has bf16 products of plain tensors anyway
+        packed = random.to_mkldnn()
+        tasks["onednn fp32"] = Task(lambda _: linear(packed, packed))
     timings = time_alternately(tasks, clock, rounds=(5, 20), seconds=1.0)
     return Ceilings(
         2 * source.nbytes / timings["copy"].median,
         {precision: 2 * n**3 / timings[precision].median for precision in precisions},
+        {precision: 2 * n**3 / timings[f"onednn {precision}"].median for precision in onednn},
     )

@@ -117,7 +117,8 @@ _STEPS = (
     ("CapsNet", "tritoncaps", "bf16"),
     ("DeepCapsNet", "tritoncaps", "fp32"),
     ("DeepCapsNet", "tritoncaps", "bf16"),
-    ("CapsNet", "compiled port", "fp32"),  # last, because it takes the longest to compile
+    ("CapsNet", "compiled port", "fp32"),  # last, because they take the longest to compile
+    ("CapsNet", "compiled port", "bf16"),
 )
 
 

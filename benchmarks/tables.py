@@ -89,11 +89,10 @@ def chosen_rows(device: dict[str, Any]) -> list[tuple[str, Times]]:
     ]
     for shape, phase in README_CALLS:
         group = [row for row in calls if (row["shape"], row["phase"]) == (shape, phase)]
-        # If a shape was also timed with one image, take the larger batch.
-        batch = max((row["B"] for row in group), default=0)
-        times = _by_rival([row for row in group if row["B"] == batch], "median_s")
+        # If a shape was timed in several ways, take the first, which has the usual batch size.
+        times = _by_rival([row for row in group if row["case"] == group[0]["case"]], "median_s")
         if "eager" in times and own(times) in times:
-            name = f"{shape} ({group[0]['I']} → {group[0]['J']} capsules), batch {batch}"
+            name = f"{shape} ({group[0]['I']} → {group[0]['J']} capsules), batch {group[0]['B']}"
             rows.append((f"{name}, {PHASES[phase]}", times))
     names = {"einsum port": "eager", "compiled port": "compile", "tritoncaps": "torch path"}
     for precision in README_STEPS:
@@ -194,14 +193,18 @@ def _ops_tables(rows: list[Row]) -> list[str]:
         for first, times in calls:
             if own(times) not in times:
                 continue
-            shape = first["case"].split()[2]
-            name = f"{first['shape']} {shape}, B={first['B']}, {first['precision']}"
             ratios = [_ratio(times, rival) for rival in rivals]
-            lines.append([f"{name}, {PHASES[first['phase']]}", *_cells(times, rivals), *ratios])
+            lines.append([call_title(first), *_cells(times, rivals), *ratios])
         titles = [TITLES.get(rival, rival) for rival in rivals]
         header = [f"`{op}`", *titles, "tritoncaps", *(f"× {title}" for title in titles)]
         tables.append(_table(header, lines))
     return tables
+
+
+def call_title(row: Row) -> str:
+    """Name the shape, batch, precision and phase of a row of `ops`, and whether cores were busy."""
+    name = f"{row['shape']} {row['case'].split()[2]}, B={row['B']}, {row['precision']}"
+    return f"{name}, {PHASES[row['phase']]}" + (", under load" if "loaded_cores" in row else "")
 
 
 def _others(groups: list[dict[str, float]]) -> list[str]:

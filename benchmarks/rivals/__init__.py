@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tritoncaps
 from benchmarks.cases import Case
-from tritoncaps import _operators
+from tritoncaps import _native, _operators
 
 # A function that takes the tensors of a call by name. It returns all outputs as a tuple, even a
 # single one.
@@ -30,6 +31,15 @@ Rival = Callable[..., tuple[Tensor, ...]]
 def ours(device: torch.device) -> str:
     """Name the path that `tritoncaps.ops` takes on a device."""
     return "triton" if device.type == "cuda" or _operators.INTERPRETED else "torch path"
+
+
+def backend(case: Case, device: torch.device) -> str:
+    """Name what computes a call of tritoncaps: "triton", "torch", or the native variant."""
+    if ours(device) == "triton":
+        return "triton"
+    is_native = hasattr(_native, f"{case.op}_fwd") and case.precision in ("fp32", "bf16")
+    variant = tritoncaps.backend_info()["variant"] if is_native else None
+    return f"native {variant}" if variant else "torch"
 
 
 def rival_names(op: str, device: torch.device) -> list[str]:

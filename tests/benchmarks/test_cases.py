@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import rivals, roofline, scaling
+from benchmarks import operators, rivals, roofline, scaling
 from benchmarks.cases import SHAPES, Case, Shape, operator_names
 from benchmarks.roofline import Ceilings, Floor, floor, measure_ceilings
 from benchmarks.timing import CpuClock
-from tritoncaps import testing
+from tritoncaps import _operators, testing
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,24 @@ def test_an_operators_own_rival_is_a_function_in_its_file():
         rivals.op_rival("broadcast", Case("squash", Shape(7, 3, 4, 5), B=2), CPU)
 
 
+# Caches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [({"2": "1024K", "3": "32768K"}, 32 << 20)]
+    + [(listed, 8 << 20) for listed in ({}, {"2": "1024K"}, {"3": ""}, {"3": "?"}, {"3": "0K"})],
+)
+def test_the_last_cache_is_as_large_as_the_system_says(tmp_path, monkeypatch, listed, expected):
+    for level, size in listed.items():
+        folder = tmp_path / f"index{level}"
+        folder.mkdir()
+        (folder / "level").write_text(f"{level}\n")
+        (folder / "size").write_text(f"{size}\n")
+    monkeypatch.setattr(operators, "_CACHES", tmp_path)
+    assert operators.last_cache_bytes(CPU) == expected
+
+
 # Floors -------------------------------------------------------------------------------------------
 
 
@@ -123,6 +141,31 @@ def test_ceilings_come_from_a_copy_and_a_product():
     # From the slowest computer that runs torch to ten times the fastest one.
     assert 1e8 < ceilings.copy_bytes_per_second < 1e14
     assert 1e8 < ceilings.gemm_flops_per_second["fp32"] < 1e16
+    for rate in ceilings.onednn_flops_per_second.values():
+        assert 1e8 < rate < 1e16
+
+
+def test_the_faster_of_two_libraries_is_the_ceiling():
+    product = Floor(0, 100)
+    assert Ceilings(1.0, {"fp32": 10.0}, {"fp32": 20.0}).seconds(product, "fp32") == 5
+    assert Ceilings(1.0, {"fp32": 10.0, "bf16": 50.0}, {"fp32": 5.0}).seconds(product, "fp32") == 10
+
+
+@pytest.mark.parametrize(
+    ("op", "precision", "variant", "expected"),
+    [
+        ("fused_dynamic_routing", "bf16", "avx2", "native avx2"),
+        ("routing_pass", "fp32", None, "torch"),
+        ("fused_dynamic_routing", "fp64", "avx2", "torch"),
+        ("dynamic_routing", "fp32", "avx2", "torch"),
+    ],
+)
+def test_a_row_says_what_computed_it(monkeypatch, op, precision, variant, expected):
+    monkeypatch.setattr(_operators, "INTERPRETED", False)
+    monkeypatch.setattr("tritoncaps.backend_info", lambda: {"variant": variant})
+    case = Case(op, Shape(I, P, J, D), B, precision=precision)
+    assert rivals.backend(case, CPU) == expected
+    assert rivals.backend(case, torch.device("cuda")) == "triton"
 
 
 # Sweeps -------------------------------------------------------------------------------------------

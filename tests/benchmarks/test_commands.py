@@ -136,10 +136,30 @@ def test_ops_command(tmp_path):
         for rival in rivals.rival_names(op, CPU)
         if rival != "compile"
     }
+    loaded = [row for row in data["rows"] if "loaded_cores" in row]
+    assert {(row["phase"], row["rival"]) for row in loaded} == {
+        (phase, rival)
+        for phase in operators.PHASES
+        for rival in rivals.rival_names(operator_names()[0], CPU)
+        if rival != "compile"
+    }
+    assert {row["case"] for row in loaded} == {data["rows"][0]["case"] + " under load"}
     for row in data["rows"]:
+        assert ("backend" in row) == (row["rival"] == rivals.ours(CPU))
         assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["median_s"])
         assert (row["rival"] == "eager") <= (row["speedup"] == 1)
         assert (row["flops_per_second"] is None) == (row["op"] in ("squash", "margin_loss"))
+
+
+def test_cores_are_busy_only_inside(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1]
+    )
+    with operators.busy_cores(2):
+        assert [process.poll() for process in started] == [None, None]
+    assert all(process.poll() is not None for process in started)
 
 
 def mean_pose(u_hat):
@@ -161,7 +181,7 @@ def test_a_row_of_the_operator_table_is_all_that_a_new_routing_needs(tmp_path, m
     assert (status, data["rows"][0]["error"]) == (0, data["rows"][0]["eager_error"])
     status, data = run("ops", tmp_path)
     assert status == 0
-    assert [row["rival"] for row in data["rows"]] == 3 * ["eager", rivals.ours(CPU)]
+    assert [row["rival"] for row in data["rows"]] == 6 * ["eager", rivals.ours(CPU)]
     assert all(row["floor_s"] > 0 and row["flops_per_second"] is None for row in data["rows"])
 
 

@@ -15,7 +15,7 @@ ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path", "
 REGISTERED = {name: row for name, row in OPERATORS.items() if row.registered is not None}
 DIRECTIONS = ("fwd", "bwd")
 # Files of the two paths of a CPU that several operators share.
-SHARED = {"_call", "_library", "_chunks", "_images", "_loop", "_precision", "_slices"}
+SHARED = {"_call", "_library", "_loop", "_passes", "_precision", "_slices"}
 
 
 def modules(room):

@@ -15,8 +15,7 @@ from tritoncaps._operators import INTERPRETED
 from tritoncaps.testing import DTYPES as ALL_DTYPES
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate
 
-# The torch path of the fused routing goes by images up to B = P and by capsules beyond. The
-# interpreter takes a tenth of a second even for a routing of the smallest sizes.
+# The interpreter takes a tenth of a second even for a routing of the smallest sizes.
 BATCHES = (2,) if INTERPRETED else (3, 6)
 SIZES = {"I": 3, "P": 2, "J": 3, "D": 2} if INTERPRETED else {"I": 7, "P": 4, "J": 3, "D": 5}
 J = SIZES["J"]

@@ -33,7 +33,6 @@ FAR_APART = """
 import sys, torch
 from torch.testing import assert_close
 from tritoncaps._operators import INTERPRETED
-from tritoncaps._torch_path import fused_dynamic_routing
 from tritoncaps.testing import OPERATORS, draw_inputs, normal
 
 near_stride, far_stride = 2**30 + 4096, 2**31 + 4096
@@ -85,9 +84,6 @@ for operator in OPERATORS.values():
              for name, values in operator.options.items()}
     for form in operator.options.get("form", [None]):
         check(operator, usual if form is None else usual | {"form": form})
-if device == "cpu" and not INTERPRETED:  # the other way of the torch path, for large batches
-    fused_dynamic_routing.group_size = lambda *args, **kwargs: 0
-    check(OPERATORS["fused_dynamic_routing"], {"return_coupling": True})
 print("the same")
 """
 
@@ -186,14 +182,13 @@ def test_weighted_sums_add_up_over_the_input_capsules(device, B, operator):
 
 # Memory -------------------------------------------------------------------------------------------
 
-CHUNK = 1 << 18
+SLICE = 1 << 18
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
+def small_slices(monkeypatch):
     """Slices of a known size, so small that everything that grows is large beside them."""
-    sizes = {2: CHUNK // torch.get_num_threads(), 3: 8 * CHUNK // 3}
-    monkeypatch.setattr(_slices, "cache_bytes", sizes.__getitem__)
+    monkeypatch.setattr(_slices, "slice_bytes", lambda device: SLICE)
 
 
 def fused_peaks(B, I, P, J, D, iterations=3):
@@ -217,18 +212,17 @@ def fused_peaks(B, I, P, J, D, iterations=3):
     return {"forward": forward.peak, "both": backward.peak + sums.nbytes}
 
 
-# Of 32 images, the last two shapes take some at a time, and of three images all. Most others take a
-# chunk at a time.
+# Of 32 images, a slice holds a few input capsules or one, and of three images many.
 SHAPES = [
     Shape(100, 8, 10, 16),
     Shape(400, 8, 10, 16),
     Shape(100, 8, 40, 16),
     Shape(25, 16, 10, 16),
-    Shape(200, 16, 10, 16),  # 16 images, which the cache does not hold
+    Shape(200, 16, 10, 16),
 ]
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("iterations", [3, 10])
 @pytest.mark.parametrize("B", [32, 3], ids=["B32", "B3"])
 @pytest.mark.parametrize("phase", ["forward", "both"])
@@ -241,19 +235,19 @@ def test_peak_is_what_the_formula_says(B, phase, iterations):
         assert 0.75 * formula <= peak <= 1.25 * formula, (str(case), peak, formula)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_slices")
 def test_temporaries_do_not_grow_with_the_prediction_vectors():
     """From I to 4 I, û grows by 12 MB. The peak grows by u, and in the backward by gradients."""
     before, after = (fused_peaks(32, I, 8, 40, 16) for I in (50, 200))
     u_hat = 4 * 32 * 150 * 40 * 16
     u, weight = 4 * 32 * 150 * 8, 4 * 150 * 8 * 40 * 16
-    assert after["forward"] - before["forward"] <= u + CHUNK
-    assert after["both"] - before["both"] <= weight + 3 * u + CHUNK
-    assert u_hat > 2 * (weight + 3 * u + CHUNK)
+    assert after["forward"] - before["forward"] <= u + SLICE
+    assert after["both"] - before["both"] <= weight + 3 * u + SLICE
+    assert u_hat > 2 * (weight + 3 * u + SLICE)
 
 
-@pytest.mark.usefixtures("small_chunks")
-def test_temporaries_of_some_images_do_not_grow_with_the_batch():
+@pytest.mark.usefixtures("small_slices")
+def test_temporaries_do_not_grow_with_the_batch():
     """From B to 4 B, û grows by 3 MB. The peak grows only by tensors of the size of u or v."""
     before, after = (fused_peaks(B, 25, 16, 10, 16) for B in (64, 256))
     u_hat, u, v = 4 * 192 * 25 * 10 * 16, 4 * 192 * 25 * 16, 4 * 192 * 10 * 16
@@ -262,15 +256,12 @@ def test_temporaries_of_some_images_do_not_grow_with_the_batch():
     assert u_hat > 2 * (u + 9 * v)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("I", [100, 400])
 @pytest.mark.parametrize("B", [8, 64])
 def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
-    """Beyond results and gradients: what the cache holds or one image, and copies in float32.
-
-    An image's prediction vectors are P times smaller than the weight.
-    """
+    """Beyond results and gradients: what the cache holds or one capsule, and float32 copies."""
     P, J, D = 8, 10, 16
     operator = OPERATORS["routing_pass"]
     sizes = {"B": B, "I": I, "P": P, "J": J, "D": D}
@@ -284,13 +275,12 @@ def test_temporaries_of_a_pass_are_a_slice(B, I, dtype):
     copies = sum(4 * x.numel() for x in inputs.values()) if dtype == torch.bfloat16 else 0
     sums = 4 * inputs["weight"].numel() if dtype == torch.bfloat16 else 0
     pairs = 4 * 4 * I * J  # prior and bias, and the sums of their gradients
-    cache = CHUNK  # a group's share of level 3 is as large as a chunk's of level 2
-    image = 4 * I * J * (D + 3)
+    capsule = 4 * B * J * (D + 3)
     poses = 4 * 4 * B * J * D
     own = sum(result.nbytes for result in results)
-    assert forward.peak <= own + copies + max(cache, image) + pairs + poses
+    assert forward.peak <= own + copies + max(SLICE, capsule) + pairs + poses
     own = sum(gradient.nbytes for gradient in gradients)
-    bound = own + copies + sums + 2 * max(cache, image) + cache + pairs + poses
+    bound = own + copies + sums + 2 * max(SLICE, capsule) + pairs + poses
     assert backward.peak <= bound
     u_hat = 4 * B * I * J * D
     assert B == 8 or u_hat > 2 * (bound - own - copies - sums)
@@ -307,11 +297,11 @@ def peak_of_dynamic_routing(B, iterations, gradient, dtype):
     return backward.peak - u_hat.nbytes
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_temporaries_of_dynamic_routing_fit_the_cache(dtype):
-    """Whatever the batch size. More iterations mean fewer images at a time."""
-    cache = 2 * CHUNK  # a group's share of level 3, and a chunk
+    """Whatever the batch size. More iterations mean fewer input capsules at a time."""
+    cache = 2 * SLICE
     of_an_image = 4 * 10 * 16 * (3 * 4 + 4)
     for B in (8, 64):
         for iterations in (1, 3, 10):

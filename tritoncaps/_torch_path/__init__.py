@@ -1,10 +1,10 @@
 """The operators in plain torch, for CPUs and any device without Triton kernels.
 
-Every function here has a twin of the same name and signature in `tritoncaps.kernels`. Work is done
-in slices, to keep temporaries in the cache. A slice is a few images through all iterations, or a
-few input capsules through one iteration, whichever is faster (`fused_dynamic_routing.group_size`).
-The derivation of the backward is in `kernels/README.md`. In short, the logits are û·V⁽ᵗ⁻¹⁾ with
-V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so only s⁽ᵗ⁾ has to be kept between forward and backward.
+Every function here has a twin of the same name and signature in `tritoncaps.kernels`. Routing goes
+over a few input capsules of the whole batch at a time, whose prediction vectors fit the cache, and
+computes them again in each iteration (`_passes.py`). The derivation of the backward is in
+`kernels/README.md`. In short, the logits are û·V⁽ᵗ⁻¹⁾ with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so only s⁽ᵗ⁾ has to
+be kept between forward and backward.
 """
 
 from tritoncaps._torch_path._precision import accumulation_dtype

@@ -1,75 +1,86 @@
-"""The routing loop, forward and backward, however the prediction vectors are sliced."""
+"""The routing loop, forward and backward, over any prediction vectors.
 
-from collections.abc import Callable
-from itertools import accumulate
+The logits of iteration t are û·V⁽ᵗ⁻¹⁾ with V⁽ᵗ⁾ = Σ_{k≤t} v⁽ᵏ⁾, so it is a pass with these poses.
+"""
 
 import torch
 from torch import Tensor
 
+from tritoncaps._torch_path._passes import OfCapsules, Passes
 from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 
 def route(
-    weighted_sum: Callable[[int, Tensor | None], Tensor],
-    sums: Tensor,
+    passes: Passes,
     pose_bias: Tensor | None,
+    iterations: int,
     output: str,
-) -> Tensor:
-    """Run the iterations, write every s⁽ᵗ⁾ to `sums`, (r, ..., D), and return v⁽ʳ⁾, (..., D).
-
-    `weighted_sum(t, V)` returns Σ_i c_ij û_ij given V⁽ᵗ⁻¹⁾. t counts from 0, and V⁽⁰⁾ is None.
-    `pose_bias` broadcasts to s. With `output="s"`, s⁽ʳ⁾ is returned.
-    """
+    return_coupling: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v or s (B, J, D), the last coupling (B, I, J) or an empty tensor, all s⁽ᵗ⁾ (r, B, J, D)."""
+    B, I, J, D = passes.shape
+    sums = passes.like.new_zeros(iterations, B, J, D)
+    coupling = passes.like.new_empty((B, I, J) if return_coupling else (0,), dtype=dtype)
     V: Tensor | None = None
-    for t in range(len(sums)):
-        sums[t] = weighted_sum(t, V)
+    for t, s in enumerate(sums):
+        is_last = t == iterations - 1
+        passes.add_weighted_sum(s, V, coupling=coupling if is_last and return_coupling else None)
         if pose_bias is not None:
-            sums[t] += pose_bias
-        if output == "s" and t == len(sums) - 1:
-            return sums[t].clone()
-        v = squash_fwd(sums[t], "quadratic")
-        V = v if V is None else V + v
-    return v
+            s += pose_bias
+        if not is_last:
+            V = squash_fwd(s, "quadratic") if V is None else V.add_(squash_fwd(s, "quadratic"))
+    result = s.clone() if output == "s" else squash_fwd(s, "quadratic")
+    return result.to(dtype), coupling, sums
 
 
 def route_backward(
+    passes: Passes,
     grad_v: Tensor,
+    grad_coupling: Tensor | None,
     sums: Tensor,
     gradient: str,
     output: str,
-    step: Callable[[int, Tensor | None, Tensor], Tensor | None],
-    grad_pose_bias: Tensor | None,
-) -> None:
-    """Walk the iterations backwards, or only the last one with `gradient="last"`.
+    use: OfCapsules,
+    prior: Tensor | None,
+    pose_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Hand dû to `use`, and return the gradients of the prior, (I, J), and the pose bias, (J, D).
 
-    `step(t, V, grad_s)` is given V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾. It adds the share of iteration t to the
-    gradients of the inputs. It returns Σ_i db_ij û_ij, its share of dV⁽ᵗ⁻¹⁾, or None for the first
-    iteration. The gradient of the pose bias, Σ_t Σ_b ds⁽ᵗ⁾, is added to `grad_pose_bias`, (J, D).
+    First the loop is walked back, one pass for each iteration but the first, until every ds⁽ᵗ⁾ is
+    known. Then one pass gives dû_ij = Σ_t (c⁽ᵗ⁾_ij ds⁽ᵗ⁾_j + db⁽ᵗ⁾_ij V⁽ᵗ⁻¹⁾_j). With
+    `gradient="last"` it has the terms of the last iteration alone, without db.
     """
-    totals = [None, *accumulate(squash_fwd(s, "quadratic") for s in sums[:-1])]
+    r, B, J, D = sums.shape
+    vectors = sums.new_empty(B, J, 2 * r - 1, D)  # V⁽¹⁾, ..., V⁽ʳ⁻¹⁾, ds⁽¹⁾, ..., ds⁽ʳ⁾
+    for t in range(r - 1):
+        vectors[:, :, t] = squash_fwd(sums[t], "quadratic")
+        if t > 0:
+            vectors[:, :, t] += vectors[:, :, t - 1]
+    is_full = gradient == "full"
+    first = 0 if is_full else r - 1
     grad_out = grad_v.to(sums.dtype)
-    for t in reversed(range(len(sums))):
-        is_last = t == len(sums) - 1
+    for t in reversed(range(first, r)):
+        is_last = t == r - 1
         squashed = output == "v" or not is_last
-        grad_s = squash_bwd(grad_out, sums[t], "quadratic") if squashed else grad_out
-        if grad_pose_bias is not None:
-            grad_pose_bias += grad_s.reshape(-1, *grad_pose_bias.shape).sum(dim=0)
-        share = step(t, totals[t], grad_s)
-        if share is None or gradient == "last":
-            return
-        grad_out = share if is_last else grad_out + share
+        vectors[:, :, r - 1 + t] = (
+            squash_bwd(grad_out, sums[t], "quadratic") if squashed else grad_out
+        )
+        if is_last:  # from here on, dV⁽ᵗ⁾ of all later iterations
+            grad_out = torch.zeros_like(sums[t])
+        if t > first:
+            of_pass = vectors[:, :, t - 1 :: r]  # V⁽ᵗ⁻¹⁾ and ds⁽ᵗ⁾
+            passes.backward(of_pass, 1, grad_coupling if is_last else None, grad_pose=grad_out)
+    if not is_full:
+        vectors = vectors[:, :, max(r - 2, 0) :: r]
+    grad_prior = None if prior is None else zeros_like(prior)
+    passes.backward(
+        vectors, r - first, grad_coupling, use, through_coupling=is_full, grad_prior=grad_prior
+    )
+    if pose_bias is None:
+        return grad_prior, None
+    return grad_prior, vectors[:, :, first - r :].sum(dim=(0, 2)).to(pose_bias.dtype)
 
 
-def leaky_softmax(b: Tensor, leaky: bool, dim: int, out: Tensor | None = None) -> Tensor:
-    """Softmax over the output capsules, and over an orphan class with logit 0 if leaky."""
-    if not leaky:
-        return torch.softmax(b, dim=dim, out=out)
-    top = b.amax(dim=dim, keepdim=True).clamp_(min=0)
-    shares = torch.sub(b, top, out=out).exp_()
-    return shares.div_(shares.sum(dim=dim, keepdim=True).add_(top.neg_().exp_()))
-
-
-def coupling_gradient(c: Tensor, grad_c: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
-    """db = c∘(dc − Σ_j c∘dc), the gradient of the softmax over the output capsules."""
-    weighted = torch.mul(c, grad_c, out=out)
-    return torch.sub(grad_c, weighted.sum(dim=dim, keepdim=True), out=out).mul_(c)
+def zeros_like(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)

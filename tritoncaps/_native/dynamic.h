@@ -120,7 +120,10 @@ bool dynamic_backward(const DynamicInputs<T>& in, const Sizes& d, const float* g
         for (int64_t k = 0; k < d.NV; k++) x[k] = plain ? dm[k] * d.uniform() : dm[k];
         if (in.pose_bias)
           for (int64_t k = 0; k < d.NV; k++) total[k] = last ? dm[k] : total[k] + dm[k];
-        if (t && full) memcpy(static_cast<void*>(terms.vector(image + m, term + 1)), V + t * group + m * d.NV, d.NV * sizeof(vf));
+        if (t && full) {
+          void* before = terms.vector(image + m, term + 1);
+          memcpy(before, V + t * group + m * d.NV, d.NV * sizeof(vf));
+        }
       }
       if (plain) return;
       votes.visit_blocks(t && full ? share : nullptr, [&](int64_t k, int64_t m, const vf* block, vf* sum) {

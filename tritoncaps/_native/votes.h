@@ -9,7 +9,8 @@
 namespace {
 
 // Calls use(W_i), (P, NV) vectors of T or of float: in place, or in the buffer if they need padding.
-template <class T, class Use> inline void with_weight(const T* w, int64_t i, vf* buffer, const Sizes& d, const Use& use) {
+template <class T, class Use>
+inline void with_weight(const T* w, int64_t i, vf* buffer, const Sizes& d, const Use& use) {
   const T* x = w + i * d.P * d.J * d.D;
   if (!d.padded()) return use(x);
   for (int64_t p = 0; p < d.P; p++) pad(x + p * d.J * d.D, buffer + p * d.NV, d);
@@ -49,7 +50,8 @@ template <int N, class T> inline void votes(const T* W, const float* x, vf* out,
 // û of n images and block k: image m's is at out + m·stride, (L, NV). Rows beyond the last input
 // capsule are 0. Scratch: `rows` (P, NV), `x` (n, P).
 template <class T>
-void predict(const T* u, const T* w, int64_t n, int64_t k, vf* out, int64_t stride, vf* rows, float* x, const Sizes& d) {
+void predict(const T* u, const T* w, int64_t n, int64_t k, vf* out, int64_t stride, vf* rows, float* x,
+             const Sizes& d) {
   for (int64_t i = k * L; i < (k + 1) * L; i++, out += d.NV) {
     if (i >= d.I) {
       for (int64_t m = 0; m < n; m++) clear(out + m * stride, d.NV);

@@ -291,8 +291,8 @@ def card(
         lines.append(f"| mean ± standard deviation | | {' | '.join(means)} |")
     if is_last:
         held = (
-            "the last epoch, not the one that the validation images chose. The accuracy of both "
-            "was known by then, so that of this file may be slightly flattering"
+            "the last epoch, not the one that the validation images chose. Both accuracies were "
+            "known when it was picked, so its own may be slightly too good"
         )
     else:
         held = "the epoch that the validation images chose"

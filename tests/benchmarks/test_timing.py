@@ -116,7 +116,7 @@ def test_a_replayed_phase_is_timed_on_the_device(phase):
 @pytest.mark.parametrize("name", ["tiny", "mnist"])
 def test_inputs_outgrow_the_last_cache(monkeypatch, name):
     """They take twice its size, so a set is lost by the time its turn returns. At most 16 sets."""
-    monkeypatch.setattr(operators, "cache_bytes", lambda level: {3: 10 << 20}[level])
+    monkeypatch.setattr(operators, "last_cache_bytes", lambda device: 10 << 20)
     case = Case("prediction_vectors", SHAPES[name], B=2, name=name)
     assert len(operators.input_sets(case, "backward", CPU)) == 1
     sets = operators.input_sets(case, "forward", CPU)

@@ -26,7 +26,7 @@ template <class T> struct DynamicInputs {
 
 template <class T>
 bool dynamic_forward(const DynamicInputs<T>& in, const Sizes& d, T* v, float* sums, T* last_coupling, int threads) {
-  const Plan plan(d, d.B, threads);
+  const Plan plan(d, d.B, threads, FORWARD_CACHE);
   const int64_t group = plan.images * d.NV;
   const Workspace<T> workspace(d, plan, threads, 2 * group + 2 * d.NV + d.J);
   if (!workspace.allocated()) return false;
@@ -82,7 +82,7 @@ bool dynamic_backward(const DynamicInputs<T>& in, const Sizes& d, const float* g
   const bool uniform = !in.prior && (full || r == 1);  // the walk reaches the first iteration
   const int64_t products = !full ? !uniform : 2 * r - (in.prior ? 1 : 2);
   const Terms terms(d, products, uniform, full && in.prior ? 2 * r : products);
-  const Plan plan(d, terms.round, threads);
+  const Plan plan(d, terms.round, threads, BACKWARD_CACHE);
   const int64_t group = plan.images * d.NV;
   const Workspace<T> workspace(d, plan, threads,
                                (r + 3) * group + 2 * d.NV + 2 * d.J + contract_scratch(d));

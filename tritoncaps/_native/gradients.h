@@ -14,7 +14,8 @@
 
 namespace {
 
-// The factors of a round of images: as many as fit 16 MB or an eighth of the weight.
+// The factors of a round of images: as many as have coefficients of 8 MB or a quarter of the weight.
+// Each round reads the weight and its gradient once more.
 struct Terms {
   const Sizes& d;
   int64_t products;  // terms of dû with a coefficient for each pair
@@ -24,7 +25,7 @@ struct Terms {
   Buffer<vf> coefficients, vectors;
 
   Terms(const Sizes& d, int64_t products, bool uniform, int64_t stored)
-      : d(d), products(products), uniform(uniform), stored(stored), round(images(d, stored, products + uniform)),
+      : d(d), products(products), uniform(uniform), stored(stored), round(images(d, stored)),
         coefficients(round * stored * d.blocks * d.J), vectors(round * (products + uniform) * d.NV) {}
 
   bool allocated() const { return coefficients.values && vectors.values; }
@@ -36,9 +37,9 @@ struct Terms {
   }
 
  private:
-  static int64_t images(const Sizes& d, int64_t stored, int64_t vectors) {
-    const int64_t bytes = (stored * d.blocks * d.J + vectors * d.NV) * int64_t(sizeof(vf));
-    const int64_t most = std::max<int64_t>(16 << 20, d.I * d.P * d.J * d.D / 2);
+  static int64_t images(const Sizes& d, int64_t stored) {
+    const int64_t bytes = stored * d.blocks * d.J * int64_t(sizeof(vf));
+    const int64_t most = std::max(8 * MB, d.I * d.P * d.J * d.D * int64_t(sizeof(float)) / 4);
     const int64_t n = std::clamp<int64_t>(most / std::max<int64_t>(1, bytes), 1, d.B);
     return n == d.B || n < 4 ? n : n < 8 ? 4 : n - n % 8;
   }

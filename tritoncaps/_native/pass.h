@@ -15,7 +15,7 @@ template <class T> struct PassInputs {
 
 template <class T>
 bool pass_forward(const PassInputs<T>& in, const Sizes& d, T* s, T* coupling_out, int threads) {
-  const Plan plan(d, d.B, threads);
+  const Plan plan(d, d.B, threads, FORWARD_CACHE);
   const int64_t group = plan.images * d.NV;
   const Workspace<T> workspace(d, plan, threads, 2 * group + d.J);
   if (!workspace.allocated()) return false;
@@ -48,7 +48,7 @@ template <class T>
 bool pass_backward(const PassInputs<T>& in, const Sizes& d, const float* grad_s, const float* grad_coupling,
                    const PassGradients<T>& out, int threads) {
   const Terms terms(d, 2, false, in.bias ? 3 : 2);  // c, db and, to be summed, dc
-  const Plan plan(d, terms.round, threads);
+  const Plan plan(d, terms.round, threads, BACKWARD_CACHE);
   const int64_t group = plan.images * d.NV, JD = d.J * d.D;
   const Workspace<T> workspace(d, plan, threads, 3 * group + 2 * d.J + contract_scratch(d));
   if (!terms.allocated() || !workspace.allocated()) return false;

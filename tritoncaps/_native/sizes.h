@@ -33,9 +33,11 @@ struct Sizes {
 // How the work is cut. All of it follows from the sizes, except `together`, which changes no bit:
 // the sum over i of an image is always the sum, in order, of the sums over its slabs.
 //
-// A thread works on a group of images. If four images' prediction vectors fit 4 MB, they stay in
-// cache for all iterations. If not, they are computed anew in each iteration, block by block, for
-// more images at a time.
+// A thread works on a group of images. Their prediction vectors stay in cache for all iterations, if
+// those of four images fit. If not, they are computed anew in each iteration, block by block, for
+// more images at a time. A backward asks for less of the cache: there, keeping them gains less.
+constexpr int64_t MB = 1 << 20, FORWARD_CACHE = 4 * MB, BACKWARD_CACHE = MB;
+
 struct Plan {
   int64_t images;    // in a group
   int64_t slabs;     // cuts of the input capsules
@@ -43,12 +45,11 @@ struct Plan {
   bool together;     // threads share a group, each with some slabs, or each has groups of its own
   int64_t stride;    // vectors between the prediction vectors of two images
 
-  Plan(const Sizes& d, int64_t B, int threads) {
-    constexpr int64_t cache = 4 << 20;
+  Plan(const Sizes& d, int64_t B, int threads, int64_t cache) {
     const int64_t block = L * d.NV * int64_t(sizeof(vf)), image = d.blocks * block;
     kept = std::min<int64_t>(B, 4) * image <= cache;
-    images = kept ? cache / image : (cache / 4) / block;
-    images = std::min(std::clamp<int64_t>(images, 1, kept ? 64 : 16), B);
+    images = kept ? std::clamp<int64_t>(MB / image, 4, 64) : std::clamp<int64_t>(MB / block, 1, 16);
+    images = std::min(images, B);
     if (images > 4) images -= images % 4;
     slabs = std::clamp<int64_t>(d.blocks / 4, 1, 16);
     stride = (kept ? d.blocks : 1) * L * d.NV;

@@ -19,7 +19,7 @@ import torch
 from benchmarks.cases import MAIN, SHAPES, Case, Shape, batch_size
 from benchmarks.oracle import gradients
 from benchmarks.report import NO_TIME, Row
-from benchmarks.rivals import op_rival, ours, rival_names
+from benchmarks.rivals import backend, op_rival, ours, rival_names
 from benchmarks.session import Session, axes, reason
 from tritoncaps._torch_path import accumulation_dtype
 from tritoncaps._torch_path._passes import slices_for
@@ -73,7 +73,8 @@ def run_memory_grid(session: Session) -> None:
                     found = [{"left_out": reason(error)}] * len(cases)
             for row, case, figures in zip(rows, cases, found, strict=True):
                 row |= {"u_hat_bytes": _bytes_of(case)["u_hat"], **figures}
-                if rival != "eager":
+                of = backend(case, session.device)
+                if rival != "eager" and not of.startswith("native"):
                     row["formula_bytes"] = formula_bytes(case, rival, phase, session.device)
             session.report.add(rows, "I", "J", "B", "phase", "rival")
 
@@ -93,7 +94,7 @@ def _bytes_of(case: Case) -> dict[str, int]:
 
 
 def formula_bytes(case: Case, rival: str, phase: str, device: torch.device) -> int:
-    """Add up what a path of tritoncaps holds at its peak beyond the inputs, with gradient="full".
+    """Add up what torch or Triton holds at its peak beyond the inputs, with gradient="full".
 
     - Both paths keep r weighted sums of the size of v and a few more such tensors. The backward
       also keeps V and ds of each iteration, and the gradients of u and the weight.

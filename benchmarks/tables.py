@@ -1,6 +1,6 @@
 """The tables of README.md, docs/speed.md and docs/memory.md, written from the JSON results."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _by_rival(rows: list[Row], value: str) -> dict[str, float]:
     return {row["rival"]: row[value] for row in rows if value in row}
 
 
-def own(figures: dict[str, float]) -> str:
+def own(figures: Container[str]) -> str:
     """Name the path that tritoncaps takes on the device."""
     return "triton" if "triton" in figures else "torch path"
 
@@ -246,6 +246,9 @@ def _memory_table(rows: list[Row]) -> str:
 
 
 def _memory_grid_tables(rows: list[Row]) -> list[str]:
+    has_formula = any("formula_bytes" in row for row in rows)
+    columns = ["einsum", "tritoncaps", *["formula"] * has_formula]
+    names = [f"{phase}: {name}" for phase in ("forward", "with backward") for name in columns]
     tables = []
     for B in dict.fromkeys(row["B"] for row in rows):
         lines = []
@@ -256,12 +259,10 @@ def _memory_grid_tables(rows: list[Row]) -> list[str]:
             for phase in ("forward", "both"):
                 group = [row for row in cell if row["phase"] == phase]
                 peaks, formulas = _by_rival(group, "peak_bytes"), _by_rival(group, "formula_bytes")
-                path = own(formulas)
+                path = own({row["rival"] for row in group})
                 figures += [_peak(peaks.get("eager")), _peak(peaks.get(path))]
-                figures.append(_peak(formulas.get(path)))
+                figures += [_peak(formulas.get(path))] * has_formula
             lines.append([f"{I}", f"{J}", *figures])
-        columns = ["einsum", "tritoncaps", "formula"]
-        names = [f"{phase}: {name}" for phase in ("forward", "with backward") for name in columns]
         tables.append(f"Batch {B}:\n\n{_table(['I', 'J', 'û alone', *names], lines)}")
     return tables
 

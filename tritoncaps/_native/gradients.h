@@ -14,7 +14,7 @@
 
 namespace {
 
-// The factors of a round of images: as many as have coefficients of 8 MB or a quarter of the weight.
+// The factors of a round of images: as many as have coefficients of 6 MB or a quarter of the weight.
 // Each round reads the weight and its gradient once more.
 struct Terms {
   const Sizes& d;
@@ -39,7 +39,7 @@ struct Terms {
  private:
   static int64_t images(const Sizes& d, int64_t stored) {
     const int64_t bytes = stored * d.blocks * d.J * int64_t(sizeof(vf));
-    const int64_t most = std::max(8 * MB, d.I * d.P * d.J * d.D * int64_t(sizeof(float)) / 4);
+    const int64_t most = std::max(6 * MB, d.I * d.P * d.J * d.D * int64_t(sizeof(float)) / 4);
     const int64_t n = std::clamp<int64_t>(most / std::max<int64_t>(1, bytes), 1, d.B);
     return n == d.B || n < 4 ? n : n < 8 ? 4 : n - n % 8;
   }

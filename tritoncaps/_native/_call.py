@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int
     return found
 
 
-@cache
+@lru_cache(maxsize=256)
 def sizes(*n: int) -> Any:
     """Turn sizes into an array of int64."""
     return (ctypes.c_int64 * len(n))(*n)

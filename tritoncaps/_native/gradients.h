@@ -155,7 +155,7 @@ void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const
     for (int64_t e = 0; e < some; e++)
       for (int64_t p = 0; p < P; p++) put(grad_u[((m + e) * d.I + i) * P + p], du[e * P + p]);
     int64_t e = 0;
-    if (some == 8) add_weight_gradient<8>(grad, poses, dW, fresh, d), e = 8;
+    if (some == SIDE_BY_SIDE) add_weight_gradient<SIDE_BY_SIDE>(grad, poses, dW, fresh, d), e = some;
     if (some - e >= 4) add_weight_gradient<4>(grad, poses, dW, fresh, d), e = 4;
     for (; e < some; e++) add_weight_gradient<1>(grad + e * d.NV, poses + e, dW, fresh && e == 0, d);
   };

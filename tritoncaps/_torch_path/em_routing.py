@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 
 from tritoncaps._torch_path._competition import Competition
 from tritoncaps._torch_path._precision import accumulation_dtype
-from tritoncaps._torch_path._slices import slices
+from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 
 # An output capsule with less mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
@@ -50,10 +50,11 @@ def em_routing_fwd(
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
-    votes = _Votes(poses, weight, dtype)
-    for rows in votes.groups(competition.together):
-        x = votes.of(rows)
-        buffer = torch.empty_like(x)
+    votes = _Votes(poses, weight, dtype, competition.together)
+    buffers = votes.buffers(2)
+    for rows in votes.groups:
+        x, buffer = votes.views(buffers, rows)
+        votes.write(rows, x)
         a = _pairs(activations[rows].to(dtype), J)
         for t in range(iterations):
             shares = competition.first(a) if t == 0 else _assign(x, fit, competition, buffer)
@@ -106,14 +107,16 @@ def em_routing_bwd(
     J = len(beta_u)
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
-    votes = _Votes(poses, weight, dtype, backward=True)
+    votes = _Votes(poses, weight, dtype, competition.together, backward=True)
+    buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
     grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
     last = iterations - 1
     first = 0 if gradient == "full" else last
-    for rows in votes.groups(competition.together):
-        x = votes.of(rows)
-        buffer, grad_x = torch.empty_like(x), torch.zeros_like(x)
+    for rows in votes.groups:
+        x, grad_x, buffer, product = votes.views(buffers, rows)
+        votes.write(rows, x)
+        grad_x.zero_()
         a = _pairs(activations[rows].to(dtype), J)
         fits = [
             _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
@@ -141,7 +144,8 @@ def em_routing_bwd(
             slope, curve = grad_mean * scale, (grad_variance + of_variance) * scale
             grad_n -= (curve * fit.variance).sum(dim=0, keepdim=True)
             torch.addcmul(slope, curve, x, out=buffer)
-            grad_shares = (buffer * x).sum(dim=1, keepdim=True).add_(grad_n)
+            torch.mul(buffer, x, out=product)
+            grad_shares = product.sum(dim=1, keepdim=True).add_(grad_n)
             grad_a += R * grad_shares
             grad_x.addcmul_(buffer.addcmul_(curve, x), R * a)
             if t == first and (t == 0 or gradient == "last"):
@@ -174,33 +178,46 @@ class _Votes:
     """
 
     def __init__(
-        self, poses: Tensor, weight: Tensor, dtype: torch.dtype, backward: bool = False
+        self,
+        poses: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        together: int,
+        backward: bool = False,
     ) -> None:
+        """Choose groups whose votes fit the cache. So many rows have to be together."""
+        B, I, R, _ = poses.shape
+        _, _, J, Q = self._shape = weight.shape
         self._poses = poses
         self._weight = weight.to(dtype).movedim(3, 1).flatten(0, 1)  # (I·Q, P, J)
-        self._shape = weight.shape
+        self._numbers = I * R * Q * J  # of a row
+        # Twice as many as fit into a slice: there are many small operations for each group.
+        bytes_each = together * self._numbers * self._weight.element_size() // 2
+        parts = slices(B // together, bytes_each, poses.device)
+        self.groups = [slice(part.start * together, part.stop * together) for part in parts]
         if backward:
             self._grad_poses = torch.empty_like(poses, dtype=dtype)
             self._grad_weight = torch.zeros_like(self._weight)
 
-    def groups(self, together: int) -> list[slice]:
-        """Groups whose votes fit the cache. So many rows cannot be parted."""
-        B, I, R, _ = self._poses.shape
-        _, _, J, Q = self._shape
-        bytes_each = I * J * R * Q * self._weight.element_size()
-        parts = slices(B // together, together * bytes_each, self._poses.device)
-        return [slice(part.start * together, part.stop * together) for part in parts]
+    def buffers(self, count: int) -> list[Tensor]:
+        """Flat buffers for the votes of the largest group."""
+        return [buffer_for(self.groups, self._numbers, self._weight) for _ in range(count)]
 
-    def of(self, rows: slice) -> Tensor:
+    def views(self, buffers: list[Tensor], rows: slice) -> list[Tensor]:
+        """The buffers as (I, D, G)."""
+        I, _, J, Q = self._shape
+        shape = I, Q * self._poses.shape[2], length(rows) * J
+        return [view(buffer, *shape) for buffer in buffers]
+
+    def write(self, rows: slice, out: Tensor) -> None:
         """V = M W."""
         I, P, J, Q = self._shape
-        R = self._poses.shape[2]
         poses = self._poses[rows].to(self._weight.dtype).permute(1, 2, 0, 3)  # (I, R, g, P)
         self._repeated = poses.unsqueeze(1).expand(-1, Q, -1, -1, -1).reshape(I * Q, -1, P)
-        return torch.bmm(self._repeated, self._weight).view(I, Q * R, -1)
+        torch.bmm(self._repeated, self._weight, out=out.view(I * Q, -1, J))
 
     def contract(self, rows: slice, grad: Tensor) -> None:
-        """dM = Σ_j dV Wᵀ and dW = Σ_b Mᵀ dV, for the rows whose votes were computed last."""
+        """dM = Σ_j dV Wᵀ and dW = Σ_b Mᵀ dV, for the rows that were written last."""
         I, P, J, Q = self._shape
         R = self._poses.shape[2]
         grad = grad.view(I * Q, -1, J)

@@ -146,8 +146,8 @@ def route(
 def _m_step(votes: Tensor, shares: Tensor, min_variance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mass (B, J), mean and variance (B, J, R, Q) of the votes, with the shares (B, I, J)."""
     mass = reduce(shares, "B I J -> B J", "sum")
-    has_mass = mass > NO_MASS
-    inverse_mass = torch.where(has_mass, 1 / torch.where(has_mass, mass, 1), 0)
+    is_empty = mass <= NO_MASS
+    inverse_mass = torch.where(is_empty, 0, 1 / torch.where(is_empty, 1, mass))
     shares = shares * inverse_mass[:, None]
     mean = einsum(shares, votes, "B I J, B I J R Q -> B J R Q")
     squares = (votes - mean[:, None]) ** 2

@@ -602,9 +602,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
         with _Recorded(operator) as recorded:
             gradients(operator.bound(options), inputs, layout=layout)
         forward, backward = recorded.calls
-        leaves = tuple(
-            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward
-        )
+        leaves = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward)
         registered = operator.registered
         yield (registered.forward, leaves), (registered.backward, backward)
 

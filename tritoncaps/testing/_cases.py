@@ -22,12 +22,17 @@ if not INTERPRETED:
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
-# One small size for each axis. All differ, so that mixing up two axes shows.
-SIZES: Mapping[str, int] = {"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7}
+# One small size for each axis. Those of a tensor all differ, so that mixing up two axes shows. A
+# grid is H×W, with C capsules at each position, and k×k is a kernel.
+SIZES: Mapping[str, int] = {
+    **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7},
+    **{"H": 5, "W": 8, "C": 2, "k": 3},
+}
 
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.
-_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17}
-_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9}
+_GRID = {"H": 6, "W": 6, "C": 5, "k": 3}
+_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17, **_GRID}
+_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9, **_GRID, "C": 2}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

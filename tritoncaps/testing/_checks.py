@@ -430,7 +430,7 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
 # What the checks share ----------------------------------------------------------------------------
 
 # Sizes for derivatives of a second order, which have as many numbers as all inputs squared.
-_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4}
+_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4, "H": 2, "W": 3, "C": 2, "k": 2}
 
 
 class _Module(torch.nn.Module):
@@ -660,8 +660,9 @@ def _wrong_options(operator: Operator) -> Iterator[Wrong]:
             yield ValueError, name, [f'"{values[0]}"', "'none such'"], {name: "none such"}
             yield ValueError, name, ["3"], {name: 3}
         elif isinstance(values[0], int):  # a count
+            least = min(1, *values)
             yield TypeError, name, ["int", "str"], {name: "3"}
             yield TypeError, name, ["int", "bool"], {name: True}
             yield TypeError, name, ["int", "float"], {name: 1.5}
-            yield ValueError, name, [">= 1", "0"], {name: 0}
+            yield ValueError, name, [f">= {least}", str(least - 1)], {name: least - 1}
             yield ValueError, name, ["2147483648"], {name: 2**31}

@@ -30,6 +30,8 @@ class Operator:
         name: the name in messages. The default is the name of `function`.
         registered: the operators registered with torch, forward and backward, or None for a
             function composed of torch's own operators.
+        derived: by axis, the size of an axis that no input has, such as the rows of a convolution's
+            output, as a function of the sizes of the inputs' axes and of the options.
         domain: by input name, a function that maps normal numbers to valid values of the input.
         smallest: by axis, the smallest size that `cases` draws, if it is not 1. Where less leaves
             a gradient of nothing but cancelled roundings, no two forms agree on its digits.
@@ -44,6 +46,9 @@ class Operator:
     options: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     name: str = ""
     registered: Any = None
+    derived: Mapping[str, Callable[[Mapping[str, int], Mapping[str, Any]], int]] = field(
+        default_factory=dict
+    )
     domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     smallest: Mapping[str, int] = field(default_factory=dict)
     is_elementwise: bool = False
@@ -79,12 +84,19 @@ class Operator:
         self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]]:
         """The shape of each result of a call."""
-        axes = {name.removesuffix("?"): of for name, of in self.outputs.items()}
         sizes = {
             axis: size
             for name, tensor in inputs.items()
             for axis, size in zip(self.axes[name].split(), tensor.shape, strict=True)
         }
+        return self.result_shapes(sizes, options)
+
+    def result_shapes(
+        self, sizes: Mapping[str, int], options: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each result of a call, from the sizes of the inputs' axes."""
+        axes = {name.removesuffix("?"): of for name, of in self.outputs.items()}
+        sizes = {**sizes, **{axis: size(sizes, options) for axis, size in self.derived.items()}}
         return {
             name: tuple(sizes[axis] for axis in axes[name].split())
             for name in self.output_names(options)
@@ -122,6 +134,16 @@ def _with_target(loss: Callable[..., Any]) -> Callable[..., Any]:
         return loss(activations, target, **options)
 
     return call
+
+
+def positions(axis: str) -> Callable[[Mapping[str, int], Mapping[str, Any]], int]:
+    """The positions of a k×k kernel along an axis of a grid, as a derived size."""
+
+    def count(sizes: Mapping[str, int], options: Mapping[str, Any]) -> int:
+        rest = sizes[axis] + 2 * options["padding"] - sizes["k"]
+        return rest // options["stride"] + 1
+
+    return count
 
 
 _ROUTING_OPTIONS = {

@@ -95,8 +95,9 @@ def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> Non
             if size != expected:
                 other = next(n for n, _, others in tensors if axis in others.split())
                 shapes = ", ".join(f"{n}: {shape_of(t)}" for n, t, _ in tensors)
+                elsewhere = "also" if other == name else f"{other} has"
                 raise ValueError(
-                    f"{function}: {name} has {axis}={size} but {other} has {axis}={expected} "
+                    f"{function}: {name} has {axis}={size} but {elsewhere} {axis}={expected} "
                     f"({shapes})"
                 )
 

@@ -15,6 +15,7 @@ Derivatives of any order work, in reverse and in forward mode, and so do the tra
 """
 
 from tritoncaps.ops._attention_routing import attention_routing
+from tritoncaps.ops._conv_dynamic_routing import Votes, conv_dynamic_routing
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
 from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
 from tritoncaps.ops._inverted_attention_routing import inverted_attention_routing
@@ -28,7 +29,9 @@ __all__ = [
     "Gradient",
     "Output",
     "Reduction",
+    "Votes",
     "attention_routing",
+    "conv_dynamic_routing",
     "dynamic_routing",
     "fused_dynamic_routing",
     "inverted_attention_routing",

@@ -26,7 +26,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 # grid is H×W, with C capsules at each position, and k×k is a kernel.
 SIZES: Mapping[str, int] = {
     **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7},
-    **{"H": 5, "W": 8, "C": 2, "k": 3},
+    **{"H": 5, "W": 6, "C": 7, "k": 2},
 }
 
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.

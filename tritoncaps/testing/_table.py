@@ -197,6 +197,21 @@ _ROWS = (
         registered=fused_dynamic_routing,
     ),
     Operator(
+        ops.conv_dynamic_routing,
+        reference.conv_dynamic_routing,
+        inputs={
+            "u": "B H W C P",
+            "weight": "k k C P J D",
+            "prior?": "k k C J",
+            "pose_bias?": "J D",
+        },
+        outputs={"v": "B H' W' J D", "coupling?": "B H' W' k k C J"},
+        options={"stride": (2, 1), "padding": (0, 1), "votes": ("patch",), **_ROUTING_OPTIONS},
+        derived={"H'": positions("H"), "W'": positions("W")},
+        # The largest kernel that is drawn.
+        smallest={"H": 4, "W": 4},
+    ),
+    Operator(
         ops.attention_routing,
         reference.attention_routing,
         inputs={"u": "B I P", "weight": "I P J D", "bias?": "I J"},

@@ -173,6 +173,13 @@ def check_not_negative(function: str, name: str, value: Any) -> None:
         raise ValueError(f"{function}: {name} must be >= 0 and finite, got {value}")
 
 
+def check_positive(function: str, name: str, value: Any) -> None:
+    """A finite number above 0, such as a length that is divided by."""
+    check_number(function, name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{function}: {name} must be > 0 and finite, got {value}")
+
+
 def check_margins(function: str, m_pos: object, m_neg: object, down_weight: object) -> None:
     """The three numbers of the margin loss."""
     check_not_negative(function, "m_pos", m_pos)

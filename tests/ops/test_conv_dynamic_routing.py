@@ -18,7 +18,6 @@ CONVOLVED = Operator(
     outputs={**PATCH.outputs, "coupling?": "B H' W' C J"},
     options={**PATCH.options, "votes": ("convolved",)},
     derived=PATCH.derived,
-    smallest=PATCH.smallest,
 )
 SIZES = {"B": 2, "H": 5, "W": 6, "C": 3, "P": 4, "J": 5, "D": 6}
 EVERYTHING = {"leaky": True, "return_coupling": True}

@@ -30,9 +30,8 @@ SIZES: Mapping[str, int] = {
 }
 
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.
-_GRID = {"H": 6, "W": 6, "C": 5, "k": 3}
-_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17, **_GRID}
-_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9, **_GRID, "C": 2}
+_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17}
+_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -136,6 +135,7 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
     from hypothesis import strategies as st
 
     largest = _LARGEST_INTERPRETED if INTERPRETED else _LARGEST
+    largest = {**largest, **operator.largest}
     axes = sorted({axis for named in operator.axes.values() for axis in named.split()})
 
     def some(names: Sequence[str]) -> st.SearchStrategy[tuple[str, ...]]:

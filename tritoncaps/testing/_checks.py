@@ -433,7 +433,7 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
 # What the checks share ----------------------------------------------------------------------------
 
 # Sizes for derivatives of a second order, which have as many numbers as all inputs squared.
-_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4, "H": 2, "W": 3, "C": 2, "k": 2}
+_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4, "H": 3, "W": 4, "C": 2, "k": 2}
 
 
 class _Module(torch.nn.Module):
@@ -549,7 +549,7 @@ def _few(operator: Operator) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     They are each word and flag with all inputs and results, and the usual call with the fewest. Two
     iterations hold every kind of step.
     """
-    counts = {n: 2 for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
+    counts = {"iterations": 2} if "iterations" in operator.options else {}
     found = _worded(operator)[: 1 if INTERPRETED else None]
     full = [(options | counts, tuple(operator.optional)) for options in found]
     return [(operator.defaults | counts, ()), *full]

@@ -35,6 +35,7 @@ class Operator:
         domain: by input name, a function that maps normal numbers to valid values of the input.
         smallest: by axis, the smallest size that `cases` draws, if it is not 1. Where less leaves
             a gradient of nothing but cancelled roundings, no two forms agree on its digits.
+        largest: by axis, the largest size that `cases` draws, where it is not the usual one.
         is_elementwise: whether any number of axes may stand before the last one, as for a squash;
             `inputs` are then those of the tests.
     """
@@ -51,6 +52,7 @@ class Operator:
     )
     domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     smallest: Mapping[str, int] = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
     is_elementwise: bool = False
 
     def __post_init__(self) -> None:
@@ -208,8 +210,9 @@ _ROWS = (
         outputs={"v": "B H' W' J D", "coupling?": "B H' W' k k C J"},
         options={"stride": (2, 1), "padding": (0, 1), "votes": ("patch",), **_ROUTING_OPTIONS},
         derived={"H'": positions("H"), "W'": positions("W")},
-        # The largest kernel that is drawn.
-        smallest={"H": 4, "W": 4},
+        # A kernel fits into the grid, and each patch holds more than padding.
+        smallest={"H": 3, "W": 3, "k": 2},
+        largest={"B": 3, "H": 5, "W": 5, "C": 4, "k": 3, "P": 9, "J": 9, "D": 9},
     ),
     Operator(
         ops.attention_routing,

@@ -17,7 +17,7 @@ CONVOLVED = Operator(
     inputs={**PATCH.inputs, "prior?": "C J"},
     outputs={**PATCH.outputs, "coupling?": "B H' W' C J"},
     options={**PATCH.options, "votes": ("convolved",)},
-    derived=PATCH.derived,
+    sizes=PATCH.sizes,
 )
 SIZES = {"B": 2, "H": 5, "W": 6, "C": 3, "P": 4, "J": 5, "D": 6}
 EVERYTHING = {"leaky": True, "return_coupling": True}
@@ -63,14 +63,14 @@ def check(operator, device, inputs, **options):
 @pytest.mark.parametrize("k, stride, padding", [(1, 1, 0), (2, 1, 1), (3, 2, 1), (3, 3, 0)])
 @pytest.mark.parametrize("operator", [PATCH, CONVOLVED], ids=["patch", "convolved"])
 def test_it_is_a_loop_over_positions(device, operator, k, stride, padding):
-    inputs = draw_inputs(operator, {**SIZES, "k": k}, device=device)
+    inputs = draw_inputs(operator, {**SIZES, "K": k}, device=device)
     check(operator, device, inputs, stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded"])
 def test_all_types_share_one_kernel(device, layout):
     """As a weight with one type, and as a view that repeats it, whatever the layout of u."""
-    inputs = draw_inputs(CONVOLVED, {**SIZES, "k": 3}, device=device)
+    inputs = draw_inputs(CONVOLVED, {**SIZES, "K": 3}, device=device)
     inputs["u"] = with_layout(inputs["u"], layout)
     one = inputs["weight"][:, :, :1]
     check(CONVOLVED, device, {**inputs, "weight": one})
@@ -105,7 +105,7 @@ def test_the_prior_of_convolved_votes_has_no_positions():
 
 
 def test_a_kernel_that_is_not_square_is_an_error():
-    with pytest.raises(ValueError, match="weight has k=2 but also k=3"):
+    with pytest.raises(ValueError, match="weight has K=2 but also K=3"):
         ops.conv_dynamic_routing(torch.rand(2, 4, 4, 2, 4), torch.rand(3, 2, 2, 4, 5, 6))
 
 

@@ -10,7 +10,7 @@ from tritoncaps.layers._initialisation import routing_weight_std
 
 
 class ConvRoutedCapsules(nn.Module):
-    """Route each k×k patch of a grid of capsules to the capsules at one position.
+    """Route each K×K patch of a grid of capsules to the capsules at one position.
 
     A grid has H×W positions with capsules of `in_types` types at each. All positions share the
     weight, and a grid may have any size. `PrimaryCapsules` returns capsules in the order of a grid:
@@ -21,11 +21,11 @@ class ConvRoutedCapsules(nn.Module):
         in_dim: components of an input capsule, P.
         out_types: types of output capsules, J.
         out_dim: components of an output capsule, D.
-        kernel_size: rows and columns of a patch, k.
+        kernel_size: rows and columns of a patch, K.
         stride: steps between patches.
         padding: positions of zeros added on all four sides. They predict nothing.
         iterations: the number of weighted sums, at least 1.
-        votes: "patch" lets each of the k·k·C capsules of a patch vote with its own matrix.
+        votes: "patch" lets each of the K·K·C capsules of a patch vote with its own matrix.
             "convolved" lets the capsules of one type share a vote, a convolution of their poses.
         shared_kernel: one kernel for all input types. Needs "convolved".
         pose_bias: learn a bias, (J, D), that is added to s before each squash. It starts at 0.1.
@@ -37,9 +37,9 @@ class ConvRoutedCapsules(nn.Module):
             another routing, capsules are much shorter than 1. See also `calibrate`.
         device, dtype: of the parameters.
 
-    Shapes: (B, H, W, C, P) → (B, H', W', J, D) with H' = (H + 2 padding - k) // stride + 1.
-    `weight` is (k, k, C, P, J, D), or (k, k, 1, P, J, D) with `shared_kernel`. `prior` is
-    (k, k, C, J), or (C, J) with "convolved", or None. `pose_bias` is (J, D) or None.
+    Shapes: (B, H, W, C, P) → (B, H', W', J, D) with H' = (H + 2 padding - K) // stride + 1.
+    `weight` is (K, K, C, P, J, D), or (K, K, 1, P, J, D) with `shared_kernel`. `prior` is
+    (K, K, C, J), or (C, J) with "convolved", or None. `pose_bias` is (J, D) or None.
 
     Raises:
         TypeError, ValueError: a size is not an int in its range, `votes` or `gradient` is unknown,
@@ -140,7 +140,7 @@ class ConvRoutedCapsules(nn.Module):
         """Draw the weight from a normal distribution that starts routing alive at every size.
 
         It is that of `RoutedCapsules`. With "convolved", I is C, and the joined poses of a patch
-        are k times as long as those of one capsule.
+        are K times as long as those of one capsule.
         """
         positions = self.kernel_size**2
         if self.votes == "patch":
@@ -163,7 +163,7 @@ class ConvRoutedCapsules(nn.Module):
             u: input capsules, shape (B, H, W, C, P).
             iterations: used for this call instead of the layer's own number.
             return_coupling: also return the coupling of the last iteration:
-                (B, H', W', k, k, C, J), or (B, H', W', C, J) with "convolved".
+                (B, H', W', K, K, C, J), or (B, H', W', C, J) with "convolved".
         """
         iterations = concrete("iterations", iterations, None)
         return_coupling = concrete("return_coupling", return_coupling, False)

@@ -77,29 +77,29 @@ def conv_dynamic_routing(
     output: Output = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Route each k×k patch of a grid of capsules to the capsules at one position.
+    """Route each K×K patch of a grid of capsules to the capsules at one position.
 
     This is `fused_dynamic_routing` at every position of a convolution. The positions become a part
     of the batch, and no prediction vectors are written to memory. The patches are: they are
-    (k / stride)² times as large as u.
+    (K / stride)² times as large as u.
 
     There are two kinds of votes:
 
-    - "patch": each of the k·k·C capsules of a patch has a matrix of its own and votes for itself
+    - "patch": each of the K·K·C capsules of a patch has a matrix of its own and votes for itself
       (Hinton, Sabour, Frosst 2018).
-    - "convolved": the capsules of one type in a patch share one vote, a k×k convolution of their
-      poses. There are k·k times fewer votes. All types may also share the kernel (LaLonde, Bagci
+    - "convolved": the capsules of one type in a patch share one vote, a K×K convolution of their
+      poses. There are K·K times fewer votes. All types may also share the kernel (LaLonde, Bagci
       2018).
 
     Args:
         u: input capsules, shape (B, H, W, C, P): C types at each of H×W positions.
-        weight: shape (k, k, C, P, J, D). With "convolved" also (k, k, 1, P, J, D), one kernel for
+        weight: shape (K, K, C, P, J, D). With "convolved" also (K, K, 1, P, J, D), one kernel for
             all types.
         iterations: the number of weighted sums, at least 1.
         stride: steps between patches, at least 1.
         padding: positions of zeros added on all four sides, at least 0. Capsules of zeros predict
             nothing, so they add nothing.
-        prior: initial logits, shape (k, k, C, J), or (C, J) with "convolved".
+        prior: initial logits, shape (K, K, C, J), or (C, J) with "convolved".
         pose_bias: added to s in every iteration, shape (J, D).
         votes: "patch" or "convolved".
         leaky: let an orphan class with logit 0 take part in the softmax. See
@@ -110,8 +110,8 @@ def conv_dynamic_routing(
             differentiable.
 
     Returns:
-        v or s, shape (B, H', W', J, D) with H' = (H + 2 padding - k) // stride + 1. With
-        `return_coupling`, the pair (v, c) or (s, c), where c has shape (B, H', W', k, k, C, J), or
+        v or s, shape (B, H', W', J, D) with H' = (H + 2 padding - K) // stride + 1. With
+        `return_coupling`, the pair (v, c) or (s, c), where c has shape (B, H', W', K, K, C, J), or
         (B, H', W', C, J) with "convolved". The softmax runs over J at each position alone.
 
     Raises:
@@ -175,12 +175,12 @@ def _axes(votes: Votes, weight: object) -> dict[str, str]:
     """The axes of the tensors, for the check of them."""
     is_shared = isinstance(weight, Tensor) and weight.ndim == 6 and weight.shape[2] == 1
     if votes == "patch":
-        types, prior = "C", "k k C J"
+        types, prior = "C", "K K C J"
     else:
         types, prior = "1" if is_shared else "C", "C J"
     return {
         "u": "B H W C P",
-        "weight": f"k k {types} P J D",
+        "weight": f"K K {types} P J D",
         "prior?": prior,
         "pose_bias?": "J D",
     }

@@ -23,11 +23,11 @@ def conv_dynamic_routing(
     output: str = "v",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Route each k×k patch of a grid; (B, H, W, C, P), (k, k, C, P, J, D) → (B, H', W', J, D).
+    """Route each K×K patch of a grid; (B, H, W, C, P), (K, K, C, P, J, D) → (B, H', W', J, D).
 
     With `votes="patch"`, each capsule of a patch votes (Hinton, Sabour, Frosst 2018). With
     "convolved", those of one type vote once together, by a convolution; the weight may then be
-    (k, k, 1, P, J, D). `prior` is (k, k, C, J) or (C, J), the coupling (B, H', W', k, k, C, J) or
+    (K, K, 1, P, J, D). `prior` is (K, K, C, J) or (C, J), the coupling (B, H', W', K, K, C, J) or
     (B, H', W', C, J). The other arguments are those of `dynamic_routing`.
     """
     grid = F.pad(u, (0, 0, 0, 0, padding, padding, padding, padding))

@@ -97,9 +97,13 @@ def fuzzed_calls(operator: Operator) -> st.SearchStrategy[Call]:
     @st.composite
     def calls(draw: st.DrawFn) -> Call:
         axes = {axis for named in operator.axes.values() for axis in named.split()}
-        smallest = {"B": 0, **operator.smallest}
         sizes = {
-            axis: draw(st.integers(smallest.get(axis, 1), min(4, operator.largest.get(axis, 4))))
+            axis: draw(
+                st.integers(
+                    operator.smallest.get(axis, 0 if axis == "B" else 1),
+                    min(4, operator.largest.get(axis, 4)),
+                )
+            )
             for axis in sorted(axes)
         }
         dtype = draw(st.sampled_from(_FLOATING))

@@ -11,7 +11,7 @@ differs in three ways:
 - A capsule stays at its position. The published code of DeepCaps reshapes its maps without
   transposing them, which mixes the components of a capsule with its neighbours.
 
-The defaults are for CIFAR-10, with 5,090,432 parameters, of which the decoder has 3,757,568.
+The defaults are for CIFAR-10, with 6,331,200 parameters, of which the decoder has 3,756,544.
 """
 
 from torch import Tensor, nn
@@ -132,6 +132,7 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
         in_capsules = last[0] * last[1] * T
         pixels = in_channels * height * width if reconstruction else 0
         warn_of_size(name, in_capsules, in_capsules * P * num_classes * class_dim, pixels, False)
+        # The second routing gets short capsules. The third gets longer ones, because they agree.
         in_length = routed_length(9 * T if votes == "patch" else T, T, P)
 
         def convolutional(stride: int, in_length: float) -> ConvRoutedCapsules:
@@ -142,8 +143,7 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
 
         self.convolutional = nn.ModuleList([convolutional(2, 1.0), convolutional(1, in_length)])
         self.routing = RoutedCapsules(
-            in_capsules, P, num_classes, class_dim, iterations,
-            gradient=gradient, in_length=in_length, **options,
+            in_capsules, P, num_classes, class_dim, iterations, gradient=gradient, **options
         )  # fmt: skip
         self.decoder = (
             ReconstructionDecoder(num_classes, class_dim, self.image_shape)

@@ -32,8 +32,6 @@ class RoutedCapsules(nn.Module):
         gradient: "full" differentiates through all iterations. "last" treats the last coupling as a
             constant.
         learned_prior: learn the initial logits, (I, J), which start at 0.
-        in_length: the usual length of the input capsules. It only scales the initial weight. Behind
-            another routing, capsules are much shorter than 1. See also `calibrate`.
         device, dtype: of the parameters.
 
     Shapes: (B, I, P) → (B, J, D). `weight` is (I, P, J, D), `prior` (I, J) or None,
@@ -73,7 +71,6 @@ class RoutedCapsules(nn.Module):
         leaky: bool = False,
         gradient: ops.Gradient = "full",
         learned_prior: bool = False,
-        in_length: float = 1.0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -94,7 +91,6 @@ class RoutedCapsules(nn.Module):
         ):
             _checks.check_flag("RoutedCapsules", name, flag)
         _checks.check_choice("RoutedCapsules", "gradient", gradient, ("full", "last"))
-        _checks.check_positive("RoutedCapsules", "in_length", in_length)
         self.in_capsules = in_capsules
         self.in_dim = in_dim
         self.out_capsules = out_capsules
@@ -104,7 +100,6 @@ class RoutedCapsules(nn.Module):
         self.leaky = leaky
         self.gradient: ops.Gradient = gradient
         self.learned_prior = learned_prior
-        self.in_length = in_length
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -122,7 +117,7 @@ class RoutedCapsules(nn.Module):
         figures.
         """
         inputs = self.in_capsules * (self.positions or 1)
-        sigma = routing_weight_std(inputs, self.out_capsules, self.out_dim) / self.in_length
+        sigma = routing_weight_std(inputs, self.out_capsules, self.out_dim)
         nn.init.normal_(self.weight, std=sigma)
         if self.prior is not None:
             nn.init.zeros_(self.prior)
@@ -177,8 +172,7 @@ class RoutedCapsules(nn.Module):
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, "
             f"iterations={self.iterations}, positions={self.positions}, "
             f"pose_bias={self.pose_bias is not None}, leaky={self.leaky}, "
-            f"gradient={self.gradient!r}, learned_prior={self.learned_prior}, "
-            f"in_length={self.in_length}"
+            f"gradient={self.gradient!r}, learned_prior={self.learned_prior}"
         )
 
 

@@ -125,7 +125,7 @@ class Case:
         """The shape of each input that is given."""
         left_out = set(self.operator.optional) - set(self.optional)
         return {
-            name: self._shape(axes)
+            name: tuple(self.sizes[axis] for axis in axes.split())
             for name, axes in self.operator.axes.items()
             if name not in left_out
         }
@@ -133,11 +133,7 @@ class Case:
     @property
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each requested output."""
-        axes = {name.removesuffix("?"): of for name, of in self.operator.outputs.items()}
-        return {name: self._shape(axes[name]) for name in self.operator.output_names(self.options)}
-
-    def _shape(self, axes: str) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] for axis in axes.split())
+        return self.operator.result_shapes(self.sizes, self.options)
 
     @property
     def shared(self) -> set[str]:

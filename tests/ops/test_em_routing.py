@@ -52,6 +52,7 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
                 key = (i, output[0] if competition == "position" else None)
                 rivals.setdefault(key, []).append(output)
         shares = {(i, output): 1 / len(r) for (i, _), r in rivals.items() for output in r}
+        fitted = {}
         for t in range(iterations):
             if t > 0:
                 scores = {}
@@ -63,7 +64,6 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
                 for (i, _), r in rivals.items():
                     of_rivals = torch.stack([scores[i, output] for output in r]).softmax(0)
                     shares.update(zip([(i, output) for output in r], of_rivals, strict=True))
-            fitted = {}
             for output, of in votes.items():
                 share = torch.stack([shares[i, output] * activations[b][i] for i in of])
                 stacked = torch.stack(list(of.values()))
@@ -228,7 +228,7 @@ def test_extremes_are_finite_after_more_iterations(inputs, device):
 def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
     inputs = with_activations(device, 0)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    v, a, logits = ops.em_routing(*leaves, return_logits=True)
+    v, _, logits = ops.em_routing(*leaves, return_logits=True)
     assert not v.any()
     poses, activations, weight, beta_u, beta_a = torch.autograd.grad(logits.sum() + v.sum(), leaves)
     assert not poses.any() and not weight.any() and not beta_u.any()
@@ -273,7 +273,7 @@ def test_no_iteration_stops_the_gradient(device):
     [
         (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0"),
         (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0"),
-        (ValueError, {"temperature": [0.1, 0.2, 0.3]}, "iterations=2, got 3"),
+        (ValueError, {"temperature": [0.1, 0.2, 0.3]}, "temperature must be .*iterations=2, got 3"),
         (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0"),
         (TypeError, {"temperature": "hot"}, "temperature must be a number, got str"),
         (TypeError, {"temperature": ["hot", "cold"]}, "temperature must be a number, got str"),
@@ -303,5 +303,4 @@ def test_a_training_step_takes_far_less_memory_than_the_votes():
     with LiveBytes() as live:
         v, a = ops.conv_em_routing(*leaves, stride=2)
         (v.square().sum() + a.sum()).backward()
-    print(live.peak / votes)
-    assert live.peak < votes / 2
+    assert live.peak < votes / 3

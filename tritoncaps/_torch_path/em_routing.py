@@ -1,8 +1,8 @@
 """EM routing, a few rows of the batch at a time, whose votes fit the cache.
 
 The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
-(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows, and
-sums over input capsules or over components add up long rows.
+(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows,
+and sums over input capsules or over components add up long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
 iteration. `kernels/README.md` derives it.
@@ -143,7 +143,7 @@ def em_routing_bwd(
             torch.addcmul(slope, curve, x, out=buffer).mul_(x)
             grad_shares = buffer.sum(dim=1, keepdim=True).add_(grad_n)
             grad_a += R * grad_shares
-            if t == first and (t == 0 or gradient == "last"):
+            if t == first:
                 break
             # E-step of the fit before.
             grad_R = grad_shares.mul_(a)

@@ -168,9 +168,14 @@ def _log_densities(votes: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def _windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
     """The windows of a grid, (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
-    around = (0, 0) * (grid.ndim - 3) + (padding,) * 4
-    windows = F.pad(grid, around).unfold(1, K, stride).unfold(2, K, stride)
-    return windows.movedim((-2, -1), (3, 4))
+    padded = F.pad(grid, (0, 0) * (grid.ndim - 3) + (padding,) * 4)
+    ends = [size - K + 1 for size in padded.shape[1:3]]
+    places = [
+        padded[:, ky : ky + ends[0] : stride, kx : kx + ends[1] : stride]
+        for ky in range(K)
+        for kx in range(K)
+    ]
+    return torch.stack(places, dim=3).unflatten(3, (K, K))
 
 
 def _inputs_of(grid: Sequence[int]) -> list[int]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps._operators._dispatch import INTERPRETED
 from tritoncaps.testing._agreement import compare, gradients
-from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal, with_layout
+from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal
 from tritoncaps.testing._fuzz import check_call, fuzzed_calls
 from tritoncaps.testing._table import Operator
 

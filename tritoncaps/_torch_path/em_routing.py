@@ -115,10 +115,10 @@ def em_routing_bwd(
         votes.write(rows, V)
         grad_V.zero_()
         a = _pairs(activations[rows].to(dtype), J)
-        fits = [
-            _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
-            for t, l in enumerate(temperature)
-        ]
+        fits = []
+        for t, scale in enumerate(temperature):
+            moments = (_inner(moment[t, rows]) for moment in (mass, mean, variance))
+            fits.append(_Fit(*moments, betas, scale, min_variance))  # type: ignore[call-arg]
         assignments = [competition.first(a)]
         for fit in fits[max(first - 1, 0) : last]:
             squares = torch.sub(V, fit.mean, out=x).square_()

@@ -103,8 +103,8 @@ def check_em_options(
     numbers = temperature if isinstance(temperature, (tuple, list)) else [temperature] * iterations
     if len(numbers) != iterations:
         raise ValueError(
-            f"{function}: temperature must be a number, or one for each of iterations={iterations}, "
-            f"got {len(numbers)}"
+            f"{function}: temperature must be a number, or one for each iteration, "
+            f"iterations={iterations}, got {len(numbers)}"
         )
     for number in numbers:
         check_not_negative(function, "temperature", number)

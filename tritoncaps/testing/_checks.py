@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps._operators._dispatch import INTERPRETED
 from tritoncaps.testing._agreement import compare, gradients
-from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal, with_layout
+from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal
 from tritoncaps.testing._fuzz import check_call, fuzzed_calls
 from tritoncaps.testing._table import Operator
 
@@ -605,9 +605,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
         with _Recorded(operator) as recorded:
             gradients(operator.bound(options), inputs, layout=layout)
         forward, backward = recorded.calls
-        leaves = tuple(
-            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward
-        )
+        leaves = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward)
         registered = operator.registered
         yield (registered.forward, leaves), (registered.backward, backward)
 

@@ -123,8 +123,8 @@ def _vote_gradient(
     FULL: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """dV and the share of da_i of an iteration: R_ij gR′_ij."""
-    m, s, c = load_pack(state_ptr, of_j, of_j >= 0, r, q, lane, 0.0, R, Q, LANES)
-    linear, square, constant = load_pack(grads_ptr, of_j, of_j >= 0, r, q, lane, 0.0, R, Q, LANES)
+    m, s, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
+    linear, square, constant = load_pack(grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
     t = s * V - m
     logits = tl.where(has_logits, c - over_matrix(t * t), 0.0)
     assignment = tl.exp(logits - normaliser)

@@ -69,7 +69,7 @@ def _expectation_kernel(
         w = load_weight(weight_ptr, i * J + j, exists, q, lane, DTYPE, P, Q)
         V = votes(u, w, (BLOCK_G, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE, P)
         of_j = tile * J + j + 0 * n
-        m, s, c = load_pack(state_ptr, of_j, n >= 0, r, q, lane, 0.0, R, Q, LANES)
+        m, s, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
         t = s * V - m
         logits = c - over_matrix(t * t)
         new_top = tl.maximum(top, logits)
@@ -79,7 +79,7 @@ def _expectation_kernel(
         top = new_top
         if GRADIENT:
             linear, square, constant = load_pack(
-                grads_ptr, of_j, n >= 0, r, q, lane, 0.0, R, Q, LANES
+                grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES
             )
             grad = a * share_gradient(t, linear, square, constant)
             if HAS_GRAD_ASSIGNMENT:

@@ -76,7 +76,7 @@ from tritoncaps.kernels._slots import write_sum
 # Launch rules -------------------------------------------------------------------------------------
 
 # Inputs in a thread: what a warp loads of an output's Gaussian serves all of them.
-_INPUTS = {"em_expectation": 4, "em_expectation_bwd": 2, "em_sums": 1, "em_gradient": 2}
+_INPUTS = {"em_expectation": 4, "em_expectation_bwd": 2, "em_sums": 1, "em_gradient": 1}
 _FEWEST_PROGRAMS = 1024  # of dW: two for each of 4 places on 128 processors
 
 
@@ -86,11 +86,12 @@ def em_routing_launch(
     """Launch keywords of a pass, the splits of the inputs, and the inputs in each.
 
     LANES: a lane for each row of a tile. A smaller batch leaves lanes idle.
-    num_warps: 4 warps share what they read through the first-level cache. In `em_sums` they have an
-    output each and share poses, and elsewhere they have inputs and share an output's Gaussian.
-    BLOCK_I: inputs in a program, or in a step of `em_sums`. A Gaussian takes 2 D + 1 loads, as much
-    as the votes of two inputs. Four inputs in a thread make up for it. With the pack of gradients
-    there is room for two, and beside the sums over i for one.
+    num_warps: warps share what they read through the first-level cache. In `em_sums` 4 of them have
+    an output each and share poses. Elsewhere they have inputs and share an output's Gaussian.
+    `em_gradient` reads two packs for each iteration, so there are 8.
+    BLOCK_I: inputs in a program, or in a step of `em_sums`. A pack takes 2 D + 1 loads, as much as
+    the votes of two inputs. Four inputs in a thread make up for it. With the pack of gradients
+    there is room for two, and beside sums over i or j for one.
     MAX_SPLITS: the programs that share an output's inputs, so that a tile of rows has at least 128
     warps. 16 inputs or more are worth a slot, which has half as much as their votes.
 
@@ -104,13 +105,15 @@ def em_routing_launch(
             f"votes of R={R} × Q={Q} with P={P}; a thread holds 16 components (R and Q rounded up "
             "to powers of two), and P up to 16"
         )
-    is_interpreted = target.architecture == "interpreter"
+    warps = 8 if rule == "em_gradient" else 4
     launch = {
-        # The interpreter's time is that of its steps, whatever their size.
-        "BLOCK_I": 16 if is_interpreted else _INPUTS[rule] * (1 if rule == "em_sums" else 4),
+        "BLOCK_I": _INPUTS[rule] * (1 if rule == "em_sums" else warps),
         "MAX_SPLITS": triton.cdiv(128, max(J, 1)),
-        "num_warps": 4,
+        "num_warps": warps,
     }
+    if target.architecture == "interpreter":
+        # Its time is that of the steps, whatever their size.
+        launch |= {"BLOCK_I": 16, "num_warps": 8}
     launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=R * Q)
     splits, each = divide(I, max(16, launch["BLOCK_I"]), launch.pop("MAX_SPLITS"))
     each *= max(16, launch["BLOCK_I"])

@@ -91,23 +91,24 @@ def em_routing_launch(
     `em_gradient` reads two packs for each iteration, so there are 8.
     BLOCK_I: inputs in a program, or in a step of `em_sums`. A pack takes 2 D + 1 loads, as much as
     the votes of two inputs. Four inputs in a thread make up for it. With the pack of gradients
-    there is room for two, and beside sums over i or j for one.
+    there is room for two, and beside sums over i or j for one. A vote of more than 16 components
+    halves that. Where there is one already, its values spill.
     MAX_SPLITS: the programs that share an output's inputs, so that a tile of rows has at least 128
     warps. 16 inputs or more are worth a slot, which has half as much as their votes.
 
     Raises:
-        UnsupportedShape: a vote has more than 16 components, or P is above 16. The sums over i, two
-            Gaussians and a vote would not fit into a thread's registers.
+        UnsupportedShape: a vote has more than 32 components, or P is above 16.
     """
     block_r, block_q = (triton.next_power_of_2(max(n, 1)) for n in (R, Q))
-    if block_r * block_q > 16 or P > 16:
+    if block_r * block_q > 32 or P > 16:
         raise UnsupportedShape(
-            f"votes of R={R} × Q={Q} with P={P}; a thread holds 16 components (R and Q rounded up "
+            f"votes of R={R} × Q={Q} with P={P}; a thread holds 32 components (R and Q rounded up "
             "to powers of two), and P up to 16"
         )
     warps = 8 if rule == "em_gradient" else 4
+    inputs = max(_INPUTS[rule] // (2 if block_r * block_q > 16 else 1), 1)
     launch = {
-        "BLOCK_I": _INPUTS[rule] * (1 if rule == "em_sums" else warps),
+        "BLOCK_I": inputs * (1 if rule == "em_sums" else warps),
         "MAX_SPLITS": triton.cdiv(128, max(J, 1)),
         "num_warps": warps,
     }
@@ -129,10 +130,8 @@ def em_routing_launch(
 
 
 def lanes_of(target: Target) -> int:
-    """The rows in a tile: those of a warp. A few where nothing runs side by side."""
-    if target.architecture == "interpreter":
-        return 8
-    return 32 if target.architecture.startswith("sm") else 64
+    """The rows in a tile: those of a warp."""
+    return 32 if target.architecture.startswith(("sm", "interpreter")) else 64
 
 
 # Launchers ----------------------------------------------------------------------------------------

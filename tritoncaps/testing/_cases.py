@@ -25,7 +25,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 # One small size for each axis. All differ, so that mixing up two axes shows.
 SIZES: Mapping[str, int] = {
     **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6},
-    **{"R": 2, "Q": 7, "H": 6, "W": 8, "C": 4, "K": 2},
+    **{"R": 2, "Q": 3, "H": 4, "W": 5, "C": 3, "K": 2},
 }
 
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.

@@ -153,9 +153,9 @@ _ROUTING_OPTIONS = {
 _ROUTING_OUTPUTS = {"v": "B J D", "coupling?": "B I J"}
 
 _EM_OPTIONS = {
-    "iterations": (2, 1, 3, 4),
+    "iterations": (2, 1, 3),
     "temperature": (None, 0.5),
-    "min_variance": (1e-4, 0.1),
+    "min_variance": (1e-4,),
     "gradient": ("full", "last"),
     "return_logits": (False, True),
     "return_assignment": (False, True),
@@ -253,13 +253,15 @@ _ROWS = (
         },
         options={
             **_EM_OPTIONS,
+            "iterations": (2,),
+            "temperature": (0.5,),
             "stride": (1, 2),
             "padding": (0, 1),
             "competition": ("children", "position"),
         },
         domain={"activations": torch.sigmoid},
         smallest={"H": 3, "W": 3},
-        largest={"B": 5, "H": 6, "W": 7, "C": 3, "K": 3, "J": 5},
+        largest={"B": 3, "H": 5, "W": 6, "C": 3, "K": 3, "J": 5},
         sizes=_GRID_SIZES,
     ),
     Operator(

@@ -38,7 +38,7 @@ def in_lanes(x: Tensor, lanes: int, *order: int) -> Tensor:
 
 def from_lanes(x: Tensor, B: int, dtype: torch.dtype, *order: int) -> Tensor:
     """Permute x to (tiles, lanes, …), and join its first B rows to (B, …)."""
-    return x.permute(order).flatten(0, 1)[:B].to(dtype, memory_format=torch.contiguous_format)
+    return x.permute(order).flatten(0, 1)[:B].to(dtype).contiguous()
 
 
 def pack_size(R: int, Q: int, lanes: int) -> int:

@@ -455,7 +455,7 @@ def em_routing_bwd(
         return (
             from_lanes(du, B, poses.dtype, 0, 3, 1, 4, 2),
             from_lanes(da, B, poses.dtype, 0, 2, 1),
-            total.permute(0, 2, 1, 3).to(weight.dtype, memory_format=torch.contiguous_format),
+            total.permute(0, 2, 1, 3).to(weight.dtype).contiguous(),
             -R * Q * (grad_z * mass[first:]).sum((0, 1)).to(beta_u.dtype),
             grad_z.sum((0, 1)).to(beta_a.dtype),
         )

@@ -17,10 +17,12 @@ import triton.language as tl
 
 from tritoncaps.kernels._em_passes import gaussian, inverse_mass, number, sum_packs
 from tritoncaps.kernels._em_tiles import (
+    add_products,
     load_pack,
     load_poses,
     load_weight,
     log_sigmoid,
+    no_sums,
     over_matrix,
     store_pack,
     tile_axes,
@@ -191,9 +193,7 @@ def _pose_gradient_kernel(
     u = load_poses(poses_ptr, row, exists, r, lane, DTYPE, P, R, LANES)
     a = tl.load(activations_ptr + row * LANES + lane, exists, other=0.0).to(DTYPE)
     da = tl.zeros((BLOCK_G, 1, 1, BLOCK_N, LANES), DTYPE)
-    du = ()
-    for p in tl.static_range(P):
-        du = du + (tl.zeros((BLOCK_G, BLOCK_R, 1, BLOCK_N, LANES), DTYPE),)
+    du = no_sums((BLOCK_G, BLOCK_R, 1, BLOCK_N, LANES), DTYPE, P)
     rows = tl.cast(tiles, tl.int64)
     for j in range(tl.cast(J, tl.int64)):
         w = load_weight(weight_ptr, i * J + j, exists, q, lane, DTYPE, P, Q)
@@ -204,10 +204,7 @@ def _pose_gradient_kernel(
             r, q, lane, FULL, HAS_GRAD_ASSIGNMENT, R, Q, LANES,
         )  # fmt: skip
         da += share
-        more = ()
-        for p in tl.static_range(P):
-            more = more + (du[p] + tl.sum(dV * w[p], axis=2, keep_dims=True),)
-        du = more
+        du = add_products(du, dV, w, 2, P)
     tl.store(da_ptr + row * LANES + lane, da, exists)
     ptrs = du_ptr + row * (P * R * LANES) + lane * R + r
     for p in tl.static_range(P):
@@ -236,9 +233,7 @@ def _matrix_gradient_kernel(
     exists = i < I
     pair = i * J + j
     w = load_weight(weight_ptr, pair, exists, q, lane, DTYPE, P, Q)
-    dw = ()
-    for p in tl.static_range(P):
-        dw = dw + (tl.zeros((BLOCK_G, 1, BLOCK_Q, BLOCK_N, LANES), DTYPE),)
+    dw = no_sums((BLOCK_G, 1, BLOCK_Q, BLOCK_N, LANES), DTYPE, P)
     rows = tl.cast(tiles, tl.int64)
     for tile in range(split * each, tl.minimum((split + 1) * each, rows)):
         row = tile * I + i
@@ -250,10 +245,7 @@ def _matrix_gradient_kernel(
             tile * J + j + 0 * n, row, row * J + j, exists, rows * J, rows * I, steps, first_step,
             r, q, lane, FULL, HAS_GRAD_ASSIGNMENT, R, Q, LANES,
         )  # fmt: skip
-        more = ()
-        for p in tl.static_range(P):
-            more = more + (dw[p] + tl.sum(dV * u[p], axis=1, keep_dims=True),)
-        dw = more
+        dw = add_products(dw, dV, u, 1, P)
     ptrs = slots_ptr + (split * I * J + pair) * (P * Q) + q
     for p in tl.static_range(P):
         total = tl.sum(dw[p], axis=4, keep_dims=True)

@@ -235,9 +235,12 @@ def gaussian(
 
 @triton.jit
 def inverse_mass(mass):
-    """1 / mass, or 0 without mass: such an output has neither a mean nor a gradient of it."""
-    has_mass = mass > NO_MASS
-    return tl.where(has_mass, 1.0 / tl.where(has_mass, mass, 1.0), 0.0)
+    """1 / mass, or 0 without mass: such an output has neither a mean nor a gradient of it.
+
+    A mass of NaN is not too small. It stays NaN.
+    """
+    is_nothing = mass <= NO_MASS
+    return tl.where(is_nothing, 0.0, 1.0 / tl.where(is_nothing, 1.0, mass))
 
 
 @triton.jit
@@ -294,8 +297,9 @@ def _statistics_kernel(
         m, s, _ = load_pack(state_ptr, row, j < J, r, q, lane, 0.0, R, Q, LANES)
         unit = 1.0 / tl.where(s > 0.0, s, 1.0)
         step = first * inverse
-        mean = tl.where(inverse > 0.0, (m + step) * unit, 0.0)
-        variance = tl.maximum(second * inverse - step * step, 0.0) * (unit * unit)
+        mean = tl.where(inverse == 0.0, 0.0, (m + step) * unit)
+        variance = (second * inverse - step * step) * (unit * unit)
+        variance = tl.where(variance < 0.0, 0.0, variance)  # a maximum would drop NaN
         b = tile * LANES + lane
         exists = (b < B) & (j < J)
         # A row that does not exist has no spread, and there may be no floor.

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 - Triton does not unpack tuples
 """What the kernels of EM routing hold: rows of the batch in the lanes of a warp.
 
 A tile has five axes, (BLOCK_G, BLOCK_R, BLOCK_Q, BLOCK_N, LANES):
@@ -15,7 +16,7 @@ this, in tiles of LANES batch rows. Rows that do not exist are zero.
     weight       (I, J, P, Q)
     activations  (tiles, I, LANES), likewise the normaliser and δ
     assignment   (tiles, I, J, LANES)
-    a pack       (tiles, J, 2·R·Q·LANES + LANES): two (R, LANES, Q) and one (LANES) of each pair (b, j)
+    a pack       (tiles, J, (2·R·Q + 1)·LANES): two (R, LANES, Q) and one (LANES) of each j
 
 A lane's q, or r, lie side by side, so that one instruction loads four of them.
 """
@@ -99,6 +100,24 @@ def votes(u, w, shape: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr):
     for p in tl.static_range(P):
         V += u[p] * w[p]
     return V
+
+
+@triton.jit
+def no_sums(shape: tl.constexpr, DTYPE: tl.constexpr, P: tl.constexpr):
+    """A zero tensor for every p."""
+    sums = ()
+    for _ in tl.static_range(P):
+        sums = sums + (tl.zeros(shape, DTYPE),)
+    return sums
+
+
+@triton.jit
+def add_products(sums, x, factors, AXIS: tl.constexpr, P: tl.constexpr):
+    """sums[p] + Σ x · factors[p] over r or q, for every p."""
+    more = ()
+    for p in tl.static_range(P):
+        more = more + (sums[p] + tl.sum(x * factors[p], axis=AXIS, keep_dims=True),)
+    return more
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def test_shapes_of_several_blocks(device, sizes):
     assert_exact(run(call, 2), exact(call, 2))
 
 
-@pytest.mark.parametrize("axis", SIZES)
+@pytest.mark.parametrize("axis", "BIRPQ")
 def test_axes_of_no_element(device, axis):
     call = draw(device, {"B": 2, "I": 2, "R": 2, "P": 2, "J": 2, "Q": 2} | {axis: 0})
     assert_exact(run(call, 2), exact(call, 2))
@@ -113,9 +113,9 @@ def test_no_votes_are_stored_and_every_tensor_is_written(device):
     """Also in memory full of NaN, with the same bits from run to run."""
     sizes = {"B": 3, "I": 11, "R": 2, "P": 3, "J": 7, "Q": 5}
     call = draw(device, sizes, dtype=torch.float32)
-    expected = run(call, 3)
+    expected = run(call, 2)
     with Allocations() as allocations:
-        results = run(call, 3)
+        results = run(call, 2)
     allocations.assert_bands_untouched()
     assert_same_bits(results, expected)
     weight = call["weight"].numel()
@@ -160,5 +160,7 @@ def test_a_variance_far_from_zero_keeps_its_digits(device):
 @pytest.mark.parametrize("sizes", [{"R": 5, "Q": 5}, {"P": 17}], ids=str)
 def test_a_shape_that_no_thread_holds_is_refused(device, sizes):
     call = draw(device, SIZES | sizes)
-    with pytest.raises(UnsupportedShape, match=r"votes of R=\d × Q=\d with P=\d+; a thread holds 32"):
+    with pytest.raises(
+        UnsupportedShape, match=r"votes of R=\d × Q=\d with P=\d+; a thread holds 32"
+    ):
         run(call, 1)

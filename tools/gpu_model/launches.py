@@ -37,6 +37,7 @@ SHAPES = {  # (I, P, J, D)
     "tiny": (5, 3, 2, 4),
 }
 
+
 @dataclass(frozen=True)
 class Matrices:
     """A layer of the networks of matrix capsules, whose poses are 4×4.

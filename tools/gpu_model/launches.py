@@ -28,6 +28,13 @@ from tritoncaps.testing import OPERATORS, Operator
 
 BATCH = 128
 
+# The operators on vectors, whose axes are B, I, P, J and D.
+ON_VECTORS = [
+    name
+    for name, row in OPERATORS.items()
+    if row.registered is not None and not any("R" in axes.split() for axes in row.axes.values())
+]
+
 SHAPES = {  # (I, P, J, D)
     "MNIST": (1152, 8, 10, 16),
     "second stage": (10, 16, 10, 16),
@@ -388,10 +395,7 @@ def record_launches(
     options = {"iterations": iterations, "gradient": gradient, "return_coupling": with_coupling}
     options |= {"leaky": leaky, "output": output}
     found: dict[Launch, None] = {}
-    for operator in OPERATORS.values():
-        # Capsules that are matrices have other axes.
-        if operator.registered is None or operator.name == "em_routing":
-            continue
+    for operator in map(OPERATORS.__getitem__, ON_VECTORS):
         for form in operator.options.get("form", (None,)):
             recording = record(
                 operator, shape, dtype, target,

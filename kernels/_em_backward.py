@@ -150,19 +150,20 @@ def _all_steps(
     dV = tl.zeros(V.shape, V.dtype)
     da = tl.zeros(a.shape, V.dtype)
     for step in range(steps):
+        has_logits = step + first_step > 0
         offsets = (step * rows_i + row) * LANES + lane
         normaliser = tl.load(normaliser_ptr + offsets, exists, other=float("inf"))
         delta = tl.zeros(a.shape, V.dtype)
         grad_assignment = tl.zeros(a.shape, V.dtype)
         if FULL:
-            delta = tl.load(delta_ptr + offsets, exists, other=0.0)
+            delta = tl.load(delta_ptr + offsets, exists & has_logits, other=0.0)
             if HAS_GRAD_ASSIGNMENT:
                 is_last = exists & (step == steps - 1)
                 ptrs = grad_assignment_ptr + of_pair * LANES + lane
                 grad_assignment += tl.load(ptrs, is_last, other=0.0).to(V.dtype)
         more, share = _vote_gradient(
             V, a, state_ptr, grads_ptr, step * rows_j + of_j, normaliser, delta, grad_assignment,
-            step + first_step > 0, r, q, lane, FULL, R, Q, LANES,
+            has_logits, r, q, lane, FULL, R, Q, LANES,
         )  # fmt: skip
         dV += more
         da += share

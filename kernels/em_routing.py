@@ -131,7 +131,7 @@ def em_routing_launch(
 
 def lanes_of(target: Target) -> int:
     """The rows in a tile: those of a warp."""
-    return 32 if target.architecture.startswith(("sm", "interpreter")) else 64
+    return 32 if target.architecture.startswith("sm") else 64
 
 
 # Launchers ----------------------------------------------------------------------------------------

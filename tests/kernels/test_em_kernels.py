@@ -93,7 +93,7 @@ def test_four_iterations_are_exact(device, grid, gradient):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"B": 33, "I": 17, "R": 1, "P": 1, "J": 9, "Q": 1},  # all of them a block and one more
+        {"B": 65, "I": 17, "R": 1, "P": 1, "J": 9, "Q": 1},  # all of them a block and one more
         {"B": 1, "I": 1, "R": 3, "P": 16, "J": 1, "Q": 5},  # the most that a thread holds
     ],
     ids=str,
@@ -126,10 +126,10 @@ def test_no_votes_are_stored_and_every_tensor_is_written(device):
 
 
 def test_batch_rows_do_not_depend_on_the_batch(device):
-    call = draw(device, SIZES | {"B": 34}, dtype=torch.float32)
+    call = draw(device, SIZES | {"B": 66}, dtype=torch.float32)
     call["poses"][3] = float("nan")
     whole = run(call, 2)
-    rows = slice(30, 34)
+    rows = slice(62, 66)
     part = run({k: x[rows] if AXES[k].startswith("B") else x for k, x in call.items()}, 2)
     for key in ("v", "logits", "assignment", "d_poses", "d_activations"):
         assert torch.equal(part[key], whole[key][rows]), key

@@ -71,7 +71,6 @@ from tritoncaps.kernels._launch import (
     measured,
     target_of,
 )
-from tritoncaps.kernels._slots import write_sum
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -447,15 +446,11 @@ def em_routing_bwd(
             _matrix_gradient_kernel[(groups * J * splits,)](
                 *arguments, dw, tiles, I, J, steps, first, splits, each, **modes
             )
-        total = dw[0]
-        if splits > 1:
-            total = torch.empty_like(total)
-            write_sum(dw.view(splits, I * J, P, Q), total.view(I * J, P, Q))
         grad_z = grad_z[first:]
         return (
             from_lanes(du, B, poses.dtype, 0, 3, 1, 4, 2),
             from_lanes(da, B, poses.dtype, 0, 2, 1),
-            total.permute(0, 2, 1, 3).to(weight.dtype).contiguous(),
+            dw.sum(0).permute(0, 2, 1, 3).to(weight.dtype).contiguous(),
             -R * Q * (grad_z * mass[first:]).sum((0, 1)).to(beta_u.dtype),
             grad_z.sum((0, 1)).to(beta_a.dtype),
         )

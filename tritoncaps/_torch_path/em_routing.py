@@ -1,9 +1,8 @@
 """EM routing, a few rows of the batch at a time, whose votes fit the cache.
 
 The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
-(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows, and
-sums over input capsules or over components add up long rows. The votes are kept as deviations from
-a mean, and moved from one mean to the next.
+(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows,
+and sums over input capsules or over components add up long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
 iteration. `kernels/README.md` derives it.
@@ -18,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from tritoncaps._torch_path._competition import Competition
 from tritoncaps._torch_path._precision import accumulation_dtype
-from tritoncaps._torch_path._slices import slices
+from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 
 # An output capsule with less mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
@@ -50,36 +49,35 @@ def em_routing_fwd(
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
-    votes = _Votes(poses, weight, dtype)
-    for rows in votes.groups(competition.together):
-        x = votes.of(rows)
-        buffer = torch.empty_like(x)
+    votes = _Votes(poses, weight, dtype, competition.together)
+    buffers = votes.buffers(3)
+    for rows in votes.groups:
+        V, x, buffer = votes.views(buffers, rows)
+        votes.write(rows, V)
         a = _pairs(activations[rows].to(dtype), J)
+        R_ij = competition.first(a)
         for t in range(iterations):
-            shares = competition.first(a) if t == 0 else _assign(x, fit, competition, buffer)
-            if return_assignment and t == iterations - 1:
-                assignment[rows] = shares.view(I, -1, J).transpose(0, 1)
-            shares = shares * a
+            shares = R_ij * a
             n = shares.sum(dim=0)
-            scale = _inverse_mass(n)
-            if t == 0:
-                centre = torch.zeros_like(x[0])
-                step = torch.mul(shares, x, out=buffer).sum(dim=0) * scale
-                x -= step
-                second = torch.mul(shares, x, out=buffer).mul_(x).sum(dim=0) * scale
-            else:
-                # About the mean of the iteration before. What has no mass moves to 0.
-                centre = fit.mean
-                weighted = torch.mul(shares, x, out=buffer)
-                step = weighted.sum(dim=0) * scale
-                second = (weighted.mul_(x).sum(dim=0) * scale).sub_(step.square()).clamp_(min=0)
-                step = torch.where(scale > 0, step, -centre)
-                if t < iterations - 1:
-                    x -= step
-            fit = _Fit(n, centre + step, second, betas, temperature[t], min_variance)
-            mass[t, rows], mean[t, rows] = _outer(n, J), _outer(fit.mean, J, R)
-            variance[t, rows] = _outer(second, J, R)
-        logits[rows] = _outer(fit.logits, J).to(poses.dtype)
+            # Divided first, so that a single share is exactly 1, and its variance 0.
+            shares = torch.where(n <= NO_MASS, 0, shares / n)
+            average = torch.mul(shares, V, out=buffer).sum(dim=0)
+            squares = torch.sub(V, average, out=x).square_()
+            fit = _Fit(
+                n,
+                average,
+                torch.mul(shares, squares, out=buffer).sum(dim=0),
+                betas,
+                temperature[t],
+                min_variance,
+            )
+            if t < iterations - 1:
+                R_ij = fit.assign(squares, competition)
+            mass[t, rows], mean[t, rows] = _outer(fit.mass, J), _outer(fit.mean, J, R)
+            variance[t, rows] = _outer(fit.variance, J, R)
+        logits[rows] = _outer(fit.logits, J)
+        if return_assignment:
+            assignment[rows] = R_ij.view(I, -1, J).transpose(0, 1)
     return mean[-1].to(poses.dtype, copy=True), logits, assignment, mass, mean, variance
 
 
@@ -106,24 +104,25 @@ def em_routing_bwd(
     J = len(beta_u)
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
-    votes = _Votes(poses, weight, dtype, backward=True)
+    votes = _Votes(poses, weight, dtype, competition.together, backward=True)
+    buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
     grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
     last = iterations - 1
     first = 0 if gradient == "full" else last
-    for rows in votes.groups(competition.together):
-        x = votes.of(rows)
-        buffer, grad_x = torch.empty_like(x), torch.zeros_like(x)
+    for rows in votes.groups:
+        V, grad_V, x, buffer = votes.views(buffers, rows)
+        votes.write(rows, V)
+        grad_V.zero_()
         a = _pairs(activations[rows].to(dtype), J)
-        fits = [
-            _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
-            for t, l in enumerate(temperature)
-        ]
-        centre = torch.zeros_like(x[0])
+        fits = []
+        for t, scale in enumerate(temperature):
+            moments = (_inner(moment[t, rows]) for moment in (mass, mean, variance))
+            fits.append(_Fit(*moments, betas, scale, min_variance))  # type: ignore[call-arg]
         assignments = [competition.first(a)]
         for fit in fits[max(first - 1, 0) : last]:
-            centre = _move(x, centre, fit.mean)
-            assignments.append(_assign(x, fit, competition, buffer))
+            squares = torch.sub(V, fit.mean, out=x).square_()
+            assignments.append(fit.assign(squares, competition))
         grad_a = torch.zeros_like(a)
         grad_mean = _inner(grad_v[rows]).to(dtype)
         grad_variance = torch.zeros_like(grad_mean)
@@ -132,7 +131,7 @@ def em_routing_bwd(
             grad_z += _inner(grad_logits[rows])
         for t in range(last, first - 1, -1):
             fit, R = fits[t], assignments.pop()
-            centre = _move(x, centre, fit.mean)
+            torch.sub(V, fit.mean, out=x)
             # M-step. The moments are sums over i of shares times 1, x and x².
             grad_n, of_variance, *of_betas = fit.backward(grad_z)
             for grad, part in zip(grad_betas, of_betas, strict=True):
@@ -140,28 +139,28 @@ def em_routing_bwd(
             scale = _inverse_mass(fit.mass)
             slope, curve = grad_mean * scale, (grad_variance + of_variance) * scale
             grad_n -= (curve * fit.variance).sum(dim=0, keepdim=True)
-            torch.addcmul(slope, curve, x, out=buffer)
-            grad_shares = (buffer * x).sum(dim=1, keepdim=True).add_(grad_n)
+            grad_V.addcmul_(torch.addcmul(slope, 2 * curve, x, out=buffer), R * a)
+            torch.addcmul(slope, curve, x, out=buffer).mul_(x)
+            grad_shares = buffer.sum(dim=1, keepdim=True).add_(grad_n)
             grad_a += R * grad_shares
-            grad_x.addcmul_(buffer.addcmul_(curve, x), R * a)
-            if t == first and (t == 0 or gradient == "last"):
+            if t == first:
                 break
             # E-step of the fit before.
             grad_R = grad_shares.mul_(a)
             if t == last and grad_assignment is not None:
                 grad_R += grad_assignment[rows].transpose(0, 1).flatten(1).unsqueeze(1)
             fit = fits[t - 1]
-            centre = _move(x, centre, fit.mean)
+            torch.sub(V, fit.mean, out=x)
             grad_l = competition.backward(R, grad_R)
             weighted = torch.mul(grad_l, x, out=buffer)
-            grad_x.addcmul_(weighted, fit.inverse_variance, value=-1)
+            grad_V.addcmul_(weighted, fit.inverse_variance, value=-1)
             g0, g1 = grad_l.sum(dim=0), weighted.sum(dim=0)
             g2 = weighted.mul_(x).sum(dim=0)
             grad_z = g0 * torch.sigmoid(-fit.logits)
             grad_mean = g1 * fit.inverse_variance
             grad_variance = (g2 * fit.inverse_variance - g0) * fit.inverse_variance / 2
         grad_activations[rows] = grad_a.view(len(a), -1, J).sum(dim=2).T
-        votes.contract(rows, grad_x)
+        votes.contract(rows, grad_V)
     grads = (*votes.gradients(), *grad_betas)
     grad_poses, grad_weight, grad_beta_u, grad_beta_a = (grad.to(poses.dtype) for grad in grads)
     return grad_poses, grad_activations, grad_weight, grad_beta_u, grad_beta_a
@@ -174,33 +173,46 @@ class _Votes:
     """
 
     def __init__(
-        self, poses: Tensor, weight: Tensor, dtype: torch.dtype, backward: bool = False
+        self,
+        poses: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        together: int,
+        backward: bool = False,
     ) -> None:
+        """Choose groups whose votes fit the cache. So many rows have to be together."""
+        B, I, R, _ = poses.shape
+        _, _, J, Q = self._shape = weight.shape
         self._poses = poses
         self._weight = weight.to(dtype).movedim(3, 1).flatten(0, 1)  # (I·Q, P, J)
-        self._shape = weight.shape
+        self._numbers = I * R * Q * J  # of a row
+        # Twice as many as fit into a slice: there are many small operations for each group.
+        bytes_each = together * self._numbers * self._weight.element_size() // 2
+        parts = slices(B // together, bytes_each, poses.device)
+        self.groups = [slice(part.start * together, part.stop * together) for part in parts]
         if backward:
             self._grad_poses = torch.empty_like(poses, dtype=dtype)
             self._grad_weight = torch.zeros_like(self._weight)
 
-    def groups(self, together: int) -> list[slice]:
-        """Groups whose votes fit the cache. So many rows cannot be parted."""
-        B, I, R, _ = self._poses.shape
-        _, _, J, Q = self._shape
-        bytes_each = I * J * R * Q * self._weight.element_size()
-        parts = slices(B // together, together * bytes_each, self._poses.device)
-        return [slice(part.start * together, part.stop * together) for part in parts]
+    def buffers(self, count: int) -> list[Tensor]:
+        """Flat buffers for the votes of the largest group."""
+        return [buffer_for(self.groups, self._numbers, self._weight) for _ in range(count)]
 
-    def of(self, rows: slice) -> Tensor:
+    def views(self, buffers: list[Tensor], rows: slice) -> list[Tensor]:
+        """The buffers as (I, D, G)."""
+        I, _, J, Q = self._shape
+        shape = I, Q * self._poses.shape[2], length(rows) * J
+        return [view(buffer, *shape) for buffer in buffers]
+
+    def write(self, rows: slice, out: Tensor) -> None:
         """V = M W."""
         I, P, J, Q = self._shape
-        R = self._poses.shape[2]
         poses = self._poses[rows].to(self._weight.dtype).permute(1, 2, 0, 3)  # (I, R, g, P)
         self._repeated = poses.unsqueeze(1).expand(-1, Q, -1, -1, -1).reshape(I * Q, -1, P)
-        return torch.bmm(self._repeated, self._weight).view(I, Q * R, -1)
+        torch.bmm(self._repeated, self._weight, out=out.view(I * Q, -1, J))
 
     def contract(self, rows: slice, grad: Tensor) -> None:
-        """dM = Σ_j dV Wᵀ and dW = Σ_b Mᵀ dV, for the rows whose votes were computed last."""
+        """dM = Σ_j dV Wᵀ and dW = Σ_b Mᵀ dV, for the rows that were written last."""
         I, P, J, Q = self._shape
         R = self._poses.shape[2]
         grad = grad.view(I * Q, -1, J)
@@ -236,6 +248,13 @@ class _Fit:
         self.cost = D * beta_u + 0.5 * self.log_variance
         self.logits = temperature * (beta_a - mass * self.cost)
 
+    def assign(self, squares: Tensor, competition: Competition) -> Tensor:
+        """E-step: R ∝ a p, (I, 1, G). It uses up the squares of V − mean, (I, D, G)."""
+        distances = squares.mul_(self.inverse_variance).sum(dim=1, keepdim=True)
+        log_2pi = len(self.mean) * math.log(2 * math.pi)
+        constant = logsigmoid(self.logits) - 0.5 * (self.log_variance + log_2pi)
+        return competition.softmax(constant - 0.5 * distances)
+
     def backward(self, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gradients of the mass, the variance, and the betas of each output capsule."""
         scaled = self.temperature * grad_logits
@@ -244,22 +263,8 @@ class _Fit:
         return -scaled * self.cost, of_variance, len(self.mean) * of_cost, scaled
 
 
-def _assign(x: Tensor, fit: _Fit, competition: Competition, buffer: Tensor) -> Tensor:
-    """E-step: R ∝ a p, (I, 1, G), for deviations from the mean of the fit."""
-    torch.mul(x, x, out=buffer).mul_(fit.inverse_variance)
-    log_2pi = len(fit.mean) * math.log(2 * math.pi)
-    constant = logsigmoid(fit.logits) - 0.5 * (fit.log_variance + log_2pi)
-    return competition.softmax(constant - 0.5 * buffer.sum(dim=1, keepdim=True))
-
-
-def _move(x: Tensor, centre: Tensor, mean: Tensor) -> Tensor:
-    """Turn deviations from `centre` into those from `mean`, which is returned."""
-    x -= mean - centre
-    return mean
-
-
 def _inverse_mass(mass: Tensor) -> Tensor:
-    return torch.where(mass > NO_MASS, mass.reciprocal(), 0)
+    return torch.where(mass <= NO_MASS, 0, mass.reciprocal())
 
 
 def _pairs(activations: Tensor, J: int) -> Tensor:

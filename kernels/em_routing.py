@@ -42,6 +42,7 @@ Between the two passes a kernel then gathers log Σ_j exp ℓ, and δ, of these 
 order. Nothing else joins rows of the batch.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -195,7 +196,7 @@ class _Passes:
 
     def uniform(self, normaliser: Tensor) -> None:
         """Write the normaliser of iteration 1, whose ℓ is 0."""
-        normaliser.fill_(float(torch.tensor(self.J, dtype=torch.float64).log()))
+        normaliser.fill_(math.log(self.J))
         self._compete(normaliser, None)
 
     def expectation(

@@ -81,7 +81,7 @@ def exact(call, iterations, grid=(), gradient="full"):
     ],
     ids=str,
 )
-def test_four_iterations_are_exact(device, grid, gradient):
+def test_every_mode_is_exact_after_four_iterations(device, grid, gradient):
     sizes = SIZES
     if grid:
         sizes = SIZES | {"B": 2 * grid[0] * grid[1], "I": 2 * grid[2] ** 2}

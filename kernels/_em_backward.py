@@ -1,8 +1,8 @@
 """The backward of EM routing, beside the passes that it shares with the forward.
 
-    _pull_back_em_kernel      an iteration's gradients, as the packs that its passes read
-    _pose_gradient_kernel     an input, all its outputs and iterations: du and da
-    _matrix_gradient_kernel   some inputs and an output, all rows and iterations: dW
+    pull_back_em_kernel      an iteration's gradients, as the packs that its passes read
+    pose_gradient_kernel     an input, all its outputs and iterations: du and da
+    matrix_gradient_kernel   some inputs and an output, all rows and iterations: dW
 
 `em_routing.py` has the formulas. Iteration t reads two packs: (m, s, c) of iteration t − 1, which
 gives t = s V − m and ℓ as in a forward pass, and (k₁, k₂, k₀) of iteration t, which gives
@@ -31,7 +31,7 @@ from tritoncaps.kernels._em_tiles import (
 
 
 @triton.jit
-def _pull_back_em_kernel(
+def pull_back_em_kernel(
     # pointers
     slots_ptr, grad_v_ptr, grad_logits_ptr, beta_u_ptr, beta_a_ptr, mass_ptr, mean_ptr,
     variance_ptr, state_ptr, grads_ptr, grad_z_ptr,
@@ -171,7 +171,7 @@ def _all_steps(
 
 
 @triton.jit
-def _pose_gradient_kernel(
+def pose_gradient_kernel(
     # pointers
     poses_ptr, weight_ptr, activations_ptr, state_ptr, grads_ptr, grad_assignment_ptr,
     normaliser_ptr, delta_ptr, du_ptr, da_ptr,
@@ -213,7 +213,7 @@ def _pose_gradient_kernel(
 
 
 @triton.jit
-def _matrix_gradient_kernel(
+def matrix_gradient_kernel(
     # pointers
     poses_ptr, weight_ptr, activations_ptr, state_ptr, grads_ptr, grad_assignment_ptr,
     normaliser_ptr, delta_ptr, slots_ptr,

@@ -1,9 +1,9 @@
 """The passes of EM routing over the inputs or the outputs of some rows.
 
-    _expectation_kernel   an input, all its outputs: log Σ_j exp ℓ_ij, and δ in a backward
-    _competition_kernel   joins these where an input of a convolution feeds several positions
-    _sums_kernel          an output, a share of its inputs: the sums over i, in slots
-    _statistics_kernel    finishes the sums of a forward pass: mass, mean, variance, logit
+    expectation_kernel   an input, all its outputs: log Σ_j exp ℓ_ij, and δ in a backward
+    competition_kernel   joins these where an input of a convolution feeds several positions
+    sums_kernel          an output, a share of its inputs: the sums over i, in slots
+    statistics_kernel    finishes the sums of a forward pass: mass, mean, variance, logit
 
 `em_routing.py` has the formulas. A pass reads the Gaussians of the iteration before as a pack
 (m, s, c). With s = 1 / √(2 S̃) and m = μ s, the distance of a vote in its unit is t = s V − m, and
@@ -40,7 +40,7 @@ def share_gradient(t, linear, square, constant):
 
 
 @triton.jit
-def _expectation_kernel(
+def expectation_kernel(
     # pointers
     poses_ptr, weight_ptr, activations_ptr, state_ptr, grads_ptr, grad_assignment_ptr,
     normaliser_ptr, delta_ptr,
@@ -92,7 +92,7 @@ def _expectation_kernel(
 
 
 @triton.jit
-def _competition_kernel(
+def competition_kernel(
     # pointers
     normaliser_ptr, delta_ptr, joined_ptr, joined_delta_ptr,
     # extents
@@ -148,7 +148,7 @@ def _competition_kernel(
 
 
 @triton.jit
-def _sums_kernel(
+def sums_kernel(
     # pointers
     poses_ptr, weight_ptr, activations_ptr, state_ptr, grads_ptr, grad_assignment_ptr,
     normaliser_ptr, delta_ptr, assignment_ptr, slots_ptr,
@@ -265,7 +265,7 @@ def sum_packs(
 
 
 @triton.jit
-def _statistics_kernel(
+def statistics_kernel(
     # pointers
     slots_ptr, beta_u_ptr, beta_a_ptr, state_ptr, mass_ptr, mean_ptr, variance_ptr, logits_ptr,
     # extents

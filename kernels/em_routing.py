@@ -52,15 +52,15 @@ import triton
 from torch import Tensor
 
 from tritoncaps.kernels._em_backward import (
-    _matrix_gradient_kernel,
-    _pose_gradient_kernel,
-    _pull_back_em_kernel,
+    matrix_gradient_kernel,
+    pose_gradient_kernel,
+    pull_back_em_kernel,
 )
 from tritoncaps.kernels._em_passes import (
-    _competition_kernel,
-    _expectation_kernel,
-    _statistics_kernel,
-    _sums_kernel,
+    competition_kernel,
+    expectation_kernel,
+    statistics_kernel,
+    sums_kernel,
 )
 from tritoncaps.kernels._em_tiles import from_lanes, in_lanes, pack_size
 from tritoncaps.kernels._launch import (
@@ -212,7 +212,7 @@ class _Passes:
         groups = triton.cdiv(self.I, sizes["BLOCK_G"] * sizes["BLOCK_N"])
         if self.I == 0:
             return
-        _expectation_kernel[(self.tiles * groups,)](
+        expectation_kernel[(self.tiles * groups,)](
             # In place of a missing tensor, a kernel gets one that it does not touch.
             *self.inputs, state, *(state if x is None else x for x in (grads, grad_assignment)),
             normaliser, normaliser if delta is None else delta,
@@ -230,7 +230,7 @@ class _Passes:
         rows, columns, kernel, stride = self.grid
         block_i = min(triton.next_power_of_2(self.I), 8)
         given = normaliser.clone(), None if delta is None else delta.clone()
-        _competition_kernel[(self.tiles * triton.cdiv(self.I, block_i),)](
+        competition_kernel[(self.tiles * triton.cdiv(self.I, block_i),)](
             *(given[0] if x is None else x for x in (*given, normaliser, delta)),
             self.B, self.I, self.I // kernel**2,
             ROWS=rows,
@@ -257,7 +257,7 @@ class _Passes:
         """Fill the slots with the sums over i, for ω = R a, or ω = gℓ with `grads`."""
         launch, splits, each = self.launch("em_sums")
         programs = self.tiles * splits * triton.cdiv(self.J, launch["BLOCK_N"])
-        _sums_kernel[(programs,)](
+        sums_kernel[(programs,)](
             *self.inputs,
             *(self.slots if x is None else x for x in (state, grads, grad_assignment)),
             normaliser, *(normaliser if x is None else x for x in (delta, assignment)),
@@ -327,7 +327,7 @@ def em_routing_fwd(
         programs, sizes = passes.pairs()
 
         def statistics(step: int, has_state: bool) -> None:
-            _statistics_kernel[(programs,)](
+            statistics_kernel[(programs,)](
                 passes.slots, *passes.betas, state, mass[step], mean[step], variance[step], logits,
                 B, J, passes.tiles, len(passes.slots),
                 *_in_two(temperature[step]), *passes.min_variance,
@@ -404,7 +404,7 @@ def em_routing_bwd(
         grad_logits = None if grad_logits is None else grad_logits.contiguous()
         for t in range(iterations - 1, first - 1, -1):
             step, is_last = t - first, t == iterations - 1
-            _pull_back_em_kernel[(programs,)](
+            pull_back_em_kernel[(programs,)](
                 passes.slots, grad_v, grad_v if grad_logits is None else grad_logits,
                 *passes.betas, mass, mean, variance, state[step], grads[step], grad_z,
                 B, J, tiles, len(passes.slots), t,
@@ -441,10 +441,10 @@ def em_routing_bwd(
         splits, each = divide(tiles, 1, max(_FEWEST_PROGRAMS // max(groups * J, 1), 1))
         dw = passes.empty(splits, I, J, P, Q)
         if I > 0:
-            _pose_gradient_kernel[(tiles * groups,)](
+            pose_gradient_kernel[(tiles * groups,)](
                 *arguments, du, da, tiles, I, J, steps, first, **modes
             )
-            _matrix_gradient_kernel[(groups * J * splits,)](
+            matrix_gradient_kernel[(groups * J * splits,)](
                 *arguments, dw, tiles, I, J, steps, first, splits, each, **modes
             )
         grad_z = grad_z[first:]

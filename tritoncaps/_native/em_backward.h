@@ -65,7 +65,7 @@ inline vf mass_gradient(const vf* y, const vf* shift, const vf* linear, const vf
   return even < d.D ? a + b + term(even) : a + b;
 }
 
-// y of `count` input capsules becomes dV. Σ gl y and Σ gl y² are added to the moments.
+// y of `count` input capsules becomes dV. Σ gl y and Σ gl y² are added to `first` and `second`.
 template <bool through_softmax, class S>
 inline void vote_gradients(vf* votes, const vf* c, const vf* gl, int64_t count, const vf* shift, const vf* linear,
                            const vf* square, const vf* inverse, vf* first, vf* second, const S& d) {
@@ -95,7 +95,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
   const int64_t products = (d.products + L - 1) / L * L;  // of a pair, in the sums of a slab
   const EmPlan plan(d, grid, (EmSlot<S>::vectors(d) + 2 * I / L) * L, I * d.J * products);
   const int64_t own_size = BLOCK * (d.poses + 3) + pairs * (d.D + 2) + grid.K * grid.K + d.J +
-                           Moments::vectors(d) + 3 * d.D + products + L;
+                           d.J + 2 * JD + 3 * d.D + products + L;
   const Buffer<vf> own(threads * own_size);
   const Buffer<vf> slots((grid.shared ? plan.groups : threads) * EmSlot<S>::vectors(d));
   const Buffer<float> weight(I * d.J * d.products);
@@ -111,8 +111,8 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
     vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses, *log_sum = a + BLOCK, *delta = log_sum + BLOCK;
     vf *x = delta + BLOCK, *R = x + pairs * d.D, *gc = R + pairs, *shares = gc + pairs;
     vf* scratch = shares + grid.K * grid.K;
-    const Moments moments(scratch + d.J, d);
-    vf *mean = moments.mass + Moments::vectors(d), *variance = mean + d.D, *product = variance + 2 * d.D;
+    vf *sum0 = scratch + d.J, *sum1 = sum0 + d.J, *sum2 = sum1 + JD;  // Σ gl, Σ gl y, Σ gl y²
+    vf *mean = sum2 + JD, *variance = mean + d.D, *product = variance + 2 * d.D;
     const int64_t first_slab = plan.slabs * rank / size, last_slab = plan.slabs * (rank + 1) / size;
     pack_weight(in.weight, weight.values, I * rank / size, I * (rank + 1) / size, d);
     memset(weight_sums.values + first_slab * I * d.J * products, 0,
@@ -220,7 +220,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
     const auto add_gradients = [&](const Group& group, int64_t t, const EmSlot<S>& slot, const float* sums,
                                    const float* means, float* dW) {
       const bool through_softmax = full && t > 0;
-      clear(moments.mass, Moments::vectors(d));
+      clear(sum0, d.J + 2 * JD);
       each_block(group, [&](int64_t i, int64_t count, const float* W) {
         find_pairs(t, count, W, slot);
         if (t == 0) {
@@ -238,12 +238,12 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
           vf *c = R + j * BLOCK, *gl = gc + j * BLOCK, *y = x + j * BLOCK * d.D;
           const int64_t e = j * d.D;
           for (int64_t k = 0; k < count; k++) {
-            if (through_softmax) moments.mass[j] += gl[k] = c[k] * (gl[k] - delta[k]);
+            if (through_softmax) sum0[j] += gl[k] = c[k] * (gl[k] - delta[k]);
             c[k] *= a[k];
           }
           const auto add = through_softmax ? vote_gradients<true, S> : vote_gradients<false, S>;
           add(y, c, gl, count, slot.shift + e, slot.linear + e, slot.square + e, slot.before.inverse + e,
-              moments.first + e, moments.second + e, d);
+              sum1 + e, sum2 + e, d);
           for (int64_t k = 0; k < count; k++)
             add_weight_gradient(u + k * d.poses, y + k * d.D, dW + ((i + k) * d.J + j) * products, product, d);
         }
@@ -252,11 +252,11 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
       });
       if (!through_softmax) return;
       for (int64_t j = 0; j < d.J; j++) {
-        slot.g_logit[j] = moments.mass[j] * slot.opposite[j];
+        slot.g_logit[j] = sum0[j] * slot.opposite[j];
         for (int64_t e = j * d.D; e < (j + 1) * d.D; e++) {
           const vf inverse = slot.before.inverse[e];
-          slot.g_mean[e] = moments.first[e] * inverse;
-          slot.g_variance[e] = 0.5f * (moments.second[e] * inverse - moments.mass[j]) * inverse;
+          slot.g_mean[e] = sum1[e] * inverse;
+          slot.g_variance[e] = 0.5f * (sum2[e] * inverse - sum0[j]) * inverse;
         }
       }
     };

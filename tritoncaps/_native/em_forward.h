@@ -4,12 +4,8 @@
 //     N_j = Σ_i a_i R_ij,   μ_j = Σ_i a_i R_ij V_ij / N_j,   σ²_j = Σ_i a_i R_ij (V_ij − μ_j)² / N_j
 //     z_j = λ (β_a − N_j (D β_u + ½ Σ_h log(σ²_jh + floor)))
 //
-// One walk through the votes does an E-step and the M-step after it: the deviations x from the mean
-// before give log p, and Σ c, Σ c x and Σ c x² the next Gaussians. With δ = Σ c x / N,
-//
-//     μ += δ,   σ² = Σ c x² / N − δ²
-//
-// which cancels little, since means move little. The first mean has a walk of its own.
+// One walk through the votes does an E-step and the M-step after it. The deviations from the mean
+// before give log p, and with it their own mean and variance, a block of input capsules at a time.
 //
 // N, μ and σ² of all iterations are kept for the backward.
 #pragma once
@@ -119,24 +115,12 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         from_lanes(log_sum, d.I, group.rows, count, out + i);
       });
     };
-    // The first mean:
-    const auto find_first_mean = [&](const Group& group, const Gaussians& g) {
-      first_assignment(group, grid, shares, d);
-      clear(g.mean, JD);
-      vf mass = {};
-      each_block(group, [&](int64_t i, int64_t count, const float* W) {
-        for (int64_t k = 0; k < count; k++) {
-          const vf c = a[k] * shares[(i + k) / grid.C];
-          mass += c;
-          for (int64_t e = 0; e < d.poses; e++) u[k * d.poses + e] *= c;
-        }
-        for (int64_t j = 0; j < d.J; j++)
-          add_votes(u, W + j * d.products, d.J * d.products, count, g.mean + j * d.D, d);
-      });
-      for (int64_t k = 0; k < JD; k++) g.mean[k] *= inverse_mass(mass);
-    };
-    // The moments about the mean before:
+    // The moments of the deviations from the mean before, which is 0 at first.
     const auto find_moments = [&](const Group& group, int64_t t, const float* all_sums, const Gaussians& g) {
+      if (t == 0) {
+        first_assignment(group, grid, shares, d);
+        clear(g.mean, JD);
+      }
       const bool keep = assignment && t == d.iterations - 1;
       clear(moments.mass, Moments::vectors(d));
       each_block(group, [&](int64_t i, int64_t count, const float* W) {
@@ -157,8 +141,9 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         if (keep) put_assignment(R, group, i, count, assignment, scratch, d);
         for (int64_t j = 0; j < d.J; j++) {
           vf* c = R + j * BLOCK;
-          for (int64_t k = 0; k < count; k++) moments.mass[j] += c[k] *= a[k];
-          add_moments(x + j * BLOCK * d.D, c, count, moments.first + j * d.D, moments.second + j * d.D, d);
+          for (int64_t k = 0; k < count; k++) c[k] *= a[k];
+          add_moments(x + j * BLOCK * d.D, c, count, moments.mass[j], moments.mean + j * d.D, moments.second + j * d.D,
+                      d);
         }
       });
     };
@@ -169,10 +154,9 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
       for (int64_t j = 0; j < d.J; j++) {
         const vf mass = moments.mass[j], inverse = inverse_mass(mass);
         for (int64_t h = 0; h < d.D; h++) {
-          const vf delta = moments.first[j * d.D + h] * inverse, before = g.mean[j * d.D + h];
-          const vf spread = moments.second[j * d.D + h] * inverse - delta * delta;
-          mean[h] = mass <= NO_MASS ? vf{} : before + delta;
-          variance[h] = spread < 0 ? vf{} : spread;
+          const int64_t e = j * d.D + h;
+          mean[h] = mass <= NO_MASS ? vf{} : g.mean[e] + moments.mean[e];
+          variance[h] = moments.second[e] * inverse;
         }
         from_lanes(mean, JD, group.rows, d.D, states.mean + row * JD + j * d.D);
         from_lanes(variance, JD, group.rows, d.D, states.variance + row * JD + j * d.D);
@@ -202,7 +186,6 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
             team.barrier();
           }
           each_group([&](const Group& group, float* all_sums, const Gaussians& g) {
-            if (t == 0) find_first_mean(group, g);
             find_moments(group, t, all_sums, g);
             fit(group, t, g);
           });

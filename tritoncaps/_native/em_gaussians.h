@@ -15,16 +15,17 @@ struct Gaussians {
       : mean(memory), inverse(mean + d.J * d.D), height(inverse + d.J * d.D) {}
 };
 
-// Sums over i of an output capsule: Σ c, and of each component Σ c x and Σ c x².
+// Of each output capsule, over the input capsules so far: Σ c, the mean of x with weights c, and
+// Σ c (x − mean)².
 struct Moments {
-  vf *mass, *first, *second;  // (J), (J, D), (J, D)
+  vf *mass, *mean, *second;  // (J), (J, D), (J, D)
 
   template <class S> static int64_t vectors(const S& d) { return d.J * (2 * d.D + 1); }
-  template <class S> Moments(vf* memory, const S& d) : mass(memory), first(mass + d.J), second(first + d.J * d.D) {}
+  template <class S> Moments(vf* memory, const S& d) : mass(memory), mean(mass + d.J), second(mean + d.J * d.D) {}
 };
 
 // 1/N. Without mass it is 0, and a NaN stays.
-inline vf inverse_mass(vf mass) { return mass <= NO_MASS ? vf{} : 1.f / mass; }
+inline vf inverse_mass(vf mass, float none = NO_MASS) { return mass <= none ? vf{} : 1.f / mass; }
 
 // D β_u + ½ Σ log(σ² + floor), the cost of a unit of mass.
 template <class S> inline vf cost(const vf* variance, float beta_u, const S& d) {
@@ -60,18 +61,32 @@ template <class S> inline vf log_density(const vf* x, const vf* inverse, vf heig
   return height - 0.5f * (a + b);
 }
 
-// Σ c x and Σ c x² over `count` input capsules are added to the moments of an output capsule.
+// Adds `count` input capsules to the moments of an output capsule: their own moments are found in two
+// steps, and merged with those before (Chan, Golub and LeVeque 1983). Nothing cancels, wherever the
+// mean is and however far it moves.
 template <class S>
-inline void add_moments(const vf* x, const vf* c, int64_t count, vf* first, vf* second, const S& d) {
+inline void add_moments(const vf* x, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
+  constexpr float none = 1e-30f;  // far below what counts as mass in the end
+  vf own = {};
+  for (int64_t k = 0; k < count; k++) own += c[k];
+  const vf inverse = inverse_mass(own, none), before = mass;
+  mass += own;
+  const vf part = own * inverse_mass(mass, none), between = before * part;
   const auto add = [&](int64_t h, auto N) {
     vf a[N()] = {}, b[N()] = {};
-    for (int64_t i = 0; i < count; i++)
+    for (int64_t k = 0; k < count; k++)
+      for (int n = 0; n < N(); n++) a[n] += c[k] * x[k * d.D + h + n];
+    for (int n = 0; n < N(); n++) a[n] *= inverse;
+    for (int64_t k = 0; k < count; k++)
       for (int n = 0; n < N(); n++) {
-        const vf y = x[i * d.D + h + n], cy = c[i] * y;
-        a[n] += cy;
-        b[n] += cy * y;
+        const vf y = x[k * d.D + h + n] - a[n];
+        b[n] += c[k] * y * y;
       }
-    for (int n = 0; n < N(); n++) first[h + n] += a[n], second[h + n] += b[n];
+    for (int n = 0; n < N(); n++) {
+      const vf step = a[n] - mean[h + n];
+      mean[h + n] += part * step;
+      second[h + n] += b[n] + between * step * step;
+    }
   };
   const int64_t whole = d.D - d.D % 4;
   for (int64_t h = 0; h < whole; h += 4) add(h, std::integral_constant<int, 4>());

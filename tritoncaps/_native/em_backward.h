@@ -55,14 +55,10 @@ template <class S> struct EmSlot {
 // The gradient of c of a pair.
 template <class S>
 inline vf mass_gradient(const vf* y, const vf* shift, const vf* linear, const vf* square, vf constant, const S& d) {
-  const auto term = [&](int64_t h) {
-    const vf x = y[h] - shift[h];
-    return x * (linear[h] + square[h] * x);
-  };
-  vf a = constant, b = {};
-  const int64_t even = d.D - d.D % 2;
-  for (int64_t h = 0; h < even; h += 2) a += term(h), b += term(h + 1);
-  return even < d.D ? a + b + term(even) : a + b;
+  return constant + sum_over_components(d, [&](int64_t h) {
+           const vf x = y[h] - shift[h];
+           return x * (linear[h] + square[h] * x);
+         });
 }
 
 // y of `count` input capsules becomes dV. Σ gl y and Σ gl y² are added to `first` and `second`.

@@ -25,10 +25,10 @@ struct Moments {
 };
 
 // 1/N. Without mass it is 0, and a NaN stays.
-__attribute__((always_inline)) inline vf inverse_mass(vf mass, float none = NO_MASS) { return mass <= none ? vf{} : 1.f / mass; }
+ALWAYS_INLINE vf inverse_mass(vf mass, float none = NO_MASS) { return mass <= none ? vf{} : 1.f / mass; }
 
 // Σ_h term(h). Four sums side by side keep the roundings few.
-template <class S, class Term> __attribute__((always_inline)) inline vf sum_over_components(const S& d, const Term& term) {
+template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, const Term& term) {
   vf a = {}, b = {}, c = {}, e = {};
   const int64_t whole = d.D - d.D % 4;
   for (int64_t h = 0; h < whole; h += 4) {
@@ -42,18 +42,18 @@ template <class S, class Term> __attribute__((always_inline)) inline vf sum_over
 }
 
 // D β_u + ½ Σ log(σ² + floor), the cost of a unit of mass.
-template <class S> __attribute__((always_inline)) inline vf cost(const vf* variance, float beta_u, const S& d) {
+template <class S> ALWAYS_INLINE vf cost(const vf* variance, float beta_u, const S& d) {
   const vf sum = sum_over_components(d, [&](int64_t h) { return log(variance[h] + d.min_variance); });
   return 0.5f * sum + float(d.D) * beta_u;
 }
 // The logit of iteration t.
-template <class S> __attribute__((always_inline)) inline vf logit(int64_t t, vf mass, vf cost, float beta_a, const S& d) {
+template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float beta_a, const S& d) {
   return d.temperature[t] * (beta_a - mass * cost);
 }
 
 // Gaussian j of an iteration with logit z.
 template <class S>
-__attribute__((always_inline)) inline void describe(const vf* mean, const vf* variance, vf z, vf cost, float beta_u, const Gaussians& out, int64_t j,
+ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, float beta_u, const Gaussians& out, int64_t j,
                      const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
     out.mean[j * d.D + h] = mean[h];
@@ -63,7 +63,7 @@ __attribute__((always_inline)) inline void describe(const vf* mean, const vf* va
 }
 
 // log p of a vote, from its deviations.
-template <class S> __attribute__((always_inline)) inline vf log_density(const vf* x, const vf* inverse, vf height, const S& d) {
+template <class S> ALWAYS_INLINE vf log_density(const vf* x, const vf* inverse, vf height, const S& d) {
   return height - 0.5f * sum_over_components(d, [&](int64_t h) { return x[h] * x[h] * inverse[h]; });
 }
 
@@ -71,7 +71,7 @@ template <class S> __attribute__((always_inline)) inline vf log_density(const vf
 // steps, and merged with those before (Chan, Golub and LeVeque 1983). Nothing cancels, wherever the
 // mean is and however far it moves.
 template <class S>
-__attribute__((always_inline)) inline void add_moments(const vf* x, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
+ALWAYS_INLINE void add_moments(const vf* x, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
   constexpr float none = 1e-30f;  // far below what counts as mass in the end
   vf own = {};
   for (int64_t k = 0; k < count; k++) own += c[k];
@@ -101,7 +101,7 @@ __attribute__((always_inline)) inline void add_moments(const vf* x, const vf* c,
 
 // Values of the pairs of a block are (J, BLOCK) vectors. Of each input capsule: log Σ_j e^l, where l
 // becomes its softmax.
-template <class S> __attribute__((always_inline)) inline void softmax(vf* l, int64_t count, vf* log_sum, const S& d) {
+template <class S> ALWAYS_INLINE void softmax(vf* l, int64_t count, vf* log_sum, const S& d) {
   for (int64_t i = 0; i < count; i++) {
     vf top = l[i], sum = {};
     for (int64_t j = 1; j < d.J; j++) top = larger(l[j * BLOCK + i], top);
@@ -112,7 +112,7 @@ template <class S> __attribute__((always_inline)) inline void softmax(vf* l, int
   }
 }
 // The same with a log Σ that is known.
-template <class S> __attribute__((always_inline)) inline void softmax_with(const vf* log_sum, vf* l, int64_t count, const S& d) {
+template <class S> ALWAYS_INLINE void softmax_with(const vf* log_sum, vf* l, int64_t count, const S& d) {
   for (int64_t j = 0; j < d.J; j++)
     for (int64_t i = 0; i < count; i++) l[j * BLOCK + i] = exp_of_negative(l[j * BLOCK + i] - log_sum[i]);
 }
@@ -123,7 +123,7 @@ template <class S> __attribute__((always_inline)) inline void softmax_with(const
 // δ under the softmax of the logarithms. The sums run in the order of the rows.
 //
 // Of the input positions of `images` images, a thread has those of some lines.
-__attribute__((always_inline)) inline void share(float* log_sum, float* mean, int64_t images, const Grid& grid, int64_t I, Team team) {
+ALWAYS_INLINE void share(float* log_sum, float* mean, int64_t images, const Grid& grid, int64_t I, Team team) {
   const int64_t lines = images * grid.height();
   for (int64_t line = lines * team.rank / team.size; line < lines * (team.rank + 1) / team.size; line++) {
     const int64_t image = line / grid.height(), Y = line % grid.height();

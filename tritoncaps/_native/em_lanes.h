@@ -4,24 +4,29 @@
 // fewer rows repeats the last one.
 #pragma once
 
+#include <algorithm>
+
 #include "lanes.h"
+
+// For the loops over components, whose sizes are constants where they are inlined.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
 
 namespace {
 
-template <int S, int... k> __attribute__((always_inline)) inline void exchange(vf& a, vf& b, std::integer_sequence<int, k...>) {
+template <int S, int... k> ALWAYS_INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, k...>) {
   const vf lower = __builtin_shufflevector(a, b, (k & S ? L + k - S : k)...);
   b = __builtin_shufflevector(a, b, (k & S ? L + k : k + S)...);
   a = lower;
 }
 // Transposes a[0 .. LANES), by exchanging blocks of S×S.
-template <int S = L / 2> __attribute__((always_inline)) inline void transpose(vf* a) {
+template <int S = L / 2> ALWAYS_INLINE void transpose(vf* a) {
   for (int k = 0; k < L; k++)
     if (!(k & S)) exchange<S>(a[k], a[k + S], std::make_integer_sequence<int, L>());
   if constexpr (S > 1) transpose<S / 2>(a);
 }
 
 // n values of each of `rows` rows, which are `stride` apart, to n vectors.
-template <class T> __attribute__((always_inline)) inline void to_lanes(const T* x, int64_t stride, int64_t rows, int64_t n, vf* out) {
+template <class T> ALWAYS_INLINE void to_lanes(const T* x, int64_t stride, int64_t rows, int64_t n, vf* out) {
   const T* row[L];
   for (int k = 0; k < L; k++) row[k] = x + std::min<int64_t>(k, rows - 1) * stride;
   const int64_t whole = n - n % L;
@@ -35,7 +40,7 @@ template <class T> __attribute__((always_inline)) inline void to_lanes(const T* 
     for (int k = 0; k < L; k++) out[e][k] = raise(row[k][e]);
 }
 // And back.
-template <class T> __attribute__((always_inline)) inline void from_lanes(const vf* x, int64_t stride, int64_t rows, int64_t n, T* out) {
+template <class T> ALWAYS_INLINE void from_lanes(const vf* x, int64_t stride, int64_t rows, int64_t n, T* out) {
   const int64_t whole = n - n % L;
   for (int64_t e = 0; e < whole; e += L) {
     vf a[L];
@@ -54,7 +59,7 @@ template <class T> __attribute__((always_inline)) inline void from_lanes(const v
 // log x within two units in the last place; −∞ at 0, NaN below.
 //
 // x = 2ⁿ (1 + f) with 1 + f in [√½, √2).
-__attribute__((always_inline)) inline vf log(vf x) {
+ALWAYS_INLINE vf log(vf x) {
   const auto tiny = x < 1.17549435e-38f;
   const vf scaled = tiny ? x * 8388608.f : x;  // subnormal numbers
   const vi shifted = (vi)scaled - 0x3f3504f3;  // the bits of √½
@@ -77,9 +82,9 @@ __attribute__((always_inline)) inline vf log(vf x) {
 }
 
 // log 1/(1 + e^−z), and the gradient of that, 1/(1 + e^z).
-__attribute__((always_inline)) inline vf absolute(vf x) { return x < 0 ? -x : x; }
-__attribute__((always_inline)) inline vf log_sigmoid(vf z) { return (z > 0 ? vf{} : z) - log(1.f + exp_of_negative(-absolute(z))); }
-__attribute__((always_inline)) inline vf sigmoid_of_negative(vf z) {
+ALWAYS_INLINE vf absolute(vf x) { return x < 0 ? -x : x; }
+ALWAYS_INLINE vf log_sigmoid(vf z) { return (z > 0 ? vf{} : z) - log(1.f + exp_of_negative(-absolute(z))); }
+ALWAYS_INLINE vf sigmoid_of_negative(vf z) {
   const vf e = exp_of_negative(-absolute(z));
   return (z > 0 ? e : splat(1.f)) / (1.f + e);
 }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritoncaps import _torch_path
-from tritoncaps._native._call import check, function, numbers, pointer, sizes, workers
+from tritoncaps._native._call import check, function, numbers, pointer, raised, sizes, workers
 
 
 def em_routing_fwd(
@@ -33,7 +33,7 @@ def em_routing_fwd(
             *(min_variance, grid, gradient, return_assignment),
         )
     poses, activations = poses.contiguous(), activations.contiguous()
-    weight, beta_u, beta_a = weight.contiguous(), beta_u.float(), beta_a.float()
+    weight, beta_u, beta_a = weight.contiguous(), raised(beta_u), raised(beta_a)
     v, logits = poses.new_empty((B, J, R, Q)), poses.new_empty((B, J))
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     mass = poses.new_empty((iterations, B, J), dtype=torch.float32)
@@ -43,8 +43,8 @@ def em_routing_fwd(
         poses.data_ptr(),
         activations.data_ptr(),
         weight.data_ptr(),
-        beta_u.contiguous().data_ptr(),
-        beta_a.contiguous().data_ptr(),
+        pointer(beta_u),
+        pointer(beta_a),
         sizes(B, I, R, P, J, Q, iterations),
         numbers(*temperature),
         min_variance,
@@ -90,10 +90,11 @@ def em_routing_bwd(
         None if grad is None else grad.to(poses.dtype).contiguous()
         for grad in (grad_v, grad_logits, grad_assignment)
     ]
-    inputs = [x.contiguous() for x in (poses, activations, weight, beta_u.float(), beta_a.float())]
+    inputs = [x.contiguous() for x in (poses, activations, weight)]
+    inputs += [x.float().contiguous() for x in (beta_u, beta_a)]
     states = [x.contiguous() for x in (mass, mean, variance)]
     grads = [torch.empty_like(x) for x in inputs]
-    done = function("em_routing_bwd", poses.dtype, "ppppppppppppp" "fpipppppi")(
+    done = function("em_routing_bwd", poses.dtype, "pppppppppppppfpipppppi")(
         *map(pointer, cotangents),
         *map(pointer, inputs),
         *map(pointer, states),

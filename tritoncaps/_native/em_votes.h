@@ -11,20 +11,25 @@
 namespace {
 
 // Input capsules at a time. Sums over i are loaded and stored once a block.
-constexpr int BLOCK = 4;
+constexpr int BLOCK = 8;
 
-__attribute__((always_inline)) inline vf hold(vf x) {
+// Keeps a vector in a register. GCC would load it anew for each product, and loads are what these
+// loops wait for.
+ALWAYS_INLINE vf hold(vf x) {
+#if defined(__x86_64__)
   __asm__("" : "+x"(x));
+#endif
   return x;
 }
+
 // Calls tile(m, n, M, N) for the M×N tiles at (m, n) of a matrix.
-template <int M, class Tile> __attribute__((always_inline)) inline void row_of_tiles(int64_t m, int64_t columns, const Tile& tile) {
+template <int M, class Tile> ALWAYS_INLINE void row_of_tiles(int64_t m, int64_t columns, const Tile& tile) {
   const int64_t even = columns - columns % 2;
   for (int64_t n = 0; n < even; n += 2)
     tile(m, n, std::integral_constant<int, M>(), std::integral_constant<int, 2>());
   if (even < columns) tile(m, even, std::integral_constant<int, M>(), std::integral_constant<int, 1>());
 }
-template <class Tile> __attribute__((always_inline)) inline void each_tile(int64_t rows, int64_t columns, const Tile& tile) {
+template <class Tile> ALWAYS_INLINE void each_tile(int64_t rows, int64_t columns, const Tile& tile) {
   const int64_t whole = rows - rows % 4;
   for (int64_t m = 0; m < whole; m += 4) row_of_tiles<4>(m, columns, tile);
   for (int64_t m = whole; m < rows; m++) row_of_tiles<1>(m, columns, tile);
@@ -32,7 +37,7 @@ template <class Tile> __attribute__((always_inline)) inline void each_tile(int64
 
 // sum (M, N) += u_i W_ij of a tile at (r, q).
 template <int M, int N, class S>
-__attribute__((always_inline)) inline void add_product(const vf* u, const float* w, int64_t r, int64_t q, vf (&sum)[M][N], const S& d) {
+ALWAYS_INLINE void add_product(const vf* u, const float* w, int64_t r, int64_t q, vf (&sum)[M][N], const S& d) {
   for (int64_t p = 0; p < d.P; p++) {
     vf y[N];
     for (int n = 0; n < N; n++) y[n] = splat(w[p * d.Q + q + n]);
@@ -44,7 +49,7 @@ __attribute__((always_inline)) inline void add_product(const vf* u, const float*
 }
 
 // x = V − mean.
-template <class S> __attribute__((always_inline)) inline void deviations(const vf* u, const float* w, const vf* mean, vf* x, const S& d) {
+template <class S> ALWAYS_INLINE void deviations(const vf* u, const float* w, const vf* mean, vf* x, const S& d) {
   each_tile(d.R, d.Q, [&](int64_t r, int64_t q, auto M, auto N) {
     vf sum[M()][N()];
     for (int m = 0; m < M(); m++)
@@ -57,7 +62,7 @@ template <class S> __attribute__((always_inline)) inline void deviations(const v
 
 // total += Σ u_i W_ij, over `count` input capsules whose weights are `stride` apart.
 template <class S>
-__attribute__((always_inline)) inline void add_votes(const vf* u, const float* w, int64_t stride, int64_t count, vf* total, const S& d) {
+ALWAYS_INLINE void add_votes(const vf* u, const float* w, int64_t stride, int64_t count, vf* total, const S& d) {
   each_tile(d.R, d.Q, [&](int64_t r, int64_t q, auto M, auto N) {
     vf sum[M()][N()] = {};
     for (int64_t i = 0; i < count; i++) add_product(u + i * d.poses, w + i * stride, r, q, sum, d);
@@ -67,7 +72,7 @@ __attribute__((always_inline)) inline void add_votes(const vf* u, const float* w
 }
 
 // du_i += Σ_j dV_ij W_ijᵀ, where the gradients of votes are `stride` vectors apart.
-template <class S> __attribute__((always_inline)) inline void add_pose_gradient(const vf* grad, int64_t stride, const float* w, vf* total, const S& d) {
+template <class S> ALWAYS_INLINE void add_pose_gradient(const vf* grad, int64_t stride, const float* w, vf* total, const S& d) {
   each_tile(d.R, d.P, [&](int64_t r, int64_t p, auto M, auto N) {
     vf sum[M()][N()] = {};
     for (int64_t j = 0; j < d.J; j++)
@@ -86,7 +91,7 @@ template <class S> __attribute__((always_inline)) inline void add_pose_gradient(
 }
 
 // dW_ij += Σ over the rows of M_iᵀ dV_ij. Scratch: (P, Q) vectors and LANES.
-template <class S> __attribute__((always_inline)) inline void add_weight_gradient(const vf* u, const vf* grad, float* total, vf* scratch, const S& d) {
+template <class S> ALWAYS_INLINE void add_weight_gradient(const vf* u, const vf* grad, float* total, vf* scratch, const S& d) {
   each_tile(d.P, d.Q, [&](int64_t p, int64_t q, auto M, auto N) {
     vf sum[M()][N()] = {};
     for (int64_t r = 0; r < d.R; r++) {

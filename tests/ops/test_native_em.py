@@ -158,7 +158,8 @@ def test_one_image_spoils_no_other(value, grid, iterations):
     others = [row for row in range(12) if row not in image]
     for name, result in actual.items():
         if name in SHARED:
-            assert result.isnan().any(), name
+            is_constant = iterations == 1 and name != "dweight"  # as the mass is
+            assert result.isfinite().all() == is_constant, name
             continue
         constant = ("assignment", "mass", "logits") if iterations == 1 else ()
         if name in ("v", "mean", "variance", "dactivations") or name not in (*constant, "dposes"):
@@ -167,9 +168,8 @@ def test_one_image_spoils_no_other(value, grid, iterations):
         assert_close(rest, same, rtol=0, atol=0, msg=f"{name} of another image differs")
 
 
-@pytest.mark.parametrize("axis", "BIP")
-def test_empty_axes(axis):
-    call = Call(sizes_of(2, 3) | {axis: 0})
+def test_empty_batch():
+    call = Call(sizes_of(0, 3))
     inputs = call.inputs()
     assert_close(call.results(inputs), call.results(inputs, _torch_path))
 

@@ -25,7 +25,7 @@ struct Moments {
 };
 
 // 1/N. Without mass it is 0, and a NaN stays.
-ALWAYS_INLINE vf inverse_mass(vf mass, float none = NO_MASS) { return mass <= none ? vf{} : 1.f / mass; }
+ALWAYS_INLINE vf inverse_mass(vf mass) { return mass <= NO_MASS ? vf{} : 1.f / mass; }
 
 // Σ_h term(h). Four sums side by side keep the roundings few.
 template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, const Term& term) {
@@ -69,20 +69,21 @@ template <class S> ALWAYS_INLINE vf log_density(const vf* x, const vf* inverse, 
 
 // Adds `count` input capsules to the moments of an output capsule: their own moments are found in two
 // steps, and merged with those before (Chan, Golub and LeVeque 1983). Nothing cancels, wherever the
-// mean is and however far it moves.
+// mean is and however far it moves, and equal votes have no variance at all.
 template <class S>
 ALWAYS_INLINE void add_moments(const vf* x, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
   constexpr float none = 1e-30f;  // far below what counts as mass in the end
-  vf own = {};
+  vf own = {}, parts[BLOCK];
   for (int64_t k = 0; k < count; k++) own += c[k];
-  const vf inverse = inverse_mass(own, none), before = mass;
+  for (int64_t k = 0; k < count; k++) parts[k] = own <= none ? vf{} : c[k] / own;
+  const vf before = mass;
   mass += own;
-  const vf part = own * inverse_mass(mass, none), between = before * part;
+  const vf part = mass <= none ? vf{} : own / mass, between = before * part;
   const auto add = [&](int64_t h, auto N) {
     vf a[N()] = {}, b[N()] = {};
-    for (int64_t k = 0; k < count; k++)
-      for (int n = 0; n < N(); n++) a[n] += c[k] * x[k * d.D + h + n];
-    for (int n = 0; n < N(); n++) a[n] *= inverse;
+    for (int64_t k = 1; k < count; k++)
+      for (int n = 0; n < N(); n++) a[n] += parts[k] * (x[k * d.D + h + n] - x[h + n]);
+    for (int n = 0; n < N(); n++) a[n] += x[h + n];
     for (int64_t k = 0; k < count; k++)
       for (int n = 0; n < N(); n++) {
         const vf y = x[k * d.D + h + n] - a[n];

@@ -48,26 +48,17 @@ ALWAYS_INLINE void add_product(const vf* u, const float* w, int64_t r, int64_t q
   }
 }
 
-// x = V − mean.
+// x = V − mean. V is rounded before, so that equal votes have equal deviations in each walk, and a
+// mean that is one of them has none.
 template <class S> ALWAYS_INLINE void deviations(const vf* u, const float* w, const vf* mean, vf* x, const S& d) {
   each_tile(d.R, d.Q, [&](int64_t r, int64_t q, auto M, auto N) {
-    vf sum[M()][N()];
-    for (int m = 0; m < M(); m++)
-      for (int n = 0; n < N(); n++) sum[m][n] = -mean[(r + m) * d.Q + q + n];
+    vf sum[M()][N()] = {};
     add_product(u, w, r, q, sum, d);
     for (int m = 0; m < M(); m++)
-      for (int n = 0; n < N(); n++) x[(r + m) * d.Q + q + n] = sum[m][n];
-  });
-}
-
-// total += Σ u_i W_ij, over `count` input capsules whose weights are `stride` apart.
-template <class S>
-ALWAYS_INLINE void add_votes(const vf* u, const float* w, int64_t stride, int64_t count, vf* total, const S& d) {
-  each_tile(d.R, d.Q, [&](int64_t r, int64_t q, auto M, auto N) {
-    vf sum[M()][N()] = {};
-    for (int64_t i = 0; i < count; i++) add_product(u + i * d.poses, w + i * stride, r, q, sum, d);
-    for (int m = 0; m < M(); m++)
-      for (int n = 0; n < N(); n++) total[(r + m) * d.Q + q + n] += sum[m][n];
+      for (int n = 0; n < N(); n++) {
+        const int64_t h = (r + m) * d.Q + q + n;
+        x[h] = sum[m][n] - mean[h];
+      }
   });
 }
 

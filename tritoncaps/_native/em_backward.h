@@ -37,7 +37,7 @@ template <class T> struct EmCotangents {
 template <class S> struct EmSlot {
   vf *g_mean, *g_variance, *g_logit;          // of the iteration that is next: (J, D), (J, D), (J)
   vf *linear, *square, *constant;             // gc = constant + Σ x (linear + square x)
-  vf *shift;                                  // (J, D): μ − μ′
+  vf *mean;                                   // (J, D)
   vf *opposite;                               // (J): sigmoid(−z′)
   Gaussians before;
   vf *poses, *activations;                    // (I, R, P) and (I): du and da
@@ -47,40 +47,44 @@ template <class S> struct EmSlot {
   }
   EmSlot(vf* memory, const S& d)
       : g_mean(memory), g_variance(g_mean + d.J * d.D), g_logit(g_variance + d.J * d.D), linear(g_logit + d.J),
-        square(linear + d.J * d.D), constant(square + d.J * d.D), shift(constant + d.J),
-        opposite(shift + d.J * d.D), before(opposite + d.J, d), poses(opposite + d.J + Gaussians::vectors(d)),
+        square(linear + d.J * d.D), constant(square + d.J * d.D), mean(constant + d.J),
+        opposite(mean + d.J * d.D), before(opposite + d.J, d), poses(opposite + d.J + Gaussians::vectors(d)),
         activations(poses + d.I * d.poses) {}
 };
 
 // The gradient of c of a pair.
 template <class S>
-inline vf mass_gradient(const vf* y, const vf* shift, const vf* linear, const vf* square, vf constant, const S& d) {
+ALWAYS_INLINE vf mass_gradient(const vf* vote, const vf* mean, const vf* linear, const vf* square, vf constant,
+                               const S& d) {
   return constant + sum_over_components(d, [&](int64_t h) {
-           const vf x = y[h] - shift[h];
+           const vf x = vote[h] - mean[h];
            return x * (linear[h] + square[h] * x);
          });
 }
 
-// y of `count` input capsules becomes dV. Σ gl y and Σ gl y² are added to `first` and `second`.
+// The votes of `count` input capsules for an output capsule become dV. Σ gl y and Σ gl y² are added
+// to `first` and `second`.
 template <bool through_softmax, class S>
-inline void vote_gradients(vf* votes, const vf* c, const vf* gl, int64_t count, const vf* shift, const vf* linear,
-                           const vf* square, const vf* inverse, vf* first, vf* second, const S& d) {
+inline void vote_gradients(vf* votes, const vf* c, const vf* gl, int64_t count, int64_t j, const EmSlot<S>& slot,
+                           vf* first, vf* second, const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
-    const vf shift_h = shift[h], linear_h = linear[h], square_h = 2.f * square[h];
-    const vf inverse_h = through_softmax ? inverse[h] : vf{};
+    const int64_t e = j * d.D + h;
+    const vf mean = slot.mean[e], linear = slot.linear[e], square = 2.f * slot.square[e];
+    const vf mean_before = through_softmax ? slot.before.mean[e] : vf{};
+    const vf inverse = through_softmax ? slot.before.inverse[e] : vf{};
     vf a = {}, b = {};
     for (int64_t k = 0; k < count; k++) {
-      const vf y = votes[k * d.D + h], x = y - shift_h;
-      vf dV = c[k] * (linear_h + square_h * x);
+      vf& vote = votes[k * d.D + h];
+      vf dV = c[k] * (linear + square * (vote - mean));
       if constexpr (through_softmax) {
-        const vf gy = gl[k] * y;
+        const vf y = vote - mean_before, gy = gl[k] * y;
         a += gy;
         b += gy * y;
-        dV -= gy * inverse_h;
+        dV -= gy * inverse;
       }
-      votes[k * d.D + h] = dV;
+      vote = dV;
     }
-    if constexpr (through_softmax) first[h] += a, second[h] += b;
+    if constexpr (through_softmax) first[e] += a, second[e] += b;
   }
 }
 
@@ -105,7 +109,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
   in_parallel(threads, [&](int rank, int size) {
     const Team team{rank, size};
     vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses, *log_sum = a + BLOCK, *delta = log_sum + BLOCK;
-    vf *x = delta + BLOCK, *R = x + pairs * d.D, *gc = R + pairs, *shares = gc + pairs;
+    vf *votes = delta + BLOCK, *R = votes + pairs * d.D, *gc = R + pairs, *shares = gc + pairs;
     vf* scratch = shares + grid.K * grid.K;
     vf *sum0 = scratch + d.J, *sum1 = sum0 + d.J, *sum2 = sum1 + JD;  // Σ gl, Σ gl y, Σ gl y²
     vf *mean = sum2 + JD, *variance = mean + d.D, *product = variance + 2 * d.D;
@@ -158,8 +162,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
           slot.square[e] = g_variance * inverse;
           slot.constant[j] -= slot.square[e] * variance[h];
         }
-        to_lanes(means + j * d.D, JD, group.rows, d.D, t > 0 ? slot.shift + j * d.D : slot.before.mean + j * d.D);
-        if (t == 0) clear(slot.shift + j * d.D, d.D);
+        to_lanes(means + j * d.D, JD, group.rows, d.D, slot.mean + j * d.D);
       }
       if (t == 0) return first_assignment(group, grid, shares, d);
       // The Gaussians before.
@@ -171,19 +174,21 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
         const vf z = logit(t - 1, scratch[j], price, in.beta_a[j], d);
         describe(mean, variance, z, price, in.beta_u[j], slot.before, j, d);
         slot.opposite[j] = sigmoid_of_negative(z);
-        for (int64_t h = 0; h < d.D; h++) slot.shift[j * d.D + h] -= mean[h];
       }
     };
 
-    // Of a block: y, log p, and the gradient of c.
+    // Of a block: the votes, log p, and the gradient of c.
     const auto find_pairs = [&](int64_t t, int64_t count, const float* W, const EmSlot<S>& slot) {
       for (int64_t j = 0; j < d.J; j++)
         for (int64_t k = 0; k < count; k++) {
-          vf* y = x + (j * BLOCK + k) * d.D;
-          deviations(u + k * d.poses, W + (k * d.J + j) * d.products, slot.before.mean + j * d.D, y, d);
-          gc[j * BLOCK + k] = mass_gradient(y, slot.shift + j * d.D, slot.linear + j * d.D, slot.square + j * d.D,
-                                            slot.constant[j], d);
-          if (t > 0) R[j * BLOCK + k] = log_density(y, slot.before.inverse + j * d.D, slot.before.height[j], d);
+          const int64_t e = j * d.D;
+          vf* vote = votes + (j * BLOCK + k) * d.D;
+          make_vote(u + k * d.poses, W + (k * d.J + j) * d.products, vote, d);
+          gc[j * BLOCK + k] =
+              mass_gradient(vote, slot.mean + e, slot.linear + e, slot.square + e, slot.constant[j], d);
+          if (t > 0)
+            R[j * BLOCK + k] =
+                log_density(vote, slot.before.mean + e, slot.before.inverse + e, slot.before.height[j], d);
         }
     };
     // δ. Also adds to da, and leaves the gradient of R in gc.
@@ -231,20 +236,19 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
         find_deltas(group, t, i, count, slot.activations);
         if (sums && through_softmax) load_gradient(means + i, I, group, count, delta);
         for (int64_t j = 0; j < d.J; j++) {
-          vf *c = R + j * BLOCK, *gl = gc + j * BLOCK, *y = x + j * BLOCK * d.D;
-          const int64_t e = j * d.D;
+          vf *c = R + j * BLOCK, *gl = gc + j * BLOCK, *dV = votes + j * BLOCK * d.D;
           for (int64_t k = 0; k < count; k++) {
             if (through_softmax) sum0[j] += gl[k] = c[k] * (gl[k] - delta[k]);
             c[k] *= a[k];
           }
-          const auto add = through_softmax ? vote_gradients<true, S> : vote_gradients<false, S>;
-          add(y, c, gl, count, slot.shift + e, slot.linear + e, slot.square + e, slot.before.inverse + e,
-              sum1 + e, sum2 + e, d);
+          const auto make_gradients = through_softmax ? vote_gradients<true, S> : vote_gradients<false, S>;
+          make_gradients(dV, c, gl, count, j, slot, sum1, sum2, d);
           for (int64_t k = 0; k < count; k++)
-            add_weight_gradient(u + k * d.poses, y + k * d.D, dW + ((i + k) * d.J + j) * products, product, d);
+            add_weight_gradient(u + k * d.poses, dV + k * d.D, dW + ((i + k) * d.J + j) * products, product, d);
         }
         for (int64_t k = 0; k < count; k++)
-          add_pose_gradient(x + k * d.D, BLOCK * d.D, W + k * d.J * d.products, slot.poses + (i + k) * d.poses, d);
+          add_pose_gradient(votes + k * d.D, BLOCK * d.D, W + k * d.J * d.products, slot.poses + (i + k) * d.poses,
+                            d);
       });
       if (!through_softmax) return;
       for (int64_t j = 0; j < d.J; j++) {

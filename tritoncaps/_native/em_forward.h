@@ -4,8 +4,9 @@
 //     N_j = Σ_i a_i R_ij,   μ_j = Σ_i a_i R_ij V_ij / N_j,   σ²_j = Σ_i a_i R_ij (V_ij − μ_j)² / N_j
 //     z_j = λ (β_a − N_j (D β_u + ½ Σ_h log(σ²_jh + floor)))
 //
-// One walk through the votes does an E-step and the M-step after it. The deviations from the mean
-// before give log p, and with it their own mean and variance, a block of input capsules at a time.
+// One walk through the votes does an E-step and the M-step after it: a block of input capsules at a
+// time, the votes give log p, and with it their mean and variance, which are merged with those of the
+// blocks before.
 //
 // N, μ and σ² of all iterations are kept for the backward.
 #pragma once
@@ -81,7 +82,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
   in_parallel(threads, [&](int rank, int size) {
     const Team team{rank, size};
     vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses, *log_sum = a + BLOCK;
-    vf *x = log_sum + BLOCK, *R = x + pairs * d.D, *shares = R + pairs, *scratch = shares + grid.K * grid.K;
+    vf *votes = log_sum + BLOCK, *R = votes + pairs * d.D, *shares = R + pairs, *scratch = shares + grid.K * grid.K;
     const Moments moments(scratch + d.J, d);
     vf *mean = moments.mass + Moments::vectors(d), *variance = mean + d.D;
     pack_weight(in.weight, weight.values, d.I * rank / size, d.I * (rank + 1) / size, d);
@@ -95,15 +96,16 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         visit(i, count, weight.values + i * d.J * d.products);
       }
     };
-    const auto find_deviations = [&](int64_t j, int64_t count, const float* W, const Gaussians& g) {
+    const auto make_votes = [&](int64_t j, int64_t count, const float* W) {
       for (int64_t k = 0; k < count; k++)
-        deviations(u + k * d.poses, W + (k * d.J + j) * d.products, g.mean + j * d.D, x + (j * BLOCK + k) * d.D, d);
+        make_vote(u + k * d.poses, W + (k * d.J + j) * d.products, votes + (j * BLOCK + k) * d.D, d);
     };
     const auto find_densities = [&](int64_t count, const float* W, const Gaussians& g) {
       for (int64_t j = 0; j < d.J; j++) {
-        find_deviations(j, count, W, g);
+        make_votes(j, count, W);
         for (int64_t k = 0; k < count; k++)
-          R[j * BLOCK + k] = log_density(x + (j * BLOCK + k) * d.D, g.inverse + j * d.D, g.height[j], d);
+          R[j * BLOCK + k] =
+              log_density(votes + (j * BLOCK + k) * d.D, g.mean + j * d.D, g.inverse + j * d.D, g.height[j], d);
       }
     };
 
@@ -115,18 +117,15 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         from_lanes(log_sum, d.I, group.rows, count, out + i);
       });
     };
-    // The moments of the deviations from the mean before, which is 0 at first.
+    // The moments of the next Gaussians:
     const auto find_moments = [&](const Group& group, int64_t t, const float* all_sums, const Gaussians& g) {
-      if (t == 0) {
-        first_assignment(group, grid, shares, d);
-        clear(g.mean, JD);
-      }
+      if (t == 0) first_assignment(group, grid, shares, d);
       const bool keep = assignment && t == d.iterations - 1;
       clear(moments.mass, Moments::vectors(d));
       each_block(group, [&](int64_t i, int64_t count, const float* W) {
         if (t == 0) {
           for (int64_t j = 0; j < d.J; j++) {
-            find_deviations(j, count, W, g);
+            make_votes(j, count, W);
             for (int64_t k = 0; k < count; k++) R[j * BLOCK + k] = shares[(i + k) / grid.C];
           }
         } else {
@@ -142,7 +141,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         for (int64_t j = 0; j < d.J; j++) {
           vf* c = R + j * BLOCK;
           for (int64_t k = 0; k < count; k++) c[k] *= a[k];
-          add_moments(x + j * BLOCK * d.D, c, count, moments.mass[j], moments.mean + j * d.D, moments.second + j * d.D,
+          add_moments(votes + j * BLOCK * d.D, c, count, moments.mass[j], moments.mean + j * d.D, moments.second + j * d.D,
                       d);
         }
       });
@@ -155,7 +154,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         const vf mass = moments.mass[j], inverse = inverse_mass(mass);
         for (int64_t h = 0; h < d.D; h++) {
           const int64_t e = j * d.D + h;
-          mean[h] = mass <= NO_MASS ? vf{} : g.mean[e] + moments.mean[e];
+          mean[h] = mass <= NO_MASS ? vf{} : moments.mean[e];
           variance[h] = moments.second[e] * inverse;
         }
         from_lanes(mean, JD, group.rows, d.D, states.mean + row * JD + j * d.D);

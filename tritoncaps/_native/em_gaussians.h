@@ -15,8 +15,8 @@ struct Gaussians {
       : mean(memory), inverse(mean + d.J * d.D), height(inverse + d.J * d.D) {}
 };
 
-// Of each output capsule, over the input capsules so far: Σ c, the mean of x with weights c, and
-// Σ c (x − mean)².
+// Of each output capsule, over the input capsules so far: Σ c, the mean of V with weights c, and
+// Σ c (V − mean)².
 struct Moments {
   vf *mass, *mean, *second;  // (J), (J, D), (J, D)
 
@@ -62,16 +62,19 @@ ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, f
   out.height[j] = log_sigmoid(z) - (cost - float(d.D) * beta_u);
 }
 
-// log p of a vote, from its deviations.
-template <class S> ALWAYS_INLINE vf log_density(const vf* x, const vf* inverse, vf height, const S& d) {
-  return height - 0.5f * sum_over_components(d, [&](int64_t h) { return x[h] * x[h] * inverse[h]; });
+// log p of a vote.
+template <class S> ALWAYS_INLINE vf log_density(const vf* vote, const vf* mean, const vf* inverse, vf height, const S& d) {
+  return height - 0.5f * sum_over_components(d, [&](int64_t h) {
+                    const vf x = vote[h] - mean[h];
+                    return x * x * inverse[h];
+                  });
 }
 
 // Adds `count` input capsules to the moments of an output capsule: their own moments are found in two
 // steps, and merged with those before (Chan, Golub and LeVeque 1983). Nothing cancels, wherever the
-// mean is and however far it moves, and equal votes have no variance at all.
+// mean is. Equal votes, and one vote that has all the mass, are their mean to the last bit.
 template <class S>
-ALWAYS_INLINE void add_moments(const vf* x, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
+ALWAYS_INLINE void add_moments(const vf* votes, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
   constexpr float none = 1e-30f;  // far below what counts as mass in the end
   vf own = {}, parts[BLOCK];
   for (int64_t k = 0; k < count; k++) own += c[k];
@@ -82,12 +85,12 @@ ALWAYS_INLINE void add_moments(const vf* x, const vf* c, int64_t count, vf& mass
   const auto add = [&](int64_t h, auto N) {
     vf a[N()] = {}, b[N()] = {};
     for (int64_t k = 1; k < count; k++)
-      for (int n = 0; n < N(); n++) a[n] += parts[k] * (x[k * d.D + h + n] - x[h + n]);
-    for (int n = 0; n < N(); n++) a[n] += x[h + n];
+      for (int n = 0; n < N(); n++) a[n] += parts[k] * (votes[k * d.D + h + n] - votes[h + n]);
+    for (int n = 0; n < N(); n++) a[n] += votes[h + n];
     for (int64_t k = 0; k < count; k++)
       for (int n = 0; n < N(); n++) {
-        const vf y = x[k * d.D + h + n] - a[n];
-        b[n] += c[k] * y * y;
+        const vf x = votes[k * d.D + h + n] - a[n];
+        b[n] += c[k] * x * x;
       }
     for (int n = 0; n < N(); n++) {
       const vf step = a[n] - mean[h + n];

@@ -35,30 +35,20 @@ template <class Tile> ALWAYS_INLINE void each_tile(int64_t rows, int64_t columns
   for (int64_t m = whole; m < rows; m++) row_of_tiles<1>(m, columns, tile);
 }
 
-// sum (M, N) += u_i W_ij of a tile at (r, q).
-template <int M, int N, class S>
-ALWAYS_INLINE void add_product(const vf* u, const float* w, int64_t r, int64_t q, vf (&sum)[M][N], const S& d) {
-  for (int64_t p = 0; p < d.P; p++) {
-    vf y[N];
-    for (int n = 0; n < N; n++) y[n] = splat(w[p * d.Q + q + n]);
-    for (int m = 0; m < M; m++) {
-      const vf x = hold(u[(r + m) * d.P + p]);
-      for (int n = 0; n < N; n++) sum[m][n] += x * y[n];
-    }
-  }
-}
-
-// x = V − mean. V is rounded before, so that equal votes have equal deviations in each walk, and a
-// mean that is one of them has none.
-template <class S> ALWAYS_INLINE void deviations(const vf* u, const float* w, const vf* mean, vf* x, const S& d) {
+// V = u W.
+template <class S> ALWAYS_INLINE void make_vote(const vf* u, const float* w, vf* out, const S& d) {
   each_tile(d.R, d.Q, [&](int64_t r, int64_t q, auto M, auto N) {
     vf sum[M()][N()] = {};
-    add_product(u, w, r, q, sum, d);
-    for (int m = 0; m < M(); m++)
-      for (int n = 0; n < N(); n++) {
-        const int64_t h = (r + m) * d.Q + q + n;
-        x[h] = sum[m][n] - mean[h];
+    for (int64_t p = 0; p < d.P; p++) {
+      vf y[N()];
+      for (int n = 0; n < N(); n++) y[n] = splat(w[p * d.Q + q + n]);
+      for (int m = 0; m < M(); m++) {
+        const vf x = hold(u[(r + m) * d.P + p]);
+        for (int n = 0; n < N(); n++) sum[m][n] += x * y[n];
       }
+    }
+    for (int m = 0; m < M(); m++)
+      for (int n = 0; n < N(); n++) out[(r + m) * d.Q + q + n] = sum[m][n];
   });
 }
 

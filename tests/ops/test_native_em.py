@@ -47,7 +47,7 @@ class Call:
         results = path.em_routing_fwd(*inputs.values(), *options, True)
         # The same numbers for the first rows, whatever the number of rows.
         rows = len(inputs["poses"])
-        cotangents = [normal(9999, *x.shape[1:], seed=1, dtype=self.dtype) for x in results[:3]]
+        cotangents = [normal(4400, *x.shape[1:], seed=1, dtype=self.dtype) for x in results[:3]]
         grads = path.em_routing_bwd(
             *(x[:rows] for x in cotangents), *inputs.values(), *results[3:], *options
         )
@@ -59,13 +59,21 @@ def rows_of(name, result, rows):
     return result[:, rows] if name in STATES else result[rows]
 
 
-@pytest.mark.parametrize("name", ["em_routing", "conv_em_routing"])
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_agrees(name, data):
+def test_agrees(data):
     """Values and gradients obey the 2x rule, for odd sizes, all options and any strides."""
-    operator = OPERATORS[name]
-    compare(operator, data.draw(cases(operator, DTYPES)), CPU)
+    compare(EM, data.draw(cases(EM, DTYPES)), CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("stride", "padding", "gradient"), [(1, 0, "full"), (2, 1, "last")])
+def test_competition_over_positions_agrees(stride, padding, gradient, dtype):
+    operator = OPERATORS["conv_em_routing"]
+    sizes = {"B": 2, "C": 3, "H": 5, "W": 6, "K": 3, "P": 3, "J": 5, "R": 2, "Q": 3}
+    inputs = draw_inputs(operator, sizes, dtype=dtype)
+    options = {"stride": stride, "padding": padding, "gradient": gradient}
+    compare_inputs(operator, inputs, operator.defaults | options | {"return_assignment": True})
 
 
 OPTIONS = EM.defaults | {"iterations": 3, "return_logits": True, "return_assignment": True}
@@ -133,10 +141,10 @@ def test_bits_do_not_depend_on_the_threads(set_threads, sizes, grid, dtype):
 def test_many_rounds_of_images(set_threads):
     """With a grid, a round has as many images as fit the cache. Each keeps its bits."""
     set_threads(2)
-    call = Call(sizes_of(400 * 9, 16 * 96, R=1, P=1, J=2, Q=1), iterations=2, grid=[3, 3, 4, 2])
+    call = Call(sizes_of(4400, 9, R=5, P=1, J=20, Q=5), iterations=2, grid=[2, 2, 3, 1])
     inputs = call.inputs()
     results = call.results(inputs)
-    few = slice(5 * 9)
+    few = slice(5 * 4)
     some = {n: x[few] if n in ("poses", "activations") else x for n, x in inputs.items()}
     for name, expected in call.results(some).items():
         if name not in SHARED:

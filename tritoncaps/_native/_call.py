@@ -16,7 +16,7 @@ _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 @cache
 def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int]:
-    """`tritoncaps_<name>` for a dtype. A letter of the signature is an argument: pointer, int, float."""
+    """`tritoncaps_<name>` for a dtype. A letter of the signature: pointer, int or float."""
     native = library()
     if native is None:
         raise RuntimeError(f"{name}: the native library is not built")

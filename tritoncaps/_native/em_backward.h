@@ -65,8 +65,8 @@ ALWAYS_INLINE vf mass_gradient(const vf* vote, const vf* mean, const vf* linear,
 // The votes of `count` input capsules for an output capsule become dV. Σ gl y and Σ gl y² are added
 // to `first` and `second`.
 template <bool through_softmax, class S>
-inline void vote_gradients(vf* votes, const vf* c, const vf* gl, int64_t count, int64_t j, const EmSlot<S>& slot,
-                           vf* first, vf* second, const S& d) {
+inline void vote_gradients(vf* votes, const vf* c, const vf* gl, int64_t count, int64_t j,
+                           const EmSlot<S>& slot, vf* first, vf* second, const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
     const int64_t e = j * d.D + h;
     const vf mean = slot.mean[e], linear = slot.linear[e], square = 2.f * slot.square[e];
@@ -93,7 +93,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
                  const Grid& grid, bool full, const EmGradients<T>& out, int threads) {
   const int64_t JD = d.J * d.D, pairs = d.J * BLOCK, I = d.I;
   const int64_t products = (d.products + L - 1) / L * L;  // of a pair, in the sums of a slab
-  const EmPlan plan(d, grid, (EmSlot<S>::vectors(d) + 2 * I / L) * L, I * d.J * products);
+  const EmPlan plan(d, grid, EmSlot<S>::vectors(d) + 2 * I, I * d.J * products);
   const int64_t own_size = BLOCK * (d.poses + 3) + pairs * (d.D + 2) + grid.K * grid.K + d.J +
                            d.J + 2 * JD + 3 * d.D + products + L;
   const Buffer<vf> own(threads * own_size);
@@ -108,7 +108,8 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
 
   in_parallel(threads, [&](int rank, int size) {
     const Team team{rank, size};
-    vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses, *log_sum = a + BLOCK, *delta = log_sum + BLOCK;
+    vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses;
+    vf *log_sum = a + BLOCK, *delta = log_sum + BLOCK;
     vf *votes = delta + BLOCK, *R = votes + pairs * d.D, *gc = R + pairs, *shares = gc + pairs;
     vf* scratch = shares + grid.K * grid.K;
     vf *sum0 = scratch + d.J, *sum1 = sum0 + d.J, *sum2 = sum1 + JD;  // Σ gl, Σ gl y, Σ gl y²
@@ -209,7 +210,8 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
       }
     };
 
-    const auto leave_sums = [&](const Group& group, int64_t t, const EmSlot<S>& slot, float* sums, float* means) {
+    const auto leave_sums = [&](const Group& group, int64_t t, const EmSlot<S>& slot, float* sums,
+                                float* means) {
       each_block(group, [&](int64_t i, int64_t count, const float* W) {
         find_pairs(t, count, W, slot);
         softmax(R, count, log_sum, d);

@@ -24,7 +24,7 @@ struct EmStates {
   float *mass, *mean, *variance;  // (T, B, J), (T, B, J, D), (T, B, J, D)
 };
 
-// Up to LANES rows: those of `all` rows that are computed together.
+// Up to LANES rows of a round, which are computed together.
 struct Group {
   int64_t first, rows;
   Group(int64_t number, int64_t first_of_round, int64_t rows_of_round)
@@ -32,7 +32,8 @@ struct Group {
 };
 
 // The weight of each pair in one piece, (I, J, P, Q), in float32.
-template <class T> inline void pack_weight(const T* weight, float* out, int64_t from, int64_t to, const EmSizes& d) {
+template <class T>
+inline void pack_weight(const T* weight, float* out, int64_t from, int64_t to, const EmSizes& d) {
   for (int64_t i = from; i < to; i++)
     for (int64_t p = 0; p < d.P; p++)
       for (int64_t j = 0; j < d.J; j++)
@@ -71,7 +72,7 @@ template <class T, class S>
 bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* logits, T* assignment,
                 const EmStates& states, int threads) {
   const int64_t JD = d.J * d.D, pairs = d.J * BLOCK;
-  const EmPlan plan(d, grid, Gaussians::vectors(d) * L + d.I, 1);
+  const EmPlan plan(d, grid, Gaussians::vectors(d) + d.I, 1);
   const int64_t own_size = BLOCK * (d.poses + 2) + pairs * (d.D + 1) + grid.K * grid.K + d.J +
                            Moments::vectors(d) + 2 * d.D;
   const Buffer<vf> own(threads * own_size);
@@ -82,7 +83,8 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
   in_parallel(threads, [&](int rank, int size) {
     const Team team{rank, size};
     vf *u = own.values + rank * own_size, *a = u + BLOCK * d.poses, *log_sum = a + BLOCK;
-    vf *votes = log_sum + BLOCK, *R = votes + pairs * d.D, *shares = R + pairs, *scratch = shares + grid.K * grid.K;
+    vf *votes = log_sum + BLOCK, *R = votes + pairs * d.D;
+    vf *shares = R + pairs, *scratch = shares + grid.K * grid.K;
     const Moments moments(scratch + d.J, d);
     vf *mean = moments.mass + Moments::vectors(d), *variance = mean + d.D;
     pack_weight(in.weight, weight.values, d.I * rank / size, d.I * (rank + 1) / size, d);
@@ -141,8 +143,8 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         for (int64_t j = 0; j < d.J; j++) {
           vf* c = R + j * BLOCK;
           for (int64_t k = 0; k < count; k++) c[k] *= a[k];
-          add_moments(votes + j * BLOCK * d.D, c, count, moments.mass[j], moments.mean + j * d.D, moments.second + j * d.D,
-                      d);
+          add_moments(votes + j * BLOCK * d.D, c, count, moments.mass[j], moments.mean + j * d.D,
+                      moments.second + j * d.D, d);
         }
       });
     };

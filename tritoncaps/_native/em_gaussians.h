@@ -21,7 +21,8 @@ struct Moments {
   vf *mass, *mean, *second;  // (J), (J, D), (J, D)
 
   template <class S> static int64_t vectors(const S& d) { return d.J * (2 * d.D + 1); }
-  template <class S> Moments(vf* memory, const S& d) : mass(memory), mean(mass + d.J), second(mean + d.J * d.D) {}
+  template <class S> Moments(vf* memory, const S& d)
+      : mass(memory), mean(mass + d.J), second(mean + d.J * d.D) {}
 };
 
 // 1/N. Without mass it is 0, and a NaN stays.
@@ -53,8 +54,8 @@ template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float bet
 
 // Gaussian j of an iteration with logit z.
 template <class S>
-ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, float beta_u, const Gaussians& out, int64_t j,
-                     const S& d) {
+ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, float beta_u,
+                            const Gaussians& out, int64_t j, const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
     out.mean[j * d.D + h] = mean[h];
     out.inverse[j * d.D + h] = 1.f / (variance[h] + d.min_variance);
@@ -63,7 +64,8 @@ ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, f
 }
 
 // log p of a vote.
-template <class S> ALWAYS_INLINE vf log_density(const vf* vote, const vf* mean, const vf* inverse, vf height, const S& d) {
+template <class S>
+ALWAYS_INLINE vf log_density(const vf* vote, const vf* mean, const vf* inverse, vf height, const S& d) {
   return height - 0.5f * sum_over_components(d, [&](int64_t h) {
                     const vf x = vote[h] - mean[h];
                     return x * x * inverse[h];
@@ -74,7 +76,8 @@ template <class S> ALWAYS_INLINE vf log_density(const vf* vote, const vf* mean, 
 // steps, and merged with those before (Chan, Golub and LeVeque 1983). Nothing cancels, wherever the
 // mean is. Equal votes, and one vote that has all the mass, are their mean to the last bit.
 template <class S>
-ALWAYS_INLINE void add_moments(const vf* votes, const vf* c, int64_t count, vf& mass, vf* mean, vf* second, const S& d) {
+ALWAYS_INLINE void add_moments(const vf* votes, const vf* c, int64_t count, vf& mass, vf* mean, vf* second,
+                               const S& d) {
   constexpr float none = 1e-30f;  // far below what counts as mass in the end
   vf own = {}, parts[BLOCK];
   for (int64_t k = 0; k < count; k++) own += c[k];

@@ -53,12 +53,12 @@ template <class S> ALWAYS_INLINE void make_vote(const vf* u, const float* w, vf*
 }
 
 // du_i += Σ_j dV_ij W_ijᵀ, where the gradients of votes are `stride` vectors apart.
-template <class S> ALWAYS_INLINE void add_pose_gradient(const vf* grad, int64_t stride, const float* w, vf* total, const S& d) {
+template <class S>
+ALWAYS_INLINE void add_pose_gradient(const vf* grad, int64_t stride, const float* w, vf* total, const S& d) {
   each_tile(d.R, d.P, [&](int64_t r, int64_t p, auto M, auto N) {
     vf sum[M()][N()] = {};
     for (int64_t j = 0; j < d.J; j++)
-      for (int64_t q = 0; q < d.Q; q++)
-      {
+      for (int64_t q = 0; q < d.Q; q++) {
         vf y[N()];
         for (int n = 0; n < N(); n++) y[n] = splat(w[j * d.products + (p + n) * d.Q + q]);
         for (int m = 0; m < M(); m++) {
@@ -72,7 +72,8 @@ template <class S> ALWAYS_INLINE void add_pose_gradient(const vf* grad, int64_t 
 }
 
 // dW_ij += Σ over the rows of M_iᵀ dV_ij. Scratch: (P, Q) vectors and LANES.
-template <class S> ALWAYS_INLINE void add_weight_gradient(const vf* u, const vf* grad, float* total, vf* scratch, const S& d) {
+template <class S>
+ALWAYS_INLINE void add_weight_gradient(const vf* u, const vf* grad, float* total, vf* scratch, const S& d) {
   each_tile(d.P, d.Q, [&](int64_t p, int64_t q, auto M, auto N) {
     vf sum[M()][N()] = {};
     for (int64_t r = 0; r < d.R; r++) {

@@ -1,8 +1,6 @@
 """The routing in C++: every variant is right, whatever the number of threads and the sizes."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,46 +9,14 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tritoncaps import _native, _torch_path
-from tritoncaps._native import _call, _library
-from tritoncaps._operators import INTERPRETED
 from tritoncaps.testing import OPERATORS, cases, compare, compare_inputs, draw_inputs, normal
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels")
+pytestmark = pytest.mark.usefixtures("native_variant")
 
 CPU = torch.device("cpu")
 MB = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16)
 ROUTINGS = [OPERATORS["fused_dynamic_routing"], OPERATORS["routing_pass"]]
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
-def variant(request, monkeypatch):
-    """Run the operators with one variant of the library."""
-    monkeypatch.setenv("TRITONCAPS_CPU", request.param)
-    forget()
-    try:
-        _library.library()
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    else:
-        yield request.param
-    finally:
-        monkeypatch.undo()
-        forget()
-
-
-def forget():
-    """Forget which library was loaded."""
-    for cached in (_library.found, _call.function):
-        cached.cache_clear()
-
-
-@pytest.fixture
-def set_threads():
-    """Set the threads of torch until the end of the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @dataclass
@@ -208,21 +174,10 @@ def test_empty_axes(axis, dtype):
     assert_close(call.results(inputs), call.results(inputs, _torch_path))
 
 
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot forget the peak"
-)
-def test_memory_does_not_grow_with_the_prediction_vectors(set_threads):
+def test_memory_does_not_grow_with_the_prediction_vectors(set_threads, peak_memory):
     """The prediction vectors would take 189 MB, and each of their gradients as much."""
-
-    def resident(which):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(which))
-
     set_threads(2)
     call = Call(sizes_of(256, 1152, 2, 10, 16), iterations=1)
     inputs = call.inputs()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-    before = resident("VmRSS")
-    results = call.results(inputs)
-    own = sum(x.nbytes for x in results.values())
-    assert resident("VmHWM") - before < own + 48 * MB
+    results, grown = peak_memory(lambda: call.results(inputs))
+    assert grown < sum(x.nbytes for x in results.values()) + 48 * MB

@@ -5,7 +5,7 @@ five classes) it has 68,754 parameters, and the large one 317,194.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,9 +36,11 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         size: "small" or "big", the two networks of the paper.
         channels: maps of the convolution, and types of the primary and both convolutional
             capsules, (A, B, C, D), in place of `size`.
-        competition, scale, temperature, min_variance, gradient: of all routings. See
+        competition: of the convolutional routings.
+        scale, temperature, min_variance, beta_u, beta_a, gradient: of all routings. See
             `tritoncaps.layers.ConvMatrixCapsules`.
-        coordinates: add the coordinates to the votes for the classes.
+        class_options: what is different for the class capsules, such as ``{"temperature": 0.1}`` or
+            ``{"coordinates": False}``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -67,8 +69,10 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         scale: Literal["mean", "sum"] = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
+        beta_u: float = 0.0,
+        beta_a: float = 0.0,
         gradient: ops.Gradient = "full",
-        coordinates: bool = True,
+        class_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -84,11 +88,13 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         check_sides(name, sides, smallest=17)
         self.image_shape = (in_channels, *sides)
         maps, primary, first, second = channels
-        shared = {
+        shared: dict[str, Any] = {
             "iterations": iterations,
             "scale": scale,
             "temperature": temperature,
             "min_variance": min_variance,
+            "beta_u": beta_u,
+            "beta_a": beta_a,
             "gradient": gradient,
         }
         self.features = nn.Sequential(
@@ -101,7 +107,9 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
                 ConvMatrixCapsules(first, second, 3, 1, competition=competition, **shared),
             ]
         )
-        self.classes = ClassMatrixCapsules(second, num_classes, coordinates=coordinates, **shared)
+        self.classes = ClassMatrixCapsules(
+            second, num_classes, **{**shared, **(class_options or {})}
+        )
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps import _checks, ops
 from tritoncaps._tracing import concrete, is_proxy, one_node
@@ -130,6 +131,8 @@ class _MatrixCapsules(nn.Module):
         _checks.check_size(name, "iterations", iterations)
         _checks.check_pair(name, "pose", pose, "two ints")
         _checks.check_choice(name, "scale", scale, ("mean", "sum"))
+        _check_temperature(name, temperature, iterations)
+        _checks.check_not_negative(name, "min_variance", min_variance)
         _checks.check_number(name, "beta_u", beta_u)
         _checks.check_number(name, "beta_a", beta_a)
         _checks.check_choice(name, "gradient", gradient, ("full", "last"))
@@ -273,7 +276,8 @@ class ConvMatrixCapsules(_MatrixCapsules):
         iterations = concrete("iterations", iterations, None)
         return_assignment = concrete("return_assignment", return_assignment, False)
         result = _route_windows(
-            *capsules,
+            capsules.poses,
+            capsules.activations,
             self.weight,
             self.beta_u,
             self.beta_a,
@@ -305,6 +309,10 @@ class ClassCapsules(NamedTuple):
     activations: Tensor
     logits: Tensor
     assignment: Tensor | None = None
+
+
+# torch.export writes an output by the name of its type.
+_register_namedtuple(ClassCapsules, serialized_type_name="tritoncaps.ClassCapsules")
 
 
 class ClassMatrixCapsules(_MatrixCapsules):
@@ -385,7 +393,8 @@ class ClassMatrixCapsules(_MatrixCapsules):
         iterations = concrete("iterations", iterations, None)
         return_assignment = concrete("return_assignment", return_assignment, False)
         result = _route_grid(
-            *capsules,
+            capsules.poses,
+            capsules.activations,
             self.weight,
             self.beta_u,
             self.beta_a,
@@ -393,12 +402,30 @@ class ClassMatrixCapsules(_MatrixCapsules):
             return_assignment=return_assignment,
             **self._arguments(iterations),
         )
-        return ClassCapsules(*result)
+        # A tracer's proxy cannot be unpacked.
+        assignment = result[3] if return_assignment else None
+        return ClassCapsules(result[0], result[1], result[2], assignment)
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
         text = super().extra_repr().replace("out_types", "num_classes")
         return f"{text}, coordinates={self.coordinates}"
+
+
+def _check_temperature(layer: str, temperature: object, iterations: int) -> None:
+    """None, a number, or a number for each iteration."""
+    if temperature is None:
+        return
+    if not isinstance(temperature, (tuple, list)):
+        _checks.check_not_negative(layer, "temperature", temperature)
+        return
+    if len(temperature) != iterations:
+        raise ValueError(
+            f"{layer}: temperature has {len(temperature)} numbers for iterations={iterations}; "
+            "give one for each iteration, or one number for all"
+        )
+    for number in temperature:
+        _checks.check_not_negative(layer, "temperature", number)
 
 
 @one_node

@@ -84,6 +84,10 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             raise TypeError(f"{name}: channels must be four ints, got {channels!r}")
         for count in channels:
             check_size(name, "channels", count)
+        if class_options is not None and not isinstance(class_options, dict):
+            raise TypeError(
+                f"{name}: class_options must be a dict or None, got {type(class_options).__name__}"
+            )
         sides = image_sides(name, image_size)
         check_sides(name, sides, smallest=17)
         self.image_shape = (in_channels, *sides)
@@ -97,6 +101,10 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             "beta_a": beta_a,
             "gradient": gradient,
         }
+        for option in class_options or {}:
+            if option not in (*shared, "coordinates"):
+                known = ", ".join([*shared, "coordinates"])
+                raise ValueError(f"{name}: class_options has {option!r}, it may have {known}")
         self.features = nn.Sequential(
             ReluConv2d(in_channels, maps, kernel_size=5, stride=2), nn.ReLU()
         )

@@ -37,8 +37,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         channels: maps of the convolution, and types of the primary and both convolutional
             capsules, (A, B, C, D), in place of `size`.
         competition: of the convolutional routings.
-        scale, temperature, min_variance, beta_u, beta_a, gradient: of all routings. See
-            `tritoncaps.layers.ConvMatrixCapsules`.
+        scale, temperature, min_variance, identity, noise, beta_u, beta_a, gradient: of all
+            routings. See `tritoncaps.layers.ConvMatrixCapsules`.
         class_options: what is different for the class capsules, such as ``{"temperature": 0.1}`` or
             ``{"coordinates": False}``.
 
@@ -69,6 +69,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         scale: Literal["mean", "sum"] = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
+        identity: float = 1.0,
+        noise: float = 0.1,
         beta_u: float = 0.0,
         beta_a: float = 0.0,
         gradient: ops.Gradient = "full",
@@ -97,6 +99,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             "scale": scale,
             "temperature": temperature,
             "min_variance": min_variance,
+            "identity": identity,
+            "noise": noise,
             "beta_u": beta_u,
             "beta_a": beta_a,
             "gradient": gradient,

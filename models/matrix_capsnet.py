@@ -14,6 +14,7 @@ from tritoncaps._checks import check_choice, check_size
 from tritoncaps._tracing import concrete
 from tritoncaps.layers import ClassMatrixCapsules, ConvMatrixCapsules, PrimaryMatrixCapsules
 from tritoncaps.layers._convolution import ReluConv2d
+from tritoncaps.layers.matrix import check_options
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import CapsuleOutput, check_images, check_sides, image_sides
 
@@ -105,6 +106,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             "beta_a": beta_a,
             "gradient": gradient,
         }
+        check_choice(name, "competition", competition, ("children", "position"))
+        check_options(name, **shared)
         for option in class_options or {}:
             if option not in (*shared, "coordinates"):
                 known = ", ".join([*shared, "coordinates"])

@@ -121,7 +121,7 @@ def test_operators(fuzz):
 _ROUTED_BY_EM = {
     **{"iterations": 2, "pose": (2, 3), "scale": "mean", "temperature": 0.5},
     **{"min_variance": 1e-3, "identity": 0.5, "noise": 0.2, "beta_u": 0.1, "beta_a": -0.2},
-    "gradient": "last",,
+    "gradient": "last",
 }
 MODULES = {
     "PrimaryCapsules": (

@@ -130,16 +130,11 @@ class _MatrixCapsules(nn.Module):
         name = type(self).__name__
         _checks.check_size(name, "in_types", in_types)
         _checks.check_size(name, "out_types", out_types)
-        _checks.check_size(name, "iterations", iterations)
         _checks.check_pair(name, "pose", pose, "two ints")
-        _checks.check_choice(name, "scale", scale, ("mean", "sum"))
-        _check_temperature(name, temperature, iterations)
-        _checks.check_not_negative(name, "min_variance", min_variance)
-        _checks.check_number(name, "identity", identity)
-        _checks.check_not_negative(name, "noise", noise)
-        _checks.check_number(name, "beta_u", beta_u)
-        _checks.check_number(name, "beta_a", beta_a)
-        _checks.check_choice(name, "gradient", gradient, ("full", "last"))
+        check_options(
+            name, iterations, scale, temperature, min_variance, identity, noise, beta_u, beta_a,
+            gradient,
+        )  # fmt: skip
         self.in_types = in_types
         self.out_types = out_types
         self.iterations = iterations
@@ -430,20 +425,25 @@ class ClassMatrixCapsules(_MatrixCapsules):
         return f"{text}, coordinates={self.coordinates}"
 
 
-def _check_temperature(layer: str, temperature: object, iterations: int) -> None:
-    """None, a number, or a number for each iteration."""
-    if temperature is None:
-        return
-    if not isinstance(temperature, (tuple, list)):
-        _checks.check_not_negative(layer, "temperature", temperature)
-        return
-    if len(temperature) != iterations:
-        raise ValueError(
-            f"{layer}: temperature has {len(temperature)} numbers for iterations={iterations}; "
-            "give one for each iteration, or one number for all"
-        )
-    for number in temperature:
-        _checks.check_not_negative(layer, "temperature", number)
+def check_options(
+    function: str,
+    iterations: object,
+    scale: object,
+    temperature: object,
+    min_variance: object,
+    identity: object,
+    noise: object,
+    beta_u: object,
+    beta_a: object,
+    gradient: object,
+) -> None:
+    """Raise an error for an option of both routed layers of the wrong type or range."""
+    _checks.check_em_options(function, iterations, temperature, min_variance, gradient)
+    _checks.check_choice(function, "scale", scale, ("mean", "sum"))
+    _checks.check_number(function, "identity", identity)
+    _checks.check_not_negative(function, "noise", noise)
+    _checks.check_number(function, "beta_u", beta_u)
+    _checks.check_number(function, "beta_a", beta_a)
 
 
 @one_node

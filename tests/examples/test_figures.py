@@ -526,7 +526,7 @@ def test_nothing_to_draw_is_an_error(tmp_path):
 
 
 def test_routing(tmp_path):
-    """Orange where the class feeds on, blue for the next best; an even share is the same all over."""
+    """Orange where the class feeds on, and blue for the next best."""
     images = blobs(3)
     shares = torch.full((2, 3, 4, 28, 28), 0.25)
     shares[1] = 0

@@ -26,7 +26,7 @@ def test_every_place_shares_itself_out_among_the_classes(competition, temperatur
 
 
 def test_the_last_shares_are_those_of_the_assignments():
-    """One position in each grid: the shares of the only type of the image go through three layers."""
+    """Those of one place, with one type of primary capsules, go through three layers."""
     torch.manual_seed(0)
     model = MatrixCapsNet(3, image_size=17, channels=(4, 1, 2, 2))
     images = torch.rand(1, 1, 17, 17)

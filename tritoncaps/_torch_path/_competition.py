@@ -1,6 +1,6 @@
 """Which output capsules compete for an input capsule, in EM routing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class Competition:
 
     def softmax(self, logits: Tensor) -> Tensor:
         """The softmax."""
-        totals = self._log_sum(self._per_row(logits).logsumexp(dim=2))
-        return (logits - self._per_pair(totals)).exp_()
+        top = self._over_rows(self._per_row(logits).amax(dim=2), torch.amax, -torch.inf)
+        shares = (logits - self._per_pair(top)).exp_()
+        return shares.div_(self._per_pair(self._sum(self._per_row(shares).sum(dim=2))))
 
     def backward(self, R: Tensor, grad_R: Tensor) -> Tensor:
         """The gradient of the logits."""
@@ -58,25 +59,18 @@ class Competition:
         """(I, g) → (I, 1, G)."""
         return x.unsqueeze(2).expand(-1, -1, self._J).flatten(1).unsqueeze(1)
 
-    def _log_sum(self, x: Tensor) -> Tensor:
-        """log Σ exp x over all rows that an input capsule feeds; x is (I, g)."""
-        if self._inputs is None:
-            return x
-        return self._of_places(self._of_inputs(x, -torch.inf).logsumexp(dim=3), x)
-
     def _sum(self, x: Tensor) -> Tensor:
-        """Σ x over all rows that an input capsule feeds; x is (I, g)."""
+        return self._over_rows(x, torch.sum, 0)
+
+    def _over_rows(self, x: Tensor, reduce: Callable[..., Tensor], nothing: float) -> Tensor:
+        """Reduce x, (I, g), over all rows that an input capsule feeds. Every row gets the result.
+
+        The rows are gathered in a fixed order. Where there are fewer, `nothing` stands in.
+        """
         if self._inputs is None:
             return x
-        return self._of_places(self._of_inputs(x, 0).sum(dim=3), x)
-
-    def _of_inputs(self, x: Tensor, nothing: float) -> Tensor:
-        """(I, g) → (C, images, input positions, places), in a fixed order."""
-        x = x.view(self._offsets, len(x) // self._offsets, -1, self.together)
-        x = x.permute(1, 2, 3, 0).flatten(2)
-        return pad(x, (0, 1), value=nothing)[:, :, self._places]
-
-    def _of_places(self, of_inputs: Tensor, like: Tensor) -> Tensor:
-        """(C, images, input positions) → (I, g)."""
-        x = of_inputs[:, :, self._inputs].unflatten(2, (self.together, self._offsets))
-        return x.permute(3, 0, 1, 2).reshape(like.shape)
+        places = x.view(self._offsets, len(x) // self._offsets, -1, self.together)
+        places = pad(places.permute(1, 2, 3, 0).flatten(2), (0, 1), value=nothing)
+        of_inputs = reduce(places[:, :, self._places], dim=3)  # (C, images, input positions)
+        places = of_inputs[:, :, self._inputs].unflatten(2, (self.together, self._offsets))
+        return places.permute(3, 0, 1, 2).reshape(x.shape)

@@ -2,8 +2,7 @@
 
 The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
 (1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows, and
-sums over input capsules or over components add up long rows. The votes are kept as deviations from
-a mean, and moved from one mean to the next.
+sums over input capsules or over components add up long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
 iteration. `kernels/README.md` derives it.
@@ -51,36 +50,34 @@ def em_routing_fwd(
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
     votes = _Votes(poses, weight, dtype, competition.together)
-    buffers = votes.buffers(2)
+    buffers = votes.buffers(3)
     for rows in votes.groups:
-        x, buffer = votes.views(buffers, rows)
-        votes.write(rows, x)
+        V, x, buffer = votes.views(buffers, rows)
+        votes.write(rows, V)
         a = _pairs(activations[rows].to(dtype), J)
+        R_ij = competition.first(a)
         for t in range(iterations):
-            shares = competition.first(a) if t == 0 else _assign(x, fit, competition, buffer)
-            if return_assignment and t == iterations - 1:
-                assignment[rows] = shares.view(I, -1, J).transpose(0, 1)
-            shares = shares * a
+            shares = R_ij * a
             n = shares.sum(dim=0)
-            scale = _inverse_mass(n)
-            if t == 0:
-                centre = torch.zeros_like(x[0])
-                step = torch.mul(shares, x, out=buffer).sum(dim=0) * scale
-                x -= step
-                second = torch.mul(shares, x, out=buffer).mul_(x).sum(dim=0) * scale
-            else:
-                # About the mean of the iteration before. What has no mass moves to 0.
-                centre = fit.mean
-                weighted = torch.mul(shares, x, out=buffer)
-                step = weighted.sum(dim=0) * scale
-                second = (weighted.mul_(x).sum(dim=0) * scale).sub_(step.square()).clamp_(min=0)
-                step = torch.where(scale > 0, step, -centre)
-                if t < iterations - 1:
-                    x -= step
-            fit = _Fit(n, centre + step, second, betas, temperature[t], min_variance)
-            mass[t, rows], mean[t, rows] = _outer(n, J), _outer(fit.mean, J, R)
-            variance[t, rows] = _outer(second, J, R)
-        logits[rows] = _outer(fit.logits, J).to(poses.dtype)
+            # Divided first, so that a single share is exactly 1, and its variance 0.
+            shares = torch.where(n > NO_MASS, shares / n, 0)
+            average = torch.mul(shares, V, out=buffer).sum(dim=0)
+            squares = torch.sub(V, average, out=x).square_()
+            fit = _Fit(
+                n,
+                average,
+                torch.mul(shares, squares, out=buffer).sum(dim=0),
+                betas,
+                temperature[t],
+                min_variance,
+            )
+            if t < iterations - 1:
+                R_ij = fit.assign(squares, competition)
+            mass[t, rows], mean[t, rows] = _outer(fit.mass, J), _outer(fit.mean, J, R)
+            variance[t, rows] = _outer(fit.variance, J, R)
+        logits[rows] = _outer(fit.logits, J)
+        if return_assignment:
+            assignment[rows] = R_ij.view(I, -1, J).transpose(0, 1)
     return mean[-1].to(poses.dtype, copy=True), logits, assignment, mass, mean, variance
 
 
@@ -108,25 +105,24 @@ def em_routing_bwd(
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
     votes = _Votes(poses, weight, dtype, competition.together, backward=True)
-    buffers = votes.buffers(4)
+    buffers = votes.buffers(5)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
     grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
     last = iterations - 1
     first = 0 if gradient == "full" else last
     for rows in votes.groups:
-        x, grad_x, buffer, product = votes.views(buffers, rows)
-        votes.write(rows, x)
-        grad_x.zero_()
+        V, grad_V, x, buffer, product = votes.views(buffers, rows)
+        votes.write(rows, V)
+        grad_V.zero_()
         a = _pairs(activations[rows].to(dtype), J)
         fits = [
             _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
             for t, l in enumerate(temperature)
         ]
-        centre = torch.zeros_like(x[0])
         assignments = [competition.first(a)]
         for fit in fits[max(first - 1, 0) : last]:
-            centre = _move(x, centre, fit.mean)
-            assignments.append(_assign(x, fit, competition, buffer))
+            squares = torch.sub(V, fit.mean, out=x).square_()
+            assignments.append(fit.assign(squares, competition))
         grad_a = torch.zeros_like(a)
         grad_mean = _inner(grad_v[rows]).to(dtype)
         grad_variance = torch.zeros_like(grad_mean)
@@ -135,7 +131,7 @@ def em_routing_bwd(
             grad_z += _inner(grad_logits[rows])
         for t in range(last, first - 1, -1):
             fit, R = fits[t], assignments.pop()
-            centre = _move(x, centre, fit.mean)
+            torch.sub(V, fit.mean, out=x)
             # M-step. The moments are sums over i of shares times 1, x and x².
             grad_n, of_variance, *of_betas = fit.backward(grad_z)
             for grad, part in zip(grad_betas, of_betas, strict=True):
@@ -147,7 +143,7 @@ def em_routing_bwd(
             torch.mul(buffer, x, out=product)
             grad_shares = product.sum(dim=1, keepdim=True).add_(grad_n)
             grad_a += R * grad_shares
-            grad_x.addcmul_(buffer.addcmul_(curve, x), R * a)
+            grad_V.addcmul_(buffer.addcmul_(curve, x), R * a)
             if t == first and (t == 0 or gradient == "last"):
                 break
             # E-step of the fit before.
@@ -155,17 +151,17 @@ def em_routing_bwd(
             if t == last and grad_assignment is not None:
                 grad_R += grad_assignment[rows].transpose(0, 1).flatten(1).unsqueeze(1)
             fit = fits[t - 1]
-            centre = _move(x, centre, fit.mean)
+            torch.sub(V, fit.mean, out=x)
             grad_l = competition.backward(R, grad_R)
             weighted = torch.mul(grad_l, x, out=buffer)
-            grad_x.addcmul_(weighted, fit.inverse_variance, value=-1)
+            grad_V.addcmul_(weighted, fit.inverse_variance, value=-1)
             g0, g1 = grad_l.sum(dim=0), weighted.sum(dim=0)
             g2 = weighted.mul_(x).sum(dim=0)
             grad_z = g0 * torch.sigmoid(-fit.logits)
             grad_mean = g1 * fit.inverse_variance
             grad_variance = (g2 * fit.inverse_variance - g0) * fit.inverse_variance / 2
         grad_activations[rows] = grad_a.view(len(a), -1, J).sum(dim=2).T
-        votes.contract(rows, grad_x)
+        votes.contract(rows, grad_V)
     grads = (*votes.gradients(), *grad_betas)
     grad_poses, grad_weight, grad_beta_u, grad_beta_a = (grad.to(poses.dtype) for grad in grads)
     return grad_poses, grad_activations, grad_weight, grad_beta_u, grad_beta_a
@@ -253,26 +249,19 @@ class _Fit:
         self.cost = D * beta_u + 0.5 * self.log_variance
         self.logits = temperature * (beta_a - mass * self.cost)
 
+    def assign(self, squares: Tensor, competition: Competition) -> Tensor:
+        """E-step: R ∝ a p, (I, 1, G). It uses up the squares of V − mean, (I, D, G)."""
+        distances = squares.mul_(self.inverse_variance).sum(dim=1, keepdim=True)
+        log_2pi = len(self.mean) * math.log(2 * math.pi)
+        constant = logsigmoid(self.logits) - 0.5 * (self.log_variance + log_2pi)
+        return competition.softmax(constant - 0.5 * distances)
+
     def backward(self, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gradients of the mass, the variance, and the betas of each output capsule."""
         scaled = self.temperature * grad_logits
         of_cost = -scaled * self.mass
         of_variance = 0.5 * of_cost * self.inverse_variance
         return -scaled * self.cost, of_variance, len(self.mean) * of_cost, scaled
-
-
-def _assign(x: Tensor, fit: _Fit, competition: Competition, buffer: Tensor) -> Tensor:
-    """E-step: R ∝ a p, (I, 1, G), for deviations from the mean of the fit."""
-    torch.mul(x, x, out=buffer).mul_(fit.inverse_variance)
-    log_2pi = len(fit.mean) * math.log(2 * math.pi)
-    constant = logsigmoid(fit.logits) - 0.5 * (fit.log_variance + log_2pi)
-    return competition.softmax(constant - 0.5 * buffer.sum(dim=1, keepdim=True))
-
-
-def _move(x: Tensor, centre: Tensor, mean: Tensor) -> Tensor:
-    """Turn deviations from `centre` into those from `mean`, which is returned."""
-    x -= mean - centre
-    return mean
 
 
 def _inverse_mass(mass: Tensor) -> Tensor:

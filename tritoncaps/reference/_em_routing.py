@@ -145,8 +145,8 @@ def route(
 def _m_step(votes: Tensor, shares: Tensor, min_variance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mass (B, J), mean and variance (B, J, R, Q) of the votes, with the shares (B, I, J)."""
     mass = reduce(shares, "B I J -> B J", "sum")
-    has_mass = mass > NO_MASS
-    inverse_mass = torch.where(has_mass, 1 / torch.where(has_mass, mass, 1), 0)
+    is_empty = mass <= NO_MASS
+    inverse_mass = torch.where(is_empty, 0, 1 / torch.where(is_empty, 1, mass))
     shares = shares * inverse_mass[:, None]
     mean = einsum(shares, votes, "B I J, B I J R Q -> B J R Q")
     squares = (votes - mean[:, None]) ** 2
@@ -167,9 +167,14 @@ def _log_densities(votes: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def _windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
     """The windows of a grid, (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
-    around = (0, 0) * (grid.ndim - 3) + (padding,) * 4
-    windows = F.pad(grid, around).unfold(1, K, stride).unfold(2, K, stride)
-    return windows.movedim((-2, -1), (3, 4))
+    padded = F.pad(grid, (0, 0) * (grid.ndim - 3) + (padding,) * 4)
+    ends = [size - K + 1 for size in padded.shape[1:3]]
+    places = [
+        padded[:, ky : ky + ends[0] : stride, kx : kx + ends[1] : stride]
+        for ky in range(K)
+        for kx in range(K)
+    ]
+    return torch.stack(places, dim=3).unflatten(3, (K, K))
 
 
 def _first_assignment(votes: Tensor, grid: Sequence[int]) -> Tensor:

@@ -7,12 +7,8 @@ from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from tritoncaps import CapsuleLoss, ops, reference
 from tritoncaps.models import list_models
 
-pytestmark = [
-    # When torch enters forward mode, it calls its own deprecated functions.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),
-    # It takes the gradients of windows one image at a time.
-    pytest.mark.filterwarnings("ignore:There is a performance drop"),
-]
+# When torch enters forward mode, it calls its own deprecated functions.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 every_model = pytest.mark.parametrize("name", list_models())
 
 

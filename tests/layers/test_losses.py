@@ -86,6 +86,7 @@ def test_the_margin_of_the_spread_loss_rises_with_the_step():
         torch.testing.assert_close(rising(activations, target, step), expected)
     expected = ops.spread_loss(activations, target, 0.3)
     torch.testing.assert_close(SpreadLoss(0.3)(activations, target, 7), expected)
+    assert repr(SpreadLoss(0.3)) == "SpreadLoss(margin=0.3, reduction='mean')"
     with pytest.raises(ValueError, match="SpreadLoss: margin must be >= 0 and finite, got -1"):
         SpreadLoss(-1)
 

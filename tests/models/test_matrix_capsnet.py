@@ -122,6 +122,21 @@ def test_constants_of_the_authors_give_their_formula(page, small_model):
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_weights_of_a_model_made_on_meta_are_drawn_module_by_module():
+    with torch.device("meta"):
+        model = MatrixCapsNet(channels=(4, 2, 3, 8))
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for layer in (*model.capsules, model.classes):
+        mean = layer.weight.flatten(0, -4).mean(dim=(0, 2))
+        torch.testing.assert_close(mean, torch.eye(4), atol=0.1, rtol=0)
+        assert not layer.beta_u.any() and not layer.beta_a.any()
+    assert model(torch.rand(1, 1, 28, 28)).logits.isfinite().all()
+
+
 def test_it_refuses_wrong_arguments():
     with pytest.raises(ValueError, match="both sides must be at least 17"):
         MatrixCapsNet(image_size=(17, 16))

@@ -32,7 +32,9 @@ from tritoncaps.kernels._tiles import classes, dot, round_to_tf32
 # Gradients of u, the weight, and of the prior and the bias, if there are any.
 Grads = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
-_FEWEST_PROGRAMS = 264  # two for every processor of an H200
+# Of an H200: two programs for every processor, and 16.
+_FEWEST_PROGRAMS, _ENOUGH_PROGRAMS = 264, 2112
+_FEWEST_STEPS = 32  # batch steps of a program that shares a long batch
 # Triton 3.9 needs two registers more.
 _FITS_200 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 _MOST_STEPS = 2  # passes of one launch: more would not fit into the registers
@@ -64,6 +66,26 @@ def vote_gradient_launch(
         "num_stages": 2,
     }
     return measured("vote_gradient", launch, target, dtype, I=I, P=P, J=J, D=D)
+
+
+def share_batch(
+    programs: int, steps_b: int, numbers_of_u: int, numbers_of_weight: int
+) -> tuple[int, int]:
+    """Into how many splits the batch is divided, and the batch steps of each.
+
+    Few input capsules make few programs. Then these share the batch, however short it is. They also
+    share a long one, such as that of a convolution, whose rows are the positions of all images: the
+    call takes as long as the walk of one program over its rows. Each split leaves dW in a slot of
+    its own. So it has at least 32 steps, which make up for that, and the slots take no more memory
+    than u.
+    """
+    of_a_short_batch = _FEWEST_PROGRAMS // programs
+    of_a_long_batch = min(
+        _ENOUGH_PROGRAMS // programs,
+        steps_b // _FEWEST_STEPS,
+        numbers_of_u // max(numbers_of_weight, 1),
+    )
+    return divide(steps_b, 1, max(of_a_short_batch, of_a_long_batch, 1))
 
 
 def launch_for(u: Tensor, weight: Tensor) -> dict[str, int] | None:
@@ -395,8 +417,7 @@ class Contraction:
         packed_poses, packed_ds = _pack(poses, ds, launch["BLOCK_D"])
         steps_b = packed_ds.shape[2]
         programs = triton.cdiv(I, launch["GROUPS"])
-        # Few capsules make few programs. Then these share the batch too.
-        splits, each = divide(steps_b, 1, max(_FEWEST_PROGRAMS // programs, 1))
+        splits, each = share_batch(programs, steps_b, grad_u.numel(), grad_weight.numel())
         logged = list(range(1 if uniform else 0, len(ds)))
         chunks = [logged[n : n + _MOST_STEPS] for n in range(0, len(logged), _MOST_STEPS)] or [[]]
         slots = grad_weight[None]

@@ -18,6 +18,7 @@ import triton
 from tritoncaps.kernels import (
     _launch,
     _two_products,
+    _vote_gradient,
     dynamic_routing,
     prediction_vectors,
     routing_pass,
@@ -211,3 +212,21 @@ def test_precision_follows_torch():
             assert _launch.dot_precision(torch.float32, nvidia) == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("B", "shape", "expected"),
+    [
+        (128, (1152, 8, 10, 16), (1, 8)),
+        (128, (10, 16, 10, 16), (8, 1)),  # few capsules: a step for each program
+        (6272, (288, 8, 32, 8), (12, 33)),  # a convolution of 7×7 positions
+        (6272, (288, 8, 1000, 16), (1, 392)),  # a slot would be larger than u
+        (1024, (16384, 8, 10, 16), (1, 64)),  # enough programs
+    ],
+    ids=str,
+)
+def test_programs_share_a_batch_if_there_are_few_or_it_is_long(B, shape, expected):
+    I, P, J, D = shape
+    groups = _vote_gradient.vote_gradient_launch(I, P, J, D, torch.float32, SM90)["GROUPS"]
+    programs, steps_b = triton.cdiv(I, groups), triton.cdiv(B, 16)
+    assert _vote_gradient.share_batch(programs, steps_b, B * I * P, I * P * J * D) == expected

@@ -143,6 +143,17 @@ def test_gradients_of_16_bits(device):
 
 
 @pytest.mark.usefixtures("on_nvidia")
+def test_programs_share_a_long_batch(device, monkeypatch):
+    """Five batch steps are three splits, whose slots take no more memory than u."""
+    monkeypatch.setattr(_vote_gradient, "_FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(_vote_gradient, "_FEWEST_STEPS", 1)
+    sizes = {"B": 70, "I": 3, "P": 3, "J": 2, "D": 11}
+    options = {"leaky": True, "with_coupling": False}
+    allocations = check_gradients(PASS, device, sizes, optional=("prior", "bias"), **options)
+    assert (3, 3, 3, 2, 11) in allocations.shapes
+
+
+@pytest.mark.usefixtures("on_nvidia")
 def test_the_backward_takes_chunks_of_the_batch(device):
     """The logits and dc together are limited."""
     sizes = {"B": 70, "I": 1, "P": 3, "J": 22, "D": 2}

@@ -12,8 +12,9 @@
 If MNIST is neither there nor can be downloaded, it trains on the 1,797 digits that come with
 scikit-learn. docs/training.md says how a folder of your own images is laid out.
 
-engine/run_directory.py lists what a run writes; curves.png, reconstructions.png, perturbations.png
-and confusion.png show how it went. To train a model of your own, see docs/own-model.md.
+engine/run_directory.py lists what a run writes; curves.png and confusion.png show how it went, and
+reconstructions.png, perturbations.png or routing.png what the network makes of an image. To train a
+model of your own, see docs/own-model.md.
 """
 
 import functools

@@ -24,6 +24,7 @@ from tritoncaps.models.conv_capsnet import ConvCapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
 from tritoncaps.models.inverted_capsnet import InvertedCapsNet
+from tritoncaps.models.matrix_capsnet import MatrixCapsNet
 
 __all__ = [
     "CapsNet",
@@ -33,6 +34,7 @@ __all__ = [
     "DeepCapsNet",
     "EfficientCapsNet",
     "InvertedCapsNet",
+    "MatrixCapsNet",
     "PretrainedCfg",
     "PretrainedMixin",
     "create_model",
@@ -46,6 +48,7 @@ _MODELS: dict[str, type[nn.Module]] = {
     "deep_capsnet": DeepCapsNet,
     "efficient_capsnet": EfficientCapsNet,
     "inverted_capsnet": InvertedCapsNet,
+    "matrix_capsnet": MatrixCapsNet,
 }
 
 
@@ -57,8 +60,8 @@ def list_models(pretrained: bool = False) -> list[str]:
             comes first.
 
     Example:
-        >>> list_models()
-        ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet']
+        >>> list_models()  # doctest: +ELLIPSIS
+        ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', ..., 'matrix_capsnet']
     """
     if pretrained:
         return [cfg.name for cfg in registry()]

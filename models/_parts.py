@@ -32,7 +32,7 @@ class CapsuleOutput(NamedTuple):
     `logits` (B, K): scores, for a model that trains on them, or None.
     `coupling` (B, I, J): how much of each input capsule goes to each output capsule in the last
     iteration, or None if it was not asked for. A model with several routings returns a tuple with
-    one for each.
+    one for each. On grids the input capsules have several axes, which the model names.
     """
 
     activations: Tensor

@@ -152,6 +152,46 @@ def _signed(offset: float) -> str:
     return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
+def plot_routing(
+    images: Tensor,
+    shares: Tensor,
+    logits: Tensor,
+    labels: Sequence[int] | Tensor,
+    path: str | Path,
+    title: str,
+    class_names: Sequence[str],
+) -> None:
+    """Draw which places of an image feed its class, in orange, and which the next best, in blue.
+
+    The class is drawn after each iteration. The first one shares everything evenly. A share of a
+    quarter is half as bright as all.
+
+    Args:
+        images: (N, C, H, W).
+        shares: of each image, class and pixel, after each iteration, (T, N, K, H, W).
+        logits: (N, K), by which the classes are ranked.
+        labels: N class indices.
+        path, title, class_names: of the picture.
+    """
+    best = logits.topk(min(2, logits.shape[1]), dim=1).indices
+    everywhere = torch.arange(len(images))
+    grey = images.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+
+    def tinted(share: Tensor, rank: int) -> Tensor:
+        colour = torch.tensor((_FIRST, _SECOND)[rank])[:, None, None]
+        return 0.3 * grey + 0.7 * share[everywhere, best[:, rank], None].sqrt() * colour
+
+    rows = [grey, *(tinted(share, 0) for share in shares)]
+    names = ["input", *(f"class,\niteration {t}" for t in range(1, len(shares) + 1))]
+    if best.shape[1] > 1:
+        rows.append(tinted(shares[-1], 1))
+        names.append("next best")
+    captions = ["\nthen ".join(class_names[label] for label in row) for row in best.tolist()]
+    wrong = (best[:, 0] != torch.as_tensor(labels)).tolist()
+    block = Block(rows, names, captions, wrong, "predicted")
+    draw_blocks([block], path, title, left=96, text_height=42)
+
+
 def plot_confusion(
     matrix: Tensor | Sequence[Sequence[int]],
     path: str | Path,

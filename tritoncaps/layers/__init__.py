@@ -11,6 +11,11 @@ from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.convolutional import ConvRoutedCapsules
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.head import CapsuleHead
+from tritoncaps.layers.matrix import (
+    ClassMatrixCapsules,
+    ConvMatrixCapsules,
+    PrimaryMatrixCapsules,
+)
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
@@ -19,10 +24,13 @@ __all__ = [
     "Calibrated",
     "CapsuleHead",
     "Capsules",
+    "ClassMatrixCapsules",
+    "ConvMatrixCapsules",
     "ConvRoutedCapsules",
     "DeadLayer",
     "InvertedAttentionCapsules",
     "PrimaryCapsules",
+    "PrimaryMatrixCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
     "calibrate",

@@ -20,7 +20,7 @@ from tritoncaps.reference._dynamic_routing import (
     routing_pass,
 )
 from tritoncaps.reference._em_routing import conv_em_routing, em_routing
-from tritoncaps.reference._losses import margin_loss
+from tritoncaps.reference._losses import margin_loss, spread_loss
 from tritoncaps.reference._squash import squash
 
 __all__ = [
@@ -34,5 +34,6 @@ __all__ = [
     "margin_loss",
     "prediction_vectors",
     "routing_pass",
+    "spread_loss",
     "squash",
 ]

@@ -32,3 +32,18 @@ def margin_loss(
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def spread_loss(
+    activations: Tensor, target: Tensor, margin: float = 0.9, reduction: str = "mean"
+) -> Tensor:
+    """Sum max(0, m − (a_t − a_i))² over the classes i other than the true one, t (Hinton 2018, 3).
+
+    `activations` is (B, K) and `target` (B,), class indices.
+    """
+    true = activations.gather(1, target[:, None])
+    others = torch.arange(activations.shape[1], device=target.device) != target[:, None]
+    loss = reduce(others * (margin - (true - activations)).clamp(min=0) ** 2, "B K -> B", "sum")
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()

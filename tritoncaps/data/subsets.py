@@ -3,10 +3,10 @@
 import torch
 
 from tritoncaps._checks import check_size
-from tritoncaps.data.sets import ImageSet
+from tritoncaps.data.sets import AnySet
 
 
-def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
+def stratified_subset(images: AnySet, count: int, seed: int) -> AnySet:
     """Take `count` images with the class proportions of the whole set.
 
     With the same seed, a smaller subset is contained in every larger one. So a comparison by size

@@ -42,7 +42,7 @@ from engine.run_directory import (
 from engine.runtime import choose_runtime, describe_environment, make_deterministic, require
 from engine.tables import accuracies, percent
 from engine.tasks import CrossEntropy, Source, Task
-from engine.training import OneCycle, Schedule, Trainer, TrainingError
+from engine.training import Evaluation, OneCycle, Schedule, Trainer, TrainingError
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import (
     Batches,
@@ -69,8 +69,8 @@ class Stopped(Exception):  # noqa: N818 (no error)
 class Job:
     """What one run trains: a network, its task, and the images.
 
-    `config` describes the network, see `Trainer`. With `curve` the test set is evaluated after
-    every epoch, otherwise once at the end.
+    `config` describes the network, and `more_columns` adds to the row of an epoch, see `Trainer`.
+    With `curve` the test set is evaluated after every epoch, otherwise once at the end.
     """
 
     model: nn.Module
@@ -80,6 +80,7 @@ class Job:
     validation: ImageSet | Source | None
     test: ImageSet | Source
     curve: bool = True
+    more_columns: Callable[[str, Evaluation], dict[str, float]] | None = None
 
 
 def run_program(
@@ -300,6 +301,8 @@ class Runner:
             log_interval=self.output.log_interval,
             checkpoint_interval=self.output.checkpoint_interval,
         )
+        if job.more_columns is not None:
+            trainer.more_columns = job.more_columns
         if self.machine.torchcompile:
             trainer.call = torch.compile(trainer.call)
         return trainer

@@ -23,6 +23,7 @@ from tritoncaps.models.capsnet import CapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
 from tritoncaps.models.inverted_capsnet import InvertedCapsNet
+from tritoncaps.models.matrix_capsnet import MatrixCapsNet
 
 __all__ = [
     "CapsNet",
@@ -31,6 +32,7 @@ __all__ = [
     "DeepCapsNet",
     "EfficientCapsNet",
     "InvertedCapsNet",
+    "MatrixCapsNet",
     "PretrainedCfg",
     "PretrainedMixin",
     "create_model",
@@ -43,6 +45,7 @@ _MODELS: dict[str, type[nn.Module]] = {
     "deep_capsnet": DeepCapsNet,
     "efficient_capsnet": EfficientCapsNet,
     "inverted_capsnet": InvertedCapsNet,
+    "matrix_capsnet": MatrixCapsNet,
 }
 
 
@@ -55,7 +58,7 @@ def list_models(pretrained: bool = False) -> list[str]:
 
     Example:
         >>> list_models()
-        ['capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet']
+        ['capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet', 'matrix_capsnet']
     """
     if pretrained:
         return [cfg.name for cfg in registry()]

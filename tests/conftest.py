@@ -153,6 +153,7 @@ def small_model():
             **{"in_channels": 1, "image_size": 28},
             **{"channels": (4, 6), "blocks": (1, 1), "capsule_types": 2},
         },
+        "matrix_capsnet": {"channels": (4, 2, 2, 3)},
     }
 
     def build(name, seed=0, **arguments):

@@ -1,4 +1,7 @@
-"""Losses as modules: the margin loss, and the margin loss with reconstruction."""
+"""Losses as modules: the margin loss, alone and with reconstruction, and the spread loss."""
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +12,20 @@ from tritoncaps._checks import (
     check_floating,
     check_margins,
     check_not_negative,
+    check_size,
     shape_of,
 )
 from tritoncaps._targets import check_class_weight
 from tritoncaps.ops._margin_loss import reduced
 
-__all__ = ["CapsuleLoss", "MarginLoss", "reconstruction_error"]
+__all__ = [
+    "CapsuleLoss",
+    "MarginLoss",
+    "SpreadLoss",
+    "linear_margin",
+    "reconstruction_error",
+    "sigmoid_margin",
+]
 
 
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -182,3 +193,72 @@ class CapsuleLoss(_Margins):
     def extra_repr(self) -> str:
         """The arguments that build this module; of `class_weight`, the shape."""
         return f"reconstruction_weight={self.reconstruction_weight}, {super().extra_repr()}"
+
+
+def linear_margin(step: int, steps: int, start: float = 0.2, end: float = 0.9) -> float:
+    """Return a margin that rises from `start` to `end` in the first `steps` steps (Hinton 2018).
+
+    Example:
+        >>> [round(linear_margin(step, steps=100), 2) for step in (0, 50, 100, 1000)]
+        [0.2, 0.55, 0.9, 0.9]
+    """
+    check_size("linear_margin", "step", step, 0)
+    check_size("linear_margin", "steps", steps)
+    return start + (end - start) * min(1.0, step / steps)
+
+
+def sigmoid_margin(step: int) -> float:
+    """Return the margin of the authors' code: 0.2 + 0.79·sigmoid(min(10, step/50000 − 4)).
+
+    It stays near 0.2 for the first 50,000 steps, and comes to 0.6 after 200,000.
+
+    Example:
+        >>> [round(sigmoid_margin(step), 3) for step in (0, 200_000, 400_000)]
+        [0.214, 0.595, 0.976]
+    """
+    check_size("sigmoid_margin", "step", step, 0)
+    return 0.2 + 0.79 / (1 + math.exp(-min(10.0, step / 50_000 - 4)))
+
+
+class SpreadLoss(nn.Module):
+    """`ops.spread_loss` as a module, with a margin that may rise in training.
+
+    Args:
+        margin: a number, or a function of the step such as `sigmoid_margin`.
+        reduction: over the batch: "mean", "sum" or "none".
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, whatever
+            `ops.spread_loss` raises.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> activations, target = torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0])
+        >>> SpreadLoss()(activations, target)
+        tensor(0.1000)
+        >>> loss = SpreadLoss(partial(linear_margin, steps=1000))
+        >>> [round(loss(activations, target, step).item(), 4) for step in (0, 800, 1000)]
+        [0.0, 0.0256, 0.1]
+    """
+
+    def __init__(
+        self,
+        margin: float | Callable[[int], float] = 0.9,
+        reduction: ops.Reduction = "mean",
+    ) -> None:
+        super().__init__()
+        if not callable(margin):
+            check_not_negative("SpreadLoss", "margin", margin)
+        check_choice("SpreadLoss", "reduction", reduction, ("mean", "sum", "none"))
+        self.margin = margin
+        self.reduction: ops.Reduction = reduction
+
+    def forward(self, activations: Tensor, target: Tensor, step: int = 0) -> Tensor:
+        """Compute the loss of activations (B, K) for class indices (B,), at a step of training."""
+        margin = self.margin(step) if callable(self.margin) else self.margin
+        return ops.spread_loss(activations, target, margin, self.reduction)
+
+    def extra_repr(self) -> str:
+        """The arguments that build this module."""
+        return f"margin={self.margin}, reduction={self.reduction!r}"

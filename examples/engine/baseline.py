@@ -12,7 +12,7 @@ CNN = "cnn"
 PAPER = ("capsnet", "deep_capsnet")
 
 # Trained with the cross entropy of their logits, and without a decoder.
-WITH_LOGITS = ("inverted_capsnet", CNN)
+WITH_LOGITS = ("inverted_capsnet", "matrix_capsnet", CNN)
 
 # The names of the networks in pictures and tables.
 TITLES = {
@@ -21,6 +21,7 @@ TITLES = {
     CNN: "CNN",
     "efficient_capsnet": "Efficient-CapsNet",
     "inverted_capsnet": "InvertedCapsNet",
+    "matrix_capsnet": "MatrixCapsNet",
 }
 
 

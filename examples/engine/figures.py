@@ -152,6 +152,52 @@ def _signed(offset: float) -> str:
     return "0" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
+def plot_routing(
+    images: Tensor,
+    shares: Tensor,
+    logits: Tensor,
+    labels: Sequence[int] | Tensor,
+    path: str | Path,
+    title: str,
+    class_names: Sequence[str],
+) -> None:
+    """Draw which places of an image feed its class, in orange, and which the next best, in blue.
+
+    Below, the class again after each iteration: the first one shares evenly.
+
+    Args:
+        images: (N, C, H, W).
+        shares: of each class, image and pixel after each iteration, (T, N, K, H, W).
+        logits: (N, K), by which the classes are ranked.
+        labels: N class indices.
+        path, title, class_names: of the picture.
+    """
+    best = logits.topk(min(2, logits.shape[1]), dim=1).indices
+    everywhere = torch.arange(len(images))
+    grey = images.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+
+    def tinted(iteration: int, rank: int) -> Tensor:
+        share = shares[iteration, everywhere, best[:, rank], None]
+        colour = torch.tensor((_FIRST, _SECOND)[rank])[:, None, None]
+        return 0.3 * grey + 0.7 * share * colour
+
+    count, wrong = len(shares), (best[:, 0] != torch.as_tensor(labels)).tolist()
+    captions = ["\nthen ".join(class_names[label] for label in row) for row in best.tolist()]
+    rows = [tinted(-1, rank) for rank in range(best.shape[1])]
+    names = ["input", "class", "next best"][: 1 + len(rows)]
+    iterations = [tinted(t, 0) for t in range(count)]
+    blocks = [
+        Block([grey, *rows], names, captions, wrong, "class"),
+        Block(
+            iterations,
+            [f"iteration {t}" for t in range(1, count + 1)],
+            [""] * len(images),
+            [False] * len(images),
+        ),
+    ]
+    draw_blocks(blocks, path, title, left=96, text_height=42)
+
+
 def plot_confusion(
     matrix: Tensor | Sequence[Sequence[int]],
     path: str | Path,

@@ -216,6 +216,11 @@ class Recipe:
     warmup_steps: int = flag(
         50, "steps over which the learning rate rises to its full value", metavar="N"
     )
+    loss: str = flag(
+        "auto",
+        "auto: cross-entropy for a network with logits, else margin",
+        choices=["auto", "cross-entropy", "margin", "spread"],
+    )
     reconstruction_weight: float = flag(
         None,
         "weight of the reconstruction's squared error in the loss "

@@ -1,16 +1,23 @@
-"""The four pictures of a run: curves, reconstructions, perturbed capsules, confusion matrix."""
+"""The pictures of a run: curves, confusion matrix, and what the network has to show.
+
+A decoder has reconstructions and perturbed capsules, and EM routing the share of each class.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
 
 from engine import figures
 from engine.drawing import drawable
 from engine.runtime import Runtime
 from engine.training import Evaluation, Trainer
 from tritoncaps.data import Dataset, ImageSet, to_float
+from tritoncaps.layers import Capsules, ClassMatrixCapsules
+from tritoncaps.models import MatrixCapsNet
 
 # How far each dimension of a capsule is moved for perturbations.png (Sabour 2017, figure 4), in
 # standard deviations of that dimension.
@@ -29,6 +36,8 @@ def draw(
 
     if getattr(trainer.model, "decoder", None) is not None:
         _draw_decoded(trainer, dataset, test, evaluation, title)
+    if isinstance(trainer.model, MatrixCapsNet):
+        _draw_routing(trainer, dataset, test, title)
 
     matrix = torch.zeros(len(names), len(names), dtype=torch.int64)
     matrix.index_put_((labels, evaluation.predictions), torch.tensor(1), accumulate=True)
@@ -106,3 +115,85 @@ def perturbed(
             images = model.decoder(moved.flatten(0, 1), target)
         rows.append(images.float().unflatten(0, (D, steps)).cpu())
     return torch.stack(rows)
+
+
+def _draw_routing(trainer: Trainer, dataset: Dataset, test: ImageSet, title: str) -> None:
+    """Draw which part of an image feeds which class, and how that changes by iteration."""
+    model, labels = trainer.model, test.labels.cpu()
+    assert isinstance(model, MatrixCapsNet)
+    # An image of each class. More classes would be too wide for a picture.
+    shown = range(min(len(dataset.class_names), 10))
+    chosen = torch.cat([(labels == label).nonzero()[:1, 0] for label in shown])
+    images = to_float(test.images[chosen.to(test.images.device)])
+    with trainer.runtime.autocast():
+        shares = class_shares(model, images)
+    figures.plot_routing(
+        images.cpu(),
+        shares.float().cpu(),
+        trainer.predict(images).logits.float().cpu(),
+        labels[chosen],
+        trainer.directory / "routing.png",
+        f"{title}: the share of each place in an image that a class gets",
+        drawable(dataset.class_names),
+    )
+
+
+@torch.inference_mode()
+def class_shares(model: MatrixCapsNet, images: Tensor) -> Tensor:
+    """Follow the assignments from the image to the classes, after each iteration of the last layer.
+
+    A capsule of the first grid shares itself out among those of the second, and so on. The types at
+    a position are weighted by their activations.
+
+    Returns:
+        The shares, (T, B, K, H, W), drawn into the middle of what a capsule sees; 0 at the border.
+    """
+    first = grid = model.primary(model.features(images))
+    passed = []
+    for layer in model.capsules:
+        above, assignment = layer(grid, return_assignment=True)
+        passed.append((layer.stride, grid.activations, assignment))
+        grid = above
+    maps = []
+    for share in _by_iteration(model.classes, grid):
+        for stride, activations, assignment in reversed(passed):
+            share = _shares_below(assignment, share, stride, activations.shape[1:3])
+        weights = first.activations.unsqueeze(4)
+        maps.append((share * weights).sum(dim=3) / weights.sum(dim=3))
+    small = torch.stack(maps).movedim(4, 2)  # (T, B, K, h, w)
+    conv = model.features[0]
+    assert isinstance(conv, nn.Conv2d)
+    enlarged = small.repeat_interleave(conv.stride[0], 3).repeat_interleave(conv.stride[1], 4)
+    missing = [full - part for full, part in zip(images.shape[2:], enlarged.shape[3:], strict=True)]
+    top, left = (rest // 2 for rest in missing)
+    return F.pad(enlarged, (left, missing[1] - left, top, missing[0] - top))
+
+
+def _by_iteration(layer: ClassMatrixCapsules, grid: Capsules) -> list[Tensor]:
+    """Return the assignments of each iteration, (B, H, W, C, K)."""
+    usual, T = layer.temperature, layer.iterations
+    schedule = usual
+    if usual is None and layer.scale == "mean":
+        schedule = [t / T for t in range(1, T + 1)]
+    assignments = []
+    for t in range(1, T + 1):
+        layer.temperature = schedule[:t] if isinstance(schedule, (tuple, list)) else schedule
+        assignments.append(layer(grid, iterations=t, return_assignment=True).assignment)
+    layer.temperature = usual
+    return assignments
+
+
+def _shares_below(assignment: Tensor, share: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """Take the shares of the classes from the outputs of a convolution to its inputs.
+
+    (B, H', W', K, K, C, J) and (B, H', W', J, classes) → (B, H, W, C, classes).
+    """
+    parts = einsum(assignment, share, "B y x ky kx C J, B y x J k -> B y x ky kx C k")
+    B, rows, columns, kernel, _, C, classes = parts.shape
+    below = parts.new_zeros(B, *size, C, classes)
+    for ky in range(kernel):
+        for kx in range(kernel):
+            y, x = (slice(k, k + stride * n, stride) for k, n in ((ky, rows), (kx, columns)))
+            below[:, y, x] += parts[:, :, :, ky, kx]
+    # With competition="position", an input gives all of itself at each position.
+    return below / below.sum(dim=4, keepdim=True).clamp(min=1)

@@ -41,7 +41,7 @@ from engine.run_directory import (
 )
 from engine.runtime import choose_runtime, describe_environment, make_deterministic, require
 from engine.tables import accuracies, percent
-from engine.tasks import CrossEntropy, Source, Task
+from engine.tasks import CrossEntropy, Source, Spread, Task
 from engine.training import Evaluation, OneCycle, Schedule, Trainer, TrainingError
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import (
@@ -59,6 +59,10 @@ FROM_DATA = ("num_classes", "in_channels", "image_size")
 
 # The fields of a recipe in which the runs of an experiment differ.
 VARIED = ("model", "model_kwargs", "seed")
+
+
+# The margin of the spread loss rises for so many epochs.
+_RISING_EPOCHS = 5
 
 
 class Stopped(Exception):  # noqa: N818 (no error)
@@ -243,9 +247,17 @@ class Runner:
         return self.runtime.place(model), config
 
     def classification(
-        self, recipe: Recipe, images: ImageSet | None = None, *, curve: bool = True
+        self,
+        recipe: Recipe,
+        images: ImageSet | None = None,
+        *,
+        crop: int | None = None,
+        curve: bool = True,
     ) -> Job:
-        """Return the job of classifying: `images`, or all that are not held out."""
+        """Return the job of classifying: `images`, or all that are not held out.
+
+        With `crop` it trains on windows of this size, see `Batches`.
+        """
         validation = None
         if images is None:
             images, validation = self.split(recipe)
@@ -256,11 +268,11 @@ class Runner:
             max_shift=recipe.max_shift,
             rotation=recipe.rotation,
             scaling=recipe.scaling,
+            crop=crop,
         )
-        model, config = self.build(recipe, images.images.shape[1:])
-        task = Task(recipe.reconstruction_weight)
-        if recipe.model in baseline.WITH_LOGITS:
-            task = CrossEntropy()
+        channels, height, width = images.images.shape[1:]
+        model, config = self.build(recipe, (channels, crop or height, crop or width))
+        task = _task(recipe, len(batches))
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -502,6 +514,20 @@ def _result_line(result: Mapping[str, Any]) -> str:
         f"test accuracy {percent(result['test_accuracy'])} after epoch {result['chosen_epoch']} "
         f"of {result['epochs']}, {result['seconds_per_epoch']:.3g} s an epoch"
     )
+
+
+def _task(recipe: Recipe, batches: int) -> Task:
+    """Return the loss of --loss, for epochs of so many batches."""
+    has_logits = recipe.model in baseline.WITH_LOGITS
+    if recipe.loss == "spread":
+        return Spread(_RISING_EPOCHS * batches, recipe.reconstruction_weight)
+    if recipe.loss == "margin" or (recipe.loss == "auto" and not has_logits):
+        return Task(recipe.reconstruction_weight)
+    if not has_logits:
+        raise ValueError(
+            f"--loss {recipe.loss}: {recipe.model} returns no logits; use --loss margin or spread"
+        )
+    return CrossEntropy()
 
 
 def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: float) -> Recipe:

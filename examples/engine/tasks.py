@@ -4,6 +4,7 @@
 capsules and a plain classifier.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from tritoncaps import ops
 from tritoncaps.data import ImageSet, Originals
-from tritoncaps.losses import CapsuleLoss, reconstruction_error
+from tritoncaps.losses import CapsuleLoss, SpreadLoss, linear_margin, reconstruction_error
 from tritoncaps.models import CapsuleOutput
 
 
@@ -39,7 +40,12 @@ class Task:
 
     Args:
         reconstruction_weight: the weight of the squared error, for a network with a decoder.
+
+    Attributes:
+        step: of the training, for a loss that changes. The trainer sets it.
     """
+
+    step: int = 0
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
         self.capsule_loss = CapsuleLoss(reconstruction_weight)
@@ -68,6 +74,32 @@ class CrossEntropy(Task):
         """Compute the mean cross entropy, a scalar."""
         assert output.logits is not None, "the model returns no logits"
         return F.cross_entropy(output.logits, target)
+
+    def predictions(self, output: CapsuleOutput) -> Tensor:
+        """Return the class with the largest logit: (B, K) → (B,). A sigmoid of 20 is already 1."""
+        assert output.logits is not None, "the model returns no logits"
+        return output.logits.argmax(dim=1)
+
+
+class Spread(Task):
+    """One class per image, by spread loss, and reconstruction if there is one.
+
+    Args:
+        steps: the margin rises from 0.2 to 0.9 in so many.
+        reconstruction_weight: the weight of the squared error, for a network with a decoder.
+    """
+
+    def __init__(self, steps: int, reconstruction_weight: float = 0.0005) -> None:
+        super().__init__(reconstruction_weight)
+        self.spread_loss = SpreadLoss(functools.partial(linear_margin, steps=steps))
+
+    def loss(self, output: CapsuleOutput, target: Tensor, images: Tensor) -> Tensor:
+        """Compute the mean loss of a batch, a scalar."""
+        loss = self.spread_loss(output.activations, target, self.step)
+        if output.reconstruction is None:
+            return loss
+        error = reconstruction_error(output.reconstruction, images).mean()
+        return torch.add(loss, error, alpha=self.capsule_loss.reconstruction_weight)
 
 
 class TwoClasses(Task):

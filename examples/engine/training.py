@@ -411,6 +411,7 @@ class Trainer:
         images = images.contiguous(memory_format=torch.channels_last)
         with self.runtime.autocast():
             output = self.task.run(self.call, images, labels)
+        self.task.step = self.progress.step
         loss = self.task.loss(output, labels, images)
         self.optimizer.zero_grad(set_to_none=True)
         # DDP averages over processes. Weight each by the size of its share.

@@ -35,6 +35,8 @@ def small_network(name: str, **kwargs: Any) -> nn.Module:
         return baseline.ConvNet(channels=(4, 4, 4), hidden=(8, 8), **kwargs)
     if name == "inverted_capsnet":
         return models.create_model(name, channels=(4, 4), blocks=(1, 1), capsule_types=2, **kwargs)
+    if name == "matrix_capsnet":
+        return models.create_model(name, channels=(4, 2, 2, 2), **kwargs)
     if name == "efficient_capsnet":
         return models.create_model(name, primary_capsules=2, **{"decoder_hidden": (8, 8), **kwargs})
     channels: dict[str, Any] = {"capsnet": 8, "deep_capsnet": (8, 8)}

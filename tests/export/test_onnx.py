@@ -39,6 +39,7 @@ MODELS = {
     },
     "efficient_capsnet": WIDE,
     "inverted_capsnet": {"in_channels": 3, "image_size": (13, 17), "num_classes": 4},
+    "matrix_capsnet": {"in_channels": 3, "image_size": (17, 19), "num_classes": 4},
 }
 
 

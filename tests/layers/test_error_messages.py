@@ -703,7 +703,7 @@ CASES = {
         lambda: create_model("deepcapsnet"),
         ValueError,
         "create_model: no model is named 'deepcapsnet', there are capsnet, deep_capsnet, "
-        "efficient_capsnet, inverted_capsnet; "
+        "efficient_capsnet, inverted_capsnet, matrix_capsnet; "
         "did you mean 'deep_capsnet'?",
     ),
 }

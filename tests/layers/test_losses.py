@@ -1,10 +1,12 @@
 """Losses as modules: the functions behind them, defaults, targets, empty batches and dtypes."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from tritoncaps import CapsuleLoss, MarginLoss, ops
-from tritoncaps.losses import reconstruction_error
+from tritoncaps.losses import SpreadLoss, linear_margin, reconstruction_error, sigmoid_margin
 
 
 def test_defaults_are_those_of_the_paper():
@@ -74,3 +76,24 @@ def test_float64_stays_float64(device):
     target = torch.tensor([0], device=device)
     loss = CapsuleLoss(reconstruction_weight=1.0)(activations, target, images + 1 / 3, images)
     assert loss.item() == pytest.approx(1 / 9, rel=1e-15)
+
+
+def test_the_margin_of_the_spread_loss_rises_with_the_step():
+    activations, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
+    rising = SpreadLoss(partial(linear_margin, steps=10), "sum")
+    for step, margin in ((0, 0.2), (5, 0.55), (10, 0.9), (1000, 0.9)):
+        expected = ops.spread_loss(activations, target, margin, "sum")
+        torch.testing.assert_close(rising(activations, target, step), expected)
+    expected = ops.spread_loss(activations, target, 0.3)
+    torch.testing.assert_close(SpreadLoss(0.3)(activations, target, 7), expected)
+    with pytest.raises(ValueError, match="SpreadLoss: margin must be >= 0 and finite, got -1"):
+        SpreadLoss(-1)
+
+
+def test_the_margin_of_the_authors_code():
+    """It ends at 0.2 + 0.79 / (1 + e⁻¹⁰), which min(10, ...) leaves just below 0.99."""
+    assert sigmoid_margin(0) == pytest.approx(0.2 + 0.79 * 0.0179862, abs=1e-7)
+    assert sigmoid_margin(200_000) == pytest.approx(0.595)
+    assert sigmoid_margin(700_000) == sigmoid_margin(10**9) == pytest.approx(0.98996, abs=1e-5)
+    with pytest.raises(ValueError, match="linear_margin: steps must be >= 1, got 0"):
+        linear_margin(3, 0)

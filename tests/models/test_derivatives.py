@@ -18,7 +18,7 @@ def model(name, device, small_model):
 
     In evaluation, because a batch normalisation in training mixes the images.
     """
-    dim = {} if name == "inverted_capsnet" else {"class_dim": 4}
+    dim = {} if name in ("inverted_capsnet", "matrix_capsnet") else {"class_dim": 4}
     model = small_model(name, image_size=17, num_classes=3, **dim)
     return model.double().to(device).eval()
 
@@ -39,6 +39,8 @@ def by_reference(monkeypatch):
             "fused_dynamic_routing",
             "attention_routing",
             "inverted_attention_routing",
+            "em_routing",
+            "conv_em_routing",
         ):
             monkeypatch.setattr(ops, operator, getattr(reference, operator))
 

@@ -39,7 +39,7 @@ def test_models_have_the_layers_of_table_1():
 
 
 def test_models_are_known_by_name():
-    names = ["capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet"]
+    names = ["capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet", "matrix_capsnet"]
     assert list_models() == names
     model = create_model("deep_capsnet", hidden_capsules=12, hidden_dim=8, primary_iterations=1)
     assert isinstance(model, DeepCapsNet)

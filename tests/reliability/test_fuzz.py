@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tritoncaps import (
     CapsuleHead,
     CapsuleLoss,
+    Capsules,
     MarginLoss,
     PrimaryCapsules,
     ReconstructionDecoder,
@@ -22,12 +23,20 @@ from tritoncaps import (
     ops,
     reference,
 )
-from tritoncaps.layers import AttentionCapsules, InvertedAttentionCapsules
+from tritoncaps.layers import (
+    AttentionCapsules,
+    ClassMatrixCapsules,
+    ConvMatrixCapsules,
+    InvertedAttentionCapsules,
+    PrimaryMatrixCapsules,
+)
+from tritoncaps.losses import SpreadLoss
 from tritoncaps.models import (
     CapsNet,
     DeepCapsNet,
     EfficientCapsNet,
     InvertedCapsNet,
+    MatrixCapsNet,
     create_model,
 )
 from tritoncaps.testing import LAYOUTS, OPERATORS, Call, Operator, check_call, fuzzed_calls
@@ -109,6 +118,10 @@ def test_operators(fuzz):
 
 
 # The constructor and right arguments.
+_ROUTED_BY_EM = {
+    **{"iterations": 2, "pose": (2, 3), "scale": "mean", "temperature": 0.5},
+    **{"min_variance": 1e-3, "beta_u": 0.1, "beta_a": -0.2, "gradient": "last"},
+}
 MODULES = {
     "PrimaryCapsules": (
         PrimaryCapsules,
@@ -193,6 +206,33 @@ MODULES = {
             **{"capsule_types": 2},
         },
     ),
+    "SpreadLoss": (SpreadLoss, {"margin": 0.5, "reduction": "sum"}),
+    "PrimaryMatrixCapsules": (
+        PrimaryMatrixCapsules,
+        {
+            **{"in_channels": 2, "capsule_types": 3, "pose": (2, 3)},
+            **{"kernel_size": 1, "stride": 1, "padding": 0},
+        },
+    ),
+    "ConvMatrixCapsules": (
+        ConvMatrixCapsules,
+        {
+            **{"in_types": 2, "out_types": 3, "kernel_size": 2, "stride": 1, "padding": 0},
+            **{"competition": "position", **_ROUTED_BY_EM},
+        },
+    ),
+    "ClassMatrixCapsules": (
+        ClassMatrixCapsules,
+        {"in_types": 2, "num_classes": 3, "coordinates": True, **_ROUTED_BY_EM},
+    ),
+    "MatrixCapsNet": (
+        MatrixCapsNet,
+        {
+            **{"num_classes": 2, "in_channels": 1, "image_size": (17, 18), "size": "big"},
+            **{"channels": (2, 1, 2, 1), "competition": "children", "class_options": {}},
+            **{name: value for name, value in _ROUTED_BY_EM.items() if name != "pose"},
+        },
+    ),
     "create_model": (create_model, {"name": "efficient_capsnet", "pretrained": False}),
 }
 
@@ -241,14 +281,23 @@ def check_module(call):
     elif call.name == "ReconstructionDecoder":
         images = module(torch.ones(2, a["num_classes"], a["dim"]))
         assert images.shape == (2, *a["image_shape"])
-    elif call.name in ("CapsNet", "DeepCapsNet", "EfficientCapsNet", "InvertedCapsNet"):
+    elif call.name == "PrimaryMatrixCapsules":
+        side = max(1, a["kernel_size"] - 2 * a["padding"])
+        grid = module(torch.ones(2, a["in_channels"], side, side))
+        assert grid.poses.shape == (*grid.activations.shape, *a["pose"])
+    elif call.name in ("ConvMatrixCapsules", "ClassMatrixCapsules"):
+        shape = 2, 4, 4, a["in_types"]
+        routed = module(Capsules(torch.ones(*shape, *a["pose"]), torch.ones(shape)))
+        assert routed.poses.shape == (*routed.activations.shape, *a["pose"])
+    elif call.name.endswith("CapsNet"):
         output = module(torch.ones(2, *module.image_shape))
         assert output.poses.shape == (2, a["num_classes"], a.get("class_dim", 16))
         assert (output.reconstruction is not None) == a.get("reconstruction", False)
     else:
         images = torch.ones(2, 1, 3, 3)
         pictures = (images, images) if call.name == "CapsuleLoss" else ()
-        K = 3 if module.class_weight is None else len(module.class_weight)
+        weight = getattr(module, "class_weight", None)
+        K = 3 if weight is None else len(weight)
         loss = module(torch.ones(2, K), torch.zeros(2, dtype=torch.int64), *pictures)
         assert loss.shape == ((2,) if a["reduction"] == "none" else ())
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class Formulas:
         options = [name for name in self.parameters if name not in self.inputs]
         self.taken = self.needed + [name for name in options if name not in self.needed]
         self.optional = {name.removesuffix("?") for name in outputs if name.endswith("?")}
+        # The gradients that the backward can do without, as it says by their annotation.
+        self.may_be_none = {
+            name
+            for name, parameter in inspect.signature(backward).parameters.items()
+            if type(None) in get_args(parameter.annotation)
+        }
         if missing := [name for name in self.inputs if name not in self.needed]:
             raise TypeError(f"register: the backward has no parameter {missing[0]!r}")
 
@@ -126,7 +132,7 @@ class Formulas:
             for name, grad in zip(self.outputs, grads, strict=True):
                 if name not in ctx.shapes:
                     grad = None
-                elif grad is None and name not in self.optional:
+                elif grad is None and f"grad_{name}" not in self.may_be_none:
                     grad = like.new_zeros(ctx.shapes[name])
                 given[f"grad_{name}"] = grad
             tensors = [value for value in given.values() if isinstance(value, Tensor)]

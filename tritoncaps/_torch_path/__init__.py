@@ -9,6 +9,7 @@ be kept between forward and backward.
 
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps._torch_path.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps._torch_path.fused_dynamic_routing import (
     fused_dynamic_routing_bwd,
     fused_dynamic_routing_fwd,
@@ -21,6 +22,8 @@ __all__ = [
     "accumulation_dtype",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
+    "em_routing_bwd",
+    "em_routing_fwd",
     "fused_dynamic_routing_bwd",
     "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",

@@ -9,6 +9,11 @@ from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_l
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.head import CapsuleHead
+from tritoncaps.layers.matrix import (
+    ClassMatrixCapsules,
+    ConvMatrixCapsules,
+    PrimaryMatrixCapsules,
+)
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
@@ -17,9 +22,12 @@ __all__ = [
     "Calibrated",
     "CapsuleHead",
     "Capsules",
+    "ClassMatrixCapsules",
+    "ConvMatrixCapsules",
     "DeadLayer",
     "InvertedAttentionCapsules",
     "PrimaryCapsules",
+    "PrimaryMatrixCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
     "calibrate",

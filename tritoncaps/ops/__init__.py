@@ -21,6 +21,7 @@ from tritoncaps.ops._inverted_attention_routing import inverted_attention_routin
 from tritoncaps.ops._margin_loss import Reduction, margin_loss
 from tritoncaps.ops._prediction_vectors import prediction_vectors
 from tritoncaps.ops._routing_pass import routing_pass
+from tritoncaps.ops._spread_loss import spread_loss
 from tritoncaps.ops._squash import Form, squash
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "margin_loss",
     "prediction_vectors",
     "routing_pass",
+    "spread_loss",
     "squash",
 ]

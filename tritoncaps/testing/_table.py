@@ -207,6 +207,15 @@ _ROWS = (
         name="margin_loss",
         domain={"activations": torch.sigmoid},
     ),
+    Operator(
+        _with_target(ops.spread_loss),
+        _with_target(reference.spread_loss),
+        inputs={"activations": "B K"},
+        outputs={"loss": "B"},
+        options={"reduction": ("none",)},
+        name="spread_loss",
+        domain={"activations": torch.sigmoid},
+    ),
 )
 
 OPERATORS: dict[str, Operator] = {row.name: row for row in _ROWS}

@@ -1,0 +1,143 @@
+"""MatrixCapsNet: the paper's parameters and layers, its options, and that it learns."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tritoncaps import ops
+from tritoncaps.models import MatrixCapsNet, create_model
+
+SMALLNORB = {"num_classes": 5, "in_channels": 2, "image_size": 32}
+MNIST = {"num_classes": 10, "in_channels": 1, "image_size": 28}
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "parameters"),
+    [
+        (SMALLNORB, "small", 68_754),
+        (SMALLNORB, "big", 317_194),
+        (MNIST, "small", 68_444),
+        (MNIST, "big", 318_964),
+    ],
+)
+def test_it_has_the_parameters_of_the_paper(images, size, parameters):
+    with torch.device("meta"):
+        model = create_model("matrix_capsnet", size=size, **images)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_it_is_the_network_of_the_paper(small_model):
+    """Layer by layer, from the operators."""
+    model = small_model("matrix_capsnet", image_size=(17, 22), iterations=3, num_classes=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "beta" in name:
+                parameter.normal_()
+    images = torch.rand(2, 1, 17, 22)
+    output = model(images, return_coupling=True)
+    conv, first, second = model.features[0], *model.capsules
+    maps = model.primary.conv(F.conv2d(images, conv.weight, conv.bias, stride=2).relu())
+    assert maps.shape == (2, 2 * 17, 7, 9)
+    maps = maps.movedim(1, 3)
+    grid = maps[..., 2:].unflatten(3, (2, 4, 4)), maps[..., :2].sigmoid()
+    D, couplings = 16, []
+    # Inputs that lie in a window and outputs, by positions: 7×9 → 3×4 → 1×2 → 1.
+    for layer, inputs, outputs, stride in ((first, 7 * 9, 3 * 4, 2), (second, 3 * 4, 2, 1)):
+        unit = D * inputs * layer.in_types / (outputs * layer.out_types)
+        *grid, coupling = ops.conv_em_routing(
+            *grid, layer.weight, layer.beta_u, unit * layer.beta_a, 3, stride=stride,
+            temperature=[t / 3 / unit for t in (1, 2, 3)], return_assignment=True,
+        )  # fmt: skip
+        couplings.append(coupling)
+    last = model.classes
+    offset = torch.zeros(1, 2, 3, 4, 4)
+    offset[..., 0, 3] = 0.5
+    offset[0, :, :, 1, 3] = torch.tensor([0.25, 0.75])[:, None]
+    unit = D * 2 * 3 / 4
+    poses, activations, logits, coupling = ops.em_routing(
+        grid[0].flatten(1, 3), grid[1].flatten(1), last.weight.repeat(2, 1, 1, 1), last.beta_u,
+        unit * last.beta_a, offset.flatten(0, 2), 3, temperature=[t / 3 / unit for t in (1, 2, 3)],
+        return_logits=True, return_assignment=True,
+    )  # fmt: skip
+    torch.testing.assert_close(output.poses, poses.flatten(2))
+    torch.testing.assert_close(output.activations, activations)
+    torch.testing.assert_close(output.logits, logits)
+    couplings.append(coupling.unflatten(1, (1, 2, 3)))
+    for actual, expected in zip(output.coupling, couplings, strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert model(images).coupling is None
+    assert torch.equal(model(images, iterations=1).logits, model(images, None, iterations=1)[3])
+    assert not torch.allclose(model(images, iterations=1).logits, output.logits)
+
+
+def test_the_class_capsules_may_have_options_of_their_own(small_model):
+    """As in the authors' code. docs/matrix-capsules.md has its constants."""
+    rise = [1 - 0.95**t for t in (1, 2, 3)]
+    model = small_model(
+        "matrix_capsnet",
+        **{"iterations": 3, "scale": "sum", "min_variance": 5e-4, "beta_u": 0.709, "beta_a": -1250},
+        temperature=[0.02 * x for x in rise],
+        class_options={"temperature": [0.005 * x for x in rise], "beta_u": 2.838, "beta_a": -2500},
+    )
+    log_2_pi_e = math.log(2 * math.pi) + 1
+    betas = [(layer.beta_u[0], layer.beta_a[0]) for layer in (*model.capsules, model.classes)]
+    expected = [(0.5 * log_2_pi_e / 2, -1250)] * 2 + [(2 * log_2_pi_e / 2, -2500)]
+    torch.testing.assert_close(torch.tensor(betas), torch.tensor(expected), rtol=1e-3, atol=0)
+    assert model.classes.temperature[0] == model.capsules[0].temperature[0] / 4
+    assert {layer.min_variance for layer in (*model.capsules, model.classes)} == {5e-4}
+    # Before the first E-step, it is their formula: λ (N (−Σ log σ² − 16 β_u (log 2π + 1)) − 5000 β_a).
+    capsules = model.primary(model.features(torch.rand(2, 1, 28, 28)))
+    for layer in model.capsules:
+        capsules = layer(capsules)
+    model.classes.temperature = model.classes.temperature[:1]
+    with torch.no_grad():
+        logits = model.classes(capsules, iterations=1).logits
+    votes = torch.einsum("bhwcrp,cpkq->bhwckrq", capsules.poses, model.classes.weight)
+    votes[..., 0, 3] += ((torch.arange(3) + 0.5) / 3).view(3, 1, 1, 1)
+    votes[..., 1, 3] += ((torch.arange(3) + 0.5) / 3).view(3, 1, 1)
+    votes, share = votes.flatten(1, 3).flatten(3), capsules.activations.flatten(1)[..., None] / 10
+    mass = share.sum(dim=1)
+    mean = (share[..., None] * votes).sum(dim=1) / mass[..., None]
+    squares = (votes - mean[:, None]).square()
+    variance = (share[..., None] * squares).sum(dim=1) / mass[..., None] + 5e-4
+    entropy = mass * (-variance.log().sum(dim=2) - 16 * 2 * log_2_pi_e)
+    theirs = 0.0025 * 0.05 * (entropy - 5000 * 1)
+    torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_it_refuses_wrong_arguments():
+    with pytest.raises(ValueError, match="both sides must be at least 17"):
+        MatrixCapsNet(image_size=(17, 16))
+    with pytest.raises(TypeError, match=r"channels must be four ints, got \(4, 2, 2\)"):
+        MatrixCapsNet(channels=(4, 2, 2))
+    with pytest.raises(ValueError, match=r'MatrixCapsNet: size must be "small" or "big", got "hu'):
+        MatrixCapsNet(size="huge")
+    with pytest.raises(TypeError, match="class_options must be a dict or None, got list"):
+        MatrixCapsNet(class_options=[])
+    with pytest.raises(ValueError, match="class_options has 'stride', it may have iterations"):
+        MatrixCapsNet(class_options={"stride": 2})
+
+
+@pytest.mark.parametrize("loss", ["cross entropy", "spread"])
+def test_it_learns(small_model, loss):
+    """Three kinds of stripes."""
+    model = small_model("matrix_capsnet", num_classes=3, image_size=17, channels=(8, 2, 3, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    target = torch.arange(24) % 3
+    images = torch.zeros(24, 1, 17, 17)
+    for index, kind in enumerate(target):
+        images[index, :, kind::3] = 1
+    images += 0.1 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        output = model(images)
+        if loss == "spread":
+            value = ops.spread_loss(output.activations, target, 0.5)
+        else:
+            value = F.cross_entropy(output.logits, target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert (model(images).logits.argmax(dim=1) == target).float().mean() > 0.9

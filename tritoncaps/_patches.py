@@ -1,0 +1,66 @@
+"""Grids of capsules, (B, H, W, C, ...), and the patches of them that a convolution sees.
+
+A grid holds C capsules at each of H×W positions. "..." stands for the axes of a capsule, or for
+none, as with activations.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from tritoncaps import _checks
+
+
+def check_convolution(function: str, stride: object, padding: object) -> None:
+    """Raise TypeError or ValueError, unless stride is an int >= 1 and padding an int >= 0."""
+    _checks.check_size(function, "stride", stride)
+    _checks.check_size(function, "padding", padding, smallest=0)
+
+
+def output_size(
+    function: str, size: tuple[int, int], kernel_size: int, stride: int, padding: int
+) -> tuple[int, int]:
+    """Return (H', W'), the positions of a kernel on a grid of `size` = (H, W).
+
+    Raises:
+        ValueError: the kernel is larger than the padded grid.
+    """
+    height, width = size
+    if min(height, width) + 2 * padding < kernel_size:
+        raise ValueError(
+            f"{function}: the kernel, {kernel_size}x{kernel_size}, is larger than the grid, "
+            f"{height}x{width} with padding={padding}; use a smaller kernel or more padding"
+        )
+    rows, columns = ((side + 2 * padding - kernel_size) // stride + 1 for side in size)
+    return rows, columns
+
+
+def pad(grid: Tensor, padding: int) -> Tensor:
+    """Add `padding` positions of zeros on all four sides of a grid, (B, H, W, C, ...)."""
+    if padding == 0:
+        return grid
+    inner = (0, 0) * (grid.ndim - 3)
+    return F.pad(grid, (*inner, padding, padding, padding, padding))
+
+
+def patches(grid: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Cut a grid into patches; (B, H, W, C, ...) → (B·H'·W', K·K·C, ...).
+
+    The first axis is ordered by image, row, column. The second is ordered by row and column in the
+    patch, then type. The copy is one, and its backward sums in a fixed order.
+    """
+    return _windows(grid, kernel_size, stride).flatten(0, 2).flatten(1, 3)
+
+
+def patches_by_type(grid: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Cut a grid, and join the patch of each type to one capsule; → (B·H'·W', C, K·K·P).
+
+    The grid is (B, H, W, C, P). The last axis is ordered by row and column in the patch, then P.
+    """
+    windows = _windows(grid, kernel_size, stride)  # (B, H', W', K, K, C, P)
+    return windows.movedim(5, 3).flatten(0, 2).flatten(2, 4)
+
+
+def _windows(grid: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """A view of the windows of a grid, (B, H', W', K, K, C, ...)."""
+    windows = grid.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)
+    return windows.movedim((-2, -1), (3, 4))

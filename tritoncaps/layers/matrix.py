@@ -1,0 +1,525 @@
+"""Matrix capsules: a pose is a matrix, an activation a number of its own, and EM routes them.
+
+Capsules travel between these layers on a grid, as `Capsules` with poses (B, H, W, C, R, P) and
+activations (B, H, W, C): C types at each position, and R × P numbers a pose.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
+
+from tritoncaps import _checks, ops
+from tritoncaps._tracing import concrete, is_proxy, one_node
+from tritoncaps.layers._convolution import LinearConv2d
+from tritoncaps.layers.capsules import Capsules
+
+Scale = Literal["mean", "sum"]
+Competition = Literal["children", "position"]
+
+
+class PrimaryMatrixCapsules(nn.Module):
+    """Turn feature maps into matrix capsules with one convolution (Hinton 2018, section 5).
+
+    A capsule is R·P channels for its pose and one more, through a sigmoid, for its activation.
+
+    Args:
+        in_channels: channels of the feature maps.
+        capsule_types: capsules at each position, C.
+        pose: rows and columns of a pose, (R, P).
+        kernel_size, stride, padding: of the convolution. The paper's is 1×1.
+        device, dtype: of the parameters.
+
+    Shapes: (B, in_channels, H, W) → `Capsules` with poses (B, H', W', C, R, P) and activations
+    (B, H', W', C).
+
+    Raises:
+        TypeError, ValueError: a size is not an int of at least 1. In `forward`, the features have
+            the wrong type or shape.
+
+    Example:
+        >>> import torch
+        >>> primary = PrimaryMatrixCapsules(64, capsule_types=8)
+        >>> poses, activations = primary(torch.rand(2, 64, 14, 14))
+        >>> poses.shape, activations.shape
+        (torch.Size([2, 14, 14, 8, 4, 4]), torch.Size([2, 14, 14, 8]))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        capsule_types: int = 8,
+        pose: tuple[int, int] = (4, 4),
+        *,
+        kernel_size: int = 1,
+        stride: int = 1,
+        padding: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = "PrimaryMatrixCapsules"
+        _checks.check_size(name, "in_channels", in_channels)
+        _checks.check_size(name, "capsule_types", capsule_types)
+        _checks.check_pair(name, "pose", pose, "two ints")
+        _checks.check_size(name, "kernel_size", kernel_size)
+        _checks.check_size(name, "stride", stride)
+        _checks.check_size(name, "padding", padding, 0)
+        self.in_channels = in_channels
+        self.capsule_types = capsule_types
+        self.pose = pose
+        channels = capsule_types * (math.prod(pose) + 1)
+        self.conv = LinearConv2d(
+            in_channels, channels, kernel_size, stride, padding, device=device, dtype=dtype
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw kernels that keep the scale of the features (gain 1)."""
+        self.conv.reset_parameters()
+
+    def forward(self, features: Tensor) -> Capsules:
+        """Convolve, and cut into poses and activations."""
+        if not is_proxy(features):
+            _checks.check_floating("PrimaryMatrixCapsules", "features", features)
+            if features.ndim != 4 or features.shape[1] != self.in_channels:
+                raise ValueError(
+                    f"PrimaryMatrixCapsules: features must be (B, {self.in_channels}, H, W), "
+                    f"got {_checks.shape_of(features)}"
+                )
+            _checks.check_layer_dtype("PrimaryMatrixCapsules", "features", features, self.conv)
+        maps = self.conv(features).permute(0, 2, 3, 1)
+        count = self.capsule_types
+        poses = maps[..., count:].unflatten(3, (count, *self.pose))
+        return Capsules(poses, maps[..., :count].sigmoid())
+
+    def extra_repr(self) -> str:
+        """Return the arguments that build this layer."""
+        conv = self.conv
+        return (
+            f"in_channels={self.in_channels}, capsule_types={self.capsule_types}, "
+            f"pose={self.pose}, kernel_size={conv.kernel_size[0]}, stride={conv.stride[0]}, "
+            f"padding={conv.padding[0]}"
+        )
+
+
+class _MatrixCapsules(nn.Module):
+    """What both routed layers share: the parameters, and how cost becomes activation."""
+
+    def __init__(
+        self,
+        kernel: tuple[int, ...],
+        in_types: int,
+        out_types: int,
+        iterations: int,
+        pose: tuple[int, int],
+        scale: Scale,
+        temperature: float | Sequence[float] | None,
+        min_variance: float,
+        beta_u: float,
+        beta_a: float,
+        gradient: ops.Gradient,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        _checks.check_size(name, "in_types", in_types)
+        _checks.check_size(name, "out_types", out_types)
+        _checks.check_size(name, "iterations", iterations)
+        _checks.check_pair(name, "pose", pose, "two ints")
+        _checks.check_choice(name, "scale", scale, ("mean", "sum"))
+        _check_temperature(name, temperature, iterations)
+        _checks.check_not_negative(name, "min_variance", min_variance)
+        _checks.check_number(name, "beta_u", beta_u)
+        _checks.check_number(name, "beta_a", beta_a)
+        _checks.check_choice(name, "gradient", gradient, ("full", "last"))
+        self.in_types = in_types
+        self.out_types = out_types
+        self.iterations = iterations
+        self.pose = pose
+        self.scale: Scale = scale
+        self.temperature = temperature
+        self.min_variance = min_variance
+        self.gradient: ops.Gradient = gradient
+        self._start = beta_u, beta_a
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        columns = pose[1]
+        self.weight = parameter(*kernel, in_types, columns, out_types, columns)
+        self.beta_u = parameter(out_types)
+        self.beta_a = parameter(out_types)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a weight that keeps the scale of the poses, and set both costs to their start."""
+        nn.init.normal_(self.weight, std=self.pose[1] ** -0.5)
+        beta_u, beta_a = self._start
+        nn.init.constant_(self.beta_u, beta_u)
+        nn.init.constant_(self.beta_a, beta_a)
+
+    def _arguments(self, iterations: int | None) -> dict[str, Any]:
+        """Return what the routing takes besides its tensors."""
+        return {
+            "iterations": self.iterations if iterations is None else iterations,
+            "scale": self.scale,
+            "temperature": self.temperature,
+            "min_variance": self.min_variance,
+            "gradient": self.gradient,
+        }
+
+    def extra_repr(self) -> str:
+        """Return the arguments that build this layer."""
+        beta_u, beta_a = self._start
+        return (
+            f"in_types={self.in_types}, out_types={self.out_types}, iterations={self.iterations}, "
+            f"pose={self.pose}, scale={self.scale!r}, temperature={self.temperature}, "
+            f"min_variance={self.min_variance}, beta_u={beta_u}, beta_a={beta_a}, "
+            f"gradient={self.gradient!r}"
+        )
+
+
+class ConvMatrixCapsules(_MatrixCapsules):
+    """Route the matrix capsules of each window of a grid to those at one position (Hinton 2018).
+
+    The paper's convolutional capsules. All positions share one matrix for each place in the window,
+    input type and output type.
+
+    Args:
+        in_types, out_types: capsules at each position, C and J.
+        kernel_size, stride, padding: of the windows. The padding has activation 0.
+        iterations: M-steps, at least 1. Two train best; see docs/matrix-capsules.md.
+        pose: rows and columns of a pose, (R, P), here and in the output.
+        competition: an input capsule shares itself out among all the outputs whose windows it lies
+            in ("children", as in the paper), or among those of each position on its own
+            ("position", as in most public code, and faster).
+        scale: "mean" measures an output's share of the input in units of the usual share, and its
+            entropy by component. The same β then fit every layer. "sum" is the formula of the
+            paper.
+        temperature: the inverse temperature λ, one number or one for each iteration. By default
+            t/T with "mean", and 0.01·(1 − 0.95^t) with "sum".
+        min_variance: added to every variance.
+        beta_u, beta_a: where both costs, one number for each output type, start.
+        gradient: "full" differentiates through all iterations. "last" treats the last assignment as
+            a constant.
+        device, dtype: of the parameters.
+
+    Shapes: `Capsules` with poses (B, H, W, C, R, P) and activations (B, H, W, C) → the same with
+    (B, H', W', J, R, P) and (B, H', W', J). `weight` is (K, K, C, P, J, P).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, whatever
+            `ops.conv_em_routing` raises.
+
+    Example:
+        >>> import torch
+        >>> capsules = PrimaryMatrixCapsules(64, 8)(torch.rand(2, 64, 14, 14))
+        >>> routing = ConvMatrixCapsules(8, 16, kernel_size=3, stride=2)
+        >>> poses, activations = routing(capsules)
+        >>> poses.shape, activations.shape
+        (torch.Size([2, 6, 6, 16, 4, 4]), torch.Size([2, 6, 6, 16]))
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        out_types: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 0,
+        iterations: int = 2,
+        *,
+        pose: tuple[int, int] = (4, 4),
+        competition: Competition = "children",
+        scale: Scale = "mean",
+        temperature: float | Sequence[float] | None = None,
+        min_variance: float = 1e-4,
+        beta_u: float = 0.0,
+        beta_a: float = 0.0,
+        gradient: ops.Gradient = "full",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = "ConvMatrixCapsules"
+        _checks.check_size(name, "kernel_size", kernel_size)
+        _checks.check_size(name, "stride", stride)
+        _checks.check_size(name, "padding", padding, 0)
+        _checks.check_choice(name, "competition", competition, ("children", "position"))
+        super().__init__(
+            (kernel_size, kernel_size), in_types, out_types, iterations, pose, scale, temperature,
+            min_variance, beta_u, beta_a, gradient, device, dtype,
+        )  # fmt: skip
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.competition: Competition = competition
+
+    def forward(
+        self,
+        capsules: Capsules,
+        *,
+        iterations: int | None = None,
+        return_assignment: bool = False,
+    ) -> Capsules | tuple[Capsules, Tensor]:
+        """Route.
+
+        Args:
+            capsules: poses (B, H, W, C, R, P) and activations (B, H, W, C).
+            iterations: used for this call instead of the layer's own number.
+            return_assignment: also return how much of each input goes to each output in the last
+                iteration, (B, H', W', K, K, C, J).
+        """
+        iterations = concrete("iterations", iterations, None)
+        return_assignment = concrete("return_assignment", return_assignment, False)
+        result = _route_windows(
+            capsules.poses,
+            capsules.activations,
+            self.weight,
+            self.beta_u,
+            self.beta_a,
+            stride=self.stride,
+            padding=self.padding,
+            competition=self.competition,
+            return_assignment=return_assignment,
+            **self._arguments(iterations),
+        )
+        routed = Capsules(result[0], result[1])
+        return (routed, result[2]) if return_assignment else routed
+
+    def extra_repr(self) -> str:
+        """Return the arguments that build this layer."""
+        return (
+            f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, competition={self.competition!r}"
+        )
+
+
+class ClassCapsules(NamedTuple):
+    """What `ClassMatrixCapsules` returns.
+
+    `poses` (B, K, R, P), `activations` (B, K), which are the sigmoid of `logits` (B, K), and
+    `assignment` (B, H, W, C, K) or None: how much of each input goes to each class.
+    """
+
+    poses: Tensor
+    activations: Tensor
+    logits: Tensor
+    assignment: Tensor | None = None
+
+
+# torch.export writes an output by the name of its type.
+_register_namedtuple(ClassCapsules, serialized_type_name="tritoncaps.ClassCapsules")
+
+
+class ClassMatrixCapsules(_MatrixCapsules):
+    """Route all matrix capsules of a grid to one capsule for each class (Hinton 2018, section 5).
+
+    All positions share one matrix for each type and class, so the grid may have any size. What a
+    matrix does not know, where its capsule lies, is added to the votes: the row and the column, in
+    0 .. 1, to the first two components of the last column of the pose. The paper calls it
+    coordinate addition.
+
+    Args:
+        in_types: capsules at each position, C.
+        num_classes: class capsules, K.
+        coordinates: add the coordinates to the votes. Poses then need two rows.
+        iterations, pose, scale, temperature, min_variance, beta_u, beta_a, gradient, device, dtype:
+            as in `ConvMatrixCapsules`.
+
+    Shapes: `Capsules` with poses (B, H, W, C, R, P) and activations (B, H, W, C) → `ClassCapsules`.
+    `weight` is (C, P, K, P).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, the capsules
+            have the wrong type or shape.
+
+    Example:
+        >>> import torch
+        >>> grid = Capsules(torch.rand(2, 4, 4, 16, 4, 4), torch.rand(2, 4, 4, 16))
+        >>> classes = ClassMatrixCapsules(16, 5)(grid)
+        >>> classes.poses.shape, classes.logits.shape
+        (torch.Size([2, 5, 4, 4]), torch.Size([2, 5]))
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        num_classes: int,
+        iterations: int = 2,
+        *,
+        coordinates: bool = True,
+        pose: tuple[int, int] = (4, 4),
+        scale: Scale = "mean",
+        temperature: float | Sequence[float] | None = None,
+        min_variance: float = 1e-4,
+        beta_u: float = 0.0,
+        beta_a: float = 0.0,
+        gradient: ops.Gradient = "full",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = "ClassMatrixCapsules"
+        _checks.check_size(name, "num_classes", num_classes)
+        _checks.check_flag(name, "coordinates", coordinates)
+        super().__init__(
+            (), in_types, num_classes, iterations, pose, scale, temperature,
+            min_variance, beta_u, beta_a, gradient, device, dtype,
+        )  # fmt: skip
+        if coordinates and pose[0] < 2:
+            raise ValueError(
+                f"{name}: coordinates need poses of at least 2 rows, got pose={pose}; "
+                "use coordinates=False"
+            )
+        self.coordinates = coordinates
+
+    def forward(
+        self,
+        capsules: Capsules,
+        *,
+        iterations: int | None = None,
+        return_assignment: bool = False,
+    ) -> ClassCapsules:
+        """Route.
+
+        Args:
+            capsules: poses (B, H, W, C, R, P) and activations (B, H, W, C).
+            iterations: used for this call instead of the layer's own number.
+            return_assignment: also return the assignment of the last iteration.
+        """
+        iterations = concrete("iterations", iterations, None)
+        return_assignment = concrete("return_assignment", return_assignment, False)
+        result = _route_grid(
+            capsules.poses,
+            capsules.activations,
+            self.weight,
+            self.beta_u,
+            self.beta_a,
+            coordinates=self.coordinates,
+            return_assignment=return_assignment,
+            **self._arguments(iterations),
+        )
+        # A tracer's proxy cannot be unpacked.
+        assignment = result[3] if return_assignment else None
+        return ClassCapsules(result[0], result[1], result[2], assignment)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that build this layer."""
+        text = super().extra_repr().replace("out_types", "num_classes")
+        return f"{text}, coordinates={self.coordinates}"
+
+
+def _check_temperature(layer: str, temperature: object, iterations: int) -> None:
+    """None, a number, or a number for each iteration."""
+    if temperature is None:
+        return
+    if not isinstance(temperature, (tuple, list)):
+        _checks.check_not_negative(layer, "temperature", temperature)
+        return
+    if len(temperature) != iterations:
+        raise ValueError(
+            f"{layer}: temperature has {len(temperature)} numbers for iterations={iterations}; "
+            "give one for each iteration, or one number for all"
+        )
+    for number in temperature:
+        _checks.check_not_negative(layer, "temperature", number)
+
+
+@one_node
+def _route_windows(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    *,
+    scale: Scale,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Call `ops.conv_em_routing`, with the scale of a layer."""
+    if scale == "mean":
+        mass = _usual_mass(activations, weight, **options)
+        beta_a = _by_means(beta_a, mass, poses, options)
+    result: tuple[Tensor, ...] = ops.conv_em_routing(
+        poses, activations, weight, beta_u, beta_a, **options
+    )
+    return result
+
+
+@one_node
+def _route_grid(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    *,
+    coordinates: bool,
+    scale: Scale,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Call `ops.em_routing` for all capsules of a grid; returns the fields of `ClassCapsules`."""
+    axes = {"poses": "B H W C R P", "activations": "B H W C", "weight": "C P K Q"}
+    given = {"poses": poses, "activations": activations, "weight": weight}
+    _checks.check_inputs("ClassMatrixCapsules", axes, **given)
+    height, width = poses.shape[1:3]
+    offset = _coordinates(poses, weight.shape[3]) if coordinates else None
+    if scale == "mean":
+        mass = height * width * weight.shape[0] / weight.shape[2]
+        beta_a = _by_means(beta_a, mass, poses, options)
+    poses, activations, logits, *assignment = ops.em_routing(
+        poses.flatten(1, 3),
+        activations.flatten(1),
+        weight.expand(height * width, *weight.shape).flatten(0, 1),
+        beta_u,
+        beta_a,
+        offset,
+        return_logits=True,
+        **options,
+    )
+    grids = [each.unflatten(1, (height, width, -1)) for each in assignment]
+    return poses, activations, logits, *grids
+
+
+def _usual_mass(
+    activations: Tensor, weight: Tensor, stride: int, padding: int, competition: str, **_: Any
+) -> float:
+    """Return the mean mass of an output of a convolution, if all activations are 1."""
+    K, _, C, _, J, _ = weight.shape
+    if competition == "position":
+        return K * K * C / J
+    # Each input that lies in a window shares itself out once.
+    inputs = outputs = 1
+    for size in activations.shape[1:3]:
+        count = max(1, (size + 2 * padding - K) // stride + 1)
+        inputs *= (count - 1) * min(K, stride) + K
+        outputs *= count
+    return inputs * C / (outputs * J)
+
+
+def _by_means(beta_a: Tensor, mass: float, poses: Tensor, options: dict[str, Any]) -> Tensor:
+    """Turn the temperature in `options`, and β_a, from those of means to those of sums.
+
+    λ (β_a − N/M (β_u + 1/(2D) Σ log σ²)) = λ/(M·D) (M·D·β_a − N (D·β_u + ½ Σ log σ²)).
+    """
+    count, temperature = options["iterations"], options["temperature"]
+    if temperature is None:
+        temperature = [t / count for t in range(1, count + 1)]
+    elif not isinstance(temperature, Sequence):
+        temperature = [temperature] * count
+    unit = mass * math.prod(poses.shape[-2:])
+    options["temperature"] = [each / unit for each in temperature]
+    return beta_a * unit
+
+
+def _coordinates(poses: Tensor, columns: int) -> Tensor:
+    """Return the rows and columns of a grid, in 0 .. 1, as offsets of its votes: (I, R, Q)."""
+    _, height, width, types, rows, _ = poses.shape
+    offset = poses.new_zeros(height, width, types, rows, columns)
+    y, x = ((torch.arange(n, device=poses.device) + 0.5) / n for n in (height, width))
+    offset[..., 0, -1] = y.to(poses.dtype)[:, None, None]
+    offset[..., 1, -1] = x.to(poses.dtype)[None, :, None]
+    return offset.flatten(0, 2)

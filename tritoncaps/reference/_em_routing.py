@@ -1,0 +1,220 @@
+"""EM routing: output capsules are Gaussians fitted to the votes of the input capsules.
+
+Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from einops import einsum, rearrange, reduce
+from torch import Tensor
+from torch.nn import functional as F
+
+# An output capsule with less mass has no mean and no variance. Both are 0, and are constants.
+NO_MASS = 1e-20
+
+
+def em_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    offset: Tensor | None = None,
+    iterations: int = 2,
+    *,
+    temperature: float | Sequence[float] | None = None,
+    min_variance: float = 1e-4,
+    gradient: str = "full",
+    return_logits: bool = False,
+    return_assignment: bool = False,
+) -> tuple[Tensor, ...]:
+    """Route matrix capsules; (B, I, R, P), (B, I), (I, P, J, Q) → (B, J, R, Q), (B, J).
+
+    `offset`, (I, R, Q), is added to each vote of an input capsule. `temperature` is the inverse
+    temperature λ, one number or one an iteration. With `gradient="last"`, autograd treats the
+    assignment of the last iteration as a constant. If asked for, the logits of the activations,
+    (B, J), and the assignment of the last iteration, (B, I, J), follow.
+    """
+    votes = matrix_votes(poses, weight)
+    if offset is not None:
+        votes = votes + rearrange(offset, "I R Q -> I 1 R Q")
+    v, logits, assignment = route(
+        votes,
+        activations,
+        beta_u,
+        beta_a,
+        temperatures(temperature, iterations),
+        min_variance,
+        grid=(),
+        gradient=gradient,
+    )
+    results = (v, torch.sigmoid(logits))
+    return results + (logits,) * return_logits + (assignment,) * return_assignment
+
+
+def conv_em_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    iterations: int = 2,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    competition: str = "children",
+    temperature: float | Sequence[float] | None = None,
+    min_variance: float = 1e-4,
+    gradient: str = "full",
+    return_logits: bool = False,
+    return_assignment: bool = False,
+) -> tuple[Tensor, ...]:
+    """Route a grid of matrix capsules with a K×K kernel; → (B, H', W', J, R, Q), (B, H', W', J).
+
+    `poses` are (B, H, W, C, R, P), `activations` (B, H, W, C), `weight` (K, K, C, P, J, Q). In the
+    competition "children", the output capsules of all positions that an input capsule feeds
+    compete for it, as in the paper. In "position", only those of the same position do. The
+    logits, (B, H', W', J), and the assignment, (B, H', W', K, K, C, J), are returned if asked for.
+    """
+    K = len(weight)
+    windows = [_windows(grid, K, stride, padding) for grid in (poses, activations)]
+    B, rows, columns = windows[0].shape[:3]
+    v, logits, assignment = route(
+        matrix_votes(windows[0].flatten(0, 2).flatten(1, 3), weight.flatten(0, 2)),
+        windows[1].flatten(0, 2).flatten(1, 3),
+        beta_u,
+        beta_a,
+        temperatures(temperature, iterations),
+        min_variance,
+        grid=(rows, columns, K, stride) if competition == "children" else (),
+        gradient=gradient,
+    )
+    results = (v, torch.sigmoid(logits)) + (logits,) * return_logits
+    grids = tuple(result.unflatten(0, (B, rows, columns)) for result in results)
+    if not return_assignment:
+        return grids
+    return *grids, assignment.view(*windows[1].shape, len(beta_a))
+
+
+def matrix_votes(poses: Tensor, weight: Tensor) -> Tensor:
+    """V_ij = M_i W_ij, a product of matrices; (B, I, R, P), (I, P, J, Q) → (B, I, J, R, Q)."""
+    return einsum(poses, weight, "B I R P, I P J Q -> B I J R Q")
+
+
+def temperatures(temperature: float | Sequence[float] | None, iterations: int) -> list[float]:
+    """λ of each iteration. The default is the schedule of the authors' code."""
+    if temperature is None:
+        return [0.01 * (1 - 0.95**t) for t in range(1, iterations + 1)]
+    if isinstance(temperature, (int, float)):
+        return [float(temperature)] * iterations
+    return [float(number) for number in temperature]
+
+
+def route(
+    votes: Tensor,
+    activations: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    temperature: Sequence[float],
+    min_variance: float,
+    grid: Sequence[int],
+    gradient: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit Gaussians to the votes, (B, I, J, R, Q): poses, logits, the last assignment.
+
+    Without a `grid`, the output capsules of each row of the batch compete among themselves. With
+    grid = (H', W', K, S), the rows are the positions of a convolution, and the output capsules of
+    all positions that an input capsule feeds compete for it.
+    """
+    R = _first_assignment(votes, grid)
+    for t, inverse_temperature in enumerate(temperature, start=1):
+        if gradient == "last":
+            R = R.detach()
+        mass, mean, variance = _m_step(votes, R * activations[:, :, None], min_variance)
+        # Each of the D components costs (β_u + log σ) N.
+        log_deviation = 0.5 * reduce(torch.log(variance), "B J R Q -> B J", "sum")
+        D = mean.shape[2] * mean.shape[3]
+        logits = inverse_temperature * (beta_a - mass * (D * beta_u + log_deviation))
+        if t < len(temperature):
+            log_p = _log_densities(votes, mean, variance)
+            R = _softmax(F.logsigmoid(logits)[:, None] + log_p, grid)
+    return mean, logits, R
+
+
+def _m_step(votes: Tensor, shares: Tensor, min_variance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass (B, J), mean and variance (B, J, R, Q) of the votes, with the shares (B, I, J)."""
+    mass = reduce(shares, "B I J -> B J", "sum")
+    has_mass = mass > NO_MASS
+    inverse_mass = torch.where(has_mass, 1 / torch.where(has_mass, mass, 1), 0)
+    shares = shares * inverse_mass[:, None]
+    mean = einsum(shares, votes, "B I J, B I J R Q -> B J R Q")
+    squares = (votes - mean[:, None]) ** 2
+    variance = einsum(shares, squares, "B I J, B I J R Q -> B J R Q")
+    return mass, mean, variance + min_variance
+
+
+def _log_densities(votes: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """log p_ij of each vote under its Gaussian, (B, I, J)."""
+    squares = (votes - mean[:, None]) ** 2
+    distances = einsum(squares, 1 / variance, "B I J R Q, B J R Q -> B I J")
+    log_scale = reduce(torch.log(2 * torch.pi * variance), "B J R Q -> B 1 J", "sum")
+    return -0.5 * (distances + log_scale)
+
+
+# Convolution --------------------------------------------------------------------------------------
+
+
+def _windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
+    """The windows of a grid, (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
+    around = (0, 0) * (grid.ndim - 3) + (padding,) * 4
+    windows = F.pad(grid, around).unfold(1, K, stride).unfold(2, K, stride)
+    return windows.movedim((-2, -1), (3, 4))
+
+
+def _inputs_of(grid: Sequence[int]) -> list[int]:
+    """For each place (y', x', ky, kx) of the windows, the number of the input position there."""
+    rows, columns, K, stride = grid
+    width = (columns - 1) * stride + K
+    return [
+        (y * stride + ky) * width + x * stride + kx
+        for y in range(rows)
+        for x in range(columns)
+        for ky in range(K)
+        for kx in range(K)
+    ]
+
+
+def _first_assignment(votes: Tensor, grid: Sequence[int]) -> Tensor:
+    """1 / the number of output capsules that the input capsule feeds, (B, I, J)."""
+    B, I, J = votes.shape[:3]
+    if not grid:
+        return votes.new_full((B, I, J), 1 / J)
+    inputs = _inputs_of(grid)
+    fed = Counter(inputs)
+    rows, columns, K, _ = grid
+    shares = votes.new_tensor([1 / (J * fed[number]) for number in inputs])
+    shares = shares.view(rows * columns, K * K, 1).expand(-1, -1, I // K**2).flatten(1)
+    return shares.repeat(B // len(shares), 1)[:, :, None].expand(B, I, J)
+
+
+def _softmax(logits: Tensor, grid: Sequence[int]) -> Tensor:
+    """Softmax over all output capsules that an input capsule feeds, (B, I, J)."""
+    if not grid:
+        return logits.softmax(dim=-1)
+    B, I, _ = logits.shape
+    rows, columns, K, _ = grid
+    inputs = _inputs_of(grid)
+    # For each input position, the places where it is. Those with fewer get places without weight.
+    places: list[list[int]] = [[] for _ in range(max(inputs) + 1)]
+    for place, number in enumerate(inputs):
+        places[number].append(place)
+    most = max(map(len, places))
+    table = torch.tensor([p + [len(inputs)] * (most - len(p)) for p in places])
+    of_places = logits.logsumexp(dim=-1).view(B // (rows * columns), len(inputs), I // K**2)
+    nothing = torch.finfo(logits.dtype).min
+    padded = F.pad(of_places, (0, 0, 0, 1), value=nothing)
+    of_inputs = padded[:, table.to(logits.device)].logsumexp(dim=2)
+    back = of_inputs[:, torch.tensor(inputs, device=logits.device)]
+    return torch.exp(logits - back.reshape(B, I, 1))

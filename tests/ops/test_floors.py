@@ -44,11 +44,7 @@ def test_every_operator_has_a_file_on_every_floor():
 
 
 def test_the_reference_has_each_operator_and_no_more():
-    functions = {
-        name
-        for name, value in vars(reference).items()
-        if inspect.isfunction(value)
-    }
+    functions = {name for name, value in vars(reference).items() if inspect.isfunction(value)}
     assert functions == set(OPERATORS)
 
 

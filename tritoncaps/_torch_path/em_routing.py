@@ -97,8 +97,17 @@ def em_routing_fwd(
     R = _first(a, J, competition)
     for t in range(iterations):
         if t > 0:
-            R = _assignment(V, mass[t - 1], mean[t - 1], variance[t - 1], beta_u, beta_a,
-                            temperature[t - 1], min_variance, competition)
+            R = _assignment(
+                V,
+                mass[t - 1],
+                mean[t - 1],
+                variance[t - 1],
+                beta_u,
+                beta_a,
+                temperature[t - 1],
+                min_variance,
+                competition,
+            )
         shares = R * a
         mass[t] = shares.sum(dim=1)
         shares = shares * _inverse(mass[t])[:, None]
@@ -164,8 +173,17 @@ def em_routing_bwd(
             + (g_mass - (second * variance[t]).sum(dim=(2, 3)))[:, None]
         )
         if t > 0:
-            R = _assignment(V, mass[t - 1], mean[t - 1], variance[t - 1], bu, ba,
-                            temperature[t - 1], min_variance, competition)
+            R = _assignment(
+                V,
+                mass[t - 1],
+                mean[t - 1],
+                variance[t - 1],
+                bu,
+                ba,
+                temperature[t - 1],
+                min_variance,
+                competition,
+            )
         else:
             R = _first(a, J, competition)
         g_a += (R * g_shares).sum(dim=2, keepdim=True)
@@ -203,7 +221,11 @@ def _first(a: Tensor, J: int, competition: Competition) -> Tensor:
 
 
 def _logits(
-    mass: Tensor, variance: Tensor, beta_u: Tensor, beta_a: Tensor, temperature: float,
+    mass: Tensor,
+    variance: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    temperature: float,
     min_variance: float,
 ) -> Tensor:
     D = variance.shape[2] * variance.shape[3]
@@ -216,8 +238,15 @@ def _inverse(mass: Tensor) -> Tensor:
 
 
 def _assignment(
-    V: Tensor, mass: Tensor, mean: Tensor, variance: Tensor, beta_u: Tensor, beta_a: Tensor,
-    temperature: float, min_variance: float, competition: Competition,
+    V: Tensor,
+    mass: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    temperature: float,
+    min_variance: float,
+    competition: Competition,
 ) -> Tensor:
     """E-step: R (B, I, J)."""
     z = _logits(mass, variance, beta_u, beta_a, temperature, min_variance)

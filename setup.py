@@ -1,6 +1,6 @@
 """The native kernels of the CPU. pyproject.toml holds everything else.
 
-One C++ source is built once for each set of instructions, and the package picks a library when it
+The C++ sources are built once for each set of instructions, and the package picks a library when it
 runs. The libraries use nothing of Python or torch, so one wheel serves every Python. They are
 optional: where they cannot be built, the package installs without them and runs in plain torch.
 """
@@ -32,7 +32,7 @@ def extension(variant: str) -> Extension:
     lanes, instructions = VARIANTS[variant]
     return Extension(
         f"tritoncaps._native._{variant}",
-        sources=[str(NATIVE / "routing.cpp")],
+        sources=sorted(map(str, NATIVE.glob("*.cpp"))),
         depends=["setup.py", *sorted(map(str, NATIVE.glob("*.h")))],
         extra_compile_args=[*FLAGS, f"-DLANES={lanes}", *instructions],
         language="c++",
@@ -66,7 +66,7 @@ class BuildLibraries(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        """Give each variant a folder for its object, since all have one source."""
+        """Give each variant a folder for its objects, since all have the same sources."""
         own = copy.copy(self)
         own.build_temp = os.path.join(self.build_temp, ext.name)
         super(BuildLibraries, own).build_extension(ext)

@@ -14,6 +14,7 @@ from tritoncaps._checks import check_choice, check_size
 from tritoncaps._tracing import concrete
 from tritoncaps.layers import ClassMatrixCapsules, ConvMatrixCapsules, PrimaryMatrixCapsules
 from tritoncaps.layers._convolution import ReluConv2d
+from tritoncaps.layers.matrix import check_options
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import CapsuleOutput, check_images, check_sides, image_sides
 
@@ -37,8 +38,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         channels: maps of the convolution, and types of the primary and both convolutional
             capsules, (A, B, C, D), in place of `size`.
         competition: of the convolutional routings.
-        scale, temperature, min_variance, beta_u, beta_a, gradient: of all routings. See
-            `tritoncaps.layers.ConvMatrixCapsules`.
+        scale, temperature, min_variance, identity, noise, beta_u, beta_a, gradient: of all
+            routings. See `tritoncaps.layers.ConvMatrixCapsules`.
         class_options: what is different for the class capsules, such as ``{"temperature": 0.1}`` or
             ``{"coordinates": False}``.
 
@@ -69,6 +70,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         scale: Literal["mean", "sum"] = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
+        identity: float = 1.0,
+        noise: float = 0.1,
         beta_u: float = 0.0,
         beta_a: float = 0.0,
         gradient: ops.Gradient = "full",
@@ -97,10 +100,14 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             "scale": scale,
             "temperature": temperature,
             "min_variance": min_variance,
+            "identity": identity,
+            "noise": noise,
             "beta_u": beta_u,
             "beta_a": beta_a,
             "gradient": gradient,
         }
+        check_choice(name, "competition", competition, ("children", "position"))
+        check_options(name, **shared)
         for option in class_options or {}:
             if option not in (*shared, "coordinates"):
                 known = ", ".join([*shared, "coordinates"])

@@ -86,6 +86,30 @@ def check_routing_options(
     check_flag(function, "return_coupling", return_coupling)
 
 
+def check_em_options(
+    function: str, iterations: Any, temperature: Any, min_variance: Any, gradient: object
+) -> None:
+    """The options of the routings by expectation-maximisation."""
+    check_size(function, "iterations", iterations)
+    check_choice(function, "gradient", gradient, ("full", "last"))
+    check_not_negative(function, "min_variance", min_variance)
+    if min_variance == 0:
+        raise ValueError(
+            f"{function}: min_variance must be > 0, got {min_variance}; an output capsule with one "
+            f"input capsule has variance 0, which has no logarithm"
+        )
+    if temperature is None:
+        return
+    numbers = temperature if isinstance(temperature, (tuple, list)) else [temperature] * iterations
+    if len(numbers) != iterations:
+        raise ValueError(
+            f"{function}: temperature must be a number, or one for each of iterations={iterations}, "
+            f"got {len(numbers)}"
+        )
+    for number in numbers:
+        check_not_negative(function, "temperature", number)
+
+
 def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> None:
     """Axes of the same name have the same size; `tensors` holds (name, tensor, axes)."""
     first: dict[str, int] = {}

@@ -101,8 +101,8 @@ def test_poses_of_any_shape_and_dtype():
         (
             lambda: ConvMatrixCapsules(2, 3, temperature=[0.5]),
             ValueError,
-            "ConvMatrixCapsules: temperature has 1 numbers for iterations=2; give one for each "
-            "iteration, or one number for all",
+            "ConvMatrixCapsules: temperature must be a number, or one for each of iterations=2, "
+            "got 1",
         ),
         (
             lambda: ConvMatrixCapsules(2, 3, competition="all"),

@@ -120,7 +120,8 @@ def test_operators(fuzz):
 # The constructor and right arguments.
 _ROUTED_BY_EM = {
     **{"iterations": 2, "pose": (2, 3), "scale": "mean", "temperature": 0.5},
-    **{"min_variance": 1e-3, "beta_u": 0.1, "beta_a": -0.2, "gradient": "last"},
+    **{"min_variance": 1e-3, "identity": 0.5, "noise": 0.2, "beta_u": 0.1, "beta_a": -0.2},
+    "gradient": "last",
 }
 MODULES = {
     "PrimaryCapsules": (

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tritoncaps._native._library import library, variant
+from tritoncaps._native.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps._native.fused_dynamic_routing import (
     fused_dynamic_routing_bwd,
     fused_dynamic_routing_fwd,
@@ -14,6 +15,8 @@ from tritoncaps._native.fused_dynamic_routing import (
 from tritoncaps._native.routing_pass import routing_pass_bwd, routing_pass_fwd
 
 __all__ = [
+    "em_routing_bwd",
+    "em_routing_fwd",
     "fused_dynamic_routing_bwd",
     "fused_dynamic_routing_fwd",
     "library",

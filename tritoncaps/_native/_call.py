@@ -10,17 +10,18 @@ from torch import Tensor
 
 from tritoncaps._native._library import library, threads
 
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @cache
 def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int]:
-    """`tritoncaps_<name>` for a dtype. The signature has a letter an argument: pointer or int."""
+    """`tritoncaps_<name>` for a dtype. The signature has a letter an argument: pointer, int or float."""
     native = library()
     if native is None:
         raise RuntimeError(f"{name}: the native library is not built")
     found = getattr(native, f"tritoncaps_{name}_{_SUFFIX[dtype]}")
-    found.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int}[letter] for letter in signature]
+    found.argtypes = [_TYPES[letter] for letter in signature]
     found.restype = ctypes.c_int
     return found
 
@@ -29,6 +30,12 @@ def function(name: str, dtype: torch.dtype, signature: str) -> Callable[..., int
 def sizes(*n: int) -> Any:
     """Turn sizes into an array of int64."""
     return (ctypes.c_int64 * len(n))(*n)
+
+
+@lru_cache(maxsize=256)
+def numbers(*x: float) -> Any:
+    """Turn numbers into an array of float32."""
+    return (ctypes.c_float * len(x))(*x)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -31,6 +31,7 @@ def batched(operator: Any, formulas: Formulas) -> Callable[..., Any]:
         return "B" in formulas.inputs.get(name, "").split()
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        in_dims = _dims_of_tensors(args, in_dims)
         named = list(zip(formulas.parameters, args, in_dims, strict=True))
         if not all(dim is None or has_batch(name) for name, _, dim in named):
             return one_by_one(operator)(info, in_dims, *args)
@@ -62,6 +63,7 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
         count = info.batch_size
+        in_dims = _dims_of_tensors(args, in_dims)
         if count == 0:
             # A slice of zeros tells the shapes of the results; none of it is returned.
             args = tuple(
@@ -85,6 +87,13 @@ def one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
         return stacked, (0,) * len(stacked)
 
     return rule
+
+
+def _dims_of_tensors(args: Any, in_dims: Any) -> list[int | None]:
+    """The mapped axis of each argument. torch gives one for each item of a list of numbers."""
+    return [
+        dim if isinstance(arg, Tensor) else None for arg, dim in zip(args, in_dims, strict=True)
+    ]
 
 
 def _to_front(arg: Any, dim: int | None, count: int) -> Any:

@@ -118,6 +118,8 @@ class _MatrixCapsules(nn.Module):
         scale: Scale,
         temperature: float | Sequence[float] | None,
         min_variance: float,
+        identity: float,
+        noise: float,
         beta_u: float,
         beta_a: float,
         gradient: ops.Gradient,
@@ -128,14 +130,11 @@ class _MatrixCapsules(nn.Module):
         name = type(self).__name__
         _checks.check_size(name, "in_types", in_types)
         _checks.check_size(name, "out_types", out_types)
-        _checks.check_size(name, "iterations", iterations)
         _checks.check_pair(name, "pose", pose, "two ints")
-        _checks.check_choice(name, "scale", scale, ("mean", "sum"))
-        _check_temperature(name, temperature, iterations)
-        _checks.check_not_negative(name, "min_variance", min_variance)
-        _checks.check_number(name, "beta_u", beta_u)
-        _checks.check_number(name, "beta_a", beta_a)
-        _checks.check_choice(name, "gradient", gradient, ("full", "last"))
+        check_options(
+            name, iterations, scale, temperature, min_variance, identity, noise, beta_u, beta_a,
+            gradient,
+        )  # fmt: skip
         self.in_types = in_types
         self.out_types = out_types
         self.iterations = iterations
@@ -144,7 +143,7 @@ class _MatrixCapsules(nn.Module):
         self.temperature = temperature
         self.min_variance = min_variance
         self.gradient: ops.Gradient = gradient
-        self._start = beta_u, beta_a
+        self._start = identity, noise, beta_u, beta_a
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -156,9 +155,16 @@ class _MatrixCapsules(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a weight that keeps the scale of the poses, and set both costs to their start."""
-        nn.init.normal_(self.weight, std=self.pose[1] ** -0.5)
-        beta_u, beta_a = self._start
+        """Draw a weight near the identity, and set both costs to their start.
+
+        An input's votes for all outputs are then much alike, and so the first assignments are soft.
+        With independent matrices they are all but decided before anything is learned. See
+        docs/matrix-capsules.md for figures.
+        """
+        start, noise, beta_u, beta_a = self._start
+        with torch.no_grad():
+            identity = torch.eye(self.pose[1], device=self.weight.device, dtype=self.weight.dtype)
+            nn.init.normal_(self.weight, std=noise).add_(start * identity[:, None])
         nn.init.constant_(self.beta_u, beta_u)
         nn.init.constant_(self.beta_a, beta_a)
 
@@ -174,11 +180,12 @@ class _MatrixCapsules(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
-        beta_u, beta_a = self._start
+        identity, noise, beta_u, beta_a = self._start
         return (
             f"in_types={self.in_types}, out_types={self.out_types}, iterations={self.iterations}, "
             f"pose={self.pose}, scale={self.scale!r}, temperature={self.temperature}, "
-            f"min_variance={self.min_variance}, beta_u={beta_u}, beta_a={beta_a}, "
+            f"min_variance={self.min_variance}, identity={identity}, noise={noise}, "
+            f"beta_u={beta_u}, beta_a={beta_a}, "
             f"gradient={self.gradient!r}"
         )
 
@@ -203,6 +210,8 @@ class ConvMatrixCapsules(_MatrixCapsules):
         temperature: the inverse temperature λ, one number or one for each iteration. By default
             t/T with "mean", and 0.01·(1 − 0.95^t) with "sum".
         min_variance: added to every variance.
+        identity, noise: W starts as `identity` times the identity, plus normal numbers with the
+            standard deviation `noise`.
         beta_u, beta_a: where both costs, one number for each output type, start.
         gradient: "full" differentiates through all iterations. "last" treats the last assignment as
             a constant.
@@ -238,6 +247,8 @@ class ConvMatrixCapsules(_MatrixCapsules):
         scale: Scale = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
+        identity: float = 1.0,
+        noise: float = 0.1,
         beta_u: float = 0.0,
         beta_a: float = 0.0,
         gradient: ops.Gradient = "full",
@@ -251,7 +262,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
         _checks.check_choice(name, "competition", competition, ("children", "position"))
         super().__init__(
             (kernel_size, kernel_size), in_types, out_types, iterations, pose, scale, temperature,
-            min_variance, beta_u, beta_a, gradient, device, dtype,
+            min_variance, identity, noise, beta_u, beta_a, gradient, device, dtype,
         )  # fmt: skip
         self.kernel_size = kernel_size
         self.stride = stride
@@ -327,8 +338,8 @@ class ClassMatrixCapsules(_MatrixCapsules):
         in_types: capsules at each position, C.
         num_classes: class capsules, K.
         coordinates: add the coordinates to the votes. Poses then need two rows.
-        iterations, pose, scale, temperature, min_variance, beta_u, beta_a, gradient, device, dtype:
-            as in `ConvMatrixCapsules`.
+        iterations, pose, scale, temperature, min_variance, identity, noise, beta_u, beta_a,
+        gradient, device, dtype: as in `ConvMatrixCapsules`.
 
     Shapes: `Capsules` with poses (B, H, W, C, R, P) and activations (B, H, W, C) → `ClassCapsules`.
     `weight` is (C, P, K, P).
@@ -356,6 +367,8 @@ class ClassMatrixCapsules(_MatrixCapsules):
         scale: Scale = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
+        identity: float = 1.0,
+        noise: float = 0.1,
         beta_u: float = 0.0,
         beta_a: float = 0.0,
         gradient: ops.Gradient = "full",
@@ -367,7 +380,7 @@ class ClassMatrixCapsules(_MatrixCapsules):
         _checks.check_flag(name, "coordinates", coordinates)
         super().__init__(
             (), in_types, num_classes, iterations, pose, scale, temperature,
-            min_variance, beta_u, beta_a, gradient, device, dtype,
+            min_variance, identity, noise, beta_u, beta_a, gradient, device, dtype,
         )  # fmt: skip
         if coordinates and pose[0] < 2:
             raise ValueError(
@@ -412,20 +425,25 @@ class ClassMatrixCapsules(_MatrixCapsules):
         return f"{text}, coordinates={self.coordinates}"
 
 
-def _check_temperature(layer: str, temperature: object, iterations: int) -> None:
-    """None, a number, or a number for each iteration."""
-    if temperature is None:
-        return
-    if not isinstance(temperature, (tuple, list)):
-        _checks.check_not_negative(layer, "temperature", temperature)
-        return
-    if len(temperature) != iterations:
-        raise ValueError(
-            f"{layer}: temperature has {len(temperature)} numbers for iterations={iterations}; "
-            "give one for each iteration, or one number for all"
-        )
-    for number in temperature:
-        _checks.check_not_negative(layer, "temperature", number)
+def check_options(
+    function: str,
+    iterations: object,
+    scale: object,
+    temperature: object,
+    min_variance: object,
+    identity: object,
+    noise: object,
+    beta_u: object,
+    beta_a: object,
+    gradient: object,
+) -> None:
+    """Raise an error for an option of both routed layers of the wrong type or range."""
+    _checks.check_em_options(function, iterations, temperature, min_variance, gradient)
+    _checks.check_choice(function, "scale", scale, ("mean", "sum"))
+    _checks.check_number(function, "identity", identity)
+    _checks.check_not_negative(function, "noise", noise)
+    _checks.check_number(function, "beta_u", beta_u)
+    _checks.check_number(function, "beta_a", beta_a)
 
 
 @one_node
@@ -436,15 +454,26 @@ def _route_windows(
     beta_u: Tensor,
     beta_a: Tensor,
     *,
+    stride: int,
+    padding: int,
+    competition: Competition,
     scale: Scale,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Call `ops.conv_em_routing`, with the scale of a layer."""
     if scale == "mean":
-        mass = _usual_mass(activations, weight, **options)
+        mass = _usual_mass(activations, weight, stride, padding, competition)
         beta_a = _by_means(beta_a, mass, poses, options)
     result: tuple[Tensor, ...] = ops.conv_em_routing(
-        poses, activations, weight, beta_u, beta_a, **options
+        poses,
+        activations,
+        weight,
+        beta_u,
+        beta_a,
+        stride=stride,
+        padding=padding,
+        competition=competition,
+        **options,
     )
     return result
 
@@ -485,10 +514,10 @@ def _route_grid(
 
 
 def _usual_mass(
-    activations: Tensor, weight: Tensor, stride: int, padding: int, competition: str, **_: Any
+    activations: Tensor, weight: Tensor, stride: int, padding: int, competition: str
 ) -> float:
     """Return the mean mass of an output of a convolution, if all activations are 1."""
-    K, _, C, _, J, _ = weight.shape
+    K, C, J = weight.shape[1], weight.shape[2], weight.shape[4]
     if competition == "position":
         return K * K * C / J
     # Each input that lies in a window shares itself out once.

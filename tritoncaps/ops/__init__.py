@@ -4,6 +4,8 @@ Every operator is differentiable. It runs Triton kernels on a CUDA or ROCm devic
 elsewhere. All backends give the same result, within the tolerance that the tests state.
 
 Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
+A matrix pose has R rows. Its columns are P in the input and Q in the output, so D = R·Q. Grids of
+capsules have H×W positions with C capsules each, and a kernel is K×K.
 
 The arguments of a call share one device and one dtype (float16, bfloat16, float32 or float64). Sums
 are accumulated in float32, or in float64 for float64 inputs. Inside `torch.autocast`, 16-bit inputs
@@ -15,7 +17,9 @@ Derivatives of any order work, in reverse and in forward mode, and so do the tra
 """
 
 from tritoncaps.ops._attention_routing import attention_routing
+from tritoncaps.ops._conv_em_routing import Competition, conv_em_routing
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
+from tritoncaps.ops._em_routing import em_routing
 from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
 from tritoncaps.ops._inverted_attention_routing import inverted_attention_routing
 from tritoncaps.ops._margin_loss import Reduction, margin_loss
@@ -25,12 +29,15 @@ from tritoncaps.ops._spread_loss import spread_loss
 from tritoncaps.ops._squash import Form, squash
 
 __all__ = [
+    "Competition",
     "Form",
     "Gradient",
     "Output",
     "Reduction",
     "attention_routing",
+    "conv_em_routing",
     "dynamic_routing",
+    "em_routing",
     "fused_dynamic_routing",
     "inverted_attention_routing",
     "margin_loss",

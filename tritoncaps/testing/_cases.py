@@ -23,11 +23,14 @@ if not INTERPRETED:
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 # One small size for each axis. All differ, so that mixing up two axes shows.
-SIZES: Mapping[str, int] = {"B": 3, "I": 9, "P": 4, "J": 5, "D": 6, "K": 7}
+SIZES: Mapping[str, int] = {
+    **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6},
+    **{"R": 2, "Q": 3, "H": 4, "W": 5, "C": 3, "K": 2},
+}
 
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.
-_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17}
-_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9}
+_LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17, "R": 4, "Q": 5}
+_LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9, "R": 4, "Q": 5}
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -133,6 +136,10 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
     largest = _LARGEST_INTERPRETED if INTERPRETED else _LARGEST
     axes = sorted({axis for named in operator.axes.values() for axis in named.split()})
 
+    def sizes(axis: str) -> st.SearchStrategy[int]:
+        most = largest.get(axis, 17)
+        return _sizes(operator.smallest.get(axis, 1), min(most, operator.largest.get(axis, most)))
+
     def some(names: Sequence[str]) -> st.SearchStrategy[tuple[str, ...]]:
         return st.tuples(*(st.booleans() for _ in names)).map(
             lambda kept: tuple(n for n, keep in zip(names, kept, strict=True) if keep)
@@ -140,9 +147,7 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
 
     return st.builds(
         Case,
-        sizes=st.fixed_dictionaries(
-            {axis: _sizes(operator.smallest.get(axis, 1), largest.get(axis, 17)) for axis in axes}
-        ),
+        sizes=st.fixed_dictionaries({axis: sizes(axis) for axis in axes}),
         options=st.fixed_dictionaries(
             {name: st.sampled_from(values) for name, values in operator.options.items()}
         ),

@@ -4,6 +4,7 @@ A check raises AssertionError, or lets torch's own error through. It skips what 
 operator, such as the FLOPs of a function that is not registered with torch.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps._operators._dispatch import INTERPRETED
 from tritoncaps.testing._agreement import compare, gradients
@@ -257,7 +259,9 @@ def check_flops(operator: Operator, device: torch.device) -> None:
         return
     from torch.utils.flop_counter import FlopCounterMode
 
-    for options, optional in product(_some(operator), _subsets(operator.optional)):
+    # An input that only the function has becomes a part of others, at the price of products.
+    known = [name for name in operator.optional if f"{name}?" in operator.registered.inputs]
+    for options, optional in product(_some(operator), _subsets(known)):
         counts = []
         for function in (operator.function, operator.reference):
             inputs = draw_inputs(operator, device=device, optional=optional)
@@ -430,7 +434,10 @@ CHECKS: dict[str, Callable[[Operator, torch.device], None]] = {
 # What the checks share ----------------------------------------------------------------------------
 
 # Sizes for derivatives of a second order, which have as many numbers as all inputs squared.
-_SMALL = {"B": 2, "I": 5, "P": 3, "J": 4, "D": 3, "K": 4}
+_SMALL = {
+    **{"B": 2, "I": 5, "P": 3, "J": 4, "D": 3},
+    **{"R": 1, "Q": 2, "H": 2, "W": 3, "C": 2, "K": 2},
+}
 
 
 class _Module(torch.nn.Module):
@@ -513,8 +520,8 @@ def _combinations(operator: Operator) -> list[dict[str, Any]]:
     found = [operator.defaults]
     for name, values in operator.options.items():
         found += [operator.defaults | {name: value} for value in values[1:]]
-    if "return_coupling" in operator.options:  # with it, the most can go wrong
-        found += [options | {"return_coupling": True} for options in found[1:]]
+    # With all results, the most can go wrong.
+    found += [options | _all_results(operator) for options in found[1:]]
     return [options for n, options in enumerate(found) if options not in found[:n]]
 
 
@@ -526,8 +533,12 @@ def _some(operator: Operator) -> list[dict[str, Any]]:
     found = _combinations(operator)
     if not INTERPRETED:
         return found
-    returned = {name: True for name in operator.options if name.startswith("return_")}
-    return [found[0] | returned]
+    return [found[0] | _all_results(operator)]
+
+
+def _all_results(operator: Operator) -> dict[str, bool]:
+    """The options that return every result."""
+    return {name: True for name in operator.options if name.startswith("return_")}
 
 
 def _worded(operator: Operator) -> list[dict[str, Any]]:
@@ -536,7 +547,7 @@ def _worded(operator: Operator) -> list[dict[str, Any]]:
     Neither a graph nor a transform depends on numbers such as the iterations.
     """
     fixed = {n: x for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
-    fixed |= {name: True for name in operator.options if name.startswith("return_")}
+    fixed |= _all_results(operator)
     return [options for options in _combinations(operator) if fixed.items() <= options.items()]
 
 
@@ -546,7 +557,7 @@ def _few(operator: Operator) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     They are each word and flag with all inputs and results, and the usual call with the fewest. Two
     iterations hold every kind of step.
     """
-    counts = {n: 2 for n, x in operator.defaults.items() if not isinstance(x, (str, bool))}
+    counts = {"iterations": 2} if "iterations" in operator.options else {}
     found = _worded(operator)[: 1 if INTERPRETED else None]
     full = [(options | counts, tuple(operator.optional)) for options in found]
     return [(operator.defaults | counts, ()), *full]
@@ -582,33 +593,37 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
     contiguous. With all of them, none is. So the results must have the strides that their fakes
     promise, whatever the strides of the inputs.
     """
-    import inspect
-
-    registered = operator.registered
-    parameters = list(inspect.signature(registered.forward._init_fn).parameters)
-    needed = list(inspect.signature(registered.backward._init_fn).parameters)
     kinds = cycle([("contiguous", ()), ("transposed", tuple(operator.optional))])
     varied = [operator.defaults, *_worded(operator)]
     for options, (layout, optional) in zip(varied, kinds, strict=False):
         inputs = draw_inputs(
             operator, dtype=torch.float32, device=device, layout=layout, optional=optional
         )
-        given: dict[str, Any] = {**dict.fromkeys(operator.optional), **inputs, **options}
-        arguments = [given[name] for name in parameters]
-        results = registered.forward(*arguments)
-        results = (results,) if isinstance(results, Tensor) else results
-        for name, result in zip(registered.outputs, results, strict=True):
-            name = name.removesuffix("?")
-            given[name] = result
-            given[f"grad_{name}"] = None
-            if name in operator.output_names(options):
-                grad = normal(*result.shape).to(result)
-                given[f"grad_{name}"] = with_layout(grad, layout)
+        with _Recorded(operator) as recorded:
+            gradients(operator.bound(options), inputs, layout=layout)
+        forward, backward = recorded.calls
         leaves = tuple(
-            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in arguments
+            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward
         )
-        plain = tuple(given[name] for name in needed)
-        yield (registered.forward, leaves), (registered.backward, plain)
+        registered = operator.registered
+        yield (registered.forward, leaves), (registered.backward, backward)
+
+
+class _Recorded(TorchDispatchMode):
+    """The arguments of each call of a registered operator, forward or backward."""
+
+    def __init__(self, operator: Operator) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        registered = operator.registered
+        self._wanted = {registered.forward._opoverload, registered.backward._opoverload}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self._wanted:
+            self.calls.append(args)
+        return func(*args, **(kwargs or {}))
 
 
 def _assert_raises(kind: type[Exception], pattern: str, call: Callable[[], Any]) -> str:
@@ -659,9 +674,13 @@ def _wrong_options(operator: Operator) -> Iterator[Wrong]:
         elif isinstance(values[0], str):
             yield ValueError, name, [f'"{values[0]}"', "'none such'"], {name: "none such"}
             yield ValueError, name, ["3"], {name: 3}
+        elif isinstance(values[0], float):
+            yield TypeError, name, ["number", "str"], {name: "3"}
+            yield ValueError, name, ["nan"], {name: math.nan}
         elif isinstance(values[0], int):  # a count
+            smallest = min(values)
             yield TypeError, name, ["int", "str"], {name: "3"}
             yield TypeError, name, ["int", "bool"], {name: True}
             yield TypeError, name, ["int", "float"], {name: 1.5}
-            yield ValueError, name, [">= 1", "0"], {name: 0}
+            yield ValueError, name, [f">= {smallest}", f"{smallest - 1}"], {name: smallest - 1}
             yield ValueError, name, ["2147483648"], {name: 2**31}

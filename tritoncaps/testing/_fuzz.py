@@ -97,7 +97,15 @@ def fuzzed_calls(operator: Operator) -> st.SearchStrategy[Call]:
     @st.composite
     def calls(draw: st.DrawFn) -> Call:
         axes = {axis for named in operator.axes.values() for axis in named.split()}
-        sizes = {a: draw(st.integers(0 if a == "B" else 1, 4)) for a in sorted(axes)}
+        sizes = {
+            axis: draw(
+                st.integers(
+                    operator.smallest.get(axis, 0 if axis == "B" else 1),
+                    min(4, operator.largest.get(axis, 4)),
+                )
+            )
+            for axis in sorted(axes)
+        }
         dtype = draw(st.sampled_from(_FLOATING))
         device = draw(st.sampled_from(("cpu", "cpu", "cpu", "meta")))
         arguments: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tritoncaps import ops, reference
 from tritoncaps._operators.dynamic_routing import dynamic_routing
+from tritoncaps._operators.em_routing import em_routing
 from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing
 from tritoncaps._operators.prediction_vectors import prediction_vectors
 from tritoncaps._operators.routing_pass import routing_pass
@@ -25,7 +26,7 @@ class Operator:
         inputs: the axes of each tensor, {"u": "B I P", "prior?": "I J"}. An input whose name ends
             in "?" may be left out. If there is a batch, "B" comes first.
         outputs: the axes of each result. A result whose name ends in "?", such as "coupling?", is
-            returned if the option `return_coupling` is true.
+            returned if an option is true, here `return_coupling`.
         options: the values that tests draw for each other argument. The first is the usual one.
         name: the name in messages. The default is the name of `function`.
         registered: the operators registered with torch, forward and backward, or None for a
@@ -33,6 +34,9 @@ class Operator:
         domain: by input name, a function that maps normal numbers to valid values of the input.
         smallest: by axis, the smallest size that `cases` draws, if it is not 1. Where less leaves
             a gradient of nothing but cancelled roundings, no two forms agree on its digits.
+        largest: by axis, the largest size that `cases` draws, where more is slow or does not fit.
+        sizes: by axis of a result that no input has, its size. It is a function of the sizes of
+            the other axes and the options of a call.
         is_elementwise: whether any number of axes may stand before the last one, as for a squash;
             `inputs` are then those of the tests.
     """
@@ -46,6 +50,10 @@ class Operator:
     registered: Any = None
     domain: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     smallest: Mapping[str, int] = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Callable[[Mapping[str, int], Mapping[str, Any]], int]] = field(
+        default_factory=dict
+    )
     is_elementwise: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +93,7 @@ class Operator:
             for name, tensor in inputs.items()
             for axis, size in zip(self.axes[name].split(), tensor.shape, strict=True)
         }
+        sizes |= {axis: size(sizes, options) for axis, size in self.sizes.items()}
         return {
             name: tuple(sizes[axis] for axis in axes[name].split())
             for name in self.output_names(options)
@@ -124,6 +133,16 @@ def _with_target(loss: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _positions(axis: str) -> Callable[[Mapping[str, int], Mapping[str, Any]], int]:
+    """The number of positions of a kernel along an axis of a grid."""
+
+    def count(sizes: Mapping[str, int], options: Mapping[str, Any]) -> int:
+        return (sizes[axis] + 2 * options["padding"] - sizes["K"]) // options["stride"] + 1
+
+    return count
+
+
+_GRID_SIZES = {"H'": _positions("H"), "W'": _positions("W")}
 _ROUTING_OPTIONS = {
     "iterations": (3, 1, 2, 4),
     "leaky": (False, True),
@@ -132,6 +151,15 @@ _ROUTING_OPTIONS = {
     "return_coupling": (False, True),
 }
 _ROUTING_OUTPUTS = {"v": "B J D", "coupling?": "B I J"}
+
+_EM_OPTIONS = {
+    "iterations": (2, 1, 3),
+    "temperature": (None, 0.5),
+    "min_variance": (1e-4,),
+    "gradient": ("full", "last"),
+    "return_logits": (False, True),
+    "return_assignment": (False, True),
+}
 
 _ROWS = (
     Operator(
@@ -197,6 +225,44 @@ _ROWS = (
         # takes it off again. That of two components is ±1. The gradients of both are 0, but for
         # the term that is added to the variance.
         smallest={"I": 2, "D": 3},
+    ),
+    Operator(
+        ops.em_routing,
+        reference.em_routing,
+        inputs={**em_routing.inputs, "offset?": "I R Q"},
+        outputs={"v": "B J R Q", "a": "B J", "logits?": "B J", "assignment?": "B I J"},
+        options=_EM_OPTIONS,
+        registered=em_routing,
+        domain={"activations": torch.sigmoid},
+    ),
+    Operator(
+        ops.conv_em_routing,
+        reference.conv_em_routing,
+        inputs={
+            "poses": "B H W C R P",
+            "activations": "B H W C",
+            "weight": "K K C P J Q",
+            "beta_u": "J",
+            "beta_a": "J",
+        },
+        outputs={
+            "v": "B H' W' J R Q",
+            "a": "B H' W' J",
+            "logits?": "B H' W' J",
+            "assignment?": "B H' W' K K C J",
+        },
+        options={
+            **_EM_OPTIONS,
+            "iterations": (2,),
+            "temperature": (0.5,),
+            "stride": (1, 2),
+            "padding": (0, 1),
+            "competition": ("children", "position"),
+        },
+        domain={"activations": torch.sigmoid},
+        smallest={"H": 3, "W": 3},
+        largest={"B": 3, "H": 5, "W": 6, "C": 3, "K": 3, "J": 5},
+        sizes=_GRID_SIZES,
     ),
     Operator(
         _with_target(ops.margin_loss),

@@ -1,0 +1,134 @@
+"""`conv_em_routing`."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tritoncaps import _checks, _patches
+from tritoncaps._operators.em_routing import em_routing as _registered
+from tritoncaps._tracing import one_node
+from tritoncaps.ops._dynamic_routing import Gradient
+from tritoncaps.ops._em_routing import temperatures
+
+Competition = Literal["children", "position"]
+
+_AXES = {
+    "poses": "B H W C R P",
+    "activations": "B H W C",
+    "weight": "K K C P J Q",
+    "beta_u": "J",
+    "beta_a": "J",
+}
+
+
+@one_node
+def conv_em_routing(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    iterations: int = 2,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    competition: Competition = "children",
+    temperature: float | Sequence[float] | None = None,
+    min_variance: float = 1e-4,
+    gradient: Gradient = "full",
+    return_logits: bool = False,
+    return_assignment: bool = False,
+) -> tuple[Tensor, ...]:
+    """Route a grid of matrix capsules with a convolution, by expectation-maximisation.
+
+    The input has C capsules at each of H×W positions. The output has J capsules at each of H'×W'
+    positions of a K×K kernel, where H' = (H + 2·padding − K) // stride + 1. The input capsules of
+    an output capsule are its I = K·K·C ones under the kernel, and all positions share the weight.
+    All else is as in `em_routing`.
+
+    Args:
+        poses: input poses, shape (B, H, W, C, R, P).
+        activations: input activations, in [0, 1], shape (B, H, W, C).
+        weight: a P×Q matrix for each pair of capsules, shape (K, K, C, P, J, Q).
+        beta_u: β_u of each output type, shape (J,).
+        beta_a: β_a of each output type, shape (J,).
+        iterations: the number of M-steps, at least 1.
+        stride: the step from one position of the kernel to the next.
+        padding: how many positions of capsules with pose 0 and activation 0 surround the grid. They
+            add nothing.
+        competition: which output capsules compete for an input capsule. "children" is the paper's:
+            all that it feeds, of all types and positions. The first assignment is 1 divided by
+            their number. "position" lets only those of one position compete, J at a time. Most
+            implementations do this. It is faster, but an input capsule then gives a whole
+            assignment to each position that it feeds.
+        temperature: as for `em_routing`.
+        min_variance: as for `em_routing`.
+        gradient: as for `em_routing`.
+        return_logits: as for `em_routing`.
+        return_assignment: as for `em_routing`.
+
+    Returns:
+        Poses, shape (B, H', W', J, R, Q), and activations, shape (B, H', W', J). With
+        `return_logits` then the logits, shape (B, H', W', J), and with `return_assignment` then the
+        assignment, shape (B, H', W', K, K, C, J).
+
+    Raises:
+        TypeError, ValueError: as for `em_routing`.
+        ValueError: `stride` < 1, `padding` < 0, a kernel that is larger than the padded grid or not
+            square, an unknown `competition`.
+
+    Example:
+        >>> import torch
+        >>> poses, activations = torch.randn(2, 14, 14, 8, 4, 4), torch.rand(2, 14, 14, 8)
+        >>> weight = torch.randn(3, 3, 8, 4, 16, 4)
+        >>> beta_u, beta_a = torch.zeros(16), torch.zeros(16)
+        >>> poses, _ = conv_em_routing(poses, activations, weight, beta_u, beta_a, stride=2)
+        >>> poses.shape
+        torch.Size([2, 6, 6, 16, 4, 4])
+
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), sections 4 and 5.
+    """
+    name = "conv_em_routing"
+    _checks.check_inputs(
+        name,
+        _AXES,
+        poses=poses,
+        activations=activations,
+        weight=weight,
+        beta_u=beta_u,
+        beta_a=beta_a,
+    )
+    _patches.check_convolution(name, stride, padding)
+    _checks.check_choice(name, "competition", competition, ("children", "position"))
+    _checks.check_em_options(name, iterations, temperature, min_variance, gradient)
+    _checks.check_flag(name, "return_logits", return_logits)
+    _checks.check_flag(name, "return_assignment", return_assignment)
+    B, H, W, C = activations.shape
+    K = len(weight)
+    size = _patches.output_size(name, (H, W), K, stride, padding)
+    # Raised first, so that the gradients of overlapping patches add up in float32.
+    poses, activations = (
+        _patches.patches(_patches.pad(x.to(_checks.routed_dtype(x)), padding), K, stride)
+        for x in (poses, activations)
+    )
+    v, logits, assignment, *_ = _registered.forward(
+        poses,
+        activations,
+        weight.flatten(0, 2),
+        beta_u,
+        beta_a,
+        iterations,
+        temperatures(temperature, iterations),
+        float(min_variance),
+        [*size, K, stride] if competition == "children" else [],
+        gradient,
+        return_assignment,
+    )
+    results = (v, torch.sigmoid(logits)) + (logits,) * return_logits
+    results = tuple(result.unflatten(0, (B, *size)) for result in results)
+    if not return_assignment:
+        return results
+    assignment = assignment.unflatten(1, (K, K, C)).unflatten(0, (B, *size))
+    return *results, assignment if gradient == "full" else assignment.detach()

@@ -34,7 +34,7 @@ from engine import figures
 from engine.baseline import CNN, TITLES, like, list_networks
 from engine.figures import Panel
 from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
-from engine.runner import VARIED, Experiment, Job, run_experiment
+from engine.runner import Experiment, Job, run_experiment
 from engine.tables import averages, grouped, mean_and_spread, percent
 from engine.training import Evaluation
 from tritoncaps.data import ViewSet
@@ -78,7 +78,7 @@ class Views:
 
 @dataclass(frozen=True)
 class ViewRecipe(Recipe):
-    """A recipe for a data set that knows its viewpoints."""
+    """A recipe for images with viewpoints. The CNN does not get --model-kwargs."""
 
     dataset: str = flag(
         "auto",
@@ -89,7 +89,7 @@ class ViewRecipe(Recipe):
 
 def main(argv: list[str] | None = None) -> int:
     """Train and compare; returns the exit status of the program."""
-    left_out = (*VARIED, "validation_fraction", "image_size")
+    left_out = ("model", "seed", "validation_fraction", "image_size")
     options = {"validation_fraction": 0.0}
     groups = (Views, ViewRecipe)
     return run_experiment("viewpoints", __doc__, tell, argv, *groups, leave_out=left_out, **options)
@@ -108,7 +108,10 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
         raise ValueError(f"--crop {views.crop}: the images are {train}")
     seen, _ = by_view(train, views.view, familiar)
     known, novel = (middle(part, views.crop) for part in by_view(test, views.view, familiar))
-    experiment.open(views.view, view=views.view, familiar=familiar, crop=views.crop)
+    given = experiment.recipe.model_kwargs
+    experiment.open(
+        views.view, view=views.view, familiar=familiar, crop=views.crop, model_kwargs=given
+    )
     print(f"views       {len(known):,} test images familiar, {len(novel):,} novel")
 
     def measure(split: str, found: Evaluation) -> dict[str, float]:
@@ -182,14 +185,15 @@ def middle(images: ViewSet, side: int) -> ViewSet:
 
 def sized(models: Sequence[str], experiment: Experiment, side: int) -> dict[str, dict[str, Any]]:
     """Return the arguments of each network: the CNN gets the size of the first other one."""
-    kwargs = {
+    given = experiment.recipe.model_kwargs
+    from_data = {
         "num_classes": len(experiment.dataset.class_names),
         "in_channels": experiment.train_images.images.shape[1],
         "image_size": (side, side),
     }
     others = [model for model in models if model != CNN]
-    cnn = like(others[0], **kwargs) if others else {}
-    return {model: cnn if model == CNN else {} for model in models}
+    cnn = like(others[0], from_data, given) if others else {}
+    return {model: cnn if model == CNN else given for model in models}
 
 
 # -- the comparison

@@ -1,6 +1,7 @@
 """The networks that the experiments compare: capsule networks, and a CNN of similar size."""
 
 import bisect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -102,17 +103,20 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
     return ConvNet(**kwargs) if name == CNN else create_model(name, **kwargs)
 
 
-def like(name: str, **kwargs: Any) -> dict[str, Any]:
+def like(
+    name: str, from_data: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the widths of the CNN that has about as many parameters as a capsule network.
 
-    `kwargs` are those of both. A decoder does not count. All widths shrink or grow alike.
+    `from_data` are arguments of both, and `kwargs` others of the network. A decoder does not count.
+    All widths of the CNN shrink or grow alike.
 
     Example:
-        >>> like("efficient_capsnet")
+        >>> like("efficient_capsnet", {"num_classes": 10})
         {'channels': (36, 36, 18), 'hidden': (96, 27)}
     """
     with torch.device("meta"):
-        network = create_network(name, **kwargs)
+        network = create_network(name, **from_data, **(kwargs or {}))
     wanted = _count(network) - _count(getattr(network, "decoder", None) or nn.Module())
 
     def widths(step: int) -> dict[str, Any]:
@@ -124,7 +128,7 @@ def like(name: str, **kwargs: Any) -> dict[str, Any]:
 
     def size(step: int) -> int:
         with torch.device("meta"):
-            return _count(ConvNet(**kwargs, **widths(step)))
+            return _count(ConvNet(**from_data, **widths(step)))
 
     larger = bisect.bisect_left(range(1, 2048), wanted, key=size) + 1
     return widths(min(larger, larger - 1 or 1, key=lambda step: abs(size(step) - wanted)))

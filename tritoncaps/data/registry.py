@@ -149,7 +149,7 @@ REGISTRY = {
         files=_norb_files(),
     ),
     "rendered-solids": Entry(
-        title="rendered solids",
+        title="Rendered solids",
         class_names=tuple(SOLIDS),
         epochs=10,
         read=lambda *_: rendered_solids(),

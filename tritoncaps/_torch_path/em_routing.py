@@ -1,69 +1,26 @@
 """EM routing, a few rows of the batch at a time, whose votes fit the cache.
 
-The backward computes the votes and the assignments again, from the mass, the mean and the variance
-of each iteration. `kernels/README.md` derives it.
+The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
+(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows, and
+sums over input capsules or over components add up long rows.
+
+The backward computes votes and assignments again, from the mass, the mean and the variance of each
+iteration. `kernels/README.md` derives it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import logsigmoid
 
+from tritoncaps._torch_path._competition import Competition
 from tritoncaps._torch_path._precision import accumulation_dtype
+from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 
-# An output capsule with less mass has no mean and no variance: both are 0, without a gradient.
+# An output capsule with less mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
-
-
-class Competition:
-    """Which output capsules compete for an input capsule.
-
-    Without a grid they are those of its row. With grid = (H', W', K, S), where rows are positions
-    of a convolution and input capsules are (ky, kx, c), they are those of all positions that the
-    input capsule feeds.
-    """
-
-    def __init__(self, grid: Sequence[int], device: torch.device) -> None:
-        """Find the places (y', x', ky, kx) at which each input position occurs."""
-        self.rows = 1  # that compete, and have to be together
-        self._is_shared = bool(grid)
-        if not grid:
-            return
-        height, width, K, stride = grid
-        self.rows = height * width
-        inputs = torch.arange(((height - 1) * stride + K) * ((width - 1) * stride + K))
-        windows = inputs.view(-1, (width - 1) * stride + K).unfold(0, K, stride)
-        self._inputs = windows.unfold(1, K, stride).flatten()
-        order = self._inputs.argsort(stable=True)
-        counts = self._inputs.bincount(minlength=len(inputs))
-        starts = counts.cumsum(0) - counts
-        nth = torch.arange(int(counts.max()))
-        nowhere = len(order)
-        places = pad(order, (0, len(nth)), value=nowhere)[starts[:, None] + nth]
-        self._places = places.where(nth < counts[:, None], nowhere).to(device)
-        self._inputs = self._inputs.to(device)
-
-    def log_sum(self, x: Tensor) -> Tensor:
-        """log Σ exp x over all rows with the same input capsule, for x of (B, I)."""
-        if not self._is_shared:
-            return x
-        return self._everywhere(self._gathered(x, -torch.inf).logsumexp(dim=2), x)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Σ x over all rows with the same input capsule, for x of (B, I)."""
-        if not self._is_shared:
-            return x
-        return self._everywhere(self._gathered(x, 0).sum(dim=2), x)
-
-    def _gathered(self, x: Tensor, elsewhere: float) -> Tensor:
-        """The numbers of each input capsule, (images, input positions, places, C)."""
-        C = x.shape[1] * self.rows // len(self._inputs)
-        x = x.reshape(len(x) // self.rows, len(self._inputs), C)
-        return pad(x, (0, 0, 0, 1), value=elsewhere)[:, self._places]
-
-    def _everywhere(self, of_inputs: Tensor, like: Tensor) -> Tensor:
-        return of_inputs[:, self._inputs].reshape(like.shape)
 
 
 def em_routing_fwd(
@@ -79,50 +36,49 @@ def em_routing_fwd(
     gradient: str,
     return_assignment: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """v (B, J, R, Q), logits (B, J), the last assignment (B, I, J) or an empty tensor, the state.
+    """v (B, J, R, Q), logits (B, J), the last assignment (B, I, J) or an empty tensor, the moments.
 
-    The state are the mass (r, B, J), the mean and the variance (r, B, J, R, Q) of each iteration.
+    The moments are the mass (r, B, J), the mean and the variance (r, B, J, R, Q).
     """
+    B, I, R, _ = poses.shape
+    J, Q = weight.shape[2:]
     dtype = accumulation_dtype(poses.dtype)
-    B, I, rows, _ = poses.shape
-    J, columns = weight.shape[2:]
-    mass = poses.new_zeros(iterations, B, J, dtype=dtype)
-    mean = poses.new_zeros(iterations, B, J, rows, columns, dtype=dtype)
-    variance = torch.zeros_like(mean)
+    mass = poses.new_empty(iterations, B, J, dtype=dtype)
+    mean, variance = (poses.new_empty(iterations, B, J, R, Q, dtype=dtype) for _ in range(2))
+    logits = poses.new_empty(B, J)
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
-    competition = Competition(grid, poses.device)
-    beta_u, beta_a = beta_u.to(dtype), beta_a.to(dtype)
-    a = activations.to(dtype)[:, :, None]
-    V = _votes(poses.to(dtype), weight.to(dtype))
-    R = _first(a, J, competition)
-    for t in range(iterations):
-        if t > 0:
-            R = _assignment(
-                V,
-                mass[t - 1],
-                mean[t - 1],
-                variance[t - 1],
-                beta_u,
-                beta_a,
-                temperature[t - 1],
+    betas = beta_u.to(dtype), beta_a.to(dtype)
+    competition = Competition(grid, J, poses.device)
+    votes = _Votes(poses, weight, dtype, competition.together)
+    buffers = votes.buffers(3)
+    for rows in votes.groups:
+        V, x, buffer = votes.views(buffers, rows)
+        votes.write(rows, V)
+        a = _pairs(activations[rows].to(dtype), J)
+        R_ij = competition.first(a)
+        for t in range(iterations):
+            shares = R_ij * a
+            n = shares.sum(dim=0)
+            # Divided first, so that a single share is exactly 1, and its variance 0.
+            shares = torch.where(n > NO_MASS, shares / n, 0)
+            average = torch.mul(shares, V, out=buffer).sum(dim=0)
+            squares = torch.sub(V, average, out=x).square_()
+            fit = _Fit(
+                n,
+                average,
+                torch.mul(shares, squares, out=buffer).sum(dim=0),
+                betas,
+                temperature[t],
                 min_variance,
-                competition,
             )
-        shares = R * a
-        mass[t] = shares.sum(dim=1)
-        shares = shares * _inverse(mass[t])[:, None]
-        centre = mean[t - 1] if t > 0 else torch.einsum("bij,bijrq->bjrq", shares, V)
-        x = V - centre[:, None]
-        delta = torch.einsum("bij,bijrq->bjrq", shares, x)
-        has_mass = (mass[t] > NO_MASS)[:, :, None, None]
-        mean[t] = (centre + delta) * has_mass
-        second = torch.einsum("bij,bijrq->bjrq", shares, x.square())
-        variance[t] = (second - delta.square()).clamp_(min=0)
-    logits = _logits(mass[-1], variance[-1], beta_u, beta_a, temperature[-1], min_variance)
-    if return_assignment:
-        assignment.copy_(R.expand(B, I, J))
-    v = mean[-1].to(poses.dtype, copy=True)
-    return v, logits.to(poses.dtype), assignment, mass, mean, variance
+            if t < iterations - 1:
+                R_ij = fit.assign(squares, competition)
+            mass[t, rows], mean[t, rows] = _outer(fit.mass, J), _outer(fit.mean, J, R)
+            variance[t, rows] = _outer(fit.variance, J, R)
+        logits[rows] = _outer(fit.logits, J)
+        if return_assignment:
+            assignment[rows] = R_ij.view(I, -1, J).transpose(0, 1)
+    return mean[-1].to(poses.dtype, copy=True), logits, assignment, mass, mean, variance
 
 
 def em_routing_bwd(
@@ -146,113 +102,185 @@ def em_routing_bwd(
     """Gradients of poses, activations, weight, beta_u and beta_a."""
     dtype = mean.dtype
     J = len(beta_u)
-    D = mean[0, 0, 0].numel() if mean.numel() else 1
-    competition = Competition(grid, poses.device)
-    bu, ba = beta_u.to(dtype), beta_a.to(dtype)
-    a = activations.to(dtype)[:, :, None]
-    V = _votes(poses.to(dtype), weight.to(dtype))
-    g_mean = grad_v.to(dtype)
-    g_variance = torch.zeros_like(g_mean)
-    g_logits = torch.zeros_like(mass[0]) if grad_logits is None else grad_logits.to(dtype)
-    g_a, g_V = torch.zeros_like(a), torch.zeros_like(V)
-    g_beta_u, g_beta_a = torch.zeros_like(bu), torch.zeros_like(ba)
+    betas = beta_u.to(dtype), beta_a.to(dtype)
+    competition = Competition(grid, J, poses.device)
+    votes = _Votes(poses, weight, dtype, competition.together, backward=True)
+    buffers = votes.buffers(5)
+    grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
+    grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
     last = iterations - 1
-    for t in range(last, -1 if gradient == "full" else last - 1, -1):
-        S = variance[t] + min_variance
-        scaled = temperature[t] * g_logits
-        g_beta_a += scaled.sum(dim=0)
-        g_beta_u -= D * (scaled * mass[t]).sum(dim=0)
-        g_mass = -scaled * (D * bu + 0.5 * S.log().sum(dim=(2, 3)))
-        g_variance = g_variance - 0.5 * (scaled * mass[t])[:, :, None, None] / S
-        inverse = _inverse(mass[t])[:, :, None, None]
-        first, second = g_mean * inverse, g_variance * inverse
-        x = V - mean[t][:, None]
-        g_shares = (
-            torch.einsum("bijrq,bjrq->bij", x, first)
-            + torch.einsum("bijrq,bjrq->bij", x.square(), second)
-            + (g_mass - (second * variance[t]).sum(dim=(2, 3)))[:, None]
-        )
-        if t > 0:
-            R = _assignment(
-                V,
-                mass[t - 1],
-                mean[t - 1],
-                variance[t - 1],
-                bu,
-                ba,
-                temperature[t - 1],
-                min_variance,
-                competition,
-            )
-        else:
-            R = _first(a, J, competition)
-        g_a += (R * g_shares).sum(dim=2, keepdim=True)
-        g_V += (R * a)[..., None, None] * (first + 2 * second * x.movedim(1, 0)).movedim(0, 1)
-        if t == 0 or gradient == "last":
-            break
-        g_R = g_shares * a
-        if t == last and grad_assignment is not None:
-            g_R = g_R + grad_assignment
-        g_l = R * (g_R - competition.sum((R * g_R).sum(dim=2))[:, :, None])
-        S = variance[t - 1] + min_variance
-        y = V - mean[t - 1][:, None]
-        g_V -= g_l[..., None, None] * y / S[:, None]
-        g0 = g_l.sum(dim=1)
-        g1 = torch.einsum("bij,bijrq->bjrq", g_l, y)
-        g2 = torch.einsum("bij,bijrq->bjrq", g_l, y.square())
-        z = _logits(mass[t - 1], variance[t - 1], bu, ba, temperature[t - 1], min_variance)
-        g_logits = g0 * torch.sigmoid(-z)
-        g_mean = g1 / S
-        g_variance = 0.5 * (g2 / S.square() - g0[:, :, None, None] / S)
-    g_poses = torch.einsum("bijrq,ipjq->birp", g_V, weight.to(dtype))
-    g_weight = torch.einsum("bijrq,birp->ipjq", g_V, poses.to(dtype))
-    grads = (g_poses, g_a.squeeze(2), g_weight, g_beta_u, g_beta_a)
-    g0, g1, g2, g3, g4 = (grad.to(poses.dtype).contiguous() for grad in grads)
-    return g0, g1, g2, g3, g4
+    first = 0 if gradient == "full" else last
+    for rows in votes.groups:
+        V, grad_V, x, buffer, product = votes.views(buffers, rows)
+        votes.write(rows, V)
+        grad_V.zero_()
+        a = _pairs(activations[rows].to(dtype), J)
+        fits = [
+            _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
+            for t, l in enumerate(temperature)
+        ]
+        assignments = [competition.first(a)]
+        for fit in fits[max(first - 1, 0) : last]:
+            squares = torch.sub(V, fit.mean, out=x).square_()
+            assignments.append(fit.assign(squares, competition))
+        grad_a = torch.zeros_like(a)
+        grad_mean = _inner(grad_v[rows]).to(dtype)
+        grad_variance = torch.zeros_like(grad_mean)
+        grad_z = torch.zeros_like(grad_mean[:1])
+        if grad_logits is not None:
+            grad_z += _inner(grad_logits[rows])
+        for t in range(last, first - 1, -1):
+            fit, R = fits[t], assignments.pop()
+            torch.sub(V, fit.mean, out=x)
+            # M-step. The moments are sums over i of shares times 1, x and x².
+            grad_n, of_variance, *of_betas = fit.backward(grad_z)
+            for grad, part in zip(grad_betas, of_betas, strict=True):
+                grad += part.view(-1, J).sum(dim=0)
+            scale = _inverse_mass(fit.mass)
+            slope, curve = grad_mean * scale, (grad_variance + of_variance) * scale
+            grad_n -= (curve * fit.variance).sum(dim=0, keepdim=True)
+            torch.addcmul(slope, curve, x, out=buffer)
+            torch.mul(buffer, x, out=product)
+            grad_shares = product.sum(dim=1, keepdim=True).add_(grad_n)
+            grad_a += R * grad_shares
+            grad_V.addcmul_(buffer.addcmul_(curve, x), R * a)
+            if t == first and (t == 0 or gradient == "last"):
+                break
+            # E-step of the fit before.
+            grad_R = grad_shares.mul_(a)
+            if t == last and grad_assignment is not None:
+                grad_R += grad_assignment[rows].transpose(0, 1).flatten(1).unsqueeze(1)
+            fit = fits[t - 1]
+            torch.sub(V, fit.mean, out=x)
+            grad_l = competition.backward(R, grad_R)
+            weighted = torch.mul(grad_l, x, out=buffer)
+            grad_V.addcmul_(weighted, fit.inverse_variance, value=-1)
+            g0, g1 = grad_l.sum(dim=0), weighted.sum(dim=0)
+            g2 = weighted.mul_(x).sum(dim=0)
+            grad_z = g0 * torch.sigmoid(-fit.logits)
+            grad_mean = g1 * fit.inverse_variance
+            grad_variance = (g2 * fit.inverse_variance - g0) * fit.inverse_variance / 2
+        grad_activations[rows] = grad_a.view(len(a), -1, J).sum(dim=2).T
+        votes.contract(rows, grad_V)
+    grads = (*votes.gradients(), *grad_betas)
+    grad_poses, grad_weight, grad_beta_u, grad_beta_a = (grad.to(poses.dtype) for grad in grads)
+    return grad_poses, grad_activations, grad_weight, grad_beta_u, grad_beta_a
 
 
-def _votes(poses: Tensor, weight: Tensor) -> Tensor:
-    return torch.einsum("birp,ipjq->bijrq", poses, weight)
+class _Votes:
+    """The votes of some rows, (I, D, G), and what their gradients are contracted to.
+
+    A product for each input capsule and column q of an output pose gives them as (I, Q, R, g, J).
+    """
+
+    def __init__(
+        self,
+        poses: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        together: int,
+        backward: bool = False,
+    ) -> None:
+        """Choose groups whose votes fit the cache. So many rows have to be together."""
+        B, I, R, _ = poses.shape
+        _, _, J, Q = self._shape = weight.shape
+        self._poses = poses
+        self._weight = weight.to(dtype).movedim(3, 1).flatten(0, 1)  # (I·Q, P, J)
+        self._numbers = I * R * Q * J  # of a row
+        # Twice as many as fit into a slice: there are many small operations for each group.
+        bytes_each = together * self._numbers * self._weight.element_size() // 2
+        parts = slices(B // together, bytes_each, poses.device)
+        self.groups = [slice(part.start * together, part.stop * together) for part in parts]
+        if backward:
+            self._grad_poses = torch.empty_like(poses, dtype=dtype)
+            self._grad_weight = torch.zeros_like(self._weight)
+
+    def buffers(self, count: int) -> list[Tensor]:
+        """Flat buffers for the votes of the largest group."""
+        return [buffer_for(self.groups, self._numbers, self._weight) for _ in range(count)]
+
+    def views(self, buffers: list[Tensor], rows: slice) -> list[Tensor]:
+        """The buffers as (I, D, G)."""
+        I, _, J, Q = self._shape
+        shape = I, Q * self._poses.shape[2], length(rows) * J
+        return [view(buffer, *shape) for buffer in buffers]
+
+    def write(self, rows: slice, out: Tensor) -> None:
+        """V = M W."""
+        I, P, J, Q = self._shape
+        poses = self._poses[rows].to(self._weight.dtype).permute(1, 2, 0, 3)  # (I, R, g, P)
+        self._repeated = poses.unsqueeze(1).expand(-1, Q, -1, -1, -1).reshape(I * Q, -1, P)
+        torch.bmm(self._repeated, self._weight, out=out.view(I * Q, -1, J))
+
+    def contract(self, rows: slice, grad: Tensor) -> None:
+        """dM = Σ_j dV Wᵀ and dW = Σ_b Mᵀ dV, for the rows that were written last."""
+        I, P, J, Q = self._shape
+        R = self._poses.shape[2]
+        grad = grad.view(I * Q, -1, J)
+        of_poses = torch.bmm(grad, self._weight.mT).view(I, Q, R, -1, P).sum(dim=1)
+        self._grad_poses[rows] = of_poses.permute(2, 0, 1, 3)
+        self._grad_weight.baddbmm_(self._repeated.mT, grad)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the poses and of the weight."""
+        I, P, J, Q = self._shape
+        return self._grad_poses, self._grad_weight.view(I, Q, P, J).movedim(1, 3)
 
 
-def _first(a: Tensor, J: int, competition: Competition) -> Tensor:
-    """The assignment of the first iteration, (B, I, J)."""
-    return (1 / (J * competition.sum(torch.ones_like(a[:, :, 0]))))[:, :, None].expand(-1, -1, J)
+class _Fit:
+    """The Gaussians of an iteration: mass and logits (1, G), mean and variance (D, G)."""
+
+    def __init__(
+        self,
+        mass: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        betas: tuple[Tensor, Tensor],
+        temperature: float,
+        min_variance: float,
+    ) -> None:
+        self.mass, self.mean, self.variance = mass, mean, variance
+        self.temperature = temperature
+        D, G = mean.shape
+        beta_u, beta_a = (beta.repeat(G // len(beta)) for beta in betas)
+        floored = variance + min_variance
+        self.inverse_variance = floored.reciprocal()
+        self.log_variance = floored.log_().sum(dim=0, keepdim=True)
+        self.cost = D * beta_u + 0.5 * self.log_variance
+        self.logits = temperature * (beta_a - mass * self.cost)
+
+    def assign(self, squares: Tensor, competition: Competition) -> Tensor:
+        """E-step: R ∝ a p, (I, 1, G). It uses up the squares of V − mean, (I, D, G)."""
+        distances = squares.mul_(self.inverse_variance).sum(dim=1, keepdim=True)
+        log_2pi = len(self.mean) * math.log(2 * math.pi)
+        constant = logsigmoid(self.logits) - 0.5 * (self.log_variance + log_2pi)
+        return competition.softmax(constant - 0.5 * distances)
+
+    def backward(self, grad_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of the mass, the variance, and the betas of each output capsule."""
+        scaled = self.temperature * grad_logits
+        of_cost = -scaled * self.mass
+        of_variance = 0.5 * of_cost * self.inverse_variance
+        return -scaled * self.cost, of_variance, len(self.mean) * of_cost, scaled
 
 
-def _logits(
-    mass: Tensor,
-    variance: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    temperature: float,
-    min_variance: float,
-) -> Tensor:
-    D = variance.shape[2] * variance.shape[3]
-    cost = D * beta_u + 0.5 * (variance + min_variance).log().sum(dim=(2, 3))
-    return temperature * (beta_a - mass * cost)
+def _inverse_mass(mass: Tensor) -> Tensor:
+    return torch.where(mass > NO_MASS, mass.reciprocal(), 0)
 
 
-def _inverse(mass: Tensor) -> Tensor:
-    return torch.where(mass > NO_MASS, 1 / mass, 0)
+def _pairs(activations: Tensor, J: int) -> Tensor:
+    """The activations of g rows, (g, I), for each pair of capsules: (I, 1, G)."""
+    return activations.T.unsqueeze(2).expand(-1, -1, J).flatten(1).unsqueeze(1)
 
 
-def _assignment(
-    V: Tensor,
-    mass: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    temperature: float,
-    min_variance: float,
-    competition: Competition,
-) -> Tensor:
-    """E-step: R (B, I, J)."""
-    z = _logits(mass, variance, beta_u, beta_a, temperature, min_variance)
-    S = variance + min_variance
-    constant = logsigmoid(z) - 0.5 * (2 * torch.pi * S).log().sum(dim=(2, 3))
-    x = V - mean[:, None]
-    logits = constant[:, None] - 0.5 * torch.einsum("bijrq,bjrq->bij", x.square(), 1 / S)
-    total = competition.log_sum(logits.logsumexp(dim=2))
-    return (logits - total[:, :, None]).exp()
+def _inner(x: Tensor) -> Tensor:
+    """(g, J, R, Q) → (D, G), in the order (Q, R) of components, or (g, J) → (1, G)."""
+    axes = range(x.ndim - 1, 1, -1)
+    return x.permute(*axes, 0, 1).reshape(x.shape[2:].numel(), -1)
+
+
+def _outer(x: Tensor, J: int, R: int = 0) -> Tensor:
+    """The inverse of `_inner`."""
+    if R == 0:
+        return x.view(-1, J)
+    return x.view(len(x) // R, R, -1, J).permute(2, 3, 1, 0)

@@ -126,5 +126,5 @@ def _with_offset(poses: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor,
     poses, weight, offset = (x.to(_checks.routed_dtype(x)) for x in (poses, weight, offset))
     I, _, J, Q = weight.shape
     identity = torch.eye(Q, dtype=weight.dtype, device=weight.device)[None, :, None]
-    poses = torch.cat([poses, offset.expand(len(poses), *offset.shape)], dim=3)
+    poses = torch.cat([poses, offset.expand(poses.shape[0], *offset.shape)], dim=3)
     return poses, torch.cat([weight, identity.expand(I, Q, J, Q)], dim=1)

@@ -253,7 +253,7 @@ _ROWS = (
         },
         options={
             **_EM_OPTIONS,
-            "iterations": (2,),
+            "iterations": (2, 1),
             "temperature": (0.5,),
             "stride": (1, 2),
             "padding": (0, 1),

@@ -49,6 +49,9 @@ DATASETS = ("smallnorb", "rendered-solids")
 # Viewpoints in a picture, at most.
 COLUMNS = 9
 
+# If familiar accuracies differ by more, a warning says so.
+LIKE = 0.01
+
 # What is compared, and what a table says of the origin of its numbers.
 ACCURACIES = ("familiar_accuracy", "novel_error")
 ORIGIN = ("seconds_per_epoch", "device", "threads", "precision", "commit")
@@ -146,6 +149,9 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
             f"{TITLES[row['model']]:<17} {row['parameters']:>9,} parameters: at "
             f"{accuracy} of the familiar views, {error} wrong of the novel ones"
         )
+    levels = [row["familiar_accuracy"] for row in compared]
+    if max(levels) - min(levels) > LIKE:
+        print("warning: familiar accuracies differ, so compare with care", file=sys.stderr)
     by_angle = angle_table(rows, epochs, views.view, familiar)
     experiment.write_table("views", by_angle)
     draw(experiment, by_angle, rows, epochs, views.view)

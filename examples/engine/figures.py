@@ -378,7 +378,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     with figure(path, 420 * columns + 40, 380 * rows + 90, title) as drawn:
-        handles = {}
+        handles: dict[str, Any] = {}
         for number, panel in enumerate(panels, 1):
             axes = drawn.add_subplot(rows, columns, number)
             styles = line_styles(panel.lines)

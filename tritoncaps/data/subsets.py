@@ -26,6 +26,7 @@ def stratified_subset(images: AnySet, count: int, seed: int) -> AnySet:
         ValueError: the set has fewer than `count` images.
 
     Example:
+        >>> from tritoncaps.data import ImageSet
         >>> labels = torch.arange(10).repeat(20)
         >>> train = ImageSet(torch.zeros(200, 1, 28, 28, dtype=torch.uint8), labels)
         >>> stratified_subset(train, 50, seed=1).labels.bincount().tolist()

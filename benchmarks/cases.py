@@ -44,6 +44,28 @@ SHAPES = {
     "tiny": Shape(5, 3, 2, 4),
     "large": Shape(4608, 8, 32, 16),  # û takes 604 MB at B=64, routing it takes several times that
 }
+
+
+class Layer(NamedTuple):
+    """A convolution of capsules: C types on a square grid, a kernel, J output types."""
+
+    grid: int
+    C: int
+    kernel: int
+    stride: int
+    J: int
+
+
+# The convolutions of the two networks of matrix capsules (Hinton, Sabour, Frosst 2018), for images
+# of 32×32 pixels, and their last layers, which have one position.
+MATRIX_LAYERS = {
+    "small-conv1": Layer(14, 8, 3, 2, 16),
+    "small-conv2": Layer(6, 16, 3, 1, 16),
+    "small-class": Layer(4, 16, 4, 1, 5),
+    "big-conv1": Layer(14, 32, 3, 2, 32),
+    "big-conv2": Layer(6, 32, 3, 1, 32),
+    "big-class": Layer(4, 32, 4, 1, 5),
+}
 # On a CPU the slowest rival needs 20 times the size of û, and memory may be a few gigabytes.
 _CPU_BATCH = {"classes100": 16, "classes1000": 2}
 _CUDA_BATCH = {"classes1000": 32}
@@ -76,6 +98,7 @@ class Case:
         name: the name of the shape, if it has one.
         chosen: options that differ from the usual ones.
         optional: the optional inputs to give.
+        more: the sizes of axes that `Shape` lacks: of grids, kernels and matrix poses.
     """
 
     op: str
@@ -86,6 +109,7 @@ class Case:
     name: str = ""
     chosen: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: tuple[str, ...] = ()
+    more: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         words = [self.op, self.name, f"{self.shape}", f"B={self.B}"]
@@ -115,17 +139,25 @@ class Case:
     @property
     def sizes(self) -> dict[str, int]:
         """The size of every axis. An axis that no named shape has is as small as in the tests."""
-        sizes = {**testing.SIZES, **self.shape._asdict(), "B": self.B, "K": self.shape.J}
+        sizes = {**testing.SIZES, **self.shape._asdict(), "B": self.B}
         if self.op == "squash":  # squashes the primary capsules
             sizes |= {"J": self.shape.I, "D": self.shape.P}
-        return sizes
+        if self.op == "margin_loss":
+            sizes["K"] = self.shape.J
+        return sizes | self.more
+
+    @property
+    def votes_bytes(self) -> int:
+        """The size of the votes, or prediction vectors û, of a routing."""
+        outputs = math.prod(next(iter(self.output_shapes.values())))
+        return outputs * self.shape.I * self.dtype.itemsize
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each input that is given."""
         left_out = set(self.operator.optional) - set(self.optional)
         return {
-            name: self._shape(axes)
+            name: tuple(self.sizes[axis] for axis in axes.split())
             for name, axes in self.operator.axes.items()
             if name not in left_out
         }
@@ -133,11 +165,7 @@ class Case:
     @property
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each requested output."""
-        axes = {name.removesuffix("?"): of for name, of in self.operator.outputs.items()}
-        return {name: self._shape(axes[name]) for name in self.operator.output_names(self.options)}
-
-    def _shape(self, axes: str) -> tuple[int, ...]:
-        return tuple(self.sizes[axis] for axis in axes.split())
+        return self.operator.result_shapes(self.sizes, self.options)
 
     @property
     def shared(self) -> set[str]:
@@ -170,6 +198,38 @@ class Case:
             name: testing.normal(*shape, seed=seed + 1_000_003).to(device, self.dtype)
             for name, shape in self.output_shapes.items()
         }
+
+
+def matrix_case(name: str, B: int, iterations: int, competition: str = "children") -> Case:
+    """The EM routing of a layer of `MATRIX_LAYERS`."""
+    grid, C, kernel, stride, J = MATRIX_LAYERS[name]
+    shape, poses = Shape(kernel**2 * C, 4, J, 16), {"R": 4, "Q": 4}
+    if kernel == grid:
+        return Case("em_routing", shape, B, iterations, name=name, more=poses)
+    return Case(
+        *("conv_em_routing", shape, B, iterations),
+        name=name,
+        chosen={"stride": stride, "competition": competition},
+        more={**poses, "H": grid, "W": grid, "C": C, "K": kernel},
+    )
+
+
+def folded_case(name: str, B: int, iterations: int) -> Case:
+    """The EM routing of such a layer with its positions folded into the batch."""
+    case = matrix_case(name, B, iterations)
+    rows = math.prod(next(iter(case.output_shapes.values()))[:-3])
+    more = {axis: case.more[axis] for axis in "RQ"}
+    return Case("em_routing", case.shape, rows, iterations, name=name, more=more)
+
+
+def conv_case(B: int) -> Case:
+    """A convolution with routing by agreement, of the size of CIFAR-10's networks."""
+    return Case(
+        *("conv_dynamic_routing", Shape(288, 8, 32, 8), B),
+        name="conv",
+        chosen={"stride": 2},
+        more={"H": 16, "W": 16, "C": 32, "K": 3},
+    )
 
 
 def train_images(B: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.cases import MAIN, SHAPES, Case, Shape, batch_size
+from benchmarks.cases import MAIN, MATRIX_LAYERS, SHAPES, Case, Shape, batch_size, matrix_case
 from benchmarks.oracle import gradients
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import backend, op_rival, ours, rival_names
@@ -33,7 +33,7 @@ def run_memory(session: Session) -> None:
     """Measure how far forward + backward of the routing raise the peak of memory."""
     for case in memory_cases(session.device, session.quick):
         print(case, flush=True)
-        u_hat_bytes = case.B * case.shape.I * case.shape.J * case.shape.D * case.dtype.itemsize
+        u_hat_bytes = case.votes_bytes
         for rival in rival_names(case.op, session.device):
             if session.quick and rival == "compile":
                 continue
@@ -53,7 +53,15 @@ def memory_cases(device: torch.device, quick: bool) -> list[Case]:
     """List what `run_memory` measures."""
     names = ("mnist",) if quick else ("mnist", "cifar", "classes100", "large")
     batches = {name: 64 if name == "large" else batch_size(name, device, quick) for name in names}
-    return [Case(MAIN, SHAPES[name], batches[name], name=name) for name in names]
+    routings = [Case(MAIN, SHAPES[name], batches[name], name=name) for name in names]
+    if quick:
+        return [*routings, matrix_case("small-class", 4, 3)]
+    # Plain torch keeps ten times the votes. On a CPU the big network has a smaller batch.
+    layers = [
+        matrix_case(name, 8 if name.startswith("big") and device.type == "cpu" else 64, 3)
+        for name in MATRIX_LAYERS
+    ]
+    return [*routings, *layers]
 
 
 def run_memory_grid(session: Session) -> None:

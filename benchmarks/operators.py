@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import MAIN, SHAPES, Case, batch_size, operator_names
+from benchmarks.cases import (
+    MAIN,
+    SHAPES,
+    Case,
+    batch_size,
+    conv_case,
+    folded_case,
+    matrix_case,
+    operator_names,
+)
 from benchmarks.oracle import Oracle
 from benchmarks.report import NO_TIME, Row
 from benchmarks.rivals import Rival, backend, op_rival, ours, rival_names
@@ -133,6 +142,17 @@ def ops_cases(device: torch.device, quick: bool) -> list[Case]:
         B = B or batch_size(name, device, quick)
         return Case(op, SHAPES[name], B, precision=precision, name=name)
 
+    # At B = 64, the first layer of the big network has 1.4 GB of votes. Eager needs ten times that.
+    small, big = (64, 64) if device.type == "cuda" else (64, 8)
+    first_layers = [("small-conv1", small), ("big-conv1", big)]
+    layers = {
+        "em_routing": [folded_case(name, B, r) for name, B in first_layers for r in (2, 3)],
+        "conv_em_routing": [
+            *(matrix_case(name, B, 2) for name, B in first_layers),
+            matrix_case("small-conv1", small, 2, competition="position"),
+        ],
+        "conv_dynamic_routing": [conv_case(big)],
+    }
     if quick:
         return [case(MAIN, "mnist"), *(case(op, "tiny") for op in operator_names())]
     return [
@@ -140,7 +160,10 @@ def ops_cases(device: torch.device, quick: bool) -> list[Case]:
         *(case(MAIN, "mnist", B=B) for B in (1, 8, 256)),
         case(MAIN, "mnist", precision="bf16"),
         *(case(MAIN, name) for name in SHAPES if name not in ("mnist", "large")),
-        *(case(op, "mnist") for op in operator_names() if op != MAIN),
+        *(case(op, "mnist") for op in operator_names() if op != MAIN and op not in layers),
+        *layers["em_routing"],
+        *layers["conv_em_routing"],
+        *layers["conv_dynamic_routing"],
     ]
 
 

@@ -20,6 +20,7 @@ from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import CapsuleOutput
 from tritoncaps.models._pretrained import PretrainedCfg, did_you_mean, find, registry, split_name
 from tritoncaps.models.capsnet import CapsNet
+from tritoncaps.models.conv_capsnet import ConvCapsNet
 from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
 from tritoncaps.models.inverted_capsnet import InvertedCapsNet
@@ -29,6 +30,7 @@ __all__ = [
     "CapsNet",
     "CapsuleOutput",
     "CheckpointError",
+    "ConvCapsNet",
     "DeepCapsNet",
     "EfficientCapsNet",
     "InvertedCapsNet",
@@ -42,6 +44,7 @@ __all__ = [
 
 _MODELS: dict[str, type[nn.Module]] = {
     "capsnet": CapsNet,
+    "conv_capsnet": ConvCapsNet,
     "deep_capsnet": DeepCapsNet,
     "efficient_capsnet": EfficientCapsNet,
     "inverted_capsnet": InvertedCapsNet,
@@ -57,8 +60,8 @@ def list_models(pretrained: bool = False) -> list[str]:
             comes first.
 
     Example:
-        >>> list_models()
-        ['capsnet', 'deep_capsnet', 'efficient_capsnet', 'inverted_capsnet', 'matrix_capsnet']
+        >>> list_models()  # doctest: +ELLIPSIS
+        ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', ..., 'matrix_capsnet']
     """
     if pretrained:
         return [cfg.name for cfg in registry()]

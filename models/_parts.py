@@ -17,6 +17,7 @@ from tritoncaps._checks import (
     shape_of,
 )
 from tritoncaps._tracing import is_proxy
+from tritoncaps.layers._convolution import ReluConv2d
 
 # More is rarely meant: the largest network of the papers has 8 million parameters.
 _MANY_NUMBERS = 100_000_000
@@ -92,6 +93,15 @@ def warn_of_size(
         "backbone",
         stacklevel=3,
     )
+
+
+def normalised_conv(
+    in_channels: int, channels: int, stride: int = 1, kernel_size: int = 3
+) -> list[nn.Module]:
+    """Return a convolution and the normalisation of its features."""
+    padding = kernel_size // 2
+    conv = ReluConv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
+    return [conv, nn.BatchNorm2d(channels)]
 
 
 def check_images(

@@ -7,16 +7,22 @@ The defaults are their network for CIFAR-10, which has 1,829,329 parameters.
 from itertools import pairwise
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tritoncaps._checks import check_choice, check_pair, check_size
+from tritoncaps._patches import patches
 from tritoncaps._tracing import concrete, rearrange
 from tritoncaps.layers import InvertedAttentionCapsules
-from tritoncaps.layers._convolution import LinearConv2d, ReluConv2d
+from tritoncaps.layers._convolution import LinearConv2d
 from tritoncaps.models._mixin import PretrainedMixin
-from tritoncaps.models._parts import CapsuleOutput, check_images, check_sides, image_sides
+from tritoncaps.models._parts import (
+    CapsuleOutput,
+    check_images,
+    check_sides,
+    image_sides,
+    normalised_conv,
+)
 from tritoncaps.ops._inverted_attention_routing import normalised
 
 # A pose is a 4×4 matrix.
@@ -83,7 +89,7 @@ class InvertedCapsNet(PretrainedMixin, nn.Module):
         self.iterations = iterations
         self.routing = routing
         self.features = nn.Sequential(
-            *_normalised(in_channels, channels[0]),
+            *normalised_conv(in_channels, channels[0]),
             nn.ReLU(),
             *_group(channels[0], channels[0], blocks[0], stride=1),
             *_group(channels[0], channels[1], blocks[1], stride=2),
@@ -162,21 +168,14 @@ class CapsuleConvolution(nn.Module):
 
     def forward(self, grid: Tensor, pose: Tensor | None = None, *, iterations: int) -> Tensor:
         """Route so many passes, from the poses of an earlier call if there was one."""
-        windows = _windows(grid, 1, self.kernel[0], self.stride)
-        windows = _windows(windows, 2, self.kernel[1], self.stride)
-        u = windows.flatten(0, 2).flatten(1, 3)  # (B·H'·W', I, D)
+        rows, columns = (
+            (grid.shape[axis] - side) // self.stride + 1
+            for axis, side in enumerate(self.kernel, start=1)
+        )
+        u = patches(grid, self.kernel, self.stride)  # (B·H'·W', I, D)
         pose = None if pose is None else pose.flatten(0, 2)
         v = self.routing(u, pose, iterations=iterations)
-        return v.unflatten(0, windows.shape[:3])
-
-
-def _windows(grid: Tensor, axis: int, size: int, stride: int) -> Tensor:
-    """Cut an axis of positions into windows, whose own axis comes before those of the capsules."""
-    parts = [
-        grid[(slice(None),) * axis + (slice(first, first - size + 1 or None, stride),)]
-        for first in range(size)
-    ]
-    return torch.stack(parts, dim=axis + 2)
+        return v.unflatten(0, (grid.shape[0], rows, columns))
 
 
 class Block(nn.Module):
@@ -185,12 +184,12 @@ class Block(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
-            *_normalised(in_channels, channels, stride),
+            *normalised_conv(in_channels, channels, stride),
             nn.ReLU(),
-            *_normalised(channels, channels),
+            *normalised_conv(channels, channels),
         )
         is_same = stride == 1 and in_channels == channels
-        shortcut = [] if is_same else _normalised(in_channels, channels, stride, kernel_size=1)
+        shortcut = [] if is_same else normalised_conv(in_channels, channels, stride, kernel_size=1)
         self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -203,12 +202,3 @@ def _group(in_channels: int, channels: int, count: int, stride: int) -> list[nn.
         Block(channels if index else in_channels, channels, 1 if index else stride)
         for index in range(count)
     ]
-
-
-def _normalised(
-    in_channels: int, channels: int, stride: int = 1, kernel_size: int = 3
-) -> list[nn.Module]:
-    """A convolution and the normalisation of its features."""
-    padding = kernel_size // 2
-    conv = ReluConv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
-    return [conv, nn.BatchNorm2d(channels)]

@@ -103,8 +103,8 @@ def check_em_options(
     numbers = temperature if isinstance(temperature, (tuple, list)) else [temperature] * iterations
     if len(numbers) != iterations:
         raise ValueError(
-            f"{function}: temperature must be a number, or one for each of iterations={iterations}, "
-            f"got {len(numbers)}"
+            f"{function}: temperature must be a number, or one for each iteration, "
+            f"iterations={iterations}, got {len(numbers)}"
         )
     for number in numbers:
         check_not_negative(function, "temperature", number)
@@ -119,8 +119,9 @@ def check_axes(function: str, tensors: Sequence[tuple[str, Tensor, str]]) -> Non
             if size != expected:
                 other = next(n for n, _, others in tensors if axis in others.split())
                 shapes = ", ".join(f"{n}: {shape_of(t)}" for n, t, _ in tensors)
+                elsewhere = "also" if other == name else f"{other} has"
                 raise ValueError(
-                    f"{function}: {name} has {axis}={size} but {other} has {axis}={expected} "
+                    f"{function}: {name} has {axis}={size} but {elsewhere} {axis}={expected} "
                     f"({shapes})"
                 )
 
@@ -194,6 +195,13 @@ def check_not_negative(function: str, name: str, value: Any) -> None:
     check_number(function, name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{function}: {name} must be >= 0 and finite, got {value}")
+
+
+def check_positive(function: str, name: str, value: Any) -> None:
+    """A finite number above 0, such as a length that is divided by."""
+    check_number(function, name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{function}: {name} must be > 0 and finite, got {value}")
 
 
 def check_margins(function: str, m_pos: object, m_neg: object, down_weight: object) -> None:

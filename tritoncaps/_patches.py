@@ -4,10 +4,12 @@ A grid holds C capsules at each of H×W positions. "..." stands for the axes of 
 none, as with activations.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tritoncaps import _checks
+from tritoncaps._tracing import one_node
 
 
 def check_convolution(function: str, stride: object, padding: object) -> None:
@@ -42,25 +44,37 @@ def pad(grid: Tensor, padding: int) -> Tensor:
     return F.pad(grid, (*inner, padding, padding, padding, padding))
 
 
-def patches(grid: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+@one_node
+def patches(grid: Tensor, kernel_size: int | tuple[int, int], stride: int = 1) -> Tensor:
     """Cut a grid into patches; (B, H, W, C, ...) → (B·H'·W', K·K·C, ...).
 
     The first axis is ordered by image, row, column. The second is ordered by row and column in the
-    patch, then type. The copy is one, and its backward sums in a fixed order.
+    patch, then type. The backward sums in a fixed order.
     """
-    return _windows(grid, kernel_size, stride).flatten(0, 2).flatten(1, 3)
+    return _windows(grid, kernel_size, stride, at=3).flatten(0, 2).flatten(1, 3)
 
 
+@one_node
 def patches_by_type(grid: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """Cut a grid, and join the patch of each type to one capsule; → (B·H'·W', C, K·K·P).
 
     The grid is (B, H, W, C, P). The last axis is ordered by row and column in the patch, then P.
     """
-    windows = _windows(grid, kernel_size, stride)  # (B, H', W', K, K, C, P)
-    return windows.movedim(5, 3).flatten(0, 2).flatten(2, 4)
+    return _windows(grid, kernel_size, stride, at=4).flatten(0, 2).flatten(2, 4)
 
 
-def _windows(grid: Tensor, kernel_size: int, stride: int) -> Tensor:
-    """A view of the windows of a grid, (B, H', W', K, K, C, ...)."""
-    windows = grid.unfold(1, kernel_size, stride).unfold(2, kernel_size, stride)
-    return windows.movedim((-2, -1), (3, 4))
+def _windows(grid: Tensor, kernel_size: int | tuple[int, int], stride: int, at: int) -> Tensor:
+    """Copy the windows of a grid, (B, H', W', ...), with the axes of the kernel as `at` and `at`+1.
+
+    It stacks K slices of the rows, and K slices of the columns of these. `Tensor.unfold` makes a
+    view instead of the first copy. On a CPU its backward takes two to three times as long.
+    """
+    sides = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    for axis, side in enumerate(sides, start=1):
+        all_before = (slice(None),) * axis
+        parts = [
+            grid[(*all_before, slice(first, first - side + 1 or None, stride))]
+            for first in range(side)
+        ]
+        grid = torch.stack(parts, dim=at + axis - 1)
+    return grid

@@ -20,6 +20,7 @@ WITH_LOGITS = ("inverted_capsnet", "matrix_capsnet", CNN)
 # The names of the networks in pictures and tables.
 TITLES = {
     "capsnet": "CapsNet",
+    "conv_capsnet": "ConvCapsNet",
     "deep_capsnet": "DeepCapsNet",
     CNN: "CNN",
     "efficient_capsnet": "Efficient-CapsNet",

@@ -163,11 +163,12 @@ def plot_routing(
 ) -> None:
     """Draw which places of an image feed its class, in orange, and which the next best, in blue.
 
-    Below, the class again after each iteration: the first one shares evenly.
+    The class is drawn after each iteration. The first one shares everything evenly. A share of a
+    quarter is half as bright as all.
 
     Args:
         images: (N, C, H, W).
-        shares: of each class, image and pixel after each iteration, (T, N, K, H, W).
+        shares: of each image, class and pixel, after each iteration, (T, N, K, H, W).
         logits: (N, K), by which the classes are ranked.
         labels: N class indices.
         path, title, class_names: of the picture.
@@ -176,26 +177,19 @@ def plot_routing(
     everywhere = torch.arange(len(images))
     grey = images.float().mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
 
-    def tinted(iteration: int, rank: int) -> Tensor:
-        share = shares[iteration, everywhere, best[:, rank], None]
+    def tinted(share: Tensor, rank: int) -> Tensor:
         colour = torch.tensor((_FIRST, _SECOND)[rank])[:, None, None]
-        return 0.3 * grey + 0.7 * share * colour
+        return 0.3 * grey + 0.7 * share[everywhere, best[:, rank], None].sqrt() * colour
 
-    count, wrong = len(shares), (best[:, 0] != torch.as_tensor(labels)).tolist()
+    rows = [grey, *(tinted(share, 0) for share in shares)]
+    names = ["input", *(f"class,\niteration {t}" for t in range(1, len(shares) + 1))]
+    if best.shape[1] > 1:
+        rows.append(tinted(shares[-1], 1))
+        names.append("next best")
     captions = ["\nthen ".join(class_names[label] for label in row) for row in best.tolist()]
-    rows = [tinted(-1, rank) for rank in range(best.shape[1])]
-    names = ["input", "class", "next best"][: 1 + len(rows)]
-    iterations = [tinted(t, 0) for t in range(count)]
-    blocks = [
-        Block([grey, *rows], names, captions, wrong, "class"),
-        Block(
-            iterations,
-            [f"iteration {t}" for t in range(1, count + 1)],
-            [""] * len(images),
-            [False] * len(images),
-        ),
-    ]
-    draw_blocks(blocks, path, title, left=96, text_height=42)
+    wrong = (best[:, 0] != torch.as_tensor(labels)).tolist()
+    block = Block(rows, names, captions, wrong, "predicted")
+    draw_blocks([block], path, title, left=96, text_height=42)
 
 
 def plot_confusion(

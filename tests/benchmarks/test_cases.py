@@ -1,10 +1,21 @@
 """What the benchmarks measure: inputs, rivals, floors and sweeps, all from the operator table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import operators, rivals, roofline, scaling
-from benchmarks.cases import SHAPES, Case, Shape, operator_names
+from benchmarks.cases import (
+    MATRIX_LAYERS,
+    SHAPES,
+    Case,
+    Shape,
+    folded_case,
+    matrix_case,
+    operator_names,
+)
+from benchmarks.oracle import Oracle
 from benchmarks.roofline import Ceilings, Floor, floor, measure_ceilings
 from benchmarks.timing import CpuClock
 from tritoncaps import _operators, testing
@@ -56,6 +67,28 @@ def test_couplings_are_far_from_uniform_but_not_saturated(op, shape):
     _, coupling = case.operator.call(case.arguments(CPU), case.options, case.operator.reference)
     largest = coupling.amax(dim=-1).mean().item()
     assert 1.3 / shape.J < largest < 0.76
+
+
+@pytest.mark.parametrize("name", MATRIX_LAYERS)
+def test_a_layer_has_as_many_votes_as_positions_folded_into_the_batch(name):
+    case = matrix_case(name, 64, 3)
+    assert {**case.output_shapes}["v"][-3:] == (MATRIX_LAYERS[name].J, 4, 4)
+    rows = {"conv1": 36 * 64, "conv2": 16 * 64, "class": 64}[name.split("-")[1]]
+    assert case.votes_bytes == 4 * rows * case.shape.I * case.shape.J * 16
+    if case.op == "conv_em_routing":
+        assert folded_case(name, 64, 3).input_shapes["poses"] == (rows, case.shape.I, 4, 4)
+
+
+@pytest.mark.parametrize("op", ["em_routing", "conv_em_routing"])
+def test_the_broadcast_form_of_em_routing_is_right(op):
+    sizes = {"H": 5, "W": 4, "C": 2, "K": 3, "R": 4, "Q": 4}
+    chosen = {"competition": "position", "stride": 1} if op.startswith("conv") else {}
+    case = Case(op, Shape(18, 4, 3, 16), B=2, iterations=3, chosen=chosen, more=sizes)
+    Oracle(case, CPU).check(rivals.op_rival("broadcast", case, CPU))
+    if chosen:
+        other = replace(case, chosen={"stride": 1})
+        with pytest.raises(NotImplementedError, match="competition"):
+            rivals.op_rival("broadcast", other, CPU)(**other.arguments(CPU))
 
 
 def test_an_operators_own_rival_is_a_function_in_its_file():

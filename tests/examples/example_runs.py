@@ -39,7 +39,7 @@ def small_network(name: str, **kwargs: Any) -> nn.Module:
         return models.create_model(name, channels=(4, 2, 2, 2), **kwargs)
     if name == "efficient_capsnet":
         return models.create_model(name, primary_capsules=2, **{"decoder_hidden": (8, 8), **kwargs})
-    channels: dict[str, Any] = {"capsnet": 8, "deep_capsnet": (8, 8)}
+    channels: dict[str, Any] = {"capsnet": 8, "conv_capsnet": (8, 8), "deep_capsnet": (8, 8)}
     model = models.create_model(name, channels=channels[name], capsule_types=2, **kwargs)
     shape = (1, *kwargs.get("image_size", (28, 28)))
     if kwargs.get("reconstruction", True):

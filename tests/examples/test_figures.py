@@ -527,3 +527,24 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         with pytest.raises(ValueError, match="there is no"):
             function(*arguments)  # type: ignore[operator]
     assert not path.exists()
+
+
+def test_routing(tmp_path):
+    """Orange where the class feeds on, and blue for the next best."""
+    images = blobs(3)
+    shares = torch.full((2, 3, 4, 28, 28), 0.25)
+    shares[1] = 0
+    shares[1, :, 2, :14] = 1  # all of the upper half goes to the class,
+    shares[1, :, 0, 14:] = 1  # and all of the lower one to the next best
+    logits = torch.tensor([1.0, 0.0, 2.0, 0.5]).expand(3, 4)
+    path = tmp_path / "routing.png"
+    figures.plot_routing(images, shares, logits, [2, 2, 2], path, "Routing", ["a", "b", "c", "d"])
+    pixels = read(path).astype(int)
+    warmth = pixels[..., 0] - pixels[..., 2]
+    orange, blue = (np.flatnonzero((sign * warmth > 100).any(axis=1)) for sign in (1, -1))
+    # The third row of images and the fourth; each is 84 pixels high, below a title of 40.
+    assert orange.tolist() == [*range(40 + 2 * 90, 40 + 2 * 90 + 42)]
+    assert blue.tolist() == [*range(40 + 3 * 90 + 42, 40 + 3 * 90 + 84)]
+    one = tmp_path / "one.png"
+    figures.plot_routing(images[:1], shares[:, :1, :1], logits[:1, :1], [0], one, "One", ["a"])
+    assert read(one).shape[0] < pixels.shape[0]

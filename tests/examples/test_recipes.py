@@ -21,6 +21,7 @@ SHOWN = {
     "own_loop": (r"test accuracy ([\d.]+)%", 90),
     "per_sample_gradients": (r"the gradient of the batch, to \de-0[67]", None),
     "sets": (r"accuracy on new sets ([\d.]+)%", 95),
+    "segmentation": (r"union of the squares ([\d.]+)%", 75),
     "several_objects": (r"every class is right ([\d.]+)%", 65),
     "shared_weights": (r"20×20 features, 10,368 capsules -> \(1, 10, 16\)", None),
     "signals": (r"signals of 512 samples ([\d.]+)%", 95),

@@ -5,9 +5,11 @@ import math
 
 import pytest
 
+from engine.flags import Recipe
 from engine.run_directory import RunDirectoryError, check_directory, open_experiment
-from engine.runner import _limited
+from engine.runner import _limited, _task
 from engine.tables import accuracies, averages, counted, mean_and_spread, percent
+from engine.tasks import CrossEntropy, Spread, Task
 from engine.trained import check_trained
 from tritoncaps.data import load_dataset
 
@@ -54,6 +56,29 @@ class TestRefusals:
         (tmp_path / "file").touch()
         with pytest.raises(RunDirectoryError, match=r"--output-dir .*file/run: .*file is not a"):
             check_directory(str(tmp_path / "file" / "run"))
+
+
+class TestLosses:
+    @pytest.mark.parametrize(
+        ("model", "loss", "task"),
+        [
+            ("capsnet", "auto", Task),
+            ("matrix_capsnet", "auto", CrossEntropy),
+            ("matrix_capsnet", "cross-entropy", CrossEntropy),
+            ("matrix_capsnet", "margin", Task),
+            ("matrix_capsnet", "spread", Spread),
+            ("capsnet", "spread", Spread),
+        ],
+    )
+    def test_a_network_with_logits_takes_any_loss(self, model, loss, task):
+        recipe = Recipe(model=model, loss=loss).on("mnist", epochs=1)
+        assert type(_task(recipe, batches=3)) is task
+
+    def test_a_network_without_logits_has_no_cross_entropy(self):
+        with pytest.raises(
+            ValueError, match="--loss cross-entropy: capsnet returns no logits; use"
+        ):
+            _task(Recipe(model="capsnet", loss="cross-entropy"), batches=3)
 
 
 class TestTables:

@@ -6,12 +6,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import baseline
-from engine.tasks import CrossEntropy, Task, TwoClasses, per_class_rate
+from engine.tasks import CrossEntropy, Spread, Task, TwoClasses, per_class_rate
 from tritoncaps.data import Originals
 from tritoncaps.layers import ReconstructionDecoder
 from tritoncaps.losses import CapsuleLoss
 from tritoncaps.models import CapsNet, CapsuleOutput
-from tritoncaps.ops import margin_loss
+from tritoncaps.ops import margin_loss, spread_loss
 
 
 def answer(activations):
@@ -32,6 +32,24 @@ class TestTasks:
         output = CapsuleOutput(torch.rand(3, 5), torch.empty(0), torch.rand(3, 1, 4, 4))
         expected = CapsuleLoss(weight)(output.activations, target, output.reconstruction, images)
         assert torch.equal(Task(weight).loss(output, target, images), expected)
+
+    def test_the_margin_of_the_spread_loss_follows_the_step(self):
+        torch.manual_seed(0)
+        images, target = torch.rand(3, 1, 4, 4), torch.tensor([1, 0, 4])
+        output = CapsuleOutput(torch.rand(3, 5), torch.empty(0))
+        task = Spread(steps=10)
+        for step, margin in ((0, 0.2), (5, 0.55), (50, 0.9)):
+            task.step = step
+            expected = spread_loss(output.activations, target, margin)
+            torch.testing.assert_close(task.loss(output, target, images), expected)
+        drawn = output._replace(reconstruction=torch.rand(3, 1, 4, 4))
+        error = (drawn.reconstruction - images).square().sum() / 3
+        torch.testing.assert_close(task.loss(drawn, target, images), expected + 0.0005 * error)
+
+    def test_logits_tell_classes_apart_whose_activations_are_all_1(self):
+        logits = torch.tensor([[20.0, 50.0, 30.0]])
+        output = CapsuleOutput(logits.sigmoid(), torch.empty(0), None, logits)
+        assert CrossEntropy().predictions(output).tolist() == [1]
 
     def test_two_classes_are_right_in_any_order_and_only_together(self):
         task = TwoClasses(nn.Identity())

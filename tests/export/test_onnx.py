@@ -29,6 +29,7 @@ def run(path, *inputs):
 WIDE = {"in_channels": 3, "image_size": (33, 40), "num_classes": 4}
 MODELS = {
     "capsnet": WIDE,
+    "conv_capsnet": {**WIDE, "votes": "convolved"},
     "deep_capsnet": {
         "reconstruction": False,
         "gradient": "last",
@@ -39,7 +40,10 @@ MODELS = {
     },
     "efficient_capsnet": WIDE,
     "inverted_capsnet": {"in_channels": 3, "image_size": (13, 17), "num_classes": 4},
-    "matrix_capsnet": {"in_channels": 3, "image_size": (17, 19), "num_classes": 4},
+    "matrix_capsnet": {
+        **{"in_channels": 3, "image_size": (17, 19), "num_classes": 4},
+        "min_variance": 0.05,  # a smaller one enlarges roundings
+    },
 }
 
 

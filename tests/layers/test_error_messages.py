@@ -702,8 +702,8 @@ CASES = {
     "model-name": (
         lambda: create_model("deepcapsnet"),
         ValueError,
-        "create_model: no model is named 'deepcapsnet', there are capsnet, deep_capsnet, "
-        "efficient_capsnet, inverted_capsnet, matrix_capsnet; "
+        "create_model: no model is named 'deepcapsnet', there are capsnet, conv_capsnet, "
+        "deep_capsnet, efficient_capsnet, inverted_capsnet, matrix_capsnet; "
         "did you mean 'deep_capsnet'?",
     ),
 }

@@ -11,12 +11,16 @@ from tritoncaps import (
     RoutedCapsules,
     reference,
 )
+from tritoncaps.layers import ConvRoutedCapsules
 
-ALL = {"positions": 3, "pose_bias": True, "leaky": True, "gradient": "last", "learned_prior": True}
+ALL = {"pose_bias": True, "leaky": True, "gradient": "last", "learned_prior": True}
 # Every argument that is shown in full differs from its default.
 BUILDS = [
     PrimaryCapsules(3, 4, dim=6, kernel_size=5, stride=1, padding="same", spatial_dims=3),
-    RoutedCapsules(6, 8, 10, 16, 2, **ALL),
+    RoutedCapsules(6, 8, 10, 16, 2, positions=3, **ALL),
+    ConvRoutedCapsules(
+        2, 3, 4, 5, 2, 2, 1, 2, votes="convolved", shared_kernel=True, in_length=0.5, **ALL
+    ),
     ReconstructionDecoder(5, 8, (3, 9, 7), hidden=(32, 64)),
     MarginLoss(0.8, 0.2, 0.25, "sum"),
     CapsuleLoss(0.1, 0.8, 0.2, 0.25, "none"),

@@ -36,6 +36,7 @@ def by_reference(monkeypatch):
     def switch():
         for operator in (
             "squash",
+            "conv_dynamic_routing",
             "fused_dynamic_routing",
             "attention_routing",
             "inverted_attention_routing",

@@ -10,7 +10,9 @@ from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
 
 every_model = pytest.mark.parametrize("name", list_models())
 # Networks with class capsules whose length is the activation, and a decoder.
-with_decoder = pytest.mark.parametrize("name", ["capsnet", "deep_capsnet", "efficient_capsnet"])
+with_decoder = pytest.mark.parametrize(
+    "name", ["capsnet", "conv_capsnet", "deep_capsnet", "efficient_capsnet"]
+)
 # Networks with routing by agreement.
 ROUTINGS = {"capsnet": ["routing"], "deep_capsnet": ["primary_routing", "secondary_routing"]}
 dynamic = pytest.mark.parametrize("name", ROUTINGS)
@@ -39,7 +41,8 @@ def test_models_have_the_layers_of_table_1():
 
 
 def test_models_are_known_by_name():
-    names = ["capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet", "matrix_capsnet"]
+    names = ["capsnet", "conv_capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet"]
+    names.append("matrix_capsnet")
     assert list_models() == names
     model = create_model("deep_capsnet", hidden_capsules=12, hidden_dim=8, primary_iterations=1)
     assert isinstance(model, DeepCapsNet)

@@ -24,7 +24,8 @@ def test_order_along_an_axis_carries_over(device, operator, data):
     This holds for images, for input and output capsules, and for the dimensions of a pose.
     """
     case = data.draw(cases(operator, (torch.float64,)))
-    axis = data.draw(st.sampled_from(sorted(case.sizes)))
+    # The positions of a grid and of a kernel have an order that counts.
+    axis = data.draw(st.sampled_from(sorted(case.sizes.keys() - {"H", "W", "K"})))
     generator = torch.Generator().manual_seed(case.seed)
     order = torch.randperm(case.sizes[axis], generator=generator).to(device)
 

@@ -1,12 +1,19 @@
 """EM routing: its convolution, and where other implementations go wrong."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 
-from tritoncaps import reference
-from tritoncaps.testing import normal
+from tritoncaps import ops, reference
+from tritoncaps._operators.em_routing import em_routing as registered
+from tritoncaps._torch_path.em_routing import NO_MASS
+from tritoncaps.reference import _em_routing as formulas
+from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate, normal
+
+EM, CONV = OPERATORS["em_routing"], OPERATORS["conv_em_routing"]
 
 
 def grid_inputs(B=2, H=7, W=6, C=3, R=4, P=4, J=5, Q=4, K=3):
@@ -45,6 +52,7 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
                 key = (i, output[0] if competition == "position" else None)
                 rivals.setdefault(key, []).append(output)
         shares = {(i, output): 1 / len(r) for (i, _), r in rivals.items() for output in r}
+        fitted = {}
         for t in range(iterations):
             if t > 0:
                 scores = {}
@@ -56,7 +64,6 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
                 for (i, _), r in rivals.items():
                     of_rivals = torch.stack([scores[i, output] for output in r]).softmax(0)
                     shares.update(zip([(i, output) for output in r], of_rivals, strict=True))
-            fitted = {}
             for output, of in votes.items():
                 share = torch.stack([shares[i, output] * activations[b][i] for i in of])
                 stacked = torch.stack(list(of.values()))
@@ -90,3 +97,210 @@ def test_the_convolution_is_that_of_loops_over_positions_and_votes(competition):
         for v, logits in ((v, logits), (v_loops, logits_loops))
     )
     torch.testing.assert_close(actual, expected)
+
+
+# The operator ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["full", "last"])
+@pytest.mark.parametrize("competition", ["children", "position"])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4])
+def test_results_and_all_gradients_are_those_of_the_reference(
+    iterations, competition, gradient, device
+):
+    inputs = draw_inputs(CONV, device=device) | {"weight": normal(3, 3, 3, 4, 5, 3).to(device) / 2}
+    options = {"stride": 2, "padding": 1, "competition": competition, "gradient": gradient}
+    options |= {"temperature": [0.2 * t for t in range(1, iterations + 1)]}
+    options |= {"iterations": iterations, "return_logits": True, "return_assignment": True}
+    compare_inputs(CONV, inputs, options)  # in float64: to 1e-10
+
+
+def test_torch_accepts_the_operator_with_a_grid(device):
+    inputs = draw_inputs(EM, {**dict(R=2, Q=2, P=3, J=2), "B": 4, "I": 9}, optional=())
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs.values()]
+    options = (2, [0.1, 0.2], 1e-4, [1, 2, 3, 1], "full", True)
+    torch.library.opcheck(registered.forward, (*inputs, *options), test_utils="test_schema")
+    torch.library.opcheck(registered.forward, (*inputs, *options), test_utils="test_faketensor")
+
+
+def test_padding_adds_nothing(device):
+    """The output in the middle, whose patch has no padding, is the same to the last bit."""
+    inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 5, "W": 5}, device=device)
+    options = {"stride": 1, "competition": "position"}
+    inner = ops.conv_em_routing(**inputs, **options)
+    padded = ops.conv_em_routing(**inputs, **options, padding=1)
+    for result, expected in zip(padded, inner, strict=True):
+        torch.testing.assert_close(result[:, 1:-1, 1:-1], expected, rtol=0, atol=1e-14)
+    # A patch of nothing but padding, at the corner of the kernel's size, has no mass.
+    pose, activation = ops.conv_em_routing(**inputs, padding=2)
+    assert not pose[:, 0, 0].any()
+    expected = torch.sigmoid(0.01 * (1 - 0.95**2) * inputs["beta_a"])
+    torch.testing.assert_close(activation[:, 0, 0], expected.expand_as(activation[:, 0, 0]))
+
+
+CONV_SIZES = {"B": 2, "C": 2, "R": 2, "P": 3, "J": 3, "Q": 2, "K": 2}
+
+
+def test_the_unit_of_an_input_capsule_is_shared_by_all_that_compete_for_it(device):
+    inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 3, "W": 3}, device=device)
+    for competition in ("children", "position"):
+        *_, assignment = ops.conv_em_routing(
+            **inputs, competition=competition, return_assignment=True
+        )
+        of_rows = assignment.sum(dim=-1)  # (B, 2, 2, 2, 2, C)
+        if competition == "position":
+            torch.testing.assert_close(of_rows, torch.ones_like(of_rows))
+        # The input in the middle is under the kernel at all four positions.
+        total = sum(of_rows[:, y, x, 1 - y, 1 - x] for y in (0, 1) for x in (0, 1))
+        expected = torch.full_like(total, 1 if competition == "children" else 4)
+        torch.testing.assert_close(total, expected)
+
+
+def test_an_offset_is_added_to_every_vote(device):
+    inputs = draw_inputs(EM, device=device)
+    moved = inputs | {"offset": inputs["offset"] + 3}
+    (v, a), (v_moved, a_moved) = (ops.em_routing(**given) for given in (inputs, moved))
+    torch.testing.assert_close(v_moved, v + 3)
+    torch.testing.assert_close(a_moved, a)
+
+
+# Where other implementations go wrong -------------------------------------------------------------
+
+
+def drawn(device, I=12):
+    return draw_inputs(
+        EM,
+        {"B": 3, "I": I, "R": 4, "P": 4, "J": 5, "Q": 4},
+        dtype=torch.float32,
+        device=device,
+        optional=(),
+    )
+
+
+def identical(device):
+    inputs = drawn(device)
+    return (
+        inputs
+        | {name: inputs[name][:, :1].expand_as(inputs[name]) for name in ("poses",)}
+        | {"weight": inputs["weight"][:1].expand_as(inputs["weight"])}
+    )
+
+
+def with_activations(device, active):
+    """Only so many of the input capsules are active."""
+    inputs = drawn(device)
+    inputs["activations"][:, active:] = 0
+    return inputs
+
+
+def far_from_zero(device, deviations):
+    inputs = drawn(device)
+    return inputs | {"offset": torch.full((12, 4, 4), float(deviations), device=device)}
+
+
+EXTREMES = {
+    "one input capsule": partial(drawn, I=1),
+    "one active input capsule": partial(with_activations, active=1),
+    "no active input capsule": partial(with_activations, active=0),
+    "identical votes": identical,
+    **{f"{n} deviations from zero": partial(far_from_zero, deviations=n) for n in (5, 30, 1000)},
+    "16 Gaussians that underflow": lambda device: {
+        name: tensor * (30 if name == "poses" else 1) for name, tensor in drawn(device).items()
+    },
+}
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("inputs", EXTREMES.values(), ids=EXTREMES)
+def test_extremes_are_finite_and_right(inputs, iterations, device):
+    options = {"iterations": iterations, "temperature": 0.5}
+    options |= {"return_logits": True, "return_assignment": True}
+    compare_inputs(EM, inputs(device), EM.defaults | options)
+
+
+@pytest.mark.parametrize("inputs", EXTREMES.values(), ids=EXTREMES)
+def test_extremes_are_finite_after_more_iterations(inputs, device):
+    results = evaluate(EM, inputs(device), EM.defaults | {"iterations": 4, "temperature": 0.5})
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+
+
+def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
+    inputs = with_activations(device, 0)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    v, _, logits = ops.em_routing(*leaves, return_logits=True)
+    assert not v.any()
+    poses, activations, weight, beta_u, beta_a = torch.autograd.grad(logits.sum() + v.sum(), leaves)
+    assert not poses.any() and not weight.any() and not beta_u.any()
+    assert beta_a.all()
+    assert activations.all()  # how the logits start to change
+
+
+def test_the_activations_of_input_capsules_matter(device):
+    """In a well-known implementation they cancel when the assignment is normalised again."""
+    inputs = drawn(device)
+    v, a = ops.em_routing(**inputs)
+    inputs["activations"] = inputs["activations"].flip(1)
+    v_flipped, a_flipped = ops.em_routing(**inputs)
+    assert (v - v_flipped).abs().max() > 0.1
+    assert not torch.allclose(a, a_flipped)
+
+
+def test_beta_u_counts_once_for_each_component(device):
+    inputs = drawn(device)
+    options = {"temperature": 1.0, "iterations": 1, "return_logits": True}
+    *_, z = ops.em_routing(**inputs, **options)
+    *_, z_more = ops.em_routing(**inputs | {"beta_u": inputs["beta_u"] + 1}, **options)
+    mass = inputs["activations"].sum(dim=1, keepdim=True) / 5
+    torch.testing.assert_close(z - z_more, (16 * mass).expand_as(z))
+
+
+def test_no_iteration_stops_the_gradient(device):
+    """With "last" the assignments are constants, so gradients differ from those of "full"."""
+    inputs = {name: tensor.double() for name, tensor in drawn(device).items()}
+    full, last = (
+        evaluate(EM, inputs, EM.defaults | {"gradient": gradient}) for gradient in ("full", "last")
+    )
+    for name in ("poses", "activations", "weight"):
+        assert not torch.allclose(full[f"gradient of {name}"], last[f"gradient of {name}"])
+
+
+# Arguments and memory -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "message"),
+    [
+        (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0"),
+        (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0"),
+        (ValueError, {"temperature": [0.1, 0.2, 0.3]}, "temperature must be .*iterations=2, got 3"),
+        (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0"),
+        (TypeError, {"temperature": "hot"}, "temperature must be a number, got str"),
+        (TypeError, {"temperature": ["hot", "cold"]}, "temperature must be a number, got str"),
+    ],
+)
+def test_wrong_numbers_are_refused(error, options, message, device):
+    with pytest.raises(error, match=f"^em_routing: {message}"):
+        ops.em_routing(**drawn(device), **options)
+
+
+def test_a_kernel_larger_than_the_grid_is_refused(device):
+    inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 1, "W": 5}, device=device)
+    with pytest.raises(ValueError, match=r"^conv_em_routing: .*2x2.*1x5"):
+        ops.conv_em_routing(**inputs)
+
+
+def test_the_paths_agree_on_what_has_no_mass():
+    assert NO_MASS == formulas.NO_MASS
+
+
+def test_a_training_step_takes_far_less_memory_than_the_votes():
+    """The first convolution of the paper's small network, half a batch."""
+    sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}
+    inputs = draw_inputs(CONV, sizes, dtype=torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    votes = 32 * 36 * 72 * 16 * 16 * 4
+    with LiveBytes() as live:
+        v, a = ops.conv_em_routing(*leaves, stride=2)
+        (v.square().sum() + a.sum()).backward()
+    assert live.peak < votes / 3

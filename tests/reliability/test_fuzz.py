@@ -27,12 +27,14 @@ from tritoncaps.layers import (
     AttentionCapsules,
     ClassMatrixCapsules,
     ConvMatrixCapsules,
+    ConvRoutedCapsules,
     InvertedAttentionCapsules,
     PrimaryMatrixCapsules,
 )
 from tritoncaps.losses import SpreadLoss
 from tritoncaps.models import (
     CapsNet,
+    ConvCapsNet,
     DeepCapsNet,
     EfficientCapsNet,
     InvertedCapsNet,
@@ -139,6 +141,15 @@ MODULES = {
             **{"gradient": "last", "learned_prior": True},
         },
     ),
+    "ConvRoutedCapsules": (
+        ConvRoutedCapsules,
+        {
+            **{"in_types": 2, "in_dim": 3, "out_types": 2, "out_dim": 4, "kernel_size": 2},
+            **{"stride": 1, "padding": 1, "iterations": 2, "votes": "convolved"},
+            **{"shared_kernel": True, "pose_bias": True, "leaky": True, "gradient": "last"},
+            **{"learned_prior": True, "in_length": 0.5},
+        },
+    ),
     "AttentionCapsules": (
         AttentionCapsules,
         {"in_capsules": 3, "in_dim": 4, "out_capsules": 2, "out_dim": 5, "bias": True},
@@ -189,6 +200,15 @@ MODULES = {
             **{"secondary_iterations": 2, "capsule_types": 1, "class_dim": 3},
             **{"stride": 1, "padding": 0, "shared_weights": True, "learned_prior": True},
             **{"pose_bias": True, "leaky": True, "gradient": "full", "reconstruction": False},
+        },
+    ),
+    "ConvCapsNet": (
+        ConvCapsNet,
+        {
+            **{"num_classes": 2, "in_channels": 1, "image_size": (13, 15), "channels": (2, 3)},
+            **{"iterations": 1, "stride": 1, "capsule_types": 2, "class_dim": 3},
+            **{"votes": "patch", "learned_prior": True, "pose_bias": True, "leaky": True},
+            **{"gradient": "last", "reconstruction": False},
         },
     ),
     "EfficientCapsNet": (
@@ -276,6 +296,9 @@ def check_module(call):
     elif call.name in ("RoutedCapsules", "AttentionCapsules", "InvertedAttentionCapsules"):
         v = module(torch.ones(2, a["in_capsules"], a["in_dim"]))
         assert v.shape == (2, a["out_capsules"], a["out_dim"])
+    elif call.name == "ConvRoutedCapsules":
+        v = module(torch.ones(2, a["kernel_size"], a["kernel_size"], a["in_types"], a["in_dim"]))
+        assert v.shape[-2:] == (a["out_types"], a["out_dim"])
     elif call.name == "CapsuleHead":
         poses, _ = module(torch.ones(2, a["in_channels"], 3, 3))
         assert poses.shape == (2, a["num_classes"], a["class_dim"])

@@ -14,12 +14,13 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`, `_targets`,
-# `_tracing` and `_version` know nothing about the operators, so anybody may import them.
-ALWAYS = {"_checks", "_targets", "_tracing", "_version"}
+# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`, `_patches`,
+# `_targets`, `_tracing` and `_version` know nothing about the operators, so anybody may import them.
+ALWAYS = {"_checks", "_patches", "_targets", "_tracing", "_version"}
 ROOMS = {
-    "reference": set(),
+    "reference": {"reference"},
     "_checks": set(),
+    "_patches": set(),
     "_targets": set(),
     "_tracing": set(),
     "_torch_path": {"_torch_path"},

@@ -1,8 +1,8 @@
 """EM routing, a few rows of the batch at a time, whose votes fit the cache.
 
 The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
-(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows, and
-sums over input capsules or over components add up long rows.
+(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows,
+and sums over input capsules or over components add up long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
 iteration. `kernels/README.md` derives it.
@@ -60,7 +60,7 @@ def em_routing_fwd(
             shares = R_ij * a
             n = shares.sum(dim=0)
             # Divided first, so that a single share is exactly 1, and its variance 0.
-            shares = torch.where(n > NO_MASS, shares / n, 0)
+            shares = torch.where(n <= NO_MASS, 0, shares / n)
             average = torch.mul(shares, V, out=buffer).sum(dim=0)
             squares = torch.sub(V, average, out=x).square_()
             fit = _Fit(
@@ -105,20 +105,20 @@ def em_routing_bwd(
     betas = beta_u.to(dtype), beta_a.to(dtype)
     competition = Competition(grid, J, poses.device)
     votes = _Votes(poses, weight, dtype, competition.together, backward=True)
-    buffers = votes.buffers(5)
+    buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
     grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
     last = iterations - 1
     first = 0 if gradient == "full" else last
     for rows in votes.groups:
-        V, grad_V, x, buffer, product = votes.views(buffers, rows)
+        V, grad_V, x, buffer = votes.views(buffers, rows)
         votes.write(rows, V)
         grad_V.zero_()
         a = _pairs(activations[rows].to(dtype), J)
-        fits = [
-            _Fit(*(_inner(m[t, rows]) for m in (mass, mean, variance)), betas, l, min_variance)
-            for t, l in enumerate(temperature)
-        ]
+        fits = []
+        for t, scale in enumerate(temperature):
+            moments = (_inner(moment[t, rows]) for moment in (mass, mean, variance))
+            fits.append(_Fit(*moments, betas, scale, min_variance))  # type: ignore[call-arg]
         assignments = [competition.first(a)]
         for fit in fits[max(first - 1, 0) : last]:
             squares = torch.sub(V, fit.mean, out=x).square_()
@@ -139,12 +139,11 @@ def em_routing_bwd(
             scale = _inverse_mass(fit.mass)
             slope, curve = grad_mean * scale, (grad_variance + of_variance) * scale
             grad_n -= (curve * fit.variance).sum(dim=0, keepdim=True)
-            torch.addcmul(slope, curve, x, out=buffer)
-            torch.mul(buffer, x, out=product)
-            grad_shares = product.sum(dim=1, keepdim=True).add_(grad_n)
+            grad_V.addcmul_(torch.addcmul(slope, 2 * curve, x, out=buffer), R * a)
+            torch.addcmul(slope, curve, x, out=buffer).mul_(x)
+            grad_shares = buffer.sum(dim=1, keepdim=True).add_(grad_n)
             grad_a += R * grad_shares
-            grad_V.addcmul_(buffer.addcmul_(curve, x), R * a)
-            if t == first and (t == 0 or gradient == "last"):
+            if t == first:
                 break
             # E-step of the fit before.
             grad_R = grad_shares.mul_(a)
@@ -265,7 +264,7 @@ class _Fit:
 
 
 def _inverse_mass(mass: Tensor) -> Tensor:
-    return torch.where(mass > NO_MASS, mass.reciprocal(), 0)
+    return torch.where(mass <= NO_MASS, 0, mass.reciprocal())
 
 
 def _pairs(activations: Tensor, J: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 The layers support any image size, channel count and number of classes. Capsules travel between
 layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has its own activation.
+Those of a grid are (B, H, W, types, dimension).
 """
 
 from tritoncaps.layers.attention import AttentionCapsules, InvertedAttentionCapsules
 from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_layers
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
+from tritoncaps.layers.convolutional import ConvRoutedCapsules
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.head import CapsuleHead
 from tritoncaps.layers.matrix import (
@@ -24,6 +26,7 @@ __all__ = [
     "Capsules",
     "ClassMatrixCapsules",
     "ConvMatrixCapsules",
+    "ConvRoutedCapsules",
     "DeadLayer",
     "InvertedAttentionCapsules",
     "PrimaryCapsules",

@@ -28,9 +28,21 @@ def routing_weight_std(inputs: int, out_capsules: int, out_dim: int) -> float:
     The length is never below 0.1, where the next squash would end the signal. Only hundreds of
     outputs come near it. Ten capsules of 16 have the length 1 exactly.
     """
-    first_sum = min(
+    length = _first_sum(inputs, out_capsules, out_dim)
+    return length * (out_capsules / math.sqrt(inputs * out_dim))
+
+
+def routed_length(inputs: int, out_capsules: int, out_dim: int) -> float:
+    """Return the length of the first outputs of such a routing, for the weight of the next one."""
+    square = _first_sum(inputs, out_capsules, out_dim) ** 2
+    return square / (1 + square)
+
+
+def _first_sum(inputs: int, out_capsules: int, out_dim: int) -> float:
+    """The length of the first sums."""
+    length = min(
         1.0,
         math.sqrt(_GAIN * out_dim / out_capsules),
         _LONGEST_VOTE * math.sqrt(inputs) / out_capsules,
     )
-    return max(first_sum, _SHORTEST_SUM) * (out_capsules / math.sqrt(inputs * out_dim))
+    return max(length, _SHORTEST_SUM)

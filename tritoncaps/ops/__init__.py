@@ -17,6 +17,7 @@ Derivatives of any order work, in reverse and in forward mode, and so do the tra
 """
 
 from tritoncaps.ops._attention_routing import attention_routing
+from tritoncaps.ops._conv_dynamic_routing import Votes, conv_dynamic_routing
 from tritoncaps.ops._conv_em_routing import Competition, conv_em_routing
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
 from tritoncaps.ops._em_routing import em_routing
@@ -34,7 +35,9 @@ __all__ = [
     "Gradient",
     "Output",
     "Reduction",
+    "Votes",
     "attention_routing",
+    "conv_dynamic_routing",
     "conv_em_routing",
     "dynamic_routing",
     "em_routing",

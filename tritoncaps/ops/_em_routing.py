@@ -74,8 +74,9 @@ def em_routing(
         >>> poses.shape, activations.shape
         (torch.Size([2, 16, 4, 4]), torch.Size([2, 16]))
 
-    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. The minimal variance
-    is ours: with it, an output capsule that only one input capsule votes for has a finite logit.
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. The minimal
+    variance is ours. With it, an output capsule that a single input capsule votes for has a finite
+    logit.
     """
     name = "em_routing"
     _checks.check_inputs(

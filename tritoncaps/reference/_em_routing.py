@@ -3,11 +3,10 @@
 Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -146,8 +145,8 @@ def route(
 def _m_step(votes: Tensor, shares: Tensor, min_variance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mass (B, J), mean and variance (B, J, R, Q) of the votes, with the shares (B, I, J)."""
     mass = reduce(shares, "B I J -> B J", "sum")
-    has_mass = mass > NO_MASS
-    inverse_mass = torch.where(has_mass, 1 / torch.where(has_mass, mass, 1), 0)
+    is_empty = mass <= NO_MASS
+    inverse_mass = torch.where(is_empty, 0, 1 / torch.where(is_empty, 1, mass))
     shares = shares * inverse_mass[:, None]
     mean = einsum(shares, votes, "B I J, B I J R Q -> B J R Q")
     squares = (votes - mean[:, None]) ** 2
@@ -168,22 +167,14 @@ def _log_densities(votes: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 def _windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
     """The windows of a grid, (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
-    around = (0, 0) * (grid.ndim - 3) + (padding,) * 4
-    windows = F.pad(grid, around).unfold(1, K, stride).unfold(2, K, stride)
-    return windows.movedim((-2, -1), (3, 4))
-
-
-def _inputs_of(grid: Sequence[int]) -> list[int]:
-    """For each place (y', x', ky, kx) of the windows, the number of the input position there."""
-    rows, columns, K, stride = grid
-    width = (columns - 1) * stride + K
-    return [
-        (y * stride + ky) * width + x * stride + kx
-        for y in range(rows)
-        for x in range(columns)
+    padded = F.pad(grid, (0, 0) * (grid.ndim - 3) + (padding,) * 4)
+    ends = [size - K + 1 for size in padded.shape[1:3]]
+    places = [
+        padded[:, ky : ky + ends[0] : stride, kx : kx + ends[1] : stride]
         for ky in range(K)
         for kx in range(K)
     ]
+    return torch.stack(places, dim=3).unflatten(3, (K, K))
 
 
 def _first_assignment(votes: Tensor, grid: Sequence[int]) -> Tensor:
@@ -191,12 +182,11 @@ def _first_assignment(votes: Tensor, grid: Sequence[int]) -> Tensor:
     B, I, J = votes.shape[:3]
     if not grid:
         return votes.new_full((B, I, J), 1 / J)
-    inputs = _inputs_of(grid)
-    fed = Counter(inputs)
     rows, columns, K, _ = grid
-    shares = votes.new_tensor([1 / (J * fed[number]) for number in inputs])
-    shares = shares.view(rows * columns, K * K, 1).expand(-1, -1, I // K**2).flatten(1)
-    return shares.repeat(B // len(shares), 1)[:, :, None].expand(B, I, J)
+    _, is_fed = _places_of_input(grid, votes.device)
+    shares = 1 / (J * is_fed.sum(dim=1).to(votes.dtype))
+    shares = repeat(shares, "(W k) -> W (k C)", W=rows * columns, C=I // K**2)
+    return repeat(shares, "W I -> (B W) I J", B=B // (rows * columns), J=J)
 
 
 def _softmax(logits: Tensor, grid: Sequence[int]) -> Tensor:
@@ -205,16 +195,36 @@ def _softmax(logits: Tensor, grid: Sequence[int]) -> Tensor:
         return logits.softmax(dim=-1)
     B, I, _ = logits.shape
     rows, columns, K, _ = grid
-    inputs = _inputs_of(grid)
-    # For each input position, the places where it is. Those with fewer get places without weight.
-    places: list[list[int]] = [[] for _ in range(max(inputs) + 1)]
-    for place, number in enumerate(inputs):
-        places[number].append(place)
-    most = max(map(len, places))
-    table = torch.tensor([p + [len(inputs)] * (most - len(p)) for p in places])
-    of_places = logits.logsumexp(dim=-1).view(B // (rows * columns), len(inputs), I // K**2)
+    places, is_fed = _places_of_input(grid, logits.device)
+    of_places = logits.logsumexp(dim=-1).view(B // (rows * columns), len(places), I // K**2)
     nothing = torch.finfo(logits.dtype).min
-    padded = F.pad(of_places, (0, 0, 0, 1), value=nothing)
-    of_inputs = padded[:, table.to(logits.device)].logsumexp(dim=2)
-    back = of_inputs[:, torch.tensor(inputs, device=logits.device)]
-    return torch.exp(logits - back.reshape(B, I, 1))
+    of_inputs = torch.where(is_fed[:, :, None], of_places[:, places], nothing).logsumexp(dim=2)
+    return torch.exp(logits - of_inputs.reshape(B, I, 1))
+
+
+def _places_of_input(grid: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each place (y', x', ky, kx) in the windows, all places of the same input, (places, n).
+
+    n is the largest number of windows that an input lies in. A mask, (places, n), says which of
+    them there are. All is made of `arange`, which every exporter knows.
+    """
+    _, columns, K, stride = grid
+    (y, ky, has_y), (x, kx, has_x) = (_windows_of_input(n, K, stride, device) for n in grid[:2])
+    y, ky, has_y = (rearrange(t, "y ky n -> y 1 ky 1 n 1") for t in (y, ky, has_y))
+    x, kx, has_x = (rearrange(t, "x kx n -> x 1 kx 1 n") for t in (x, kx, has_x))
+    place = ((y * columns + x) * K + ky) * K + kx
+    is_there = has_y & has_x
+    pattern = "y x ky kx ny nx -> (y x ky kx) (ny nx)"
+    return rearrange(place.where(is_there, 0), pattern), rearrange(is_there, pattern)
+
+
+def _windows_of_input(
+    count: int, K: int, stride: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: the windows of the input at (window, k), its k in them, and if they exist."""
+    window, k = (torch.arange(n, device=device) for n in (count, K))
+    back = torch.arange((K - 1) // stride + 1, device=device)
+    position = (window[:, None] * stride + k)[:, :, None]
+    windows = position // stride - back
+    places = position - windows * stride
+    return windows, places, (windows >= 0) & (windows < count) & (places < K)

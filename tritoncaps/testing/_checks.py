@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps._operators._dispatch import INTERPRETED
 from tritoncaps.testing._agreement import compare, gradients
-from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal, with_layout
+from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal
 from tritoncaps.testing._fuzz import check_call, fuzzed_calls
 from tritoncaps.testing._table import Operator
 
@@ -180,11 +180,14 @@ def check_compile(operator: Operator, device: torch.device) -> None:
         def loss(inputs: dict[str, Tensor], options: Any = options) -> Tensor:
             return sum((x.square().sum() for x in operator.call(inputs, options)), torch.zeros(()))
 
-        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=frames)
+        compiled = torch.compile(loss, fullgraph=True, backend=frames)
         counts = []
         for batch in (3, 8, 11):
             inputs = draw_inputs(operator, {**SIZES, "B": batch}, device=device)
             leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+            for name, leaf in leaves.items():
+                if "B" in operator.axes[name].split():
+                    torch._dynamo.mark_dynamic(leaf, 0)
             results = [
                 torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True)
                 for function in (compiled, loss)
@@ -602,9 +605,7 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
         with _Recorded(operator) as recorded:
             gradients(operator.bound(options), inputs, layout=layout)
         forward, backward = recorded.calls
-        leaves = tuple(
-            x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward
-        )
+        leaves = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward)
         registered = operator.registered
         yield (registered.forward, leaves), (registered.backward, backward)
 

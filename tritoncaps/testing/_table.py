@@ -87,13 +87,19 @@ class Operator:
         self, inputs: Mapping[str, Tensor], options: Mapping[str, Any]
     ) -> dict[str, tuple[int, ...]]:
         """The shape of each result of a call."""
-        axes = {name.removesuffix("?"): of for name, of in self.outputs.items()}
         sizes = {
             axis: size
             for name, tensor in inputs.items()
             for axis, size in zip(self.axes[name].split(), tensor.shape, strict=True)
         }
-        sizes |= {axis: size(sizes, options) for axis, size in self.sizes.items()}
+        return self.result_shapes(sizes, options)
+
+    def result_shapes(
+        self, sizes: Mapping[str, int], options: Mapping[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of each result of a call, from the sizes of the inputs' axes."""
+        axes = {name.removesuffix("?"): of for name, of in self.outputs.items()}
+        sizes = {**sizes, **{axis: size(sizes, options) for axis, size in self.sizes.items()}}
         return {
             name: tuple(sizes[axis] for axis in axes[name].split())
             for name in self.output_names(options)
@@ -201,6 +207,22 @@ _ROWS = (
         outputs=_ROUTING_OUTPUTS,
         options=_ROUTING_OPTIONS,
         registered=fused_dynamic_routing,
+    ),
+    Operator(
+        ops.conv_dynamic_routing,
+        reference.conv_dynamic_routing,
+        inputs={
+            "u": "B H W C P",
+            "weight": "K K C P J D",
+            "prior?": "K K C J",
+            "pose_bias?": "J D",
+        },
+        outputs={"v": "B H' W' J D", "coupling?": "B H' W' K K C J"},
+        options={"stride": (2, 1), "padding": (0, 1), "votes": ("patch",), **_ROUTING_OPTIONS},
+        # A kernel fits into the grid, and each patch holds more than padding.
+        smallest={"H": 3, "W": 3, "K": 2},
+        largest={"B": 3, "H": 5, "W": 5, "C": 4, "K": 3, "P": 9, "J": 9, "D": 9},
+        sizes=_GRID_SIZES,
     ),
     Operator(
         ops.attention_routing,

@@ -1,0 +1,32 @@
+"""The broadcast form, whose output capsules compete at one position only."""
+
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.rivals import em_routing
+
+
+def broadcast(
+    poses: Tensor,
+    activations: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    stride: int,
+    padding: int,
+    competition: str,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Gather patches, and route each position by itself, as most implementations do."""
+    if competition != "position" or padding:
+        raise NotImplementedError("broadcast: no competition between positions, and no padding")
+    K = len(weight)
+    windows = [x.unfold(1, K, stride).unfold(2, K, stride) for x in (poses, activations)]
+    patches = [x.movedim((-2, -1), (3, 4)) for x in windows]
+    folded = [x.flatten(0, 2).flatten(1, 3) for x in patches]
+    results = em_routing.broadcast(*folded, weight.flatten(0, 2), beta_u, beta_a, **options)
+    return tuple(x.unflatten(0, patches[0].shape[:3]) for x in results)
+
+
+RIVALS = {"broadcast": broadcast}

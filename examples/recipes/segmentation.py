@@ -1,0 +1,40 @@
+"""How do I label every pixel with capsules?
+
+With convolutional capsules: class capsules at each position. Here squares lie on grey ground,
+filled with horizontal or with vertical stripes. No single pixel shows which.
+"""
+
+import torch
+
+from tritoncaps import PrimaryCapsules, ops
+from tritoncaps.layers import ConvRoutedCapsules, capsule_lengths
+
+
+def draw(count: int, side: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw images, (count, 1, side, side), and the class of each pixel: 0 is the ground."""
+    lines = torch.arange(side)
+    corner = torch.randint(0, side - 6, (count, 2, 1))
+    rows, columns = ((lines >= corner) & (lines < corner + 7)).unbind(dim=1)  # (count, side)
+    kind = torch.randint(1, 3, (count, 1, 1))
+    labels = kind * (rows.unsqueeze(2) & columns.unsqueeze(1))
+    stripes = torch.where(kind == 1, lines.unsqueeze(1), lines).remainder(2)
+    images = torch.where(labels > 0, stripes, 0.5).unsqueeze(1)
+    return images + 0.2 * torch.randn_like(images), labels
+
+
+torch.manual_seed(0)
+convolution = torch.nn.Conv2d(1, 32, kernel_size=5, padding=2)
+primary = PrimaryCapsules(32, capsule_types=8, dim=8, kernel_size=3, stride=1, padding="same")
+grid = torch.nn.Unflatten(1, (12, 12, 8))
+routing = ConvRoutedCapsules(8, 8, out_types=3, out_dim=8, kernel_size=3, padding=1)
+model = torch.nn.Sequential(convolution, torch.nn.ReLU(), primary, grid, routing)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+for images, labels in (draw(8) for _ in range(60)):
+    lengths = capsule_lengths(model(images))  # (8, 12, 12, 3)
+    optimizer.zero_grad()
+    ops.margin_loss(lengths.flatten(0, 2), labels.flatten()).backward()
+    optimizer.step()
+images, labels = draw(100)
+found = capsule_lengths(model(images)).argmax(dim=3)
+right, either = ((found == labels) & (labels > 0)).sum(), ((found > 0) | (labels > 0)).sum()
+print(f"intersection over union of the squares {right / either:.1%}")

@@ -1,4 +1,4 @@
-"""Small image sets for tests, and the bytes of IDX files."""
+"""Small image sets for tests, and the bytes of IDX and of smallNORB's files."""
 
 import os
 import struct
@@ -6,7 +6,7 @@ import struct
 import pytest
 import torch
 
-from tritoncaps.data import ImageSet
+from tritoncaps.data import ImageSet, ViewSet, rendered_solids
 
 needs_mnist = pytest.mark.skipif(
     "TRITONCAPS_MNIST" not in os.environ,
@@ -35,3 +35,27 @@ def idx_bytes(content):
     """Encode a uint8 tensor as an IDX file."""
     header = struct.pack(f">{1 + content.ndim}I", 0x0800 + content.ndim, *content.shape)
     return header + bytes(content.flatten().tolist())
+
+
+def norb_bytes(content):
+    """Encode a uint8 or int32 tensor as smallNORB does: at least three sizes are written."""
+    magic = {torch.uint8: 0x1E3D4C55, torch.int32: 0x1E3D4C54}[content.dtype]
+    sizes = (*content.shape, *[1] * (3 - content.ndim))
+    header = struct.pack(f"<{2 + len(sizes)}i", magic, content.ndim, *sizes)
+    return header + content.numpy().tobytes()
+
+
+def few_solids(**options):
+    """Render a solid of each class from a few viewpoints."""
+    return rendered_solids(
+        **{"size": 20, "instances": 1, "elevations": [0, 40], "azimuths": [0, 90, 180, 330],
+           "lightings": 2, **options}
+    )  # fmt: skip
+
+
+def taken(images: ViewSet, **view):
+    """Return the images of a view, such as azimuth=90."""
+    chosen = torch.ones(len(images), dtype=torch.bool)
+    for name, value in view.items():
+        chosen &= images.view(name) == value
+    return images.subset(chosen)

@@ -1,7 +1,10 @@
 """The networks that the experiments compare: capsule networks, and a CNN of similar size."""
 
+import bisect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tritoncaps.models import CapsuleOutput, create_model, list_models
@@ -99,3 +102,38 @@ def list_networks() -> list[str]:
 def create_network(name: str, **kwargs: Any) -> nn.Module:
     """Build a capsule network or the CNN by name."""
     return ConvNet(**kwargs) if name == CNN else create_model(name, **kwargs)
+
+
+def like(
+    name: str, from_data: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the widths of the CNN that has about as many parameters as a capsule network.
+
+    `from_data` are arguments of both, and `kwargs` others of the network. A decoder does not count.
+    All widths of the CNN shrink or grow alike.
+
+    Example:
+        >>> like("efficient_capsnet", {"num_classes": 10})
+        {'channels': (36, 36, 18), 'hidden': (96, 27)}
+    """
+    with torch.device("meta"):
+        network = create_network(name, **from_data, **(kwargs or {}))
+    wanted = _count(network) - _count(getattr(network, "decoder", None) or nn.Module())
+
+    def widths(step: int) -> dict[str, Any]:
+        channels, hidden = (256, 256, 128), (684, 192)
+        return {
+            key: tuple(max(1, round(width * step / 256)) for width in full)
+            for key, full in (("channels", channels), ("hidden", hidden))
+        }
+
+    def size(step: int) -> int:
+        with torch.device("meta"):
+            return _count(ConvNet(**from_data, **widths(step)))
+
+    larger = bisect.bisect_left(range(1, 2048), wanted, key=size) + 1
+    return widths(min(larger, larger - 1 or 1, key=lambda step: abs(size(step) - wanted)))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

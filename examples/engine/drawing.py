@@ -2,8 +2,8 @@
 
 Figures are drawn without pyplot and in matplotlib's default style, whatever the user's settings, so
 the same input gives the same bytes. Matplotlib is imported when the first picture is drawn. Images
-are grey or RGB tensors (C = 1 or 3), uint8 or floats in [0, 1]. They are enlarged by a whole
-number: each pixel becomes a square.
+are grey or RGB tensors (C = 1 or 3) or stereo pairs (C = 2, of which the first is drawn), uint8 or
+floats in [0, 1]. They are enlarged by a whole number: each pixel becomes a square.
 """
 
 from __future__ import annotations
@@ -131,8 +131,12 @@ def enlarged(images: Tensor, bottom: int, right: int) -> Tensor:
     if pixels.numel() == 0:
         raise ValueError(f"there are no images to draw (shape {tuple(pixels.shape)})")
     channels, height, width = pixels.shape[-3:]
-    if channels not in (1, 3):
-        raise ValueError(f"images have C={channels} channels; 1 (grey) or 3 (RGB) can be drawn")
+    if channels not in (1, 2, 3):
+        raise ValueError(
+            f"images have C={channels} channels; 1 (grey), 2 (stereo) or 3 (RGB) can be drawn"
+        )
+    if channels == 2:
+        pixels = pixels[..., :1, :, :]
     if pixels.dtype != torch.uint8:
         pixels = (pixels.float().nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
     scale = max(1, _TILE // max(height, width))

@@ -355,13 +355,14 @@ class Panel:
     """One plot of `plot_panels`: a share against something, for each network.
 
     `lines` holds the values x and the shares of each network. `level` draws a dashed line at a
-    share, with its name.
+    share, with its name. `shaded` names ranges of x, (from, to), that stand out.
     """
 
     title: str
     x_label: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     level: tuple[float, str] | None = None
+    shaded: tuple[str, Sequence[tuple[float, float]]] | None = None
 
 
 def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity: str) -> None:
@@ -371,7 +372,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     with figure(path, 420 * columns + 40, 380 * rows + 90, title) as drawn:
-        handles = {}
+        handles: dict[str, Any] = {}
         for number, panel in enumerate(panels, 1):
             axes = drawn.add_subplot(rows, columns, number)
             styles = line_styles(panel.lines)
@@ -382,6 +383,10 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, title: str, quantity:
             if panel.level is not None:
                 share, name = panel.level
                 handles[name] = axes.axhline(100 * share, color="0.4", ls="--", lw=1)
+            if panel.shaded is not None:
+                name, ranges = panel.shaded
+                for start, end in ranges:
+                    handles[name] = axes.axvspan(start, end, color="0.9", lw=0)
             axes.set_title(panel.title, fontsize=9)
             axes.set(xlabel=panel.x_label, ylabel=f"{quantity} (%)", ylim=(0, 102))
             axes.grid(alpha=0.3)

@@ -42,7 +42,7 @@ from engine.run_directory import (
 from engine.runtime import choose_runtime, describe_environment, make_deterministic, require
 from engine.tables import accuracies, percent
 from engine.tasks import CrossEntropy, Source, Spread, Task
-from engine.training import OneCycle, Schedule, Trainer, TrainingError
+from engine.training import Evaluation, OneCycle, Schedule, Trainer, TrainingError
 from tritoncaps._files import CheckpointError
 from tritoncaps.data import (
     Batches,
@@ -73,8 +73,8 @@ class Stopped(Exception):  # noqa: N818 (no error)
 class Job:
     """What one run trains: a network, its task, and the images.
 
-    `config` describes the network, see `Trainer`. With `curve` the test set is evaluated after
-    every epoch, otherwise once at the end.
+    `config` describes the network, and `more_columns` adds to the row of an epoch, see `Trainer`.
+    With `curve` the test set is evaluated after every epoch, otherwise once at the end.
     """
 
     model: nn.Module
@@ -84,6 +84,7 @@ class Job:
     validation: ImageSet | Source | None
     test: ImageSet | Source
     curve: bool = True
+    more_columns: Callable[[str, Evaluation], dict[str, float]] | None = None
 
 
 def run_program(
@@ -246,9 +247,17 @@ class Runner:
         return self.runtime.place(model), config
 
     def classification(
-        self, recipe: Recipe, images: ImageSet | None = None, *, curve: bool = True
+        self,
+        recipe: Recipe,
+        images: ImageSet | None = None,
+        *,
+        crop: int | None = None,
+        curve: bool = True,
     ) -> Job:
-        """Return the job of classifying: `images`, or all that are not held out."""
+        """Return the job of classifying: `images`, or all that are not held out.
+
+        With `crop` it trains on windows of this size, see `Batches`.
+        """
         validation = None
         if images is None:
             images, validation = self.split(recipe)
@@ -259,8 +268,10 @@ class Runner:
             max_shift=recipe.max_shift,
             rotation=recipe.rotation,
             scaling=recipe.scaling,
+            crop=crop,
         )
-        model, config = self.build(recipe, images.images.shape[1:])
+        channels, height, width = images.images.shape[1:]
+        model, config = self.build(recipe, (channels, crop or height, crop or width))
         task = _task(recipe, len(batches))
         return Job(model, config, task, batches, validation, self.test_images, curve)
 
@@ -302,6 +313,8 @@ class Runner:
             log_interval=self.output.log_interval,
             checkpoint_interval=self.output.checkpoint_interval,
         )
+        if job.more_columns is not None:
+            trainer.more_columns = job.more_columns
         if self.machine.torchcompile:
             trainer.call = torch.compile(trainer.call)
         return trainer

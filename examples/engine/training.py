@@ -160,6 +160,8 @@ class Trainer:
         call: what a training step calls: the model, until you set a compiled one. An evaluation
             calls the model itself: it is not worth another compilation.
         on_metrics: called with (step, {name: value}) for every record and epoch, for a tracker.
+        more_columns: called with ("validation" or "test", `Evaluation`) after every epoch; what it
+            returns, {name: number}, joins the row of the epoch.
         rows: one dict per epoch, as in summary.csv.
 
     Example:
@@ -207,6 +209,7 @@ class Trainer:
         self.log_interval = log_interval
         self.checkpoint_interval = checkpoint_interval
         self.on_metrics: Callable[[int, dict[str, float]], None] = lambda step, values: None
+        self.more_columns: Callable[[str, Evaluation], dict[str, float]] = lambda split, found: {}
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
         self._stop_requested = False
@@ -436,6 +439,7 @@ class Trainer:
                 evaluation = self.evaluate(images)
                 row[f"{split}_loss"] = evaluation.loss
                 row[f"{split}_accuracy"] = evaluation.accuracy
+                row |= self.more_columns(split, evaluation)
         row["learning_rate"] = self.schedule(progress.step - 1, progress.epoch)
         row["seconds"] = round(progress.seconds, 2)
         self.rows.append(row)

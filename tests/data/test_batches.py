@@ -400,6 +400,19 @@ def test_rotated_and_scaled_in_one():
     torch.testing.assert_close(centre, corners, atol=0.04, rtol=0)
 
 
+def test_a_crop_is_the_middle_and_a_shift_brings_in_what_is_around():
+    images = make_set(6, height=11, width=9)
+    (cropped, _) = next(Batches(images, 6, seed=1, shuffle=False, crop=4).epoch(0))
+    assert torch.equal(cropped, to_float(images.images[:, :, 3:7, 2:6]))
+    options = {"seed": 1, "shuffle": False, "max_shift": 4}
+    shifted, _ = next(Batches(images, 6, crop=4, **options).epoch(0))
+    # As if the whole image had been shifted first; beyond it are zeros.
+    whole, _ = next(Batches(images, 6, **options).epoch(0))
+    assert torch.equal(shifted, whole[:, :, 3:7, 2:6])
+    with pytest.raises(ValueError, match=r"crop=10, but the images are ImageSet\(N=6, C=1, H=11"):
+        Batches(images, 6, seed=1, crop=10)
+
+
 def test_batches_leave_the_global_random_state_alone():
     state = torch.get_rng_state()
     all_pixels(Batches(make_set(50), 16, seed=1, max_shift=2), 0)

@@ -32,7 +32,7 @@ Setter = Callable[[Any, str, Any], None]
 def small_network(name: str, **kwargs: Any) -> nn.Module:
     """Build the named network, a thousand times smaller."""
     if name == baseline.CNN:
-        return baseline.ConvNet(channels=(4, 4, 4), hidden=(8, 8), **kwargs)
+        return baseline.ConvNet(**{**kwargs, "channels": (4, 4, 4), "hidden": (8, 8)})
     if name == "inverted_capsnet":
         return models.create_model(name, channels=(4, 4), blocks=(1, 1), capsule_types=2, **kwargs)
     if name == "matrix_capsnet":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from example_runs import small_network, stop_after
+from image_sets import few_solids
 
 import compare_models
 import less_data
@@ -23,9 +24,11 @@ import robustness
 import routing_sweep
 import train_mnist
 import train_overlapping
-from engine import baseline, checkpoint, training
+import viewpoints
+from engine import baseline, checkpoint, runner, training
 from engine.tasks import TwoClasses
-from tritoncaps.data import ImageSet
+from tritoncaps.data import Dataset, ImageSet
+from tritoncaps.models import create_model
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
 
@@ -474,6 +477,112 @@ class TestLessData:
         assert status == 2 and "--sizes 200: there are 100 training images" in printed
 
 
+@pytest.fixture
+def solids(monkeypatch):
+    """A few rendered solids in place of all, and a note of what was asked for."""
+    train, test = few_solids(
+        size=28, instances=2, elevations=[30, 40], azimuths=[0, 100, 200], lightings=1
+    )
+    names = ("L-shape", "pyramid", "cylinder", "cone", "ring")
+
+    def load(name, data_dir, **_):
+        return Dataset(name, "Solids", train, test, names, f"{name} in {data_dir}", epochs=2)
+
+    monkeypatch.setattr(runner, "load_dataset", load)
+
+
+SOLIDS = (
+    "--device=cpu", "--precision=fp32", "--epochs=2", "--batch-size=8", "--crop=24",
+    "--warmup-steps=2", "--max-shift=3",
+)  # fmt: skip
+
+
+@pytest.mark.usefixtures("solids")
+class TestViewpoints:
+    def test_networks_are_compared_where_they_are_alike(self, tmp_path, monkeypatch):
+        out = tmp_path / "out"
+        flags = (*SOLIDS, "--seeds=2", f"--output-dir={out}")
+        with pytest.MonkeyPatch.context() as patch:
+            stop_after(patch, 3)
+            assert run(viewpoints, *flags)[0] == 130
+        printed = finish(viewpoints, *flags)
+        # Of 60 test images, those from 0° are familiar.
+        assert "20 test images familiar, 40 novel" in printed
+        assert re.search(
+            r"MatrixCapsNet .* % of the familiar views, .* % wrong of the novel", printed
+        )
+        runs, compared, by_angle = (rows_of(out, name) for name in ("runs", "matched", "views"))
+        assert [row["model"] for row in compared] == ["matrix_capsnet", "cnn"]
+        for seed in (1, 2):
+            same = [row for row in runs if row["seed"] == seed]
+            tables = [table(out / row["name"] / "summary.csv") for row in same]
+            familiar = [[float(row["validation_accuracy"]) for row in rows] for rows in tables]
+            target = min(max(values) for values in familiar)
+            for row, rows, values in zip(same, tables, familiar, strict=True):
+                epoch = rows[row["matched_epoch"] - 1]
+                assert row["familiar_accuracy"] == float(epoch["validation_accuracy"])
+                assert row["novel_accuracy"] == float(epoch["test_accuracy"])
+                assert row["novel_error"] == 1 - row["novel_accuracy"]
+                nearest = min(abs(value - target) for value in values)
+                assert abs(row["familiar_accuracy"] - target) == nearest
+                # Both novel viewpoints have 20 images.
+                both = (float(epoch["100"]) + float(epoch["200"])) / 2
+                assert row["novel_accuracy"] == pytest.approx(both)
+        for row in compared:
+            errors = [run["novel_error"] for run in runs if run["model"] == row["model"]]
+            assert row["novel_error"] == pytest.approx(sum(errors) / 2)
+        assert [(row["azimuth"], row["familiar"]) for row in by_angle] == [
+            (0, True), (100, False), (200, False),
+        ] * 2  # fmt: skip
+        check_picture(out / "viewpoints.png", (400, 800))
+        check_picture(out / "images.png")
+        forbid_training(monkeypatch)
+        assert finish(viewpoints, *flags).count("finished before") == 4
+        assert rows_of(out, "runs") == runs
+
+    def test_it_trains_on_the_familiar_views_alone(self, tmp_path):
+        flags = ("--view=elevation", "--familiar", "40", "--models=cnn", "--epochs=1")
+        out = tmp_path / "out"
+        finish(viewpoints, *SOLIDS, *flags, f"--output-dir={out}")
+        steps = (out / "cnn-seed1/metrics.jsonl").read_text()
+        assert steps and "elevation" in rows_of(out, "views")[0]
+        args = json.loads((out / "cnn-seed1/args.json").read_text())["args"]
+        assert args["model_kwargs"]["image_size"] == [24, 24] and args["familiar"] == [40]
+        epoch = table(out / "cnn-seed1/summary.csv")[0]
+        # Half of 60 images, of which an epoch sees each once.
+        assert (float(epoch["train_accuracy"]) * 30) % 1 == pytest.approx(0, abs=1e-9)
+        assert {"30", "40"} <= set(epoch) and "0" not in epoch
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--familiar", "10"), "--familiar 10 is 0 of 60 images, but it must be some and not"),
+            (("--familiar", "0", "100", "200"), "is 60 of 60 images"),
+            (("--crop=29",), "--crop 29: the images are ViewSet(N=60, C=1, H=28"),
+        ],
+    )
+    def test_what_cannot_be_compared_gives_a_one_line_error(self, tmp_path, flags, message):
+        status, printed = run(viewpoints, *SOLIDS, *flags, f"--output-dir={tmp_path / 'out'}")
+        assert status == 2 and message in printed and len(printed.splitlines()) == 1
+
+    def test_smallnorb_is_used_where_it_is(self, tmp_path):
+        flags = (*SOLIDS, "--models=cnn", "--dry-run", f"--data-dir={tmp_path}")
+        assert "data        rendered-solids in" in finish(viewpoints, *flags)
+        folder = tmp_path / "smallnorb"
+        folder.mkdir()
+        (folder / "smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat.gz").touch()
+        assert "data        smallnorb in" in finish(viewpoints, *flags)
+
+
+def test_the_cnn_gets_the_size_of_the_capsule_network(monkeypatch):
+    monkeypatch.setattr(baseline, "create_network", create_model)
+    shape = {"num_classes": 5, "in_channels": 2, "image_size": (32, 32)}
+    for kwargs, parameters in (({}, 68_754), ({"size": "big"}, 317_194)):
+        widths = baseline.like("matrix_capsnet", shape, kwargs)
+        cnn = baseline.ConvNet(**shape, **widths)
+        assert sum(p.numel() for p in cnn.parameters()) == pytest.approx(parameters, rel=0.05)
+
+
 class TestReconstruct:
     def test_it_draws_and_measures_the_named_classes(self, compared, tmp_path):
         out = tmp_path / "out"
@@ -568,7 +677,15 @@ def test_the_embedded_digits_stand_in_for_mnist(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "program",
-    [compare_models, less_data, reconstruct, robustness, routing_sweep, train_overlapping],
+    [
+        compare_models,
+        less_data,
+        reconstruct,
+        robustness,
+        routing_sweep,
+        train_overlapping,
+        viewpoints,
+    ],
     ids=lambda module: module.__name__,
 )
 class TestHelp:

@@ -21,7 +21,7 @@ from matplotlib.image import imread  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from engine import figures  # noqa: E402
-from engine.drawing import drawable  # noqa: E402
+from engine.drawing import drawable, enlarged  # noqa: E402
 
 DIGITS = [str(digit) for digit in range(10)]
 TRAIN, VALIDATION, WRONG = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0xC0, 0x00, 0x00)
@@ -177,9 +177,9 @@ class TestImages:
         )
         assert (cells[:, :, 84:] == 255).all()
         assert (cells[:, :, :, 84:] == 255).all()
-        enlarged = as_bytes(images).expand(-1, -1, 3, -1, -1).numpy().repeat(3, 3).repeat(3, 4)
+        large = as_bytes(images).expand(-1, -1, 3, -1, -1).numpy().repeat(3, 3).repeat(3, 4)
         np.testing.assert_array_equal(
-            cells[:, :, :84, :84], rearrange(enlarged, "r c rgb h w -> r c h w rgb")
+            cells[:, :, :84, :84], rearrange(large, "r c rgb h w -> r c h w rgb")
         )
 
     def test_perturbations_are_labelled(self, tmp_path):
@@ -262,9 +262,13 @@ class TestImages:
         pixels = read(tmp_path / "p.png")[40 : 40 + 84, 64 : 64 + 84, 0]
         assert pixels[::42, ::42].tolist() == [[0, 255], [0, 128]]
 
-    def test_two_channels_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="C=2"):
-            figures.plot_perturbations(blobs(2, 3, channels=2), [0, 1, 2], tmp_path / "p.png", "")
+    def test_the_first_of_a_stereo_pair_is_drawn(self):
+        pair = blobs(3, channels=2)
+        assert torch.equal(enlarged(pair, 0, 0), enlarged(pair[:, :1], 0, 0))
+
+    def test_four_channels_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="C=4"):
+            figures.plot_perturbations(blobs(2, 3, channels=4), [0, 1, 2], tmp_path / "p.png", "")
 
     def test_no_images_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no images"):

@@ -17,7 +17,9 @@ from tritoncaps.data.handwriting import prepare_digit, read_digit
 from tritoncaps.data.load import list_datasets, load_dataset
 from tritoncaps.data.overlays import Originals, Overlays
 from tritoncaps.data.sets import Dataset, DatasetError, ImageSet, split_validation
+from tritoncaps.data.solids import rendered_solids
 from tritoncaps.data.subsets import stratified_subset
+from tritoncaps.data.views import View, ViewSet
 
 __all__ = [
     "Batches",
@@ -26,11 +28,14 @@ __all__ = [
     "ImageSet",
     "Originals",
     "Overlays",
+    "View",
+    "ViewSet",
     "list_datasets",
     "load_dataset",
     "prepare_digit",
     "random_shift",
     "read_digit",
+    "rendered_solids",
     "split_validation",
     "stratified_subset",
     "to_float",

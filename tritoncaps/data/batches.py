@@ -96,6 +96,8 @@ class Batches:
             degrees.
         scaling: enlarge or shrink each image by a factor exp(x), where x is normal with this
             standard deviation.
+        crop: cut this many pixels a side out of the middle. A shift brings in what lies around
+            them, and zeros only beyond the image.
 
     Raises:
         TypeError, ValueError: a size is not an int, a standard deviation is not a number, or one of
@@ -122,8 +124,13 @@ class Batches:
         drop_last: bool = False,
         rotation: float = 0.0,
         scaling: float = 0.0,
+        crop: int | None = None,
     ) -> None:
         check_size("Batches", "batch_size", batch_size)
+        if crop is not None:
+            check_size("Batches", "crop", crop)
+            if crop > min(images.images.shape[2:]):
+                raise ValueError(f"Batches: crop={crop}, but the images are {images}")
         _check_max_shift("Batches", max_shift)
         check_not_negative("Batches", "rotation", rotation)
         check_not_negative("Batches", "scaling", scaling)
@@ -135,6 +142,7 @@ class Batches:
         self.drop_last = drop_last
         self.rotation = rotation
         self.scaling = scaling
+        self.crop = crop
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -177,7 +185,8 @@ class Batches:
             part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
             chosen = order[part]
             # Shift as uint8, a quarter of the bytes of float32.
-            images = _shift(self.images.images[chosen], offsets[part], self.max_shift)
+            images = self.images.images[chosen]
+            images = _shift(images, offsets[part], self.max_shift, self.crop)
             images = to_float(images)
             if is_turned:
                 images = rotated_and_scaled(images, angles[part], factors[part])
@@ -204,12 +213,17 @@ def _draw_offsets(count: int, max_shift: int, generator: torch.Generator) -> Ten
     )
 
 
-def _shift(images: Tensor, offsets: Tensor, max_shift: int) -> Tensor:
-    if max_shift == 0:
+def _shift(images: Tensor, offsets: Tensor, max_shift: int, crop: int | None = None) -> Tensor:
+    if max_shift == 0 and crop is None:
         return images
     B, _, H, W = images.shape
-    padded = F.pad(images, (max_shift,) * 4)
-    # A view of all windows of the image's size: (B, C, 2·max_shift+1, 2·max_shift+1, H, W).
-    windows = padded.unfold(2, H, 1).unfold(3, W, 1)
+    height, width = (H, W) if crop is None else (crop, crop)
+    top, left = (H - height) // 2, (W - width) // 2
+    bottom, right = H - height - top, W - width - left
+    # What is negative cuts off.
+    margins = [max_shift - margin for margin in (left, right, top, bottom)]
+    padded = F.pad(images, margins)
+    # A view of all windows of this size: (B, C, 2·max_shift+1, 2·max_shift+1, height, width).
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     each = torch.arange(B, device=images.device)
     return windows[each, :, offsets[:, 0], offsets[:, 1]]

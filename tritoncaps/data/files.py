@@ -1,10 +1,17 @@
 """The published files of a data set: how they are found, opened and refused."""
 
 import gzip
+import hashlib
 import io
+import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
 
 from tritoncaps.data.sets import DatasetError
 
@@ -18,16 +25,28 @@ class DataFile:
     Args:
         name: its name in the folder of the data set. `name`.gz is read as well.
         shape: the shape of the array.
-        sha256: the checksum of its uncompressed content.
+        sha256: the checksum of its uncompressed content, or "" if it is not known.
         download: the name under which the mirrors serve it. A `name`.gz is unpacked.
         download_hash: the checksum of what they serve, in pooch's notation: "md5:0123…".
     """
 
     name: str
     shape: tuple[int, ...]
-    sha256: str
-    download: str
-    download_hash: str
+    sha256: str = ""
+    download: str = ""
+    download_hash: str = ""
+
+
+class Content(NamedTuple):
+    """What the header of a file says about the array that follows it."""
+
+    header: bytes
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+# Reads the header of a file from its beginning, given its path for errors; refuses a foreign one.
+Header = Callable[[Path, io.BufferedIOBase, DataFile], Content]
 
 
 def find_file(folder: Path, file: DataFile) -> Path | None:
@@ -41,6 +60,50 @@ def find_file(folder: Path, file: DataFile) -> Path | None:
 def open_file(path: Path) -> io.BufferedIOBase:
     """Open a file for reading. A .gz is unpacked in memory, so nothing is written to disk."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def read_array(folder: Path, file: DataFile, read_header: Header, verify: bool) -> Tensor:
+    """Read an array that fills the rest of a file behind its header, little-endian.
+
+    Args:
+        folder: where the file is, plain or as .gz.
+        file: the published file.
+        read_header: reads the header.
+        verify: accept only the published file, by shape and by checksum if that is known. Without
+            it, accept any well-formed one.
+
+    Raises:
+        DatasetError: the file is truncated, foreign or altered.
+    """
+    path = find_file(folder, file) or folder / file.name
+    try:
+        with open_file(path) as stream:
+            return _read_content(path, stream, read_header(path, stream, file), file, verify)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        refuse(path, f"a complete gzip file of {file.name}", f"an error in it ({error})")
+
+
+def _read_content(
+    path: Path, stream: io.BufferedIOBase, expected: Content, file: DataFile, verify: bool
+) -> Tensor:
+    header, dtype, shape = expected
+    if verify and shape != file.shape:
+        refuse(path, f"the shape {file.shape}", f"{shape}")
+    size = math.prod(shape) * dtype.itemsize
+    # Ask for one byte too many. This reveals a file that is too long and makes gzip check its CRC,
+    # while a hostile .gz still cannot unpack to more. Without verification the size is no limit,
+    # so everything is read.
+    content = bytearray(stream.read(size + 1 if verify else -1))
+    if len(content) != size:
+        more = " or more" if verify and len(content) > size else ""
+        refuse(path, f"{len(header) + size} bytes", f"{len(header) + len(content)}{more}")
+    if size == 0:
+        refuse(path, "at least one entry", f"the shape {shape}")
+    if verify and file.sha256:
+        found = hashlib.sha256(header + content).hexdigest()
+        if found != file.sha256:
+            refuse(path, f"the published content (SHA-256 {file.sha256})", f"another ({found})")
+    return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def refuse(path: Path, expected: str, found: str) -> NoReturn:

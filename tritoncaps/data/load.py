@@ -29,6 +29,11 @@ def load_dataset(
     `data_dir`/MNIST/raw or `data_dir`/FashionMNIST/raw. "digits" are the 1,797 handwritten digits
     that scikit-learn contains.
 
+    "smallnorb" are photographs of toys, 48×48 and stereo, each with its viewpoint (see `ViewSet`).
+    Its six files, plain or as .gz, must be put into `data_dir`/smallnorb; they are not downloaded.
+    "rendered-solids" are images of solid shapes with their viewpoints, which `rendered_solids`
+    makes in five seconds.
+
     "auto" is MNIST if it is in `data_dir` or can be downloaded. Otherwise it is the digits, unless
     a `data_dir` was given. An attempt that gets no answer ends within 10 s. The `note` of the data
     set says which one it is and why. Existing files are never ignored: a damaged or incomplete
@@ -56,7 +61,8 @@ def load_dataset(
         image_size: side of square images, or (height, width), for "folder" alone.
         download: download missing files. This needs pooch.
         verify: accept only the published files, by shape and SHA-256 (0.1 s for MNIST). Without
-            it, accept any well-formed files of that name.
+            it, accept any well-formed files of that name. The checksums of smallNORB are not known
+            here, so its note says that only shapes were compared.
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
@@ -77,13 +83,16 @@ def load_dataset(
             f"{name!r} keep their size"
         )
     wanted = "mnist" if name == "auto" else name
-    entry = REGISTRY[wanted]
-    folder = Path("data" if data_dir is None else data_dir).expanduser() / entry.folder
+    entry, folder = REGISTRY[wanted], _folder(wanted, data_dir)
     missing = _missing(entry, folder)
     how = f"downloaded to {folder}" if missing else f"found in {folder}"
+    if not all(file.sha256 for file in entry.files):
+        how += ", only the shapes of its files verified"
     try:
         if missing and not download:
             raise DownloadError("downloading is switched off")
+        if missing and not entry.mirrors:
+            raise DownloadError("no server is known")
         if missing:
             fetch(entry.mirrors, missing, folder)
     except DownloadError as error:
@@ -97,6 +106,16 @@ def load_dataset(
             raise _incomplete(entry, folder, missing, str(error)) from error
         how = f"found in {folder}"
     return _read(wanted, folder, entry.note or f"{entry.title}, {how}", verify)
+
+
+def has_files(name: str, data_dir: str | Path | None = None) -> bool:
+    """Return whether `data_dir` holds files of a data set, complete or not."""
+    folder = _folder(name, data_dir)
+    return any(find_file(folder, file) for file in REGISTRY[name].files)
+
+
+def _folder(name: str, data_dir: str | Path | None) -> Path:
+    return Path("data" if data_dir is None else data_dir).expanduser() / REGISTRY[name].folder
 
 
 def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
@@ -141,8 +160,10 @@ def _missing(entry: Entry, folder: Path) -> list[DataFile]:
 
 def _incomplete(entry: Entry, folder: Path, missing: list[DataFile], reason: str) -> DatasetError:
     names = ", ".join(file.name for file in missing)
+    remedy = "Put the files there, plain or as .gz"
+    if entry.mirrors:
+        remedy += ", or run on a machine with a network with downloading allowed (download=True)"
     return DatasetError(
         f"{entry.title} is not complete in {folder}: it lacks {names} and was not downloaded "
-        f"({reason}). Put the files there, plain or as .gz, or run on a machine with a network "
-        "with downloading allowed (download=True)."
+        f"({reason}). {remedy}."
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 from tritoncaps.data.digits import read_digits
 from tritoncaps.data.files import DataFile
 from tritoncaps.data.idx import read_idx
+from tritoncaps.data.norb import read_norb
 from tritoncaps.data.sets import ImageSet
+from tritoncaps.data.solids import SOLIDS, rendered_solids
 
 # Takes the folder, its files, the number of classes and whether to verify; returns the training
 # set and the test set.
@@ -28,7 +30,7 @@ class Entry:
         read: reads the files. See `Reader`.
         folder: where the files are below `data_dir`.
         files: the published files, or none if the data set comes with a package.
-        mirrors: URLs of folders that serve all the files.
+        mirrors: URLs of folders that serve all the files, or none if they cannot be downloaded.
         note: one line about a data set without files. For the others, a note says where the files
             were found.
     """
@@ -54,6 +56,16 @@ def _idx_files(*checksums: tuple[str, str]) -> tuple[DataFile, ...]:
     return tuple(
         DataFile(name, shape, sha256, f"{name}.gz", f"md5:{md5}")
         for (name, shape), (sha256, md5) in zip(layout.items(), checksums, strict=True)
+    )
+
+
+def _norb_files() -> tuple[DataFile, ...]:
+    """Describe the files of smallNORB. Their checksums are not known here."""
+    shapes = {"dat": (24300, 2, 96, 96), "cat": (24300,), "info": (24300, 4)}
+    return tuple(
+        DataFile(f"smallnorb-{part}-{kind}.mat", shape)
+        for part in ("5x46789x9x18x6x2x96x96-training", "5x01235x9x18x6x2x96x96-testing")
+        for kind, shape in shapes.items()
     )
 
 
@@ -127,5 +139,20 @@ REGISTRY = {
         epochs=5,
         read=lambda *_: read_digits(),
         note="scikit-learn's 1,797 embedded 8x8 digits, enlarged to 28x28",
+    ),
+    "smallnorb": Entry(
+        title="smallNORB",
+        class_names=("animal", "human", "plane", "truck", "car"),
+        epochs=30,
+        read=read_norb,
+        folder="smallnorb",
+        files=_norb_files(),
+    ),
+    "rendered-solids": Entry(
+        title="Rendered solids",
+        class_names=tuple(SOLIDS),
+        epochs=10,
+        read=lambda *_: rendered_solids(),
+        note="solid shapes, rendered from 162 viewpoints",
     ),
 }

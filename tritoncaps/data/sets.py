@@ -1,13 +1,17 @@
 """What a data set is, and how to hold out a part of it."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tritoncaps._checks import shape_of
+
+# A set of images, of whichever class.
+AnySet = TypeVar("AnySet", bound="ImageSet")
 
 
 class DatasetError(RuntimeError):
@@ -56,18 +60,22 @@ class ImageSet:
     def __repr__(self) -> str:
         """Show shape and device, not the pixels."""
         N, C, H, W = self.images.shape
-        return f"ImageSet(N={N}, C={C}, H={H}, W={W}, device={str(self.images.device)!r})"
+        name, device = type(self).__name__, str(self.images.device)
+        return f"{name}(N={N}, C={C}, H={H}, W={W}, device={device!r})"
 
-    def to(self, device: torch.device | str) -> "ImageSet":
+    def to(self: AnySet, device: torch.device | str) -> AnySet:
         """Return the set on `device`, without a copy if it is there already."""
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        return self._map(lambda tensor: tensor.to(device))
 
-    def subset(self, indices: Tensor | Sequence[int]) -> "ImageSet":
+    def subset(self: AnySet, indices: Tensor | Sequence[int]) -> AnySet:
         """Return a copy of the images at `indices`, in that order, or where a mask is true."""
         if not isinstance(indices, Tensor):
             indices = torch.tensor(indices, dtype=torch.int64)
         chosen = indices.to(self.labels.device)
-        return ImageSet(self.images[chosen], self.labels[chosen])
+        return self._map(lambda tensor: tensor[chosen])
+
+    def _map(self: AnySet, change: Callable[[Tensor], Tensor]) -> AnySet:
+        return type(self)(*(change(getattr(self, entry.name)) for entry in fields(self)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,8 +113,8 @@ class Dataset:
 
 
 def split_validation(
-    train: ImageSet, fraction_or_count: float | int, seed: int
-) -> tuple[ImageSet, ImageSet]:
+    train: AnySet, fraction_or_count: float | int, seed: int
+) -> tuple[AnySet, AnySet]:
     """Split a training set into two parts with the same proportions of the classes.
 
     The split depends only on the labels and the seed. It neither reads nor changes the global

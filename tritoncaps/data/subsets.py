@@ -3,10 +3,10 @@
 import torch
 
 from tritoncaps._checks import check_size
-from tritoncaps.data.sets import ImageSet
+from tritoncaps.data.sets import AnySet
 
 
-def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
+def stratified_subset(images: AnySet, count: int, seed: int) -> AnySet:
     """Take `count` images with the class proportions of the whole set.
 
     With the same seed, a smaller subset is contained in every larger one. So a comparison by size
@@ -26,6 +26,7 @@ def stratified_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
         ValueError: the set has fewer than `count` images.
 
     Example:
+        >>> from tritoncaps.data import ImageSet
         >>> labels = torch.arange(10).repeat(20)
         >>> train = ImageSet(torch.zeros(200, 1, 28, 28, dtype=torch.uint8), labels)
         >>> stratified_subset(train, 50, seed=1).labels.bincount().tolist()

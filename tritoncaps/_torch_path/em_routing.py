@@ -215,7 +215,7 @@ class _Votes:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of the poses and of the weight."""
         I, P, J, Q = self._shape
-        return self._grad_poses, self._grad_weight.view(I, Q, P, J).movedim(1, 3)
+        return self._grad_poses, self._grad_weight.view(I, Q, P, J).movedim(1, 3).contiguous()
 
 
 class _Fit:

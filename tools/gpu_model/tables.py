@@ -60,6 +60,7 @@ PAGE_SECTIONS = (
     Section("sm80", "highest", _MAIN, _FEW, ("MNIST",)),
     Section("sm100", "highest", _MAIN, _FEW, ("MNIST",)),
     *(Section("sm90", "highest", name, ("MNIST",)) for name in ON_VECTORS if name != _MAIN),
+    Section("sm90", "highest", "em_routing", ("big ConvCaps1",)),
 )
 
 _CALLS = (

@@ -51,7 +51,7 @@ class Section:
         return f"{self.operator}, {self.target} ({MACHINES[self.target].name}), {kind}"
 
 
-_MAIN, _EM = "fused_dynamic_routing", "em_routing"
+_MAIN = "fused_dynamic_routing"
 _FEW = ("MNIST", "second stage")
 PAGE_SECTIONS = (
     Section("sm90", "highest", _MAIN, tuple(SHAPES), (*_FEW, "100 classes")),
@@ -60,9 +60,7 @@ PAGE_SECTIONS = (
     Section("sm80", "highest", _MAIN, _FEW, ("MNIST",)),
     Section("sm100", "highest", _MAIN, _FEW, ("MNIST",)),
     *(Section("sm90", "highest", name, ("MNIST",)) for name in ON_VECTORS if name != _MAIN),
-    Section("sm90", "highest", _EM, tuple(MATRICES), ("big ConvCaps1",)),
-    Section("sm80", "highest", _EM, ("big ConvCaps1",), ()),
-    Section("sm100", "highest", _EM, ("big ConvCaps1",), ()),
+    Section("sm90", "highest", "em_routing", ("big ConvCaps1",)),
 )
 
 _CALLS = (

@@ -22,7 +22,9 @@ pytestmark = [
 CPU = torch.device("cpu")
 MB = 1 << 20
 ROUTINGS = [
-    row for row in OPERATORS.values() if row.registered is not None and "coupling?" in row.outputs
+    row
+    for row in OPERATORS.values()
+    if row.registered is not None and {"coupling?", "assignment?"} & row.outputs.keys()
 ]
 
 # How many bytes a slice may take, so that it holds all input capsules, a few, or one.

@@ -17,6 +17,7 @@ import torch
 from calls import CALLS
 
 from tritoncaps import _native, ops
+from tritoncaps import testing
 from tritoncaps._operators import INTERPRETED, _dispatch
 from tritoncaps.testing import draw_inputs, evaluate
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 THREADS = 8
-SIZES = {"B": 9, "I": 33, "P": 4, "J": 5, "D": 6, "K": 5}
+SIZES = {**testing.SIZES, "B": 9, "I": 33}
 FEW = SIZES | {"B": 2}  # few enough that the fused routing goes by images on a CPU
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import CALLS
 
-from tritoncaps import ops, reference
+from tritoncaps import ops, reference, testing
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.testing import DTYPES as ALL_DTYPES
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate
@@ -31,8 +31,8 @@ ALL = [name for name in CALLS if name not in ELSEWHERE]
 CAPSULES = [name for name in ALL if name != "margin_loss"]
 ROUTINGS = [name for name in ALL if "coupling?" in CALLS[name][0].outputs]
 LOOPS = [name for name in ROUTINGS if "iterations" in CALLS[name][1]]
-# Their logits or their normalisation square a sum of prediction vectors.
-SQUARES = ["attention_routing", "inverted_attention_routing"]
+# Their logits, normalisation or variance squares a sum of prediction vectors.
+SQUARES = ["attention_routing", "inverted_attention_routing", "em_routing", "conv_em_routing"]
 # The others squash, and their agreement adds up.
 SQUASHING = [name for name in LOOPS if name not in SQUARES]
 
@@ -49,7 +49,7 @@ class Drawn:
         self.B = B
         self.inputs = draw_inputs(
             self.operator,
-            {**sizes, "B": B, "K": sizes["J"]},
+            {**testing.SIZES, **sizes, "B": B},
             scale=sizes["D"] ** -0.5,
             optional=None if has_optional else (),
         )

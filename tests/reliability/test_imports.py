@@ -14,8 +14,8 @@ FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 
-# Rooms within tritoncaps, each with those of our modules that it may import. `_checks`, `_patches`,
-# `_targets`, `_tracing` and `_version` know nothing about the operators, so anybody may import them.
+# Rooms within tritoncaps, each with those of our modules that it may import. Anybody may import the
+# modules that know nothing about the operators: `_checks` and so on.
 ALWAYS = {"_checks", "_patches", "_targets", "_tracing", "_version"}
 ROOMS = {
     "reference": {"reference"},

@@ -33,7 +33,7 @@ FAR_APART = """
 import sys, torch
 from torch.testing import assert_close
 from tritoncaps._operators import INTERPRETED
-from tritoncaps.testing import OPERATORS, draw_inputs, normal
+from tritoncaps.testing import OPERATORS, SIZES, draw_inputs, normal
 
 near_stride, far_stride = 2**30 + 4096, 2**31 + 4096
 path, device = sys.argv[1:]
@@ -53,7 +53,7 @@ def results_of(operator, options, inputs, grads):
     return [*results, *torch.autograd.grad(results, leaves, grads)]
 
 def check(operator, options):
-    inputs = draw_inputs(operator, dict.fromkeys("BIPJDK", 3), dtype=torch.float16, device=device)
+    inputs = draw_inputs(operator, dict.fromkeys(SIZES, 3), dtype=torch.float16, device=device)
     results = operator.call(inputs, options)
     grads = [normal(*result.shape, seed=n).to(result) for n, result in enumerate(results)]
     expected = results_of(operator, options, inputs, grads)
@@ -80,7 +80,7 @@ def check(operator, options):
     print(operator)
 
 for operator in OPERATORS.values():
-    usual = {name: True if name == "return_coupling" else values[0]
+    usual = {name: True if name.startswith("return_") else values[0]
              for name, values in operator.options.items()}
     for form in operator.options.get("form", [None]):
         check(operator, usual if form is None else usual | {"form": form})

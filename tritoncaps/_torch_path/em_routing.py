@@ -63,14 +63,8 @@ def em_routing_fwd(
             shares = torch.where(n <= NO_MASS, 0, shares / n)
             average = torch.mul(shares, V, out=buffer).sum(dim=0)
             squares = torch.sub(V, average, out=x).square_()
-            fit = _Fit(
-                n,
-                average,
-                torch.mul(shares, squares, out=buffer).sum(dim=0),
-                betas,
-                temperature[t],
-                min_variance,
-            )
+            spread = torch.mul(shares, squares, out=buffer).sum(dim=0)
+            fit = _Fit((n, average, spread), betas, temperature[t], min_variance)
             if t < iterations - 1:
                 R_ij = fit.assign(squares, competition)
             mass[t, rows], mean[t, rows] = _outer(fit.mass, J), _outer(fit.mean, J, R)
@@ -108,17 +102,15 @@ def em_routing_bwd(
     buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
     grad_betas = torch.zeros_like(beta_u, dtype=dtype), torch.zeros_like(beta_a, dtype=dtype)
-    last = iterations - 1
+    steps, last = range(iterations), iterations - 1
     first = 0 if gradient == "full" else last
     for rows in votes.groups:
         V, grad_V, x, buffer = votes.views(buffers, rows)
         votes.write(rows, V)
         grad_V.zero_()
         a = _pairs(activations[rows].to(dtype), J)
-        fits = []
-        for t, scale in enumerate(temperature):
-            moments = (_inner(moment[t, rows]) for moment in (mass, mean, variance))
-            fits.append(_Fit(*moments, betas, scale, min_variance))  # type: ignore[call-arg]
+        moments = [tuple(_inner(of[t, rows]) for of in (mass, mean, variance)) for t in steps]
+        fits = [_Fit(moments[t], betas, temperature[t], min_variance) for t in steps]
         assignments = [competition.first(a)]
         for fit in fits[max(first - 1, 0) : last]:
             squares = torch.sub(V, fit.mean, out=x).square_()
@@ -223,7 +215,7 @@ class _Votes:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients of the poses and of the weight."""
         I, P, J, Q = self._shape
-        return self._grad_poses, self._grad_weight.view(I, Q, P, J).movedim(1, 3)
+        return self._grad_poses, self._grad_weight.view(I, Q, P, J).movedim(1, 3).contiguous()
 
 
 class _Fit:
@@ -231,14 +223,12 @@ class _Fit:
 
     def __init__(
         self,
-        mass: Tensor,
-        mean: Tensor,
-        variance: Tensor,
+        moments: Sequence[Tensor],
         betas: tuple[Tensor, Tensor],
         temperature: float,
         min_variance: float,
     ) -> None:
-        self.mass, self.mean, self.variance = mass, mean, variance
+        self.mass, self.mean, self.variance = mass, mean, variance = moments
         self.temperature = temperature
         D, G = mean.shape
         beta_u, beta_a = (beta.repeat(G // len(beta)) for beta in betas)

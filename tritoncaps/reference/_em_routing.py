@@ -208,7 +208,7 @@ def _places_of_input(grid: Sequence[int], device: torch.device) -> tuple[Tensor,
     n is the largest number of windows that an input lies in. A mask, (places, n), says which of
     them there are. All is made of `arange`, which every exporter knows.
     """
-    rows, columns, K, stride = grid
+    _, columns, K, stride = grid
     (y, ky, has_y), (x, kx, has_x) = (_windows_of_input(n, K, stride, device) for n in grid[:2])
     y, ky, has_y = (rearrange(t, "y ky n -> y 1 ky 1 n 1") for t in (y, ky, has_y))
     x, kx, has_x = (rearrange(t, "x kx n -> x 1 kx 1 n") for t in (x, kx, has_x))

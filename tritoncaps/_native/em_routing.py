@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritoncaps import _torch_path
-from tritoncaps._native._call import check, function, numbers, pointer, raised, sizes, workers
+from tritoncaps._native._call import check, function, numbers, pointer, sizes, workers
 
 
 def em_routing_fwd(
@@ -32,19 +32,14 @@ def em_routing_fwd(
             *(poses, activations, weight, beta_u, beta_a, iterations, temperature),
             *(min_variance, grid, gradient, return_assignment),
         )
-    poses, activations = poses.contiguous(), activations.contiguous()
-    weight, beta_u, beta_a = weight.contiguous(), raised(beta_u), raised(beta_a)
+    inputs = _inputs(poses, activations, weight, beta_u, beta_a)
     v, logits = poses.new_empty((B, J, R, Q)), poses.new_empty((B, J))
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     mass = poses.new_empty((iterations, B, J), dtype=torch.float32)
     mean = mass.new_empty((iterations, B, J, R, Q))
     variance = torch.empty_like(mean)
     done = function("em_routing_fwd", poses.dtype, "pppppppfpppppppi")(
-        poses.data_ptr(),
-        activations.data_ptr(),
-        weight.data_ptr(),
-        pointer(beta_u),
-        pointer(beta_a),
+        *map(pointer, inputs),
         sizes(B, I, R, P, J, Q, iterations),
         numbers(*temperature),
         min_variance,
@@ -90,8 +85,7 @@ def em_routing_bwd(
         None if grad is None else grad.to(poses.dtype).contiguous()
         for grad in (grad_v, grad_logits, grad_assignment)
     ]
-    inputs = [x.contiguous() for x in (poses, activations, weight)]
-    inputs += [x.float().contiguous() for x in (beta_u, beta_a)]
+    inputs = _inputs(poses, activations, weight, beta_u, beta_a)
     states = [x.contiguous() for x in (mass, mean, variance)]
     grads = [torch.empty_like(x) for x in inputs]
     done = function("em_routing_bwd", poses.dtype, "pppppppppppppfpipppppi")(
@@ -109,3 +103,11 @@ def em_routing_bwd(
     check(done, "em_routing")
     d_poses, d_activations, d_weight, d_beta_u, d_beta_a = grads
     return d_poses, d_activations, d_weight, d_beta_u.to(beta_u.dtype), d_beta_a.to(beta_a.dtype)
+
+
+def _inputs(
+    poses: Tensor, activations: Tensor, weight: Tensor, beta_u: Tensor, beta_a: Tensor
+) -> list[Tensor]:
+    """Make all contiguous, and the betas float32."""
+    betas = [beta_u.float(), beta_a.float()]
+    return [x.contiguous() for x in (poses, activations, weight, *betas)]

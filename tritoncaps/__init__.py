@@ -19,7 +19,7 @@ from tritoncaps.layers import (
     ReconstructionDecoder,
     RoutedCapsules,
 )
-from tritoncaps.losses import CapsuleLoss, MarginLoss
+from tritoncaps.losses import CapsuleLoss, MarginLoss, SpreadLoss
 
 __all__ = [
     "CapsuleHead",
@@ -29,6 +29,7 @@ __all__ = [
     "PrimaryCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
+    "SpreadLoss",
     "__version__",
     "backend_info",
     "layers",

@@ -101,6 +101,19 @@ def uninterrupted(tmp_path_factory, sets):
 
 
 class TestRun:
+    def test_a_task_is_told_its_step_also_in_a_resumed_run(self, tmp_path, train):
+        """The margin of the spread loss depends on it."""
+        steps = []
+
+        class Recording(Task):
+            def loss(self, *args):
+                steps.append(self.step)
+                return super().loss(*args)
+
+        new_trainer(tmp_path, task=Recording()).fit(train, epochs=1)
+        resumed_trainer(tmp_path, task=Recording()).fit(train, epochs=2)
+        assert steps == list(range(2 * BATCHES))
+
     def test_the_log_has_every_step_once(self, uninterrupted):
         records = metrics(uninterrupted)
         assert [record["step"] for record in records] == list(range(3 * BATCHES))

@@ -149,7 +149,7 @@ def small_model():
         "capsnet": {"channels": 4, "capsule_types": 2},
         "conv_capsnet": {
             **{"in_channels": 1, "image_size": 28},
-            **{"channels": (4, 6), "capsule_types": 2},
+            **{"channels": (4, 6), "capsule_types": 2, "iterations": 2},
         },
         "deep_capsnet": {"channels": (4, 6), "capsule_types": 2},
         "efficient_capsnet": {"primary_capsules": 4, "decoder_hidden": (8, 8)},

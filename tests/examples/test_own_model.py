@@ -46,11 +46,21 @@ def program(tmp_path):
     return run
 
 
-def test_the_program_for_several_objects_runs():
-    found = re.search(r"<!-- program: several-objects -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+def run_from_the_page(program):
+    """Run a program of the page; return what it defines."""
+    found = re.search(rf"<!-- program: {program} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None
     names = {}
     exec(found[1], names)
+    return names
+
+
+def test_the_program_of_a_stack_of_convolutions_runs():
+    assert run_from_the_page("convolutional")["poses"].shape == (2, 10, 16)
+
+
+def test_the_program_for_several_objects_runs():
+    names = run_from_the_page("several-objects")
     assert names["picture"].shape == (8, 1, 28, 28)
     assert all(p.grad is not None for p in names["model"].parameters())
 

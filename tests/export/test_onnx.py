@@ -29,7 +29,7 @@ def run(path, *inputs):
 WIDE = {"in_channels": 3, "image_size": (33, 40), "num_classes": 4}
 MODELS = {
     "capsnet": WIDE,
-    "conv_capsnet": {**WIDE, "votes": "convolved"},
+    "conv_capsnet": {**WIDE, "image_size": (13, 17), "votes": "convolved"},
     "deep_capsnet": {
         "reconstruction": False,
         "gradient": "last",

@@ -22,12 +22,12 @@ def test_conv_capsnet_has_the_parameters_that_its_page_states():
 
 def test_a_call_returns_the_coupling_of_each_layer(small_model):
     model, images = small_model("conv_capsnet", learned_prior=True).eval(), torch.rand(2, 1, 28, 28)
-    output = model(images, return_coupling=True, iterations=2)
+    output = model(images, return_coupling=True, iterations=3)
     grids = [(2, 6, 6, 3, 3, 2, 2), (2, 4, 4, 3, 3, 2, 2), (2, 32, 10)]
     assert [tuple(coupling.shape) for coupling in output.coupling] == grids
     for coupling in output.coupling:
         torch.testing.assert_close(coupling.sum(-1), torch.ones(coupling.shape[:-1]))
-    assert torch.equal(output.poses, model(images, iterations=2).poses)
+    assert torch.equal(output.poses, model(images, iterations=3).poses)
     assert not torch.equal(output.poses, model(images).poses)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tritoncaps import ops
-from tritoncaps.testing import OPERATORS, SIZES, draw_inputs, evaluate
+from tritoncaps._operators import INTERPRETED
+from tritoncaps.testing import OPERATORS, SIZES, compare_inputs, draw_inputs, evaluate
 
 ATTENTION, INVERTED = OPERATORS["attention_routing"], OPERATORS["inverted_attention_routing"]
 J, D = SIZES["J"], SIZES["D"]
@@ -57,6 +58,17 @@ def test_self_attention_is_the_published_one(device, optional):
 def test_inverted_attention_is_the_published_one(device, iterations, optional):
     options = {"iterations": iterations, "return_coupling": True}
     assert_is_published(INVERTED, device, options, published_inverted, optional)
+
+
+@pytest.mark.parametrize("operator", [ATTENTION, INVERTED], ids=str)
+def test_many_input_capsules_keep_their_digits(operator, device):
+    """The pose is a sum over all input capsules. One product over 1152 of them breaks the rule."""
+    many = 64 if INTERPRETED else 1152  # the interpreter would take minutes
+    sizes = {"B": 2, "I": many, "P": 8, "J": 10, "D": 16}
+    inputs = draw_inputs(
+        operator, sizes, dtype=torch.float32, device=device, scale=0.3, optional=()
+    )
+    compare_inputs(operator, inputs, operator.defaults)
 
 
 def test_inverted_attention_scales_and_shifts_after_the_normalisation(device):

@@ -19,7 +19,7 @@ CONVOLVED = Operator(
     options={**PATCH.options, "votes": ("convolved",)},
     sizes=PATCH.sizes,
 )
-SIZES = {"B": 2, "H": 5, "W": 6, "C": 3, "P": 4, "J": 5, "D": 6}
+SIZES = {"B": 2, "H": 4, "W": 5, "C": 3, "P": 4, "J": 5, "D": 6}
 EVERYTHING = {"leaky": True, "return_coupling": True}
 
 

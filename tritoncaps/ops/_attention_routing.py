@@ -74,6 +74,15 @@ def attention_routing(
 
 
 def summed_predictions(u: Tensor, weight: Tensor) -> Tensor:
-    """Σ_i û_ij, (B, J, D): the prediction of all input capsules taken for one."""
-    u, weight = u.flatten(1).unsqueeze(1), weight.flatten(0, 1).unsqueeze(0)
-    return prediction_vectors.forward(u, weight).squeeze(1)
+    """Σ_i û_ij, (B, J, D): prediction vectors of groups of input capsules, then their sum.
+
+    A single product over I·P loses digits: for 1152 input capsules of 8 components its error is up
+    to 25 times that of the plain form. In √I groups of √I it is about twice.
+    """
+    inputs = weight.shape[0]
+    groups = max(n for n in range(1, int(inputs**0.5) + 1) if inputs % n == 0)
+    u, weight = (
+        u.unflatten(1, (groups, -1)).flatten(2),
+        weight.unflatten(0, (groups, -1)).flatten(1, 2),
+    )
+    return prediction_vectors.forward(u, weight).sum(dim=1)

@@ -162,7 +162,7 @@ def conv_dynamic_routing(
         output=output,
         return_coupling=return_coupling,
     )
-    if not return_coupling:
+    if isinstance(result, Tensor):
         return result.unflatten(0, (B, rows, columns))
     v, coupling = result
     return (

@@ -50,7 +50,7 @@ def conv_dynamic_routing(
         output=output,
         return_coupling=return_coupling,
     )
-    if not return_coupling:
+    if isinstance(result, Tensor):
         return result.unflatten(0, u_hat.shape[:3])
     result, coupling = result
     return result.unflatten(0, u_hat.shape[:3]), coupling.reshape(u_hat.shape[:-1])

@@ -8,6 +8,7 @@ from triton.runtime.errors import OutOfResources
 
 from tritoncaps.kernels._launch import UnsupportedShape
 from tritoncaps.kernels.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
+from tritoncaps.kernels.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps.kernels.fused_dynamic_routing import (
     fused_dynamic_routing_bwd,
     fused_dynamic_routing_fwd,
@@ -24,6 +25,8 @@ __all__ = [
     "UnsupportedShape",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
+    "em_routing_bwd",
+    "em_routing_fwd",
     "fused_dynamic_routing_bwd",
     "fused_dynamic_routing_fwd",
     "prediction_vectors_bwd",

@@ -37,13 +37,12 @@ from benchmarks.oracle import FallbackError, Oracle, WrongResultError
 from benchmarks.report import NO_TIME, Report, Row
 from benchmarks.rivals import op_rival, ours
 from benchmarks.session import Session, reason
-from tools.gpu_model.launches import TARGETS, call_backward, call_forward, record
+from tools.gpu_model.launches import ON_VECTORS, TARGETS, call_backward, call_forward, record
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.prediction import Predicted, measure_programs, predict
 from tools.gpu_model.tables import products_in
 from tritoncaps import kernels
 from tritoncaps._operators import INTERPRETED
-from tritoncaps.testing import OPERATORS
 
 SECONDS = 270.0  # after this, nothing new starts
 RUNS = 20
@@ -73,7 +72,6 @@ TIMED = (
     ("second", "fp32", "highest"),
     ("classes100", "fp32", "highest"),
 )
-OPERATOR_NAMES = [name for name, row in OPERATORS.items() if row.registered is not None]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,7 +130,7 @@ def checked_cases(dry: bool) -> list[Case]:
     """List what is compared with float64."""
     if dry:
         return DRY
-    cases = [Case(op, shape, B) for B, shape in CHECKED for op in OPERATOR_NAMES]
+    cases = [Case(op, shape, B) for B, shape in CHECKED for op in ON_VECTORS]
     B, shape = CHECKED[0]
     options = {"return_coupling": True}
     more = [Case(MAIN, shape, B, precision=precision) for precision in ("bf16", "fp16")]

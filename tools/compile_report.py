@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 
 from tools.gpu_model.compiling import compilers
-from tools.gpu_model.launches import BATCH, SHAPES
+from tools.gpu_model.launches import BATCH, MATRICES, SHAPES
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.tables import PAGE_SECTIONS, Section, differences, read_sections, write_section
 
@@ -60,7 +60,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", choices=MACHINES, default="sm90")
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=["MNIST"], metavar="SHAPE")
+    parser.add_argument(
+        "--shape", choices=(*SHAPES, *MATRICES), nargs="+", default=["MNIST"], metavar="SHAPE",
+        help="default: MNIST; em_routing has its own, such as 'big ConvCaps1'",
+    )  # fmt: skip
     parser.add_argument("--precision", choices=["highest", "high", "bf16"], default="highest")
     parser.add_argument("--operator", default=MAIN, help=f"default: {MAIN}")
     parser.add_argument(

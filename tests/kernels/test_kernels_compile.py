@@ -25,7 +25,14 @@ pytest.importorskip("triton", reason="there is no Triton for this platform")
 from triton.runtime.jit import JITFunction
 
 from tools.gpu_model.compiling import compilers, footprints
-from tools.gpu_model.launches import SHAPES, TARGETS, record_launches
+from tools.gpu_model.launches import (
+    MATRICES,
+    SHAPES,
+    TARGETS,
+    Start,
+    record_launches,
+    record_matrices,
+)
 from tritoncaps import kernels
 
 MODULES = [
@@ -174,6 +181,27 @@ def test_modes_compile(pool, target_name, modes):
     assert_compiles(target_name, in_modes(target_name, modes), pool)
 
 
+def of_matrices(target_name, shapes, dtype=FP32):
+    """The distinct launches of EM routing."""
+    recordings = [record_matrices(MATRICES[s], dtype, TARGETS[target_name][1]) for s in shapes]
+    steps = [step for one in recordings for step in (*one.forward, *one.backward)]
+    return list(dict.fromkeys(step.launch for step in steps if isinstance(step, Start)))
+
+
+# A kernel of EM routing depends on the size of a matrix and on the grid, but on little else.
+@pytest.mark.parametrize(
+    ("target_name", "dtype"),
+    [
+        *((name, FP32) for name in TARGETS),
+        *((("sm90", torch.bfloat16), ("sm90", torch.float64)) if IS_NIGHTLY else ()),
+    ],
+    ids=str,
+)
+def test_matrices_compile(pool, target_name, dtype):
+    shapes = tuple(MATRICES) if IS_NIGHTLY else ("big ConvCaps2",)
+    assert_compiles(target_name, of_matrices(target_name, shapes, dtype), pool)
+
+
 def test_extents_of_one_compile(pool):
     """Triton turns an argument of 1 into a constant, which not every tensor operation accepts."""
     _, target = TARGETS["sm90"]
@@ -192,7 +220,8 @@ def test_extents_of_one_compile(pool):
 def test_no_jit_function_is_forgotten():
     """Every kernel is launched by some launcher, and every helper is called by another."""
     sources = {module: Path(inspect.getfile(module)).read_text() for module in MODULES}
-    launched = {launch.name for launch in in_modes("sm90", MODES)}
+    found = [*in_modes("sm90", MODES), *of_matrices("sm90", MATRICES)]
+    launched = {launch.name for launch in found}
     functions = {
         (module, name)
         for module in MODULES

@@ -47,10 +47,11 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
     assert all(count >= 2 for count in launches.values())
 
 
-def test_twelve_shapes_and_every_operator_are_checked():
+def test_twelve_shapes_and_every_operator_on_vectors_are_checked():
     assert len({(case.shape, case.B) for case in check_gpu.checked_cases(False)}) == 12
     covered = {case.op for case in check_gpu.checked_cases(False)}
-    assert covered == {name for name, row in OPERATORS.items() if row.registered is not None}
+    registered = {name for name, row in OPERATORS.items() if row.registered is not None}
+    assert covered == registered - {"em_routing"}
     timed = check_gpu.timed_cases(False)
     assert {case.op for case, _ in timed} == {MAIN}
     assert {products for _, products in timed} == {"highest", "high"}

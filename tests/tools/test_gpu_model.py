@@ -19,6 +19,7 @@ from tools import compile_report
 from tools.gpu_model import prediction, tables
 from tools.gpu_model.compiling import Footprint, compile_launch, footprint
 from tools.gpu_model.launches import (
+    MATRICES,
     SHAPES,
     TARGETS,
     Buffer,
@@ -29,7 +30,7 @@ from tools.gpu_model.launches import (
 )
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.prediction import measure_program, place, predict
-from tools.gpu_model.rival import rival_bytes
+from tools.gpu_model.rival import matrices_bytes, rival_bytes
 from tools.gpu_model.sass import cuobjdump, parse
 from tools.gpu_model.timing import Bounds, Waves, bounds
 from tools.gpu_model.traffic import Span, Traffic
@@ -335,6 +336,16 @@ def test_the_rival_reads_u_hat_six_times_forward_and_writes_it_once():
     # Besides û: u, W, and the couplings and logits, each a sixteenth of û.
     assert 6 < passes[0] < 7
     assert 13 < passes[1] < 14.5
+
+
+def test_votes_in_memory_are_written_once_and_read_eight_times_forward():
+    sizes = MATRICES["big ConvCaps1"].sizes
+    votes = 4 * 2304 * 288 * 32 * 16
+    operator = OPERATORS["em_routing"]
+    of_phase = [matrices_bytes(operator, sizes, FP32, backward=b) for b in (False, True)]
+    assert [rival / votes for _, rival in of_phase] == [9, 20]
+    # The inputs, and the poses and activations of the outputs: the poses are the most.
+    assert 4 * 2304 * 288 * 16 < of_phase[0][0] < 4 * 2304 * 288 * 20 < of_phase[1][0]
 
 
 # The tables ---------------------------------------------------------------------------------------

@@ -28,6 +28,13 @@ from tritoncaps.testing import OPERATORS, Operator
 
 BATCH = 128
 
+# The operators on vectors, whose axes are B, I, P, J and D.
+ON_VECTORS = [
+    name
+    for name, row in OPERATORS.items()
+    if row.registered is not None and not any("R" in axes.split() for axes in row.axes.values())
+]
+
 SHAPES = {  # (I, P, J, D)
     "MNIST": (1152, 8, 10, 16),
     "second stage": (10, 16, 10, 16),
@@ -35,6 +42,34 @@ SHAPES = {  # (I, P, J, D)
     "100 classes": (1152, 8, 100, 16),
     "1000 classes": (1152, 8, 1000, 16),
     "tiny": (5, 3, 2, 4),
+}
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A layer of the networks of matrix capsules, whose poses are 4×4.
+
+    A batch row is a position of an image. The grid is (H', W', K, S), or empty at the last layer.
+    """
+
+    B: int
+    I: int
+    J: int
+    grid: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis."""
+        return {"B": self.B, "I": self.I, "J": self.J, "R": 4, "P": 4, "Q": 4}
+
+
+# Of the paper, with 64 images of 32×32 pixels.
+MATRICES = {
+    "small ConvCaps1": Matrices(64 * 36, 72, 16, (6, 6, 3, 2)),
+    "small ConvCaps2": Matrices(64 * 16, 144, 16, (4, 4, 3, 1)),
+    "big ConvCaps1": Matrices(64 * 36, 288, 32, (6, 6, 3, 2)),
+    "big ConvCaps2": Matrices(64 * 16, 288, 32, (4, 4, 3, 1)),
+    "ClassCaps": Matrices(64, 512, 5),
 }
 
 # Shared memory of one program in bytes, as the vendors document it.
@@ -275,7 +310,25 @@ def record(
         options: the options of the call. Those that are left out have their usual values.
     """
     sizes = dict(zip("BIPJD", (batch, *shape), strict=True))
-    chosen = operator.defaults | options
+    return record_call(operator, sizes, dtype, target, optional, operator.defaults | options)
+
+
+def record_matrices(shape: Matrices, dtype: torch.dtype, target: Target) -> Recording:
+    """Call both launchers of EM routing, T = 3, with tensors that have no storage."""
+    options = {"iterations": 3, "temperature": [0.5] * 3, "min_variance": 1e-4}
+    options |= {"grid": list(shape.grid), "gradient": "full", "return_assignment": False}
+    return record_call(OPERATORS["em_routing"], shape.sizes, dtype, target, (), options)
+
+
+def record_call(
+    operator: Operator,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    target: Target,
+    optional: Collection[str],
+    chosen: Mapping[str, Any],
+) -> Recording:
+    """The steps of a call of both launchers, with these sizes and every option."""
     tensors = {
         name: torch.empty([sizes[axis] for axis in axes.split()], dtype=dtype, device="meta")
         for name, axes in operator.axes.items()
@@ -335,16 +388,14 @@ def record_launches(
     leaky: bool = False,
     output: str = "v",
 ) -> Iterator[Launch]:
-    """Return every distinct launch of every operator in the table, forward and backward.
+    """Return every distinct launch of every operator on vectors, forward and backward.
 
     `optional` names the optional inputs that are given.
     """
     options = {"iterations": iterations, "gradient": gradient, "return_coupling": with_coupling}
     options |= {"leaky": leaky, "output": output}
     found: dict[Launch, None] = {}
-    for operator in OPERATORS.values():
-        if operator.registered is None:
-            continue
+    for operator in map(OPERATORS.__getitem__, ON_VECTORS):
         for form in operator.options.get("form", (None,)):
             recording = record(
                 operator, shape, dtype, target,

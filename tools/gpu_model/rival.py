@@ -6,6 +6,8 @@ no product has written was written once, by a fused kernel. Changes of layout an
 count nothing, so this is a floor: the compiled form moves at least this much.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -74,3 +76,25 @@ def rival_bytes(
         if backward:
             torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
     return products.nbytes
+
+
+def matrices_bytes(
+    operator: Operator, sizes: Mapping[str, int], dtype: torch.dtype, *, backward: bool
+) -> tuple[int, int]:
+    """The bytes of inputs and results of EM routing with T = 3, and of votes in memory.
+
+    The votes are written once. A mean, a variance and the distances each need the one before, so
+    they read the votes again: 3 T - 1 times. The backward reads them as often, and writes their
+    gradient, which two products read.
+    """
+
+    def elements(axes: Mapping[str, str], names: list[str]) -> int:
+        return sum(math.prod(sizes[axis] for axis in axes[name].split()) for name in names)
+
+    inputs = elements(operator.axes, [n for n in operator.axes if n not in operator.optional])
+    results = elements(operator.outputs, operator.output_names({}))
+    votes = math.prod(sizes[axis] for axis in "BIJRQ")
+    times = 1 + 8
+    if backward:
+        inputs, results, times = 3 * inputs, 2 * results, times + 8 + 3
+    return (inputs + results) * dtype.itemsize, times * votes * dtype.itemsize

@@ -10,10 +10,19 @@ import torch
 
 from benchmarks.cases import Case, Shape
 from benchmarks.roofline import floor
-from tools.gpu_model.launches import BATCH, SHAPES, TARGETS, Recording, record
+from tools.gpu_model.launches import (
+    BATCH,
+    MATRICES,
+    ON_VECTORS,
+    SHAPES,
+    TARGETS,
+    Recording,
+    record,
+    record_matrices,
+)
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.prediction import Factors, Predicted, measure_programs, predict
-from tools.gpu_model.rival import rival_bytes
+from tools.gpu_model.rival import matrices_bytes, rival_bytes
 from tools.gpu_model.sass import CLASSES
 from tritoncaps.testing import OPERATORS
 
@@ -50,11 +59,8 @@ PAGE_SECTIONS = (
     Section("sm90", "bf16", _MAIN, _FEW, ("MNIST",)),
     Section("sm80", "highest", _MAIN, _FEW, ("MNIST",)),
     Section("sm100", "highest", _MAIN, _FEW, ("MNIST",)),
-    *(
-        Section("sm90", "highest", name, ("MNIST",))
-        for name, operator in OPERATORS.items()
-        if operator.registered is not None and name != _MAIN
-    ),
+    *(Section("sm90", "highest", name, ("MNIST",)) for name in ON_VECTORS if name != _MAIN),
+    Section("sm90", "highest", "em_routing", ("big ConvCaps1",)),
 )
 
 _CALLS = (
@@ -88,7 +94,10 @@ def predict_section(
     with products_in(of_products):
         operator, target = OPERATORS[section.operator], TARGETS[section.target][1]
         recordings = {
-            name: record(operator, SHAPES[name], dtype, target) for name in section.shapes
+            name: record_matrices(MATRICES[name], dtype, target)
+            if name in MATRICES
+            else record(operator, SHAPES[name], dtype, target)
+            for name in section.shapes
         }
         programs = measure_programs(recordings.values(), section.target, apply)
     is_float32 = section.precision == "highest"
@@ -133,19 +142,28 @@ def _call_row(
     forward: Sequence[Predicted],
     both: Sequence[Predicted],
 ) -> list[str]:
-    machine, operator = MACHINES[section.target], OPERATORS[section.operator]
-    precision = "bf16" if section.precision == "bf16" else "fp32"
-    case = Case(section.operator, Shape(*SHAPES[shape]), BATCH, precision=precision)
+    rate = MACHINES[section.target].memory_rate
     row = [shape]
     for phase, steps in (("forward", forward), ("both", both)):
-        rival = rival_bytes(operator, case.sizes, case.dtype, backward=phase == "both")
+        least, rival = _least_bytes(section, shape, phase)
         row += [
             str(len(steps)),
             _micro(sum(step.seconds for step in steps)),
-            _micro(floor(case, phase).bytes / machine.memory_rate),
-            _micro(rival / machine.memory_rate) if rival else "",
+            _micro(least / rate),
+            _micro(rival / rate) if rival else "",
         ]
     return [*row, _mega(recording.scratch_bytes)]
+
+
+def _least_bytes(section: Section, shape: str, phase: str) -> tuple[int, int]:
+    """The bytes that a phase of a call moves at least, and those of its rival."""
+    operator, is_both = OPERATORS[section.operator], phase == "both"
+    dtype = PRECISIONS[section.precision][0]
+    if shape in MATRICES:
+        return matrices_bytes(operator, MATRICES[shape].sizes, dtype, backward=is_both)
+    precision = "bf16" if section.precision == "bf16" else "fp32"
+    case = Case(section.operator, Shape(*SHAPES[shape]), BATCH, precision=precision)
+    return floor(case, phase).bytes, rival_bytes(operator, case.sizes, dtype, backward=is_both)
 
 
 def _launch_row(step: Predicted) -> list[str]:

@@ -144,7 +144,7 @@ class Case:
             sizes |= {"J": self.shape.I, "D": self.shape.P}
         if self.op == "margin_loss":
             sizes["K"] = self.shape.J
-        return sizes | self.more
+        return {**sizes, **self.more}
 
     @property
     def votes_bytes(self) -> int:

@@ -23,10 +23,11 @@ def broadcast(
         raise NotImplementedError("broadcast: no competition between positions, and no padding")
     K = len(weight)
     windows = [x.unfold(1, K, stride).unfold(2, K, stride) for x in (poses, activations)]
-    patches = [x.movedim((-2, -1), (3, 4)) for x in windows]
-    folded = [x.flatten(0, 2).flatten(1, 3) for x in patches]
-    results = em_routing.broadcast(*folded, weight.flatten(0, 2), beta_u, beta_a, **options)
-    return tuple(x.unflatten(0, patches[0].shape[:3]) for x in results)
+    places = [x.movedim((-2, -1), (3, 4)) for x in windows]
+    patches, of_patches = (x.flatten(0, 2).flatten(1, 3) for x in places)
+    weight = weight.flatten(0, 2)
+    results = em_routing.broadcast(patches, of_patches, weight, beta_u, beta_a, **options)
+    return tuple(x.unflatten(0, places[0].shape[:3]) for x in results)
 
 
 RIVALS = {"broadcast": broadcast}

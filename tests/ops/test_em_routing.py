@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from live_bytes import LiveBytes
 
 from tritoncaps import ops, reference
 from tritoncaps._operators.em_routing import em_routing as registered
+from tritoncaps._torch_path import _slices
 from tritoncaps._torch_path.em_routing import NO_MASS
 from tritoncaps.reference import _em_routing as formulas
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate, normal
@@ -294,6 +296,20 @@ def test_the_paths_agree_on_what_has_no_mass():
     assert NO_MASS == formulas.NO_MASS
 
 
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("competition", ["children", "position"])
+def test_groups_of_rows_give_the_same(competition):
+    """A group holds all images, or a single row, or a single image where positions compete."""
+    inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 4, "W": 3})
+    options = CONV.defaults | {"competition": competition, "return_assignment": True}
+    expected = evaluate(CONV, inputs, options)
+    with mock.patch.object(_slices, "slice_bytes", lambda device: 1):
+        results = evaluate(CONV, inputs, options)
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], msg=name)
+
+
+@pytest.mark.usefixtures("plain_torch")
 def test_a_training_step_takes_far_less_memory_than_the_votes():
     """The first convolution of the paper's small network, half a batch."""
     sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}

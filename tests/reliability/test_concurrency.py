@@ -16,8 +16,7 @@ import pytest
 import torch
 from calls import CALLS
 
-from tritoncaps import _native, ops
-from tritoncaps import testing
+from tritoncaps import _native, ops, testing
 from tritoncaps._operators import INTERPRETED, _dispatch
 from tritoncaps.testing import draw_inputs, evaluate
 

@@ -282,7 +282,7 @@ _ROWS = (
             "competition": ("children", "position"),
         },
         domain={"activations": torch.sigmoid},
-        smallest={"H": 3, "W": 3},
+        smallest={"H": 3, "W": 3, "K": 2},
         largest={"B": 3, "H": 5, "W": 6, "C": 3, "K": 3, "J": 5},
         sizes=_GRID_SIZES,
     ),

@@ -5,7 +5,7 @@
     python examples/viewpoints.py --view elevation --epochs 10
     python examples/viewpoints.py --dataset smallnorb --max-shift 8 --epochs 50 --seeds 3
 
-The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018), section 5.1. The
+The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The
 networks see a third of the azimuths, or the three lowest elevations. They are tested on objects
 that they have not seen, from these familiar viewpoints and from the others, which are novel. A
 better network is better on both, so networks are compared where they are equal on the familiar
@@ -291,7 +291,7 @@ def draw(
     figures.plot_panels(
         [
             Panel(
-                f"by {view}, at equal familiar accuracy",
+                f"by {view}, at the matched epochs",
                 f"{view} (degrees)",
                 lines,
                 shaded=("familiar", shaded),

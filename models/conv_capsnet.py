@@ -14,6 +14,8 @@ differs in three ways:
 The defaults are for CIFAR-10, with 6,331,200 parameters, of which the decoder has 3,756,544.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tritoncaps import ops
@@ -109,7 +111,11 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
             "capsule_types": capsule_types,
             "class_dim": class_dim,
         }
-        options = {"learned_prior": learned_prior, "pose_bias": pose_bias, "leaky": leaky}
+        options: dict[str, Any] = {
+            "learned_prior": learned_prior,
+            "pose_bias": pose_bias,
+            "leaky": leaky,
+        }
         check_arguments(name, sizes, gradient, {**options, "reconstruction": reconstruction})
         check_choice(name, "votes", votes, ("patch", "convolved"))
         check_pair(name, "channels", channels, "two ints")

@@ -8,7 +8,7 @@ namespace {
 // What an E-step reads of the Gaussians that the iteration before has left.
 struct Gaussians {
   vf *mean, *inverse;  // (J, D): μ and 1/(σ² + floor)
-  vf* height;          // (J): logsigmoid(z) − ½ Σ log(σ² + floor), log p at μ but for a constant of all
+  vf* height;          // (J): logsigmoid(z) − ½ Σ log 2π(σ² + floor), log p at μ
 
   template <class S> static int64_t vectors(const S& d) { return d.J * (2 * d.D + 1); }
   template <class S> Gaussians(vf* memory, const S& d)
@@ -42,10 +42,15 @@ template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, 
   return (a + b) + (c + e);
 }
 
+// ½ Σ log 2π(σ² + floor). With 2π a usual one is small, and keeps its digits in log p.
+template <class S> ALWAYS_INLINE vf log_width(const vf* variance, const S& d) {
+  constexpr float TWO_PI = 6.283185307f;
+  return 0.5f * sum_over_components(d, [&](int64_t h) { return log(TWO_PI * (variance[h] + d.min_variance)); });
+}
 // D β_u + ½ Σ log(σ² + floor), the cost of a unit of mass.
-template <class S> ALWAYS_INLINE vf cost(const vf* variance, float beta_u, const S& d) {
-  const vf sum = sum_over_components(d, [&](int64_t h) { return log(variance[h] + d.min_variance); });
-  return 0.5f * sum + float(d.D) * beta_u;
+template <class S> ALWAYS_INLINE vf cost(vf log_width, float beta_u, const S& d) {
+  constexpr float HALF_LOG_TWO_PI = 0.9189385332f;
+  return log_width + float(d.D) * (beta_u - HALF_LOG_TWO_PI);
 }
 // The logit of iteration t.
 template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float beta_a, const S& d) {
@@ -54,13 +59,13 @@ template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float bet
 
 // Gaussian j of an iteration with logit z.
 template <class S>
-ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf cost, float beta_u,
-                            const Gaussians& out, int64_t j, const S& d) {
+ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf log_width, const Gaussians& out,
+                            int64_t j, const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
     out.mean[j * d.D + h] = mean[h];
     out.inverse[j * d.D + h] = 1.f / (variance[h] + d.min_variance);
   }
-  out.height[j] = log_sigmoid(z) - (cost - float(d.D) * beta_u);
+  out.height[j] = log_sigmoid(z) - log_width;
 }
 
 // log p of a vote.

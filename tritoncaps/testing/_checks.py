@@ -101,18 +101,25 @@ def check_gradients(operator: Operator, device: torch.device) -> None:
         assert gradcheck(transposed, leaves, fast_mode=True)
 
 
-def check_registration(operator: Operator, device: torch.device) -> None:
-    """torch's own check of a custom operator: schema, fake, autograd, dynamic shapes."""
+def check_registration(operator: Operator, device: torch.device, *, traced: int = 2) -> None:
+    """torch's own check of a custom operator: schema, fake, autograd, dynamic shapes.
+
+    The last is slow, because it traces the second derivative. The first `traced` calls are enough
+    for it.
+    """
     if operator.registered is None:
         return
     from torch.library import opcheck
 
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+
     with warnings.catch_warnings():
         # opcheck reads .grad of tensors that need not be leaves.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        for forward, backward in _registered_calls(operator, device):
-            opcheck(*forward)
-            opcheck(*backward)
+        for number, (forward, backward) in enumerate(_registered_calls(operator, device)):
+            tests = (*quick, "test_aot_dispatch_dynamic") if number < traced else quick
+            opcheck(*forward, test_utils=tests)
+            opcheck(*backward, test_utils=tests)
 
 
 def check_vmap(operator: Operator, device: torch.device) -> None:

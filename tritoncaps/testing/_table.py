@@ -303,6 +303,7 @@ _ROWS = (
         options={"reduction": ("none",)},
         name="spread_loss",
         domain={"activations": torch.sigmoid},
+        smallest={"K": 2},  # the only class spreads from none
     ),
 )
 

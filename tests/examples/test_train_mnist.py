@@ -232,7 +232,7 @@ class TestRun:
         )  # fmt: skip
         assert run(*NEW, *flags, "--output-dir=run") == 0
         ((_, batch_size), options) = made.call_args
-        expected = {"seed": 7, "max_shift": 1, "rotation": 4.0, "scaling": 0.0}
+        expected = {"seed": 7, "max_shift": 1, "rotation": 4.0, "scaling": 0.0, "crop": None}
         assert (batch_size, options) == (32, expected)
         (trainer,) = trainers
         assert trainer.schedule == training.Schedule(0.003, 0.9, 2)
@@ -313,6 +313,7 @@ CHANGES = {
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
     "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
     "decoder_lr_factor": "2.0", "rotation": "5.0", "scaling": "0.1", "one_cycle": None,
+    "loss": "spread",
 }  # fmt: skip
 
 

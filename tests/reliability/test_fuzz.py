@@ -285,7 +285,7 @@ def check_module(call):
     if module is None:
         return
     for name, value in arguments.items():
-        if name not in ("bias", "pose_bias", "reconstruction"):
+        if name not in ("bias", "pose_bias", "beta_u", "beta_a", "reconstruction"):
             kept = getattr(module, name, value)
             assert kept is value or kept == value or value != value
     a = arguments

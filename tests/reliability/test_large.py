@@ -63,7 +63,7 @@ def check(operator, options):
     for stride in (near_stride, far_stride):
         for axis in range(4):
             apart = [
-                far(tensor, axis, stride, 128 * number)
+                far(tensor, axis, stride, 512 * number)
                 if axis < tensor.ndim and (
                     stride == far_stride or not INTERPRETED or (axis == 0 and "B" in axes)
                 )

@@ -4,6 +4,7 @@ Everything about an operator comes from its row in `tritoncaps.testing.OPERATORS
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -147,10 +148,21 @@ class Case:
         return {**sizes, **self.more}
 
     @property
-    def votes_bytes(self) -> int:
-        """The size of the votes, or prediction vectors û, of a routing."""
-        outputs = math.prod(next(iter(self.output_shapes.values())))
-        return outputs * self.shape.I * self.dtype.itemsize
+    def votes(self) -> int:
+        """The number of values of the votes, or prediction vectors û, that a routing has per image.
+
+        They have all axes of its tensors, except P, which is summed over. A convolution has votes
+        at each of its positions (H', W'), not at each point of its grid (H, W).
+        """
+        axes: Counter[str] = Counter()
+        for of in (*self.operator.axes.values(), *self.operator.outputs.values()):
+            axes |= Counter(of.split())  # a kernel has axis K twice
+        positions = {
+            axis: size(self.sizes, self.options) for axis, size in self.operator.sizes.items()
+        }
+        sizes = {**self.sizes, **positions}
+        left_out = {"B", "P", *(axis.removesuffix("'") for axis in positions)}
+        return math.prod(sizes[axis] ** n for axis, n in axes.items() if axis not in left_out)
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:

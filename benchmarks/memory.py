@@ -33,8 +33,8 @@ def run_memory(session: Session) -> None:
     """Measure how far forward + backward of the routing raise the peak of memory."""
     for case in memory_cases(session.device, session.quick):
         print(case, flush=True)
-        u_hat_bytes = case.votes_bytes
-        for rival in rival_names(case.op, session.device):
+        u_hat_bytes = case.B * case.votes * case.dtype.itemsize
+        for rival in rival_names(case, session.device):
             if session.quick and rival == "compile":
                 continue
             row: Row = {"case": str(case), "shape": case.name, **axes(case), "rival": rival}

@@ -98,7 +98,7 @@ def run_ops(session: Session) -> None:
         if is_loaded:
             facts |= {"case": f"{case} under load", "loaded_cores": os.cpu_count()}
         print(facts["case"], flush=True)
-        names = rival_names(case.op, session.device)
+        names = rival_names(case, session.device)
         if session.quick and number > 0:  # once is enough: the C++ compiler takes half a minute
             names = [name for name in names if name != "compile"]
         if session.is_over():

@@ -75,9 +75,7 @@ class Oracle:
     def _evaluate(self, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         """Evaluate the reference in a dtype, by slices of the batch, because û may be large."""
         function = case.operator.bound(case.options, case.operator.reference)
-        axes = {axis for of in case.operator.axes.values() for axis in of.split()}
-        elements = math.prod(case.sizes[axis] for axis in axes - {"B", "P"})  # of û, for a routing
-        rows = max(1, _SLICE_BYTES // (8 * elements))
+        rows = max(1, _SLICE_BYTES // (8 * case.votes))
         parts: list[dict[str, Tensor]] = []
         for start in range(0, case.B, rows):
             cut = slice(start, start + rows)

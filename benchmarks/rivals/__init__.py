@@ -4,6 +4,7 @@ Every operator has two rivals from the operator table: `eager`, its reference, a
 same through `torch.compile`. A file here that is named after an operator can define:
 
 - `RIVALS`, more rivals by name, which take tensors and options by name, like the operator;
+- `takes(case)`, whether these rivals can take a call, if there are calls that they cannot take;
 - `flops(case, phase)`, the fewest operations that a fused operator needs for "forward" and
   "backward", if torch's FLOP counter finds another number.
 
@@ -42,9 +43,10 @@ def backend(case: Case, device: torch.device) -> str:
     return f"native {variant}" if variant else "torch"
 
 
-def rival_names(op: str, device: torch.device) -> list[str]:
-    """List the rivals of an operator, tritoncaps last."""
-    others = [name for name in _own_rivals(op) if name != ours(device)]
+def rival_names(case: Case, device: torch.device) -> list[str]:
+    """List the rivals that can take a call, tritoncaps last."""
+    takes = getattr(_file_of(case.op), "takes", lambda _: True)
+    others = [name for name in _own_rivals(case.op) if name != ours(device)] if takes(case) else []
     return ["eager", "compile", *others, ours(device)]
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks.cases import Case
 from benchmarks.rivals import em_routing
 
 
@@ -14,13 +15,9 @@ def broadcast(
     beta_u: Tensor,
     beta_a: Tensor,
     stride: int,
-    padding: int,
-    competition: str,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Gather patches, and route each position by itself, as most implementations do."""
-    if competition != "position" or padding:
-        raise NotImplementedError("broadcast: no competition between positions, and no padding")
     K = len(weight)
     windows = [x.unfold(1, K, stride).unfold(2, K, stride) for x in (poses, activations)]
     places = [x.movedim((-2, -1), (3, 4)) for x in windows]
@@ -31,3 +28,8 @@ def broadcast(
 
 
 RIVALS = {"broadcast": broadcast}
+
+
+def takes(case: Case) -> bool:
+    """Nothing competes between patches that are routed one by one, and none is padded."""
+    return case.options["competition"] == "position" and not case.options["padding"]

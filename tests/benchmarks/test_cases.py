@@ -1,7 +1,5 @@
 """What the benchmarks measure: inputs, rivals, floors and sweeps, all from the operator table."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -74,8 +72,9 @@ def test_a_layer_has_as_many_votes_as_positions_folded_into_the_batch(name):
     case = matrix_case(name, 64, 3)
     assert {**case.output_shapes}["v"][-3:] == (MATRIX_LAYERS[name].J, 4, 4)
     rows = {"conv1": 36 * 64, "conv2": 16 * 64, "class": 64}[name.split("-")[1]]
-    assert case.votes_bytes == 4 * rows * case.shape.I * case.shape.J * 16
+    assert 64 * case.votes == rows * case.shape.I * case.shape.J * 16
     if case.op == "conv_em_routing":
+        assert rows * folded_case(name, 64, 3).votes == 64 * case.votes
         assert folded_case(name, 64, 3).input_shapes["poses"] == (rows, case.shape.I, 4, 4)
 
 
@@ -85,19 +84,33 @@ def test_the_broadcast_form_of_em_routing_is_right(op):
     chosen = {"competition": "position", "stride": 1} if op.startswith("conv") else {}
     case = Case(op, Shape(18, 4, 3, 16), B=2, iterations=3, chosen=chosen, more=sizes)
     Oracle(case, CPU).check(rivals.op_rival("broadcast", case, CPU))
-    if chosen:
-        other = replace(case, chosen={"stride": 1})
-        with pytest.raises(NotImplementedError, match="competition"):
-            rivals.op_rival("broadcast", other, CPU)(**other.arguments(CPU))
 
 
 def test_an_operators_own_rival_is_a_function_in_its_file():
     cuda = torch.device("cuda")
+    names = {
+        op: rivals.rival_names(Case(op, SHAPES["tiny"], B=2), cuda)
+        for op in ("fused_dynamic_routing", "routing_pass")
+    }
     own = ["broadcast", "torch path"]
-    assert rivals.rival_names("fused_dynamic_routing", cuda) == ["eager", "compile", *own, "triton"]
-    assert rivals.rival_names("routing_pass", cuda) == ["eager", "compile", "triton"]
+    assert names["fused_dynamic_routing"] == ["eager", "compile", *own, "triton"]
+    assert names["routing_pass"] == ["eager", "compile", "triton"]
     with pytest.raises(KeyError, match="broadcast"):
         rivals.op_rival("broadcast", Case("squash", Shape(7, 3, 4, 5), B=2), CPU)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"competition": "position"}, ["broadcast"]),
+        ({"competition": "children"}, []),
+        ({"competition": "position", "padding": 1}, []),
+    ],
+)
+def test_a_rival_is_left_out_where_it_cannot_take_the_call(chosen, expected):
+    case = Case("conv_em_routing", SHAPES["tiny"], B=2, chosen=chosen)
+    names = rivals.rival_names(case, CPU)
+    assert names == ["eager", "compile", *expected, rivals.ours(CPU)]
 
 
 # Caches -------------------------------------------------------------------------------------------

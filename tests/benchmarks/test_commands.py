@@ -63,7 +63,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(
         operators,
         "rival_names",
-        lambda op, device: [n for n in names(op, device) if n != "compile"],
+        lambda case, device: [n for n in names(case, device) if n != "compile"],
     )
     cases = [Case(op, SHAPES["tiny"], B=3, name="tiny") for op in operator_names()]
     monkeypatch.setattr(operators, "ops_cases", lambda device, quick: cases)
@@ -71,7 +71,7 @@ def toy(monkeypatch):
     ceilings = Ceilings(1e10, {"fp32": 1e11, "bf16": 2e11})
     monkeypatch.setattr(operators, "measure_ceilings", lambda *_: ceilings)
     monkeypatch.setattr(scaling, "swept_case", toy_point)
-    monkeypatch.setattr(memory, "rival_names", lambda op, device: ["eager"])
+    monkeypatch.setattr(memory, "rival_names", lambda case, device: ["eager"])
     monkeypatch.setattr(memory, "peaks", lambda cases, *_: [100] * len(cases))
     monkeypatch.setattr(step, "train_images", lambda B, device: toy_images(2))
     monkeypatch.setattr(step, "check_networks", lambda: None)  # test_oracle.py calls it
@@ -129,27 +129,30 @@ def test_ops_command(tmp_path):
     assert status == 0
     check_schema(data, "ops")
     assert data["ceilings"]["copy_bytes_per_second"] == 1e10
+    cases = operators.ops_cases(CPU, True)
+    assert [case.op for case in cases] == operator_names()
     timed = {(row["op"], row["phase"], row["rival"]) for row in data["rows"]}
     assert timed == {
-        (op, phase, rival)
-        for op in operator_names()
+        (case.op, phase, rival)
+        for case in cases
         for phase in operators.PHASES
-        for rival in rivals.rival_names(op, CPU)
+        for rival in rivals.rival_names(case, CPU)
         if rival != "compile"
     }
     loaded = [row for row in data["rows"] if "loaded_cores" in row]
     assert {(row["phase"], row["rival"]) for row in loaded} == {
         (phase, rival)
         for phase in operators.PHASES
-        for rival in rivals.rival_names(operator_names()[0], CPU)
+        for rival in rivals.rival_names(cases[0], CPU)
         if rival != "compile"
     }
     assert {row["case"] for row in loaded} == {data["rows"][0]["case"] + " under load"}
+    without_products = {"squash", "margin_loss", "spread_loss"}
     for row in data["rows"]:
         assert ("backend" in row) == (row["rival"] == rivals.ours(CPU))
         assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["median_s"])
         assert (row["rival"] == "eager") <= (row["speedup"] == 1)
-        assert (row["flops_per_second"] is None) == (row["op"] in ("squash", "margin_loss"))
+        assert (row["flops_per_second"] is None) == (row["op"] in without_products)
 
 
 def test_cores_are_busy_only_inside(monkeypatch):
@@ -191,8 +194,11 @@ def test_memory_command(tmp_path):
     status, data = run("memory", tmp_path)
     assert status == 0
     check_schema(data, "memory")
-    assert [(row["rival"], row["peak_bytes"]) for row in data["rows"]] == [("eager", 100)]
-    assert data["rows"][0]["u_hat_bytes"] == 4 * data["rows"][0]["B"] * 1152 * 10 * 16
+    assert [(row["rival"], row["peak_bytes"]) for row in data["rows"]] == 2 * [("eager", 100)]
+    assert [row["u_hat_bytes"] for row in data["rows"]] == [
+        4 * row["B"] * sizes
+        for row, sizes in zip(data["rows"], (1152 * 10 * 16, 256 * 5 * 16), strict=True)
+    ]
 
 
 @pytest.mark.usefixtures("toy")

@@ -160,7 +160,11 @@ bool dynamic_backward(const DynamicInputs<T>& in, const Sizes& d, const float* g
       if (in.pose_bias)
         for (int64_t k = d.NV * rank / size; k < d.NV * (rank + 1) / size; k++) {
           vf total = first ? pose_bias.values[k] : vf{};
-          for (int64_t m = 0; m < n; m++) total += all_ds.values[m * d.NV + k];
+          for (int64_t from = 0; from < n; from += 64) {  // runs keep the roundings of many images few
+            vf run = {};
+            for (int64_t m = from; m < std::min<int64_t>(from + 64, n); m++) run += all_ds.values[m * d.NV + k];
+            total += run;
+          }
           pose_bias.values[k] = total;
         }
       all.barrier();

@@ -120,6 +120,14 @@ def test_poses_of_any_shape_and_dtype():
             ValueError,
             "ClassMatrixCapsules: weight has C=2 but poses has C=5",
         ),
+        *(
+            (
+                lambda layer=layer: layer(2, 3)(torch.rand(2, 4, 4, 2, 4, 4)),
+                TypeError,
+                f"{layer.__name__}: capsules must be Capsules(poses, activations), got Tensor",
+            )
+            for layer in (ConvMatrixCapsules, ClassMatrixCapsules)
+        ),
         (
             lambda: PrimaryMatrixCapsules(3, 2)(torch.rand(1, 4, 5, 5)),
             ValueError,

@@ -284,6 +284,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
             return_assignment: also return how much of each input goes to each output in the last
                 iteration, (B, H', W', K, K, C, J).
         """
+        _check_capsules("ConvMatrixCapsules", capsules)
         iterations = concrete("iterations", iterations, None)
         return_assignment = concrete("return_assignment", return_assignment, False)
         result = _route_windows(
@@ -403,6 +404,7 @@ class ClassMatrixCapsules(_MatrixCapsules):
             iterations: used for this call instead of the layer's own number.
             return_assignment: also return the assignment of the last iteration.
         """
+        _check_capsules("ClassMatrixCapsules", capsules)
         iterations = concrete("iterations", iterations, None)
         return_assignment = concrete("return_assignment", return_assignment, False)
         result = _route_grid(
@@ -444,6 +446,14 @@ def check_options(
     _checks.check_not_negative(function, "noise", noise)
     _checks.check_number(function, "beta_u", beta_u)
     _checks.check_number(function, "beta_a", beta_a)
+
+
+def _check_capsules(layer: str, capsules: object) -> None:
+    """Raise TypeError, unless it is a grid of capsules, or the stand-in of a tracer."""
+    if not isinstance(capsules, Capsules) and not is_proxy(capsules):
+        raise TypeError(
+            f"{layer}: capsules must be Capsules(poses, activations), got {type(capsules).__name__}"
+        )
 
 
 @one_node

@@ -70,7 +70,7 @@ def pull_back_em_kernel(
     mass = tl.load(mass_ptr + now + pair, exists, other=0.0)
     mean = tl.load(mean_ptr + now * (R * Q) + of_pair, inside, other=0.0)
     variance = tl.load(variance_ptr + now * (R * Q) + of_pair, inside, other=1.0)
-    z, s, log_deviation = gaussian(mass, variance, beta_u, beta_a, rate, floor, matrix, R, Q)
+    z, s, cost, _ = gaussian(mass, variance, beta_u, beta_a, rate, floor, matrix, R, Q)
     if IS_LAST:
         grad_mean = tl.load(grad_v_ptr + of_pair, inside, other=0.0).to(DTYPE)
         grad_variance = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
@@ -88,7 +88,7 @@ def pull_back_em_kernel(
     grad_z *= rate
     tl.store(grad_z_ptr + now + pair, grad_z, exists)
     grad_variance -= grad_z * mass * (s * s)
-    constant = -grad_z * (R * Q * beta_u + log_deviation)
+    constant = -grad_z * cost
 
     inverse = inverse_mass(mass)
     linear = grad_mean * inverse
@@ -104,11 +104,10 @@ def pull_back_em_kernel(
         mass = tl.load(mass_ptr + then + pair, exists, other=0.0)
         old_mean = tl.load(mean_ptr + then * (R * Q) + of_pair, inside, other=0.0)
         variance = tl.load(variance_ptr + then * (R * Q) + of_pair, inside, other=1.0)
-        z, s, log_deviation = gaussian(
+        _, s, _, c = gaussian(
             mass, variance, beta_u, beta_a, number(before, before_low, DTYPE), floor, matrix, R, Q
         )
         m = old_mean * s
-        c = log_sigmoid(z) - log_deviation
         d = mean - old_mean
         constant += over_matrix((square * d - linear) * d)
         unit = 1.0 / tl.where(s > 0.0, s, 1.0)

@@ -8,7 +8,7 @@
 `em_routing.py` has the formulas. A pass reads the Gaussians of the iteration before as a pack
 (m, s, c). With s = 1 / √(2 S̃) and m = μ s, the distance of a vote in its unit is t = s V − m, and
 
-    ℓ_ij = c_j − Σ_rq t²,  c = log σ(z) − ½ Σ_rq log S̃
+    ℓ_ij = c_j − Σ_rq t²,  c = log σ(z) − ½ Σ_rq log 2π S̃
 
 but for a constant that a softmax does not see. The sums are over weights ω_ij, which are R_ij a_i
 in a forward pass and the gradient of ℓ_ij in a backward pass: Σ_i ω t, Σ_i ω t² and Σ_i ω.
@@ -226,11 +226,17 @@ def gaussian(
     mass, variance, beta_u, beta_a, temperature, min_variance, inside,
     R: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """z, s = 1 / √(2 S̃), which is 0 outside the matrix, and ½ Σ log S̃ of some outputs."""
+    """z, s = 1 / √(2 S̃), which is 0 outside the matrix, cost and log-weight c of some outputs.
+
+    The cost of a unit of mass is D β_u + ½ Σ log S̃. With 2π a usual log S̃ is small, so that c keeps
+    its digits.
+    """
     floored = tl.where(inside, variance + min_variance, 1.0)
-    log_deviation = 0.5 * over_matrix(tl.log(floored))
-    z = temperature * (beta_a - mass * (R * Q * beta_u + log_deviation))
-    return z, tl.where(inside, 1.0 / tl.sqrt(2.0 * floored), 0.0), log_deviation
+    log_width = 0.5 * over_matrix(tl.where(inside, tl.log(6.283185307179586 * floored), 0.0))
+    cost = R * Q * (beta_u - 0.9189385332046727) + log_width  # ½ log 2π
+    z = temperature * (beta_a - mass * cost)
+    s = tl.where(inside, 1.0 / tl.sqrt(2.0 * floored), 0.0)
+    return z, s, cost, log_sigmoid(z) - log_width
 
 
 @triton.jit
@@ -305,7 +311,7 @@ def statistics_kernel(
         # A row that does not exist has no spread, and there may be no floor.
         variance = tl.where(b < B, variance, 1.0)
         inside = (j < J) & (r < R) & (q < Q)
-        z, s, log_deviation = gaussian(
+        z, s, _, c = gaussian(
             mass, variance,
             tl.load(beta_u_ptr + j, j < J, other=0.0).to(DTYPE),
             tl.load(beta_a_ptr + j, j < J, other=0.0).to(DTYPE),
@@ -318,7 +324,6 @@ def statistics_kernel(
         offsets = offsets * (R * Q) + r * Q + q
         tl.store(mean_ptr + offsets, mean, exists & inside)
         tl.store(variance_ptr + offsets, variance, exists & inside)
-        c = log_sigmoid(z) - log_deviation
     else:
         mean = first * inverse
         s = tl.full((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), 1.0, DTYPE)

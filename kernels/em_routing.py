@@ -4,7 +4,7 @@
     R⁽¹⁾ = 1 / (the output capsules that i feeds);  R⁽ᵗ⁾_ij = softmax_j ℓ⁽ᵗ⁻¹⁾_ij
     N_j = Σ_i R_ij a_i,  μ_j = Σ_i R_ij a_i V_ij / N_j,  S_j = Σ_i R_ij a_i (V_ij − μ_j)² / N_j
     S̃ = S + min_variance,  z_j = λ⁽ᵗ⁾ (β_a − N_j (D β_u + ½ Σ log S̃_j))
-    ℓ_ij = log σ(z_j) − ½ Σ log S̃_j − ½ Σ (V_ij − μ_j)² / S̃_j
+    ℓ_ij = log σ(z_j) − ½ Σ log 2π S̃_j − ½ Σ (V_ij − μ_j)² / S̃_j
 
 The votes are computed where they are needed and never stored. A vote costs P multiply-adds for each
 component. P is 4 in the paper, a quarter of what a matrix unit would take, so they are plain
@@ -311,7 +311,8 @@ def em_routing_fwd(
     dtype = accumulation_dtype(poses.dtype)
     logits = poses.new_empty((B, J), dtype=dtype)
     mass = poses.new_empty((iterations, B, J), dtype=dtype)
-    mean, variance = poses.new_empty((2, iterations, B, J, R, Q), dtype=dtype)
+    # Results must not share memory.
+    mean, variance = (poses.new_empty((iterations, B, J, R, Q), dtype=dtype) for _ in range(2))
     if B == 0 or J == 0:
         assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
         v = poses.new_empty(B, J, R, Q)
@@ -347,7 +348,14 @@ def em_routing_fwd(
         assignment = poses.new_empty(0)
         if saved is not None:
             assignment = from_lanes(saved, B, poses.dtype, 0, 3, 1, 2)
-    return mean[-1].to(poses.dtype), logits.to(poses.dtype), assignment, mass, mean, variance
+    return (
+        mean[-1].to(poses.dtype, copy=True),
+        logits.to(poses.dtype),
+        assignment,
+        mass,
+        mean,
+        variance,
+    )
 
 
 def em_routing_bwd(

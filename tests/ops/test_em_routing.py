@@ -214,7 +214,7 @@ EXTREMES = {
 
 
 # The Triton kernels keep log Σ_j exp ℓ as one number, which is rounded at the scale of ℓ. With
-# variances near the floor ℓ is about 60, and an assignment is up to 1.5 times as far off as allowed.
+# variances near the floor ℓ is about 60, and results are up to 1.5 times as far off as allowed.
 ROUNDED = ("one input capsule", "one active input capsule", "identical votes")
 
 

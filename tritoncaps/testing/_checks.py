@@ -611,10 +611,12 @@ def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tupl
         )
         with _Recorded(operator) as recorded:
             gradients(operator.bound(options), inputs, layout=layout)
-        forward, backward = recorded.calls
-        leaves = tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in forward)
+        forward, backward = (
+            tuple(x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in call)
+            for call in recorded.calls
+        )
         registered = operator.registered
-        yield (registered.forward, leaves), (registered.backward, backward)
+        yield (registered.forward, forward), (registered.backward, backward)
 
 
 class _Recorded(TorchDispatchMode):

@@ -4,12 +4,12 @@
     pose_gradient_kernel     an input, all its outputs and iterations: du and da
     matrix_gradient_kernel   some inputs and an output, all rows and iterations: dW
 
-`em_routing.py` has the formulas. Iteration t reads two packs: (m, s, c) of iteration t − 1, which
-gives t = s V − m and ℓ as in a forward pass, and (k₁, k₂, k₀) of iteration t, which gives
+`em_routing.py` has the formulas. Iteration t reads two packs: (μ, w, c) of iteration t − 1, which
+gives y = V − μ and ℓ as in a forward pass, and (k₁, k₂, k₀) of iteration t, which gives
 
-    gR′_ij = k₀ + Σ_rq (k₁ t + k₂ t²),  dV_ij = s (R_ij a_i (k₁ + 2 k₂ t) − 2 gℓ_ij t)
+    gR′_ij = k₀ + Σ_rq (k₁ y + k₂ y²),  dV_ij = R_ij a_i (k₁ + 2 k₂ y) − 2 gℓ_ij w y
 
-Iteration 1 has no logits: its t is V less its own mean.
+Iteration 1 has no logits: its y is V less its own mean.
 """
 
 import triton
@@ -18,6 +18,7 @@ import triton.language as tl
 from tritoncaps.kernels._em_passes import gaussian, inverse_mass, number, sum_packs
 from tritoncaps.kernels._em_tiles import (
     add_products,
+    load_normaliser,
     load_pack,
     load_poses,
     load_weight,
@@ -45,8 +46,8 @@ def pull_back_em_kernel(
 ):  # fmt: skip
     """Write both packs of iteration t = step + 1 and λ gz, for BLOCK_N outputs.
 
-    The gradients of mean, variance and z come from the slots of iteration t + 1, Σ_i gℓ t,
-    Σ_i gℓ t² and Σ_i gℓ in the unit of iteration t, or from the user if IS_LAST.
+    The gradients of mean, variance and z come from the slots of iteration t + 1, Σ_i gℓ y,
+    Σ_i gℓ y² and Σ_i gℓ, or from the user if IS_LAST.
     """
     DTYPE: tl.constexpr = state_ptr.dtype.element_ty
     _, r, q, n, lane = tile_axes(1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES)
@@ -70,7 +71,7 @@ def pull_back_em_kernel(
     mass = tl.load(mass_ptr + now + pair, exists, other=0.0)
     mean = tl.load(mean_ptr + now * (R * Q) + of_pair, inside, other=0.0)
     variance = tl.load(variance_ptr + now * (R * Q) + of_pair, inside, other=1.0)
-    z, s, cost, _ = gaussian(mass, variance, beta_u, beta_a, rate, floor, matrix, R, Q)
+    z, w, cost, _ = gaussian(mass, variance, beta_u, beta_a, rate, floor, matrix, R, Q)
     if IS_LAST:
         grad_mean = tl.load(grad_v_ptr + of_pair, inside, other=0.0).to(DTYPE)
         grad_variance = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
@@ -82,12 +83,12 @@ def pull_back_em_kernel(
             slots_ptr, tile * J + j, tl.cast(tiles, tl.int64) * J, slots, j < J, r, q, lane,
             (1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), (1, 1, 1, BLOCK_N, LANES), R, Q, LANES,
         )  # fmt: skip
-        grad_mean = 2.0 * s * first
-        grad_variance = s * s * (2.0 * second - total)
+        grad_mean = 2.0 * w * first
+        grad_variance = w * (2.0 * w * second - total)
         grad_z = total * tl.exp(log_sigmoid(-z))
     grad_z *= rate
     tl.store(grad_z_ptr + now + pair, grad_z, exists)
-    grad_variance -= grad_z * mass * (s * s)
+    grad_variance -= grad_z * mass * w
     constant = -grad_z * cost
 
     inverse = inverse_mass(mass)
@@ -95,47 +96,44 @@ def pull_back_em_kernel(
     square = grad_variance * inverse
     constant -= over_matrix(square * tl.where(inside, variance, 0.0))
     if IS_FIRST:
-        m = mean
-        s = tl.full((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), 1.0, DTYPE)
+        old_mean = mean
+        w = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
         c = tl.zeros((1, 1, 1, BLOCK_N, LANES), DTYPE)
     else:
-        # The votes are seen from the mean before: x = t / s - d.
+        # The votes are seen from the mean before: x = y - d.
         then = now - rows
         mass = tl.load(mass_ptr + then + pair, exists, other=0.0)
         old_mean = tl.load(mean_ptr + then * (R * Q) + of_pair, inside, other=0.0)
         variance = tl.load(variance_ptr + then * (R * Q) + of_pair, inside, other=1.0)
-        _, s, _, c = gaussian(
+        _, w, _, c = gaussian(
             mass, variance, beta_u, beta_a, number(before, before_low, DTYPE), floor, matrix, R, Q
         )
-        m = old_mean * s
         d = mean - old_mean
         constant += over_matrix((square * d - linear) * d)
-        unit = 1.0 / tl.where(s > 0.0, s, 1.0)
-        linear = (linear - 2.0 * square * d) * unit
-        square = square * (unit * unit)
+        linear -= 2.0 * square * d
     row = tile * J + j
-    store_pack(state_ptr, row, j < J, r, q, lane, m, s, c, R, Q, LANES)
+    store_pack(state_ptr, row, j < J, r, q, lane, old_mean, w, c, R, Q, LANES)
     store_pack(grads_ptr, row, j < J, r, q, lane, linear, square, constant, R, Q, LANES)
 
 
 @triton.jit
 def _vote_gradient(
-    V, a, state_ptr, grads_ptr, of_j, normaliser, delta, grad_assignment, has_logits, r, q, lane,
+    V, a, state_ptr, grads_ptr, of_j, top, scale, delta, grad_assignment, has_logits, r, q, lane,
     FULL: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """dV and the share of da_i of an iteration: R_ij gR′_ij."""
-    m, s, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
+    mean, w, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
     linear, square, constant = load_pack(grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
-    t = s * V - m
-    logits = tl.where(has_logits, c - over_matrix(t * t), 0.0)
-    assignment = tl.exp(logits - normaliser)
-    slope = linear + square * t
-    grad = constant + over_matrix(slope * t)  # of R a
-    dt = (assignment * a) * (slope + square * t)
+    y = V - mean
+    logits = tl.where(has_logits, c - over_matrix(w * y * y), 0.0)
+    assignment = tl.exp(logits - top) * scale
+    slope = linear + square * y
+    grad = constant + over_matrix(slope * y)  # of R a
+    dV = (assignment * a) * (slope + square * y)
     if FULL:
         grad_logits = assignment * (a * grad + grad_assignment - delta)
-        dt -= tl.where(has_logits, 2.0 * grad_logits, 0.0) * t
-    return s * dt, assignment * grad
+        dV -= tl.where(has_logits, 2.0 * grad_logits, 0.0) * (w * y)
+    return dV, assignment * grad
 
 
 @triton.jit
@@ -150,18 +148,18 @@ def _all_steps(
     da = tl.zeros(a.shape, V.dtype)
     for step in range(steps):
         has_logits = step + first_step > 0
-        offsets = (step * rows_i + row) * LANES + lane
-        normaliser = tl.load(normaliser_ptr + offsets, exists, other=float("inf"))
+        of_i = step * rows_i + row
+        top, scale = load_normaliser(normaliser_ptr, of_i, exists, lane, LANES)
         delta = tl.zeros(a.shape, V.dtype)
         grad_assignment = tl.zeros(a.shape, V.dtype)
         if FULL:
-            delta = tl.load(delta_ptr + offsets, exists & has_logits, other=0.0)
+            delta = tl.load(delta_ptr + of_i * LANES + lane, exists & has_logits, other=0.0)
             if HAS_GRAD_ASSIGNMENT:
                 is_last = exists & (step == steps - 1)
                 ptrs = grad_assignment_ptr + of_pair * LANES + lane
                 grad_assignment += tl.load(ptrs, is_last, other=0.0).to(V.dtype)
         more, share = _vote_gradient(
-            V, a, state_ptr, grads_ptr, step * rows_j + of_j, normaliser, delta, grad_assignment,
+            V, a, state_ptr, grads_ptr, step * rows_j + of_j, top, scale, delta, grad_assignment,
             has_logits, r, q, lane, FULL, R, Q, LANES,
         )  # fmt: skip
         dV += more

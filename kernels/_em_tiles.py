@@ -14,7 +14,8 @@ this, in tiles of LANES batch rows. Rows that do not exist are zero.
 
     poses        (tiles, I, P, LANES, R)
     weight       (I, J, P, Q)
-    activations  (tiles, I, LANES), likewise the normaliser and δ
+    activations  (tiles, I, LANES), likewise δ
+    normaliser   (tiles, I, 2, LANES): the largest ℓ_ij of an input, and 1 / Σ_j exp(ℓ_ij − largest)
     assignment   (tiles, I, J, LANES)
     a pack       (tiles, J, (2·R·Q + 1)·LANES): two (R, LANES, Q) and one (LANES) of each j
 
@@ -146,6 +147,25 @@ def store_pack(
     tl.store(ptrs, first, mask)
     tl.store(ptrs + R * Q * LANES, second, mask)
     tl.store(base + 2 * R * Q * LANES + lane, number, exists)
+
+
+@triton.jit
+def load_normaliser(normaliser_ptr, row, exists, lane, LANES: tl.constexpr):
+    """The largest ℓ of inputs, and their scale: R_ij = exp(ℓ_ij − top) · scale.
+
+    One logarithm of the sum would be rounded like the largest ℓ, which may be in the tens.
+    """
+    ptrs = normaliser_ptr + row * (2 * LANES) + lane
+    top = tl.load(ptrs, exists, other=float("inf"))
+    return top, tl.load(ptrs + LANES, exists, other=0.0)
+
+
+@triton.jit
+def store_normaliser(normaliser_ptr, row, exists, lane, top, scale, LANES: tl.constexpr):
+    """Write what `load_normaliser` reads."""
+    ptrs = normaliser_ptr + row * (2 * LANES) + lane
+    tl.store(ptrs, top, exists)
+    tl.store(ptrs + LANES, scale, exists)
 
 
 @triton.jit

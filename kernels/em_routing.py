@@ -11,14 +11,10 @@ component. P is 4 in the paper, a quarter of what a matrix unit would take, so t
 multiply-adds. A lane has a row of the batch, and a thread all D components of a pair (i, j):
 `_em_tiles.py` says how everything is ordered for that.
 
-Forward. A pass finds log Σ_j exp ℓ of every (b, i), and a second one Σ_i ω, Σ_i ω x and Σ_i ω x²
-with ω = R a, for x = V − μ⁽ᵗ⁻¹⁾. A small kernel adds up the slots of the second. Then
-
-    μ = μ⁽ᵗ⁻¹⁾ + Σ ω x / N,  S = Σ ω x² / N − (Σ ω x / N)²
-
-The mean before makes x small, so the difference keeps its digits: its error is about
-2⁻²⁴ (1 + (μ − μ⁽ᵗ⁻¹⁾)² / S), where squares of the votes themselves would lose μ² / S. Iteration 1
-has no mean before. A first sum of its votes gives one.
+Forward. A pass finds the normaliser of every (b, i): the largest ℓ, and Σ_j exp(ℓ − largest). A
+second one finds N, μ and N S, input after input, with the weights R a. Several programs share the
+inputs of an output, and a small kernel merges what they have found. `_em_passes.py` says how.
+Nothing cancels there, as it would in Σ R a V² / N − μ².
 
 Backward. Iterations run from the last, with gμ, gS and gz of the mean, variance and logit:
 
@@ -30,19 +26,18 @@ Backward. Iterations run from the last, with gμ, gS and gz of the mean, varianc
 
 the last line for the iteration before. gR′ is a polynomial in y too, whose coefficients a small
 kernel finds. A user's gradient of the assignment adds to gR of the last iteration. So an iteration
-takes the two passes of the forward, with δ in the first and ω = gℓ in the second. They leave
-log Σ_j exp ℓ and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
+takes the two passes of the forward, with δ in the first and ω = gℓ in the second. They leave the
+normaliser and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
 iterations first and contracted once, in a kernel that has all outputs of an input for du and da,
 and in one that has all rows of a pair for dW.
 
 Where N is at most `NO_MASS`, mean and variance are 0, and 1/N is taken as 0 in the backward.
 
 In a convolution, the output capsules of all positions that an input capsule feeds compete for it.
-Between the two passes a kernel then gathers log Σ_j exp ℓ, and δ, of these positions, in a fixed
+Between the two passes a kernel then gathers the normalisers, and δ, of these positions, in a fixed
 order. Nothing else joins rows of the batch.
 """
 
-import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -89,10 +84,10 @@ def em_routing_launch(
     num_warps: warps share what they read through the first-level cache. In `em_sums` 4 of them have
     an output each and share poses. Elsewhere they have inputs and share an output's Gaussian.
     `em_gradient` reads two packs for each iteration, so there are 8.
-    BLOCK_I: inputs in a program, or in a step of `em_sums`. A pack takes 2 D + 1 loads, as much as
-    the votes of two inputs. Four inputs in a thread make up for it. With the pack of gradients
-    there is room for two, and beside sums over i or j for one. A vote of more than 16 components
-    halves that. Where there is one already, its values spill.
+    BLOCK_I: inputs in a program. `em_sums` takes one after another. A pack takes 2 D + 1 loads, as
+    much as the votes of two inputs. Four inputs in a thread make up for it. With the pack of
+    gradients there is room for two, and beside sums over i or j for one. A vote of more than 16
+    components halves that. Where there is one already, its values spill.
     MAX_SPLITS: the programs that share an output's inputs, so that a tile of rows has at least 128
     warps. 16 inputs or more are worth a slot, which has half as much as their votes.
 
@@ -114,7 +109,7 @@ def em_routing_launch(
     }
     if target.architecture == "interpreter":
         # Its time is that of the steps, whatever their size.
-        launch |= {"BLOCK_I": 16, "num_warps": 8}
+        launch |= {"BLOCK_I": 1 if rule == "em_sums" else 16, "num_warps": 8}
     launch = measured(rule, launch, target, dtype, I=I, P=P, J=J, D=R * Q)
     splits, each = divide(I, max(16, launch["BLOCK_I"]), launch.pop("MAX_SPLITS"))
     each *= max(16, launch["BLOCK_I"])
@@ -122,10 +117,11 @@ def em_routing_launch(
     launch |= {
         "BLOCK_R": block_r,
         "BLOCK_Q": block_q,
-        "BLOCK_G": block_i if rule == "em_sums" else max(block_i // warps, 1),
         "BLOCK_N": warps,
         "LANES": lanes_of(target),
     }
+    if rule != "em_sums":
+        launch["BLOCK_G"] = max(block_i // warps, 1)
     return launch, splits, each
 
 
@@ -191,12 +187,13 @@ class _Passes:
     def pairs(self) -> tuple[int, dict[str, Any]]:
         """Programs and meta-parameters of a kernel over pairs (b, j)."""
         sizes = self.sizes("em_sums")
-        del sizes["P"], sizes["BLOCK_G"]
+        del sizes["P"]
         return self.tiles * triton.cdiv(self.J, sizes["BLOCK_N"]), sizes
 
     def uniform(self, normaliser: Tensor) -> None:
         """Write the normaliser of iteration 1, whose ℓ is 0."""
-        normaliser.fill_(math.log(self.J))
+        normaliser[:, :, 0] = 0
+        normaliser[:, :, 1] = 1 / self.J
         self._compete(normaliser, None)
 
     def expectation(
@@ -207,7 +204,7 @@ class _Passes:
         grad_assignment: Tensor | None = None,
         delta: Tensor | None = None,
     ) -> None:
-        """Write the normaliser, (tiles, I, lanes), and with `grads` also δ."""
+        """Write the normaliser, (tiles, I, 2, lanes), and with `grads` δ, (tiles, I, lanes)."""
         sizes = self.sizes("em_expectation" if grads is None else "em_expectation_bwd")
         groups = triton.cdiv(self.I, sizes["BLOCK_G"] * sizes["BLOCK_N"])
         if self.I == 0:
@@ -245,16 +242,16 @@ class _Passes:
 
     def sums(
         self,
-        state: Tensor | None,
+        state: Tensor,
         normaliser: Tensor,
         *,
-        has_logits: bool,
+        has_logits: bool = True,
         grads: Tensor | None = None,
         grad_assignment: Tensor | None = None,
         delta: Tensor | None = None,
         assignment: Tensor | None = None,
     ) -> None:
-        """Fill the slots with the sums over i, for ω = R a, or ω = gℓ with `grads`."""
+        """Fill the slots with μ, N S and N, or with the sums of gℓ if `grads` is given."""
         launch, splits, each = self.launch("em_sums")
         programs = self.tiles * splits * triton.cdiv(self.J, launch["BLOCK_N"])
         sums_kernel[(programs,)](
@@ -263,7 +260,6 @@ class _Passes:
             normaliser, *(normaliser if x is None else x for x in (delta, assignment)),
             self.slots,
             self.tiles, self.I, self.J, splits, each,
-            HAS_STATE=state is not None,
             HAS_LOGITS=has_logits,
             GRADIENT=grads is not None,
             HAS_GRAD_ASSIGNMENT=grad_assignment is not None,
@@ -321,30 +317,24 @@ def em_routing_fwd(
     with device_of(poses):
         passes = _Passes(poses, activations, weight, beta_u, beta_a, min_variance, grid)
         state = passes.empty(*passes.pack)
-        normaliser = passes.empty(passes.tiles, I, passes.lanes)
+        normaliser = passes.empty(passes.tiles, I, 2, passes.lanes)
         saved = None
         if return_assignment:
             saved = poses.new_empty(passes.tiles, I, J, passes.lanes)
         programs, sizes = passes.pairs()
 
-        def statistics(step: int, has_state: bool) -> None:
-            statistics_kernel[(programs,)](
-                passes.slots, *passes.betas, state, mass[step], mean[step], variance[step], logits,
-                B, J, passes.tiles, len(passes.slots),
-                *_in_two(temperature[step]), *passes.min_variance,
-                HAS_STATE=has_state,
-                **sizes,
-            )  # fmt: skip
-
         passes.uniform(normaliser)
-        passes.sums(None, normaliser, has_logits=False)
-        statistics(0, False)
         for step in range(iterations):
             if step > 0:
                 passes.expectation(state, normaliser)
             wanted = saved if step == iterations - 1 else None
             passes.sums(state, normaliser, has_logits=step > 0, assignment=wanted)
-            statistics(step, True)
+            statistics_kernel[(programs,)](
+                passes.slots, *passes.betas, state, mass[step], mean[step], variance[step], logits,
+                B, J, passes.tiles, len(passes.slots),
+                *_in_two(temperature[step]), *passes.min_variance,
+                **sizes,
+            )  # fmt: skip
         assignment = poses.new_empty(0)
         if saved is not None:
             assignment = from_lanes(saved, B, poses.dtype, 0, 3, 1, 2)
@@ -402,8 +392,8 @@ def em_routing_bwd(
         passes = _Passes(*given, min_variance, grid)
         lanes, tiles = passes.lanes, passes.tiles
         state, grads = passes.empty(2, steps, *passes.pack)
-        normaliser = passes.empty(steps, tiles, I, lanes)
-        delta = passes.empty(*normaliser.shape) if full else normaliser
+        normaliser = passes.empty(steps, tiles, I, 2, lanes)
+        delta = passes.empty(steps, tiles, I, lanes) if full else normaliser
         grad_z = passes.empty(iterations, B, J)
         if grad_assignment is not None:
             grad_assignment = in_lanes(grad_assignment, lanes, 0, 2, 3, 1) if full else None
@@ -434,7 +424,7 @@ def em_routing_bwd(
                     "delta": delta[step],
                 }
                 passes.expectation(state[step], normaliser[step], **of_step)
-                passes.sums(state[step], normaliser[step], has_logits=True, **of_step)
+                passes.sums(state[step], normaliser[step], **of_step)
 
         arguments = (
             *passes.inputs, state, grads, state if grad_assignment is None else grad_assignment,

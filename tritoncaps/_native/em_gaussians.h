@@ -92,9 +92,12 @@ ALWAYS_INLINE void add_moments(const vf* votes, const vf* c, int64_t count, vf& 
   const vf part = mass <= none ? vf{} : own / mass, between = before * part;
   const auto add = [&](int64_t h, auto N) {
     vf a[N()] = {}, b[N()] = {};
-    for (int64_t k = 1; k < count; k++)
-      for (int n = 0; n < N(); n++) a[n] += parts[k] * (votes[k * d.D + h + n] - votes[h + n]);
-    for (int n = 0; n < N(); n++) a[n] += votes[h + n];
+    for (int64_t k = 0; k < count; k++)
+      for (int n = 0; n < N(); n++) a[n] += parts[k] * votes[k * d.D + h + n];
+    vf rest[N()] = {};  // what rounding has left out
+    for (int64_t k = 0; k < count; k++)
+      for (int n = 0; n < N(); n++) rest[n] += parts[k] * (votes[k * d.D + h + n] - a[n]);
+    for (int n = 0; n < N(); n++) a[n] += rest[n];
     for (int64_t k = 0; k < count; k++)
       for (int n = 0; n < N(); n++) {
         const vf x = votes[k * d.D + h + n] - a[n];

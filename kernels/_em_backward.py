@@ -5,11 +5,12 @@
     matrix_gradient_kernel   some inputs and an output, all rows and iterations: dW
 
 `em_routing.py` has the formulas. Iteration t reads two packs: (μ, w, c) of iteration t − 1, which
-gives y = V − μ and ℓ as in a forward pass, and (k₁, k₂, k₀) of iteration t, which gives
+gives y = V − μ and ℓ as in a forward pass, and (μ, k₁, k₂, k₀) of iteration t, which with x = V − μ
+gives
 
-    gR′_ij = k₀ + Σ_rq (k₁ y + k₂ y²),  dV_ij = R_ij a_i (k₁ + 2 k₂ y) − 2 gℓ_ij w y
+    gR′_ij = k₀ + Σ_rq (k₁ x + k₂ x²),  dV_ij = R_ij a_i (k₁ + 2 k₂ x) − 2 gℓ_ij w y
 
-Iteration 1 has no logits: its y is V less its own mean.
+Iteration 1 has no logits, and its first pack is not used.
 """
 
 import triton
@@ -95,25 +96,19 @@ def pull_back_em_kernel(
     linear = grad_mean * inverse
     square = grad_variance * inverse
     constant -= over_matrix(square * tl.where(inside, variance, 0.0))
-    if IS_FIRST:
-        old_mean = mean
-        w = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
-        c = tl.zeros((1, 1, 1, BLOCK_N, LANES), DTYPE)
-    else:
-        # The votes are seen from the mean before: x = y - d.
+    row = tile * J + j
+    store_pack(
+        grads_ptr, row, j < J, r, q, lane, (mean, linear, square), constant, 3, R, Q, LANES
+    )  # fmt: skip
+    if not IS_FIRST:
         then = now - rows
         mass = tl.load(mass_ptr + then + pair, exists, other=0.0)
-        old_mean = tl.load(mean_ptr + then * (R * Q) + of_pair, inside, other=0.0)
+        mean = tl.load(mean_ptr + then * (R * Q) + of_pair, inside, other=0.0)
         variance = tl.load(variance_ptr + then * (R * Q) + of_pair, inside, other=1.0)
         _, w, _, c = gaussian(
             mass, variance, beta_u, beta_a, number(before, before_low, DTYPE), floor, matrix, R, Q
         )
-        d = mean - old_mean
-        constant += over_matrix((square * d - linear) * d)
-        linear -= 2.0 * square * d
-    row = tile * J + j
-    store_pack(state_ptr, row, j < J, r, q, lane, old_mean, w, c, R, Q, LANES)
-    store_pack(grads_ptr, row, j < J, r, q, lane, linear, square, constant, R, Q, LANES)
+        store_pack(state_ptr, row, j < J, r, q, lane, (mean, w), c, 2, R, Q, LANES)
 
 
 @triton.jit
@@ -121,18 +116,22 @@ def _vote_gradient(
     V, a, state_ptr, grads_ptr, of_j, top, scale, delta, grad_assignment, has_logits, r, q, lane,
     FULL: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dV and the share of da_i of an iteration: R_ij gR′_ij."""
-    mean, w, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
-    linear, square, constant = load_pack(grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
+    """dV of an iteration, and the pair's part of da_i: R_ij gR′_ij."""
+    mean, linear, square, constant = load_pack(
+        grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, 3, R, Q, LANES
+    )
+    x = V - mean
+    slope = linear + square * x
+    grad = constant + over_matrix(slope * x)  # of R a
+    mean, w, c = load_pack(
+        state_ptr, of_j, has_logits & (lane >= 0), r, q, lane, 0.0, 2, R, Q, LANES
+    )
     y = V - mean
-    logits = tl.where(has_logits, c - over_matrix(w * y * y), 0.0)
-    assignment = tl.exp(logits - top) * scale
-    slope = linear + square * y
-    grad = constant + over_matrix(slope * y)  # of R a
-    dV = (assignment * a) * (slope + square * y)
+    assignment = tl.exp(c - over_matrix(w * y * y) - top) * scale
+    dV = (assignment * a) * (slope + square * x)
     if FULL:
         grad_logits = assignment * (a * grad + grad_assignment - delta)
-        dV -= tl.where(has_logits, 2.0 * grad_logits, 0.0) * (w * y)
+        dV -= 2.0 * grad_logits * (w * y)
     return dV, assignment * grad
 
 
@@ -143,7 +142,10 @@ def _all_steps(
     FULL: tl.constexpr, HAS_GRAD_ASSIGNMENT: tl.constexpr,
     R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """dV and Σ_j's share of da of all iterations. `rows_j` and `rows_i` lie between two of them."""
+    """dV summed over the iterations, and the pair's part of da.
+
+    `rows_j` and `rows_i` are the strides between iterations.
+    """
     dV = tl.zeros(V.shape, V.dtype)
     da = tl.zeros(a.shape, V.dtype)
     for step in range(steps):

@@ -42,7 +42,7 @@ NO_MASS = tl.constexpr(1e-20)
 
 @triton.jit
 def share_gradient(x, linear, square, constant):
-    """gR′_ij, the gradient of R_ij a_i, from the pack of gradients: k₀ + Σ_rq (k₁ x + k₂ x²)."""
+    """gR′_ij, the gradient of R_ij a_i, by the pack of gradients: k₀ + Σ_rq (k₁ x + k₂ x²)."""
     return constant + over_matrix(x * (linear + square * x))
 
 
@@ -76,7 +76,7 @@ def expectation_kernel(
         W = load_weight(weight_ptr, i * J + j, exists, q, lane, DTYPE, P, Q)
         V = votes(u, W, (BLOCK_G, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE, P)
         of_j = tile * J + j + 0 * n
-        mean, w, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES)
+        mean, w, c = load_pack(state_ptr, of_j, lane >= 0, r, q, lane, 0.0, 2, R, Q, LANES)
         x = V - mean
         logits = c - over_matrix(w * x * x)
         new_top = tl.maximum(top, logits)
@@ -85,10 +85,10 @@ def expectation_kernel(
         mass = mass * shrink + share
         top = new_top
         if GRADIENT:
-            linear, square, constant = load_pack(
-                grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, R, Q, LANES
+            own_mean, linear, square, constant = load_pack(
+                grads_ptr, of_j, lane >= 0, r, q, lane, 0.0, 3, R, Q, LANES
             )
-            grad = a * share_gradient(x, linear, square, constant)
+            grad = a * share_gradient(V - own_mean, linear, square, constant)
             if HAS_GRAD_ASSIGNMENT:
                 ptrs = grad_assignment_ptr + (row * J + j) * LANES + lane
                 grad += tl.load(ptrs, exists, other=0.0).to(DTYPE)
@@ -182,9 +182,11 @@ def sums_kernel(
     j = pid % groups * BLOCK_N + n
     of_j = tile * J + j
     if HAS_LOGITS:
-        mean, w, c = load_pack(state_ptr, of_j, j < J, r, q, lane, float("-inf"), R, Q, LANES)
+        mean, w, c = load_pack(state_ptr, of_j, j < J, r, q, lane, float("-inf"), 2, R, Q, LANES)
     if GRADIENT:
-        linear, square, constant = load_pack(grads_ptr, of_j, j < J, r, q, lane, 0.0, R, Q, LANES)
+        own_mean, linear, square, constant = load_pack(
+            grads_ptr, of_j, j < J, r, q, lane, 0.0, 3, R, Q, LANES
+        )
     first = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
     second = tl.zeros((1, BLOCK_R, BLOCK_Q, BLOCK_N, LANES), DTYPE)
     total = tl.zeros((1, 1, 1, BLOCK_N, LANES), DTYPE)
@@ -207,7 +209,7 @@ def sums_kernel(
         if SAVE_ASSIGNMENT:
             tl.store(assignment_ptr + (row * J + j) * LANES + lane, assignment, exists)
         if GRADIENT:
-            grad = a * share_gradient(x, linear, square, constant)
+            grad = a * share_gradient(V - own_mean, linear, square, constant)
             if HAS_GRAD_ASSIGNMENT:
                 ptrs = grad_assignment_ptr + (row * J + j) * LANES + lane
                 grad += tl.load(ptrs, exists, other=0.0).to(DTYPE)
@@ -218,7 +220,7 @@ def sums_kernel(
         else:
             first, second, total = merged(first, second, total, V, 0.0, assignment * a)
     slot_row = (split * tiles + tile) * J + j
-    store_pack(slots_ptr, slot_row, j < J, r, q, lane, first, second, total, R, Q, LANES)
+    store_pack(slots_ptr, slot_row, j < J, r, q, lane, (first, second), total, 2, R, Q, LANES)
 
 
 @triton.jit
@@ -235,7 +237,7 @@ def merged(mean, second, mass, more_mean, more_second, more):
 
 @triton.jit
 def number(high, low, DTYPE: tl.constexpr):
-    """A number of the host, which passes float32 alone: in two parts, for float64."""
+    """Join the two float32 parts of a float64 number: a launch passes scalars as float32."""
     return tl.cast(high, DTYPE) + tl.cast(low, DTYPE)
 
 
@@ -246,8 +248,8 @@ def gaussian(
 ):  # fmt: skip
     """z, w = 1 / (2 S̃), which is 0 outside the matrix, cost and log-weight c of some outputs.
 
-    The cost of a unit of mass is D β_u + ½ Σ log S̃. With 2π a usual log S̃ is small, so that c keeps
-    its digits.
+    The cost of a unit of mass is D β_u + ½ Σ log S̃. The logarithm in c has the factor 2π. For typical
+    variances it is then small, and c keeps its digits.
     """
     floored = tl.where(inside, variance + min_variance, 1.0)
     log_width = 0.5 * over_matrix(tl.where(inside, tl.log(6.283185307179586 * floored), 0.0))
@@ -280,7 +282,7 @@ def sum_packs(
     total = tl.zeros(SCALARS, DTYPE)
     for slot in range(slots):
         of_first, of_second, of_total = load_pack(
-            slots_ptr, row + slot * slot_rows, exists, r, q, lane, 0.0, R, Q, LANES
+            slots_ptr, row + slot * slot_rows, exists, r, q, lane, 0.0, 2, R, Q, LANES
         )
         first += of_first
         second += of_second
@@ -313,7 +315,7 @@ def statistics_kernel(
         slot_row = slot * (tl.cast(tiles, tl.int64) * J) + row
         mean, second, mass = merged(
             mean, second, mass,
-            *load_pack(slots_ptr, slot_row, j < J, r, q, lane, 0.0, R, Q, LANES),
+            *load_pack(slots_ptr, slot_row, j < J, r, q, lane, 0.0, 2, R, Q, LANES),
         )  # fmt: skip
     inverse = inverse_mass(mass)
     mean = tl.where(inverse == 0.0, 0.0, mean)
@@ -335,4 +337,4 @@ def statistics_kernel(
     offsets = offsets * (R * Q) + r * Q + q
     tl.store(mean_ptr + offsets, mean, exists & inside)
     tl.store(variance_ptr + offsets, variance, exists & inside)
-    store_pack(state_ptr, row, j < J, r, q, lane, mean, w, c, R, Q, LANES)
+    store_pack(state_ptr, row, j < J, r, q, lane, (mean, w), c, 2, R, Q, LANES)

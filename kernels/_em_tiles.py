@@ -17,7 +17,7 @@ this, in tiles of LANES batch rows. Rows that do not exist are zero.
     activations  (tiles, I, LANES), likewise δ
     normaliser   (tiles, I, 2, LANES): the largest ℓ_ij of an input, and 1 / Σ_j exp(ℓ_ij − largest)
     assignment   (tiles, I, J, LANES)
-    a pack       (tiles, J, (2·R·Q + 1)·LANES): two (R, LANES, Q) and one (LANES) of each j
+    a pack       (tiles, J, (N·R·Q + 1)·LANES): N tensors (R, LANES, Q) and one (LANES) of each j
 
 A lane's q, or r, lie side by side, so that one instruction loads four of them.
 """
@@ -43,9 +43,9 @@ def from_lanes(x: Tensor, B: int, dtype: torch.dtype, *order: int) -> Tensor:
     return x.permute(order).flatten(0, 1)[:B].to(dtype).contiguous()
 
 
-def pack_size(R: int, Q: int, lanes: int) -> int:
-    """The values of one j in a tile of a pack."""
-    return (2 * R * Q + 1) * lanes
+def pack_size(count: int, R: int, Q: int, lanes: int) -> int:
+    """The values of one j in a tile of a pack with `count` matrices."""
+    return (count * R * Q + 1) * lanes
 
 
 # Tiles --------------------------------------------------------------------------------------------
@@ -124,29 +124,30 @@ def add_products(sums, x, factors, AXIS: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def load_pack(
     pack_ptr, row, exists, r, q, lane, other,
-    R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
+    COUNT: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The two matrices and the number of each pair (b, j). `row` is tile·J + j."""
-    base = pack_ptr + row * ((2 * R * Q + 1) * LANES)
+    """The COUNT matrices and the number of each pair (b, j). `row` is tile·J + j."""
+    base = pack_ptr + row * ((COUNT * R * Q + 1) * LANES)
     ptrs = base + (r * LANES + lane) * Q + q
     mask = exists & (r < R) & (q < Q)
-    first = tl.load(ptrs, mask, other=0.0)
-    second = tl.load(ptrs + R * Q * LANES, mask, other=0.0)
-    return first, second, tl.load(base + 2 * R * Q * LANES + lane, exists, other=other)
+    pack = ()
+    for n in tl.static_range(COUNT):
+        pack = pack + (tl.load(ptrs + n * (R * Q * LANES), mask, other=0.0),)
+    return pack + (tl.load(base + COUNT * R * Q * LANES + lane, exists, other=other),)
 
 
 @triton.jit
 def store_pack(
-    pack_ptr, row, exists, r, q, lane, first, second, number,
-    R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
+    pack_ptr, row, exists, r, q, lane, pack, number,
+    COUNT: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Write what `load_pack` reads."""
-    base = pack_ptr + row * ((2 * R * Q + 1) * LANES)
+    base = pack_ptr + row * ((COUNT * R * Q + 1) * LANES)
     ptrs = base + (r * LANES + lane) * Q + q
     mask = exists & (r < R) & (q < Q)
-    tl.store(ptrs, first, mask)
-    tl.store(ptrs + R * Q * LANES, second, mask)
-    tl.store(base + 2 * R * Q * LANES + lane, number, exists)
+    for n in tl.static_range(COUNT):
+        tl.store(ptrs + n * (R * Q * LANES), pack[n], mask)
+    tl.store(base + COUNT * R * Q * LANES + lane, number, exists)
 
 
 @triton.jit

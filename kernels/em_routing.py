@@ -24,10 +24,10 @@ Backward. Iterations run from the last, with gμ, gS and gz of the mean, varianc
     dV_ij = R_ij a_i (gμ_j + 2 gS_j x) / N_j − gℓ_ij y / S̃⁽ᵗ⁻¹⁾_j,  y = V − μ⁽ᵗ⁻¹⁾
     gz = Σ_i gℓ (1 − σ(z)),  gμ = Σ_i gℓ y / S̃,  gS = ½ (Σ_i gℓ y² / S̃² − Σ_i gℓ / S̃)
 
-the last line for the iteration before. gR′ is a polynomial in y too, whose coefficients a small
-kernel finds. A user's gradient of the assignment adds to gR of the last iteration. So an iteration
-takes the two passes of the forward, with δ in the first and ω = gℓ in the second. They leave the
-normaliser and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
+the last line for the iteration before. A small kernel finds the coefficients of gR′, a polynomial in
+x. A user's gradient of the assignment adds to gR of the last iteration. So an iteration takes the two
+passes of the forward, with δ in the first, and sums of gℓ in the second. They leave the normaliser
+and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
 iterations first and contracted once, in a kernel that has all outputs of an input for du and da,
 and in one that has all rows of a pair for dW.
 
@@ -168,7 +168,7 @@ class _Passes:
         self.betas = beta_u.contiguous(), beta_a.contiguous()
         self.min_variance = _in_two(min_variance)
         self.grid = grid
-        self.pack = self.tiles, self.J, pack_size(self.R, self.Q, self.lanes)
+        self.pack = self.tiles, self.J, pack_size(2, self.R, self.Q, self.lanes)
         self.slots = self.empty(self.launch("em_sums")[1], *self.pack)
 
     def empty(self, *shape: int) -> Tensor:
@@ -391,7 +391,8 @@ def em_routing_bwd(
     with device_of(poses):
         passes = _Passes(*given, min_variance, grid)
         lanes, tiles = passes.lanes, passes.tiles
-        state, grads = passes.empty(2, steps, *passes.pack)
+        state = passes.empty(steps, *passes.pack)
+        grads = passes.empty(steps, tiles, J, pack_size(3, R, Q, lanes))
         normaliser = passes.empty(steps, tiles, I, 2, lanes)
         delta = passes.empty(steps, tiles, I, lanes) if full else normaliser
         grad_z = passes.empty(iterations, B, J)

@@ -42,7 +42,8 @@ template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, 
   return (a + b) + (c + e);
 }
 
-// ½ Σ log 2π(σ² + floor). With 2π a usual one is small, and keeps its digits in log p.
+// ½ Σ log 2π(σ² + floor). It takes the 2π in, so that it is near 0 for usual variances and log p keeps
+// its digits.
 template <class S> ALWAYS_INLINE vf log_width(const vf* variance, const S& d) {
   constexpr float TWO_PI = 6.283185307f;
   return 0.5f * sum_over_components(d, [&](int64_t h) { return log(TWO_PI * (variance[h] + d.min_variance)); });

@@ -6,7 +6,7 @@
 
 namespace {
 
-// Output capsules with less mass have no mean and no variance.
+// An output capsule with no more mass has no mean and no variance. Both are 0, and pass no gradient.
 constexpr float NO_MASS = 1e-20f;
 
 struct EmSizes {

@@ -19,7 +19,7 @@ from tritoncaps._torch_path._competition import Competition
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 
-# An output capsule with less mass has no mean and no variance. Both are 0, and pass no gradient.
+# An output capsule with no more mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
 
 
@@ -48,7 +48,7 @@ def em_routing_fwd(
     logits = poses.new_empty(B, J)
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     betas = beta_u.to(dtype), beta_a.to(dtype)
-    competition = Competition(grid, J, poses.device)
+    competition = Competition(grid, J)
     votes = _Votes(poses, weight, dtype, competition.together)
     buffers = votes.buffers(3)
     for rows in votes.groups:
@@ -97,7 +97,7 @@ def em_routing_bwd(
     dtype = mean.dtype
     J = len(beta_u)
     betas = beta_u.to(dtype), beta_a.to(dtype)
-    competition = Competition(grid, J, poses.device)
+    competition = Competition(grid, J)
     votes = _Votes(poses, weight, dtype, competition.together, backward=True)
     buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)

@@ -234,6 +234,17 @@ def test_extremes_are_finite_after_more_iterations(inputs, device):
         assert result.isfinite().all(), name
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+@pytest.mark.parametrize("operator", [EM, CONV], ids=str)
+def test_long_votes_are_finite(operator, iterations, device):
+    """docs/operators.md promises it up to a length of 10¹⁰."""
+    inputs = draw_inputs(operator, dtype=torch.float32, device=device)
+    inputs["poses"] *= 1e10
+    results = evaluate(operator, inputs, operator.defaults | {"iterations": iterations})
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+
+
 def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
     inputs = with_activations(device, 0)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]

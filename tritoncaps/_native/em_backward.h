@@ -33,9 +33,9 @@ template <class T> struct EmCotangents {
   const T *v, *logits, *assignment;  // the last two or null
 };
 
-// Of a group of rows, from walk to walk.
+// What a group of rows keeps from one walk to the next.
 template <class S> struct EmSlot {
-  vf *g_mean, *g_variance, *g_logit;          // of the iteration that is next: (J, D), (J, D), (J)
+  vf *g_mean, *g_variance, *g_logit;          // what the next M-step starts from: (J, D), (J, D), (J)
   vf *linear, *square, *constant;             // gc = constant + Σ x (linear + square x)
   vf *mean;                                   // (J, D)
   vf *opposite;                               // (J): sigmoid(−z′)

@@ -60,7 +60,8 @@ template <class T, class S> struct InputBlocks {
   }
 };
 
-// Of each input (ky, kx) of a row, 1 / (the output capsules that share it): (K·K) vectors.
+// The first assignment of the inputs at (ky, kx) of each row, (K·K) vectors: 1 / (the number of output
+// capsules that compete for them).
 inline void first_assignment(const Group& group, const Grid& grid, vf* out, const EmSizes& d) {
   for (int64_t k = 0; k < grid.K * grid.K; k++)
     for (int64_t e = 0; e < L; e++) {
@@ -115,7 +116,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
       }
     };
 
-    // Walks of a group. The sum of the softmax, if rows share inputs:
+    // A walk that leaves log Σ_j e^l, where rows share inputs.
     const auto leave_sums = [&](const Group& group, float* out, const Gaussians& g) {
       blocks.each(group, [&](int64_t i, int64_t count, const float* W) {
         find_densities(count, W, g);
@@ -123,7 +124,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         from_lanes(log_sum, d.I, group.rows, count, out + i);
       });
     };
-    // The moments of the next Gaussians:
+    // A walk that finds the moments of the next Gaussians.
     const auto find_moments = [&](const Group& group, int64_t t, const float* all_sums, const Gaussians& g) {
       if (t == 0) first_assignment(group, grid, shares, d);
       const bool keep = assignment && t == d.iterations - 1;

@@ -44,9 +44,9 @@ def conv_em_routing(
     """Route a grid of matrix capsules with a convolution, by expectation-maximisation.
 
     The input has C capsules at each of H×W positions. The output has J capsules at each of H'×W'
-    positions of a K×K kernel, where H' = (H + 2·padding − K) // stride + 1. The input capsules of
-    an output capsule are its I = K·K·C ones under the kernel, and all positions share the weight.
-    All else is as in `em_routing`.
+    positions of a K×K kernel, where H' = (H + 2·padding − K) // stride + 1. An output capsule has
+    I = K·K·C input capsules, those under the kernel at its position. All positions share the
+    weight. All else is as in `em_routing`.
 
     Args:
         poses: input poses, shape (B, H, W, C, R, P).
@@ -56,13 +56,13 @@ def conv_em_routing(
         beta_a: β_a of each output type, shape (J,).
         iterations: the number of M-steps, at least 1.
         stride: the step from one position of the kernel to the next.
-        padding: how many positions of capsules with pose 0 and activation 0 surround the grid. They
-            add nothing.
+        padding: positions added on all four sides. Their capsules have pose 0 and activation 0, so
+            they add nothing.
         competition: which output capsules compete for an input capsule. "children" is the paper's:
             all that it feeds, of all types and positions. The first assignment is 1 divided by
-            their number. "position" lets only those of one position compete, J at a time. Most
-            implementations do this. It is faster, but an input capsule then gives a whole
-            assignment to each position that it feeds.
+            their number. With "position", only the J of the same position compete, as in most
+            implementations. It is faster, but an input capsule then counts in full at each position
+            that it feeds.
         temperature: as for `em_routing`.
         min_variance: as for `em_routing`.
         gradient: as for `em_routing`.

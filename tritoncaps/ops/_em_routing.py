@@ -74,8 +74,8 @@ def em_routing(
         >>> poses.shape, activations.shape
         (torch.Size([2, 16, 4, 4]), torch.Size([2, 16]))
 
-    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. The minimal
-    variance is ours. With it, an output capsule that a single input capsule votes for has a finite
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. It has no
+    minimal variance. With one, an output capsule that a single input capsule votes for has a finite
     logit.
     """
     name = "em_routing"
@@ -123,7 +123,7 @@ def temperatures(temperature: float | Sequence[float] | None, iterations: int) -
 
 
 def _with_offset(poses: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Let P grow by Q, so that V + offset = (M, offset) (W, 1): two products of matrices."""
+    """Append the offset to the columns of M, and the identity to the rows of W: P grows by Q."""
     poses, weight, offset = (x.to(_checks.routed_dtype(x)) for x in (poses, weight, offset))
     I, _, J, Q = weight.shape
     identity = torch.eye(Q, dtype=weight.dtype, device=weight.device)[None, :, None]

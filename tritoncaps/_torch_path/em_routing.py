@@ -5,7 +5,7 @@ The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsu
 capsules or components, all work on long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
-iteration. `kernels/README.md` derives it.
+iteration. `kernels/em_routing.py` has the formulas.
 """
 
 import math

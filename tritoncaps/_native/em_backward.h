@@ -147,7 +147,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
       for (int64_t j = 0; j < d.J; j++) {
         const vf mass = scratch[j], inverse = inverse_mass(mass), gz = lambda * slot.g_logit[j];
         to_lanes(variances + j * d.D, JD, group.rows, d.D, variance);
-        slot.constant[j] = -gz * cost(log_width(variance, d), in.beta_u[j], d);
+        slot.constant[j] = -gz * cost(variance, in.beta_u[j], d);
         betas[j] -= gz * mass * float(d.D);
         betas[d.J + j] += gz;
         for (int64_t h = 0; h < d.D; h++) {
@@ -165,9 +165,8 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
       for (int64_t j = 0; j < d.J; j++) {
         to_lanes(means - d.B * JD + j * d.D, JD, group.rows, d.D, mean);
         to_lanes(variances - d.B * JD + j * d.D, JD, group.rows, d.D, variance);
-        const vf width = log_width(variance, d);
-        const vf z = logit(t - 1, scratch[j], cost(width, in.beta_u[j], d), in.beta_a[j], d);
-        describe(mean, variance, z, width, slot.before, j, d);
+        const vf z = logit(t - 1, scratch[j], cost(variance, in.beta_u[j], d), in.beta_a[j], d);
+        describe(mean, variance, z, slot.before, j, d);
         slot.opposite[j] = sigmoid_of_negative(z);
       }
     };

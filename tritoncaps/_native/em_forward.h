@@ -166,9 +166,8 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
         }
         from_lanes(mean, JD, group.rows, d.D, states.mean + row * JD + j * d.D);
         from_lanes(variance, JD, group.rows, d.D, states.variance + row * JD + j * d.D);
-        const vf width = log_width(variance, d);
-        const vf z = logit(t, mass, cost(width, in.beta_u[j], d), in.beta_a[j], d);
-        describe(mean, variance, z, width, g, j, d);
+        const vf z = logit(t, mass, cost(variance, in.beta_u[j], d), in.beta_a[j], d);
+        describe(mean, variance, z, g, j, d);
         scratch[j] = z;
       }
       if (t < d.iterations - 1) return;

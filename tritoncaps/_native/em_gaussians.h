@@ -42,16 +42,18 @@ template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, 
   return (a + b) + (c + e);
 }
 
-// ½ Σ log 2π(σ² + floor). It takes the 2π in, so that it is near 0 for usual variances and log p keeps
-// its digits.
+// ½ Σ log factor·(σ² + floor).
+template <class S> ALWAYS_INLINE vf half_log(const vf* variance, float factor, const S& d) {
+  return 0.5f * sum_over_components(d, [&](int64_t h) { return log(factor * (variance[h] + d.min_variance)); });
+}
+// ½ Σ log 2π(σ² + floor). The density has the 2π in the logarithm, and the cost has none: to add
+// D/2 log 2π afterwards, or to subtract it, would lose digits.
 template <class S> ALWAYS_INLINE vf log_width(const vf* variance, const S& d) {
-  constexpr float TWO_PI = 6.283185307f;
-  return 0.5f * sum_over_components(d, [&](int64_t h) { return log(TWO_PI * (variance[h] + d.min_variance)); });
+  return half_log(variance, 6.283185307f, d);
 }
 // D β_u + ½ Σ log(σ² + floor), the cost of a unit of mass.
-template <class S> ALWAYS_INLINE vf cost(vf log_width, float beta_u, const S& d) {
-  constexpr float HALF_LOG_TWO_PI = 0.9189385332f;
-  return log_width + float(d.D) * (beta_u - HALF_LOG_TWO_PI);
+template <class S> ALWAYS_INLINE vf cost(const vf* variance, float beta_u, const S& d) {
+  return float(d.D) * beta_u + half_log(variance, 1.f, d);
 }
 // The logit of iteration t.
 template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float beta_a, const S& d) {
@@ -60,13 +62,13 @@ template <class S> ALWAYS_INLINE vf logit(int64_t t, vf mass, vf cost, float bet
 
 // Gaussian j of an iteration with logit z.
 template <class S>
-ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, vf log_width, const Gaussians& out,
-                            int64_t j, const S& d) {
+ALWAYS_INLINE void describe(const vf* mean, const vf* variance, vf z, const Gaussians& out, int64_t j,
+                            const S& d) {
   for (int64_t h = 0; h < d.D; h++) {
     out.mean[j * d.D + h] = mean[h];
     out.inverse[j * d.D + h] = 1.f / (variance[h] + d.min_variance);
   }
-  out.height[j] = log_sigmoid(z) - log_width;
+  out.height[j] = log_sigmoid(z) - log_width(variance, d);
 }
 
 // log p of a vote.

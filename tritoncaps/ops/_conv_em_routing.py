@@ -102,9 +102,9 @@ def conv_em_routing(
     )
     _patches.check_convolution(name, stride, padding)
     _checks.check_choice(name, "competition", competition, ("children", "position"))
-    _checks.check_em_options(name, iterations, temperature, min_variance, gradient)
-    _checks.check_flag(name, "return_logits", return_logits)
-    _checks.check_flag(name, "return_assignment", return_assignment)
+    _checks.check_em_options(
+        name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
+    )
     B, H, W, C = activations.shape
     K = len(weight)
     size = _patches.output_size(name, (H, W), K, stride, padding)

@@ -89,9 +89,9 @@ def em_routing(
         beta_a=beta_a,
         offset=offset,
     )
-    _checks.check_em_options(name, iterations, temperature, min_variance, gradient)
-    _checks.check_flag(name, "return_logits", return_logits)
-    _checks.check_flag(name, "return_assignment", return_assignment)
+    _checks.check_em_options(
+        name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
+    )
     if offset is not None:
         poses, weight = _with_offset(poses, weight, offset)
     v, logits, assignment, *_ = _registered.forward(

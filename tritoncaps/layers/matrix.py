@@ -21,7 +21,7 @@ Scale = Literal["mean", "sum"]
 
 
 class PrimaryMatrixCapsules(nn.Module):
-    """Turn feature maps into matrix capsules with one convolution (Hinton 2018, section 5).
+    """Turn feature maps into matrix capsules with one convolution (Hinton 2018, section 4).
 
     Each capsule takes R·P channels for its pose, and one channel, with a sigmoid, for its
     activation.
@@ -338,7 +338,7 @@ _register_namedtuple(ClassCapsules, serialized_type_name="tritoncaps.ClassCapsul
 
 
 class ClassMatrixCapsules(_MatrixCapsules):
-    """Route all matrix capsules of a grid to one capsule for each class (Hinton 2018, section 5).
+    """Route all matrix capsules of a grid to one capsule for each class (Hinton 2018, section 4).
 
     All positions share one matrix for each type and class, so the grid may have any size. A shared
     matrix does not know where a capsule lies. The row and the column of the capsule, scaled to

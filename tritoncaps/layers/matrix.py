@@ -70,6 +70,9 @@ class PrimaryMatrixCapsules(nn.Module):
         self.in_channels = in_channels
         self.capsule_types = capsule_types
         self.pose = pose
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
         channels = capsule_types * (math.prod(pose) + 1)
         self.conv = LinearConv2d(
             in_channels, channels, kernel_size, stride, padding, device=device, dtype=dtype
@@ -89,13 +92,12 @@ class PrimaryMatrixCapsules(nn.Module):
                     f"got {_checks.shape_of(features)}"
                 )
             _checks.check_layer_dtype("PrimaryMatrixCapsules", "features", features, self.conv)
-            conv = self.conv
             _patches.output_size(
                 "PrimaryMatrixCapsules",
                 features.shape[2:],
-                conv.kernel_size[0],
-                conv.stride[0],
-                conv.padding[0],
+                self.kernel_size,
+                self.stride,
+                self.padding,
             )
         maps = self.conv(features).permute(0, 2, 3, 1)
         count = self.capsule_types
@@ -104,11 +106,10 @@ class PrimaryMatrixCapsules(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
-        conv = self.conv
         return (
             f"in_channels={self.in_channels}, capsule_types={self.capsule_types}, "
-            f"pose={self.pose}, kernel_size={conv.kernel_size[0]}, stride={conv.stride[0]}, "
-            f"padding={conv.padding[0]}"
+            f"pose={self.pose}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}"
         )
 
 

@@ -72,8 +72,8 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
             for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Warns:
-        UserWarning: the routing to the class capsules and the decoder have more than 100 million
-            parameters.
+        UserWarning: the routing to the class capsules and the decoder together have more than 100
+            million parameters.
 
     Example:
         >>> import torch

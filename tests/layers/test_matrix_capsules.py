@@ -228,6 +228,11 @@ def test_poses_of_any_shape_and_dtype():
             "PrimaryMatrixCapsules: features must be (B, 3, H, W), got (1, 4, 5, 5)",
         ),
         (
+            lambda: PrimaryMatrixCapsules(3, 2, padding=1)(torch.rand(1, 3, 0, 5)),
+            ValueError,
+            "PrimaryMatrixCapsules: features has H=0 but needs H >= 1 (features: (1, 3, 0, 5))",
+        ),
+        (
             lambda: PrimaryMatrixCapsules(3, 2, kernel_size=5, padding=1)(torch.rand(1, 3, 2, 5)),
             ValueError,
             "PrimaryMatrixCapsules: the kernel, 5x5, is larger than the grid, 2x5 with padding=1; "

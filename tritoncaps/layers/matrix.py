@@ -91,6 +91,7 @@ class PrimaryMatrixCapsules(nn.Module):
                     f"PrimaryMatrixCapsules: features must be (B, {self.in_channels}, H, W), "
                     f"got {_checks.shape_of(features)}"
                 )
+            _checks.check_not_empty("PrimaryMatrixCapsules", "features", features, "B C H W")
             _checks.check_layer_dtype("PrimaryMatrixCapsules", "features", features, self.conv)
             _patches.output_size(
                 "PrimaryMatrixCapsules",

@@ -146,7 +146,7 @@ def test_it_refuses_wrong_arguments():
         MatrixCapsNet(size="huge")
     with pytest.raises(TypeError, match="class_options must be a dict or None, got list"):
         MatrixCapsNet(class_options=[])
-    with pytest.raises(ValueError, match="class_options has 'stride', it may have iterations"):
+    with pytest.raises(ValueError, match="class_options has 'stride', but takes only iterations"):
         MatrixCapsNet(class_options={"stride": 2})
 
 

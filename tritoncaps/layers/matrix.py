@@ -541,7 +541,7 @@ def _route_grid(
         weight.expand(height * width, *weight.shape).flatten(0, 1),
         beta_u,
         beta_a,
-        offset,
+        offset=offset,
         return_logits=True,
         **options,
     )

@@ -18,9 +18,9 @@ def em_routing(
     weight: Tensor,
     beta_u: Tensor,
     beta_a: Tensor,
-    offset: Tensor | None = None,
     iterations: int = 2,
     *,
+    offset: Tensor | None = None,
     temperature: float | Sequence[float] | None = None,
     min_variance: float = 1e-4,
     gradient: Gradient = "full",
@@ -45,9 +45,9 @@ def em_routing(
         weight: one P×Q matrix per pair of capsules, shape (I, P, J, Q).
         beta_u: β_u, what a unit of mass costs an output capsule, shape (J,).
         beta_a: β_a, the benefit of an active output capsule, shape (J,).
+        iterations: the number of M-steps, at least 1.
         offset: added to every vote of an input capsule, shape (I, R, Q). If all positions share
             the weight, it can hold the coordinates of the position.
-        iterations: the number of M-steps, at least 1.
         temperature: the inverse temperature λ ≥ 0, one number or one for each iteration. The
             default is that of the authors' code, 0.01·(1 − 0.95ᵗ) in iteration t = 1, 2, ...
         min_variance: added to every variance, in the M-step and in the E-step. It is above 0.

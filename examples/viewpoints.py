@@ -19,7 +19,6 @@ runs.json (a row per run), matched.csv and matched.json (the comparison), views.
 (accuracy by viewpoint), viewpoints.png and images.png.
 """
 
-import csv
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -138,7 +137,7 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
     }
     results = experiment.run(recipes, make_job)
 
-    epochs = {result["name"]: read_epochs(experiment, result) for result in results}
+    epochs = {result["name"]: experiment.epochs_of(result) for result in results}
     rows = matched(results, epochs)
     experiment.write_table("runs", rows)
     compared = averages(rows, ("model",), ACCURACIES, kept=("parameters",))
@@ -203,13 +202,6 @@ def sized(models: Sequence[str], experiment: Experiment, side: int) -> dict[str,
 
 
 # -- the comparison
-
-
-def read_epochs(experiment: Experiment, result: Row) -> list[dict[str, float]]:
-    """Read the table of a finished run, a row for each epoch."""
-    with (experiment.directory / result["name"] / "summary.csv").open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    return rows[: result["epochs"]]
 
 
 def matched(results: Sequence[Row], epochs: Mapping[str, Epochs]) -> list[dict[str, Any]]:

@@ -106,8 +106,12 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
     train, test = experiment.train_images, experiment.test_images
     assert isinstance(train, ViewSet) and isinstance(test, ViewSet)
     familiar = list(views.familiar or FAMILIAR[views.view])
-    if views.crop > min(train.images.shape[2:]):
-        raise ValueError(f"--crop {views.crop}: the images are {train}")
+    height, width = train.images.shape[2:]
+    if views.crop > min(height, width):
+        raise ValueError(
+            f"--crop {views.crop}: the images are {height}x{width}; give at most "
+            f"{min(height, width)}"
+        )
     seen, _ = by_view(train, views.view, familiar)
     known, novel = (middle(part, views.crop) for part in by_view(test, views.view, familiar))
     given = experiment.recipe.model_kwargs

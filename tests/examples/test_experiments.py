@@ -578,7 +578,7 @@ class TestViewpoints:
         [
             (("--familiar", "10"), "--familiar 10 is 0 of 60 images, but it must be some and not"),
             (("--familiar", "0", "100", "200"), "is 60 of 60 images"),
-            (("--crop=29",), "--crop 29: the images are ViewSet(N=60, C=1, H=28"),
+            (("--crop=29",), "--crop 29: the images are 28x28; give at most 28"),
         ],
     )
     def test_what_cannot_be_compared_gives_a_one_line_error(self, tmp_path, flags, message):

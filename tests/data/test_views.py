@@ -77,7 +77,7 @@ def test_views_that_do_not_fit_are_refused(views, error, message):
 
 
 def test_a_view_that_does_not_exist_is_refused(solids):
-    with pytest.raises(ValueError, match="ViewSet.view: name must be .* got 'angle'"):
+    with pytest.raises(ValueError, match=r"ViewSet\.view: name must be .* got 'angle'"):
         solids.view("angle")
 
 

@@ -100,7 +100,9 @@ def _read_content(
     if verify and file.sha256:
         found = hashlib.sha256(header + content).hexdigest()
         if found != file.sha256:
-            refuse(path, file, f"the published content (SHA-256 {file.sha256})", f"another ({found})")
+            refuse(
+                path, file, f"the published content (SHA-256 {file.sha256})", f"another ({found})"
+            )
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 

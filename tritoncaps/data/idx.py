@@ -66,5 +66,7 @@ def _header(path: Path, stream: io.BufferedIOBase, file: DataFile) -> Content:
         refuse(path, file, f"{size + math.prod(file.shape)} bytes", f"{len(header)}")
     found_magic, *sizes = struct.unpack(f">{1 + axes}I", header)
     if found_magic != magic:
-        refuse(path, file, f"the IDX magic number {magic:#010x} ({axes} axes)", f"{found_magic:#010x}")
+        refuse(
+            path, file, f"the IDX magic number {magic:#010x} ({axes} axes)", f"{found_magic:#010x}"
+        )
     return Content(header, torch.uint8, tuple(sizes))

@@ -5,16 +5,16 @@
     python examples/viewpoints.py --view elevation --epochs 10
     python examples/viewpoints.py --dataset smallnorb --max-shift 8 --epochs 50 --seeds 3
 
-The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The
-networks see a third of the azimuths, or the three lowest elevations. They are tested on objects
-that they have not seen, from these familiar viewpoints and from the others, which are novel. A
-better network is better on both, so networks are compared where they are equal on the familiar
-ones: each at the epoch whose familiar accuracy is nearest to the best one of the weaker network.
-The novel images choose nothing.
+The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The networks are
+trained on a third of the azimuths, or on the three lowest elevations. They are tested on other
+objects, from these familiar viewpoints and from all others, the novel ones. A better network is
+better on both. So networks are compared where they are equal on the familiar ones: each at the
+epoch whose familiar accuracy is nearest to the best one of the weakest network. The novel images
+choose nothing.
 
-smallNORB is used if its files are below --data-dir, and solids that are rendered here otherwise.
-Both are cut to 32×32. The tables of a run call the familiar test images "validation" and the novel
-ones "test". Repeat the command to continue where it was stopped. Beside the runs are runs.csv and
+It uses smallNORB if its files are below --data-dir, and otherwise solids that it renders. Images
+are cut to 32×32. The tables of a run call the familiar test images "validation" and the novel ones
+"test". Repeat the command to continue where it was stopped. Beside the runs are runs.csv and
 runs.json (a row per run), matched.csv and matched.json (the comparison), views.csv and views.json
 (accuracy by viewpoint), viewpoints.png and images.png.
 """
@@ -80,7 +80,7 @@ class Views:
 
 @dataclass(frozen=True)
 class ViewRecipe(Recipe):
-    """A recipe for images with viewpoints. The CNN does not get --model-kwargs."""
+    """A recipe for images with viewpoints. --model-kwargs are for the capsule networks."""
 
     dataset: str = flag(
         "auto",
@@ -211,7 +211,7 @@ def sized(models: Sequence[str], experiment: Experiment, side: int) -> dict[str,
 def matched(results: Sequence[Row], epochs: Mapping[str, Epochs]) -> list[dict[str, Any]]:
     """Return a row for each run, at the epoch where the networks of its seed are alike.
 
-    Alike in familiar accuracy: the best that the weakest of them reaches.
+    The best familiar accuracy of the weakest network is the level that all are compared at.
     """
     rows = []
     for (seed,), runs in grouped(results, "seed").items():

@@ -1,6 +1,7 @@
-"""The pictures of a run: curves, confusion matrix, and what the network has to show.
+"""The pictures of a run: curves, a confusion matrix, and what is special to the network.
 
-A decoder has reconstructions and perturbed capsules, and EM routing the share of each class.
+With a decoder, these are reconstructions and perturbed capsules. With EM routing, it is the share
+of each place in an image that a class gets.
 """
 
 import copy

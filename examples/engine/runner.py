@@ -60,7 +60,6 @@ FROM_DATA = ("num_classes", "in_channels", "image_size")
 # The fields of a recipe in which the runs of an experiment differ.
 VARIED = ("model", "model_kwargs", "seed")
 
-
 # The margin of the spread loss rises for so many epochs.
 _RISING_EPOCHS = 5
 

@@ -1,4 +1,4 @@
-"""Images of objects that know from where they were taken."""
+"""Image sets that know the viewpoint of every image."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -547,27 +547,30 @@ class TestViewpoints:
         assert finish(viewpoints, *flags).count("finished before") == 4
         assert rows_of(out, "runs") == runs
 
-    def test_it_trains_on_the_familiar_views_alone(self, tmp_path, monkeypatch):
-        trained = []
+    def test_it_trains_on_the_familiar_views_and_tests_on_both(self, tmp_path, monkeypatch):
+        used = []
 
         class Recorded(Batches):
             def __init__(self, images, *args, **options):
-                trained.append(images)
+                used.append(images)
                 super().__init__(images, *args, **options)
 
-        monkeypatch.setattr(runner, "Batches", Recorded)
+        for module in (runner, training):
+            monkeypatch.setattr(module, "Batches", Recorded)
         flags = ("--view=elevation", "--familiar", "40", "--models=cnn", "--epochs=1")
         out = tmp_path / "out"
         finish(viewpoints, *SOLIDS, *flags, f"--output-dir={out}")
-        # Half of the training set: 5 classes, 2 instances, 3 azimuths, of the instances 0 and 1.
-        (images,) = trained
-        assert len(images) == 30 and (images.view("elevation") == 40).all()
-        assert set(images.view("instance").tolist()) == {0, 1}
+        # Half of a set each: 5 classes, 2 instances, 3 azimuths, from one of two elevations.
+        trained, familiar, novel = used
+        for images, elevation, instances in (
+            (trained, 40, {0, 1}), (familiar, 40, {2, 3}), (novel, 30, {2, 3}),
+        ):  # fmt: skip
+            assert len(images) == 30 and set(images.view("elevation").tolist()) == {elevation}
+            assert set(images.view("instance").tolist()) == instances
         args = json.loads((out / "cnn-seed1/args.json").read_text())["args"]
         assert args["model_kwargs"]["image_size"] == [24, 24] and args["familiar"] == [40]
         epoch = table(out / "cnn-seed1/summary.csv")[0]
         assert {name for name in epoch if name.isdecimal()} == {"30", "40"}
-        # Both halves of the test set are equally large, and each has one elevation.
         assert epoch["validation_accuracy"] == epoch["40"]
         assert epoch["test_accuracy"] == epoch["30"]
         shown = [(row["elevation"], row["familiar"]) for row in rows_of(out, "views")]

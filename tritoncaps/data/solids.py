@@ -106,11 +106,13 @@ def rendered_solids(
     return sets[0], sets[1]
 
 
-def _check_angles(name: str, angles: Sequence[int]) -> None:
-    for angle in angles:
-        if not isinstance(angle, int) or isinstance(angle, bool):
+def _check_angles(name: str, angles: object) -> None:
+    for angle in angles if isinstance(angles, Sequence) else [angles]:
+        if not isinstance(angle, int) or isinstance(angle, bool) or angle is angles:
             kind = type(angle).__name__
-            raise TypeError(f"rendered_solids: {name} must be ints (whole degrees), got {kind}")
+            raise TypeError(
+                f"rendered_solids: {name} must be a sequence of ints (whole degrees), got {kind}"
+            )
     if not angles:
         raise ValueError(f"rendered_solids: {name} is empty, but it needs at least one angle")
 

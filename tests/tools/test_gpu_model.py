@@ -339,7 +339,7 @@ def test_the_rival_reads_u_hat_six_times_forward_and_writes_it_once():
 
 
 def test_votes_in_memory_are_written_once_and_read_eight_times_forward():
-    sizes = MATRICES["big ConvCaps1"].sizes
+    sizes = MATRICES["big-conv1"].sizes
     votes = 4 * 2304 * 288 * 32 * 16
     operator = OPERATORS["em_routing"]
     of_phase = [matrices_bytes(operator, sizes, FP32, backward=b) for b in (False, True)]

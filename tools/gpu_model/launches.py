@@ -49,7 +49,7 @@ SHAPES = {  # (I, P, J, D)
 
 @dataclass(frozen=True)
 class Matrices:
-    """A layer of the networks of matrix capsules, whose poses are 4×4.
+    """A layer of matrix capsules. Those of the networks have poses of 4×4.
 
     A batch row is a position of an image. The grid is (H', W', K, S), or empty where there is one
     position.
@@ -59,6 +59,9 @@ class Matrices:
     I: int
     J: int
     grid: tuple[int, ...] = ()
+    R: int = 4
+    P: int = 4
+    Q: int = 4
 
     @staticmethod
     def of(layer: Layer, images: int) -> "Matrices":
@@ -70,7 +73,7 @@ class Matrices:
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis."""
-        return {"B": self.B, "I": self.I, "J": self.J, "R": 4, "P": 4, "Q": 4}
+        return {axis: getattr(self, axis) for axis in "BIRPJQ"}
 
 
 MATRICES = {name: Matrices.of(layer, 64) for name, layer in MATRIX_LAYERS.items()}

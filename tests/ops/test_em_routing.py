@@ -11,8 +11,7 @@ from live_bytes import LiveBytes
 from tritoncaps import ops, reference
 from tritoncaps._operators.em_routing import em_routing as registered
 from tritoncaps._torch_path import _slices
-from tritoncaps._torch_path.em_routing import NO_MASS
-from tritoncaps.reference import _em_routing as formulas
+from tritoncaps.reference._em_routing import NO_MASS
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate, normal
 
 EM, CONV = OPERATORS["em_routing"], OPERATORS["conv_em_routing"]
@@ -235,6 +234,17 @@ def test_extremes_are_finite_after_more_iterations(inputs, device):
         assert result.isfinite().all(), name
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 4])
+@pytest.mark.parametrize("operator", [EM, CONV], ids=str)
+def test_long_votes_are_finite(operator, iterations, device):
+    """docs/operators.md promises it up to a length of 10¹⁰."""
+    inputs = draw_inputs(operator, dtype=torch.float32, device=device)
+    inputs["poses"] *= 1e10
+    results = evaluate(operator, inputs, operator.defaults | {"iterations": iterations})
+    for name, result in results.items():
+        assert result.isfinite().all(), name
+
+
 def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
     inputs = with_activations(device, 0)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
@@ -300,8 +310,19 @@ def test_a_kernel_larger_than_the_grid_is_refused(device):
         ops.conv_em_routing(**inputs)
 
 
-def test_the_paths_agree_on_what_has_no_mass():
-    assert NO_MASS == formulas.NO_MASS
+@pytest.mark.parametrize("function", [ops.em_routing, reference.em_routing])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_largest_mass_that_counts_as_none(function, dtype, device):
+    """It is the same on every path. On a CPU float32 runs in C++, and float64 in plain torch."""
+    none = torch.tensor(NO_MASS, dtype=dtype, device=device)
+    mass = torch.stack([none, none.nextafter(torch.ones_like(none))])
+    poses, weight = (torch.ones(n, 1, 1, 1, dtype=dtype, device=device) for n in (2, 1))
+    beta = torch.zeros(1, dtype=dtype, device=device)
+    poses.requires_grad_()
+    v, _ = function(poses, mass[:, None], weight, beta, beta, iterations=1)
+    (grad,) = torch.autograd.grad(v.sum(), poses)
+    for result in (v, grad):
+        assert result.flatten().bool().tolist() == [False, True]
 
 
 @pytest.mark.usefixtures("plain_torch")

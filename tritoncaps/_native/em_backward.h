@@ -33,9 +33,9 @@ template <class T> struct EmCotangents {
   const T *v, *logits, *assignment;  // the last two or null
 };
 
-// Of a group of rows, from walk to walk.
+// What a group of rows keeps from one walk to the next.
 template <class S> struct EmSlot {
-  vf *g_mean, *g_variance, *g_logit;          // of the iteration that is next: (J, D), (J, D), (J)
+  vf *g_mean, *g_variance, *g_logit;          // what the next M-step starts from: (J, D), (J, D), (J)
   vf *linear, *square, *constant;             // gc = constant + Σ x (linear + square x)
   vf *mean;                                   // (J, D)
   vf *opposite;                               // (J): sigmoid(−z′)
@@ -94,8 +94,8 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
   const int64_t JD = d.J * d.D, pairs = d.J * BLOCK, I = d.I;
   const int64_t products = (d.products + L - 1) / L * L;  // of a pair, in the sums of a slab
   const EmPlan plan(d, grid, EmSlot<S>::vectors(d) + 2 * I, I * d.J * products);
-  const int64_t own_size = BLOCK * (d.poses + 3) + pairs * (d.D + 2) + grid.K * grid.K + d.J +
-                           d.J + 2 * JD + 3 * d.D + products + L;
+  const int64_t own_size = BLOCK * (d.poses + 3) + pairs * (d.D + 2) + grid.K * grid.K +
+                           2 * (d.J + JD + d.D) + products + L;
   const Buffer<vf> own(threads * own_size);
   const Buffer<vf> slots((grid.shared ? plan.groups : threads) * EmSlot<S>::vectors(d));
   const Buffer<float> weight(I * d.J * d.products);
@@ -113,7 +113,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
     vf *votes = delta + BLOCK, *R = votes + pairs * d.D, *gc = R + pairs, *shares = gc + pairs;
     vf* scratch = shares + grid.K * grid.K;
     vf *sum0 = scratch + d.J, *sum1 = sum0 + d.J, *sum2 = sum1 + JD;  // Σ gl, Σ gl y, Σ gl y²
-    vf *mean = sum2 + JD, *variance = mean + d.D, *product = variance + 2 * d.D;
+    vf *mean = sum2 + JD, *variance = mean + d.D, *product = variance + d.D;
     const int64_t first_slab = plan.slabs * rank / size, last_slab = plan.slabs * (rank + 1) / size;
     pack_weight(in.weight, weight.values, I * rank / size, I * (rank + 1) / size, d);
     memset(weight_sums.values + first_slab * I * d.J * products, 0,
@@ -121,13 +121,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
     clear(beta_sums.values + first_slab * 2 * d.J, (last_slab - first_slab) * 2 * d.J);
     team.barrier();
 
-    const auto each_block = [&](const Group& group, const auto& visit) {
-      for (int64_t i = 0; i < I; i += BLOCK) {
-        const int64_t count = std::min<int64_t>(BLOCK, I - i);
-        load_inputs(in, group, i, count, u, a, d);
-        visit(i, count, weight.values + i * d.J * d.products);
-      }
-    };
+    const InputBlocks<T, S> blocks{in, weight.values, u, a, d};
 
     // Gradients with respect to rows. Lanes that repeat a row have none.
     const auto load_gradient = [&](const auto* from, int64_t stride, const Group& group, int64_t n, vf* to) {
@@ -212,7 +206,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
 
     const auto leave_sums = [&](const Group& group, int64_t t, const EmSlot<S>& slot, float* sums,
                                 float* means) {
-      each_block(group, [&](int64_t i, int64_t count, const float* W) {
+      blocks.each(group, [&](int64_t i, int64_t count, const float* W) {
         find_pairs(t, count, W, slot);
         softmax(R, count, log_sum, d);
         find_deltas(group, t, i, count, nullptr);
@@ -224,7 +218,7 @@ bool em_backward(const EmCotangents<T>& grad, const EmInputs<T>& in, const EmSta
                                    const float* means, float* dW) {
       const bool through_softmax = full && t > 0;
       clear(sum0, d.J + 2 * JD);
-      each_block(group, [&](int64_t i, int64_t count, const float* W) {
+      blocks.each(group, [&](int64_t i, int64_t count, const float* W) {
         find_pairs(t, count, W, slot);
         if (t == 0) {
           for (int64_t j = 0; j < d.J; j++)

@@ -41,15 +41,27 @@ inline void pack_weight(const T* weight, float* out, int64_t from, int64_t to, c
           out[((i * d.J + j) * d.P + p) * d.Q + q] = raise(weight[((i * d.P + p) * d.J + j) * d.Q + q]);
 }
 
-// The input capsules i .. i + count of a group of rows.
-template <class T>
-inline void load_inputs(const EmInputs<T>& in, const Group& group, int64_t i, int64_t count, vf* u, vf* a,
-                        const EmSizes& d) {
-  to_lanes(in.poses + (group.first * d.I + i) * d.poses, d.I * d.poses, group.rows, count * d.poses, u);
-  to_lanes(in.activations + group.first * d.I + i, d.I, group.rows, count, a);
-}
+// The input capsules of a group of rows, BLOCK of them at a time.
+template <class T, class S> struct InputBlocks {
+  const EmInputs<T>& in;
+  const float* weight;  // packed
+  vf *u, *a;            // (BLOCK, R, P) and (BLOCK)
+  const S& d;
 
-// Of each input (ky, kx) of a row, 1 / (the output capsules that share it): (K·K) vectors.
+  // Calls visit(i, count, W) for each block. Then u and a hold its poses and activations, and W is the
+  // weight of its first capsule, i.
+  template <class Visit> ALWAYS_INLINE void each(const Group& group, const Visit& visit) const {
+    for (int64_t i = 0; i < d.I; i += BLOCK) {
+      const int64_t count = std::min<int64_t>(BLOCK, d.I - i), first = group.first * d.I + i;
+      to_lanes(in.poses + first * d.poses, d.I * d.poses, group.rows, count * d.poses, u);
+      to_lanes(in.activations + first, d.I, group.rows, count, a);
+      visit(i, count, weight + i * d.J * d.products);
+    }
+  }
+};
+
+// The first assignment of the inputs at (ky, kx) of each row, (K·K) vectors: 1 / (the number of output
+// capsules that compete for them).
 inline void first_assignment(const Group& group, const Grid& grid, vf* out, const EmSizes& d) {
   for (int64_t k = 0; k < grid.K * grid.K; k++)
     for (int64_t e = 0; e < L; e++) {
@@ -90,14 +102,7 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
     pack_weight(in.weight, weight.values, d.I * rank / size, d.I * (rank + 1) / size, d);
     team.barrier();
 
-    // Calls visit(i, count, W) for the blocks of input capsules, which are in u and a.
-    const auto each_block = [&](const Group& group, const auto& visit) {
-      for (int64_t i = 0; i < d.I; i += BLOCK) {
-        const int64_t count = std::min<int64_t>(BLOCK, d.I - i);
-        load_inputs(in, group, i, count, u, a, d);
-        visit(i, count, weight.values + i * d.J * d.products);
-      }
-    };
+    const InputBlocks<T, S> blocks{in, weight.values, u, a, d};
     const auto make_votes = [&](int64_t j, int64_t count, const float* W) {
       for (int64_t k = 0; k < count; k++)
         make_vote(u + k * d.poses, W + (k * d.J + j) * d.products, votes + (j * BLOCK + k) * d.D, d);
@@ -111,20 +116,20 @@ bool em_forward(const EmInputs<T>& in, const S& d, const Grid& grid, T* v, T* lo
       }
     };
 
-    // Walks of a group. The sum of the softmax, if rows share inputs:
+    // A walk that leaves log Σ_j e^l, where rows share inputs.
     const auto leave_sums = [&](const Group& group, float* out, const Gaussians& g) {
-      each_block(group, [&](int64_t i, int64_t count, const float* W) {
+      blocks.each(group, [&](int64_t i, int64_t count, const float* W) {
         find_densities(count, W, g);
         softmax(R, count, log_sum, d);
         from_lanes(log_sum, d.I, group.rows, count, out + i);
       });
     };
-    // The moments of the next Gaussians:
+    // A walk that finds the moments of the next Gaussians.
     const auto find_moments = [&](const Group& group, int64_t t, const float* all_sums, const Gaussians& g) {
       if (t == 0) first_assignment(group, grid, shares, d);
       const bool keep = assignment && t == d.iterations - 1;
       clear(moments.mass, Moments::vectors(d));
-      each_block(group, [&](int64_t i, int64_t count, const float* W) {
+      blocks.each(group, [&](int64_t i, int64_t count, const float* W) {
         if (t == 0) {
           for (int64_t j = 0; j < d.J; j++) {
             make_votes(j, count, W);

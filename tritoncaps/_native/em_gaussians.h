@@ -5,7 +5,7 @@
 
 namespace {
 
-// What an E-step reads of the Gaussians that the iteration before has left.
+// What an E-step reads of the Gaussians of the iteration before.
 struct Gaussians {
   vf *mean, *inverse;  // (J, D): μ and 1/(σ² + floor)
   vf* height;          // (J): logsigmoid(z) − ½ Σ log 2π(σ² + floor), log p at μ
@@ -15,7 +15,7 @@ struct Gaussians {
       : mean(memory), inverse(mean + d.J * d.D), height(inverse + d.J * d.D) {}
 };
 
-// Of each output capsule, over the input capsules so far: Σ c, the mean of V with weights c, and
+// The moments of the votes for each output capsule so far: Σ c, the mean of V with weights c, and
 // Σ c (V − mean)².
 struct Moments {
   vf *mass, *mean, *second;  // (J), (J, D), (J, D)
@@ -42,7 +42,8 @@ template <class S, class Term> ALWAYS_INLINE vf sum_over_components(const S& d, 
   return (a + b) + (c + e);
 }
 
-// ½ Σ log 2π(σ² + floor). With 2π a usual one is small, and keeps its digits in log p.
+// ½ Σ log 2π(σ² + floor). It takes the 2π in, so that it is near 0 for usual variances and log p keeps
+// its digits.
 template <class S> ALWAYS_INLINE vf log_width(const vf* variance, const S& d) {
   constexpr float TWO_PI = 6.283185307f;
   return 0.5f * sum_over_components(d, [&](int64_t h) { return log(TWO_PI * (variance[h] + d.min_variance)); });
@@ -137,7 +138,7 @@ template <class S> ALWAYS_INLINE void softmax_with(const vf* log_sum, vf* l, int
 // softmax. Both become those of all rows together: log Σ eˡ of the logarithms, and the mean of the
 // δ under the softmax of the logarithms. The sums run in the order of the rows.
 //
-// Of the input positions of `images` images, a thread has those of some lines.
+// Each thread takes some lines of input positions.
 ALWAYS_INLINE void share(float* log_sum, float* mean, int64_t images, const Grid& grid, int64_t I, Team team) {
   const int64_t lines = images * grid.height();
   for (int64_t line = lines * team.rank / team.size; line < lines * (team.rank + 1) / team.size; line++) {

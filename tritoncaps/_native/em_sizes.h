@@ -6,7 +6,7 @@
 
 namespace {
 
-// Output capsules with less mass have no mean and no variance.
+// An output capsule with no more mass has no mean and no variance. Both are 0, and pass no gradient.
 constexpr float NO_MASS = 1e-20f;
 
 struct EmSizes {
@@ -50,7 +50,8 @@ struct Grid {
 // with some groups, and meet after each walk through the votes. Without, each group is by itself.
 //
 // The gradients that are sums over the rows are summed by slabs, runs of groups of each round. A slab
-// has one thread. All of this but the threads follows from the sizes, and so do all sums.
+// has one thread. All of this but the number of threads follows from the sizes, and so does the order of
+// every sum.
 struct EmPlan {
   int64_t rows;    // of a round
   int64_t groups;  // of a round

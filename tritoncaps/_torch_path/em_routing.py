@@ -1,11 +1,11 @@
 """EM routing, a few rows of the batch at a time, whose votes fit the cache.
 
 The votes of g rows are (I, D, G) with G = g·J. What belongs to an output capsule is (D, G) or
-(1, G), and what belongs to a pair of capsules is (I, 1, G). So all is broadcast along long rows,
-and sums over input capsules or over components add up long rows.
+(1, G), and what belongs to a pair of capsules is (I, 1, G). So broadcasts, and the sums over input
+capsules or components, all work on long rows.
 
 The backward computes votes and assignments again, from the mass, the mean and the variance of each
-iteration. `kernels/README.md` derives it.
+iteration. `kernels/em_routing.py` has the formulas.
 """
 
 import math
@@ -19,7 +19,7 @@ from tritoncaps._torch_path._competition import Competition
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import buffer_for, length, slices, view
 
-# An output capsule with less mass has no mean and no variance. Both are 0, and pass no gradient.
+# An output capsule with no more mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
 
 
@@ -48,7 +48,7 @@ def em_routing_fwd(
     logits = poses.new_empty(B, J)
     assignment = poses.new_empty((B, I, J) if return_assignment else (0,))
     betas = beta_u.to(dtype), beta_a.to(dtype)
-    competition = Competition(grid, J, poses.device)
+    competition = Competition(grid, J)
     votes = _Votes(poses, weight, dtype, competition.together)
     buffers = votes.buffers(3)
     for rows in votes.groups:
@@ -97,7 +97,7 @@ def em_routing_bwd(
     dtype = mean.dtype
     J = len(beta_u)
     betas = beta_u.to(dtype), beta_a.to(dtype)
-    competition = Competition(grid, J, poses.device)
+    competition = Competition(grid, J)
     votes = _Votes(poses, weight, dtype, competition.together, backward=True)
     buffers = votes.buffers(4)
     grad_activations = torch.empty_like(activations, memory_format=torch.contiguous_format)
@@ -159,9 +159,10 @@ def em_routing_bwd(
 
 
 class _Votes:
-    """The votes of some rows, (I, D, G), and what their gradients are contracted to.
+    """The votes of some rows, (I, D, G), and the gradients of poses and weight from theirs.
 
-    A product for each input capsule and column q of an output pose gives them as (I, Q, R, g, J).
+    There is one product for each input capsule and column q of an output pose. So the votes come as
+    (I, Q, R, g, J).
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class _Votes:
         together: int,
         backward: bool = False,
     ) -> None:
-        """Choose groups whose votes fit the cache. So many rows have to be together."""
+        """Choose groups whose votes fit the cache. Runs of `together` rows are not divided."""
         B, I, R, _ = poses.shape
         _, _, J, Q = self._shape = weight.shape
         self._poses = poses
@@ -239,7 +240,7 @@ class _Fit:
         self.logits = temperature * (beta_a - mass * self.cost)
 
     def assign(self, squares: Tensor, competition: Competition) -> Tensor:
-        """E-step: R ∝ a p, (I, 1, G). It uses up the squares of V − mean, (I, D, G)."""
+        """E-step: R ∝ a p, (I, 1, G). It overwrites the squares of V − mean, (I, D, G)."""
         distances = squares.mul_(self.inverse_variance).sum(dim=1, keepdim=True)
         log_2pi = len(self.mean) * math.log(2 * math.pi)
         constant = logsigmoid(self.logits) - 0.5 * (self.log_variance + log_2pi)

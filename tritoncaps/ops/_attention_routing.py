@@ -80,9 +80,20 @@ def summed_predictions(u: Tensor, weight: Tensor) -> Tensor:
     to 25 times that of the plain form. In √I groups of √I it is about twice.
     """
     inputs = weight.shape[0]
-    groups = max(n for n in range(1, int(inputs**0.5) + 1) if inputs % n == 0)
-    u, weight = (
-        u.unflatten(1, (groups, -1)).flatten(2),
-        weight.unflatten(0, (groups, -1)).flatten(1, 2),
-    )
+    root = math.isqrt(inputs)
+    # A divisor near the root spares the product of a rest.
+    groups = next((n for n in range(root, root // 2, -1) if inputs % n == 0), root)
+    rest = inputs % groups
+    if rest == 0:
+        return _sum_of_groups(u, weight, groups)
+    first_u, rest_u = u.split([inputs - rest, rest], dim=1)
+    first_weight, rest_weight = weight.split([inputs - rest, rest])
+    first = _sum_of_groups(first_u, first_weight, groups)
+    return first + _sum_of_groups(rest_u, rest_weight, 1)
+
+
+def _sum_of_groups(u: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Σ_i û_ij by a product for each of so many groups of equal size."""
+    u = u.unflatten(1, (groups, -1)).flatten(2)
+    weight = weight.unflatten(0, (groups, -1)).flatten(1, 2)
     return prediction_vectors.forward(u, weight).sum(dim=1)

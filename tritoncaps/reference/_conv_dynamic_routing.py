@@ -1,11 +1,10 @@
 """Routing by agreement in the patches of a grid."""
 
-import torch
 from einops import einsum
 from torch import Tensor
-from torch.nn import functional as F
 
 from tritoncaps.reference._dynamic_routing import dynamic_routing
+from tritoncaps.reference._windows import windows
 
 
 def conv_dynamic_routing(
@@ -30,16 +29,10 @@ def conv_dynamic_routing(
     (K, K, 1, P, J, D). `prior` is (K, K, C, J) or (C, J), the coupling (B, H', W', K, K, C, J) or
     (B, H', W', C, J). The other arguments are those of `dynamic_routing`.
     """
-    grid = F.pad(u, (0, 0, 0, 0, padding, padding, padding, padding))
-    k = len(weight)
-    Y, X = ((size - k) // stride + 1 for size in grid.shape[1:3])
-    rows, columns = ([slice(n, n + (N - 1) * stride + 1, stride) for n in range(k)] for N in (Y, X))
-    patches = torch.stack([torch.stack([grid[:, y, x] for x in columns]) for y in rows])
+    patches = windows(u, len(weight), stride, padding)
     weight = weight.expand(-1, -1, u.shape[3], -1, -1, -1)
-    if votes == "patch":
-        u_hat = einsum(patches, weight, "y x B Y X C P, y x C P J D -> B Y X y x C J D")
-    else:
-        u_hat = einsum(patches, weight, "y x B Y X C P, y x C P J D -> B Y X C J D")
+    votes_of = "B Y X y x C J D" if votes == "patch" else "B Y X C J D"
+    u_hat = einsum(patches, weight, f"B Y X y x C P, y x C P J D -> {votes_of}")
     result = dynamic_routing(
         u_hat.flatten(0, 2).flatten(1, -3),
         iterations,

@@ -10,7 +10,9 @@ from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-# An output capsule with less mass has no mean and no variance. Both are 0, and are constants.
+from tritoncaps.reference._windows import windows
+
+# An output capsule with no more mass has no mean and no variance. Both are 0, and pass no gradient.
 NO_MASS = 1e-20
 
 
@@ -78,11 +80,11 @@ def conv_em_routing(
     logits, (B, H', W', J), and the assignment, (B, H', W', K, K, C, J), are returned if asked for.
     """
     K = len(weight)
-    windows = [_windows(grid, K, stride, padding) for grid in (poses, activations)]
-    B, rows, columns = windows[0].shape[:3]
+    poses, activations = (windows(grid, K, stride, padding) for grid in (poses, activations))
+    B, rows, columns = poses.shape[:3]
     v, logits, assignment = route(
-        matrix_votes(windows[0].flatten(0, 2).flatten(1, 3), weight.flatten(0, 2)),
-        windows[1].flatten(0, 2).flatten(1, 3),
+        matrix_votes(poses.flatten(0, 2).flatten(1, 3), weight.flatten(0, 2)),
+        activations.flatten(0, 2).flatten(1, 3),
         beta_u,
         beta_a,
         temperatures(temperature, iterations),
@@ -94,7 +96,7 @@ def conv_em_routing(
     grids = tuple(result.unflatten(0, (B, rows, columns)) for result in results)
     if not return_assignment:
         return grids
-    return *grids, assignment.view(*windows[1].shape, len(beta_a))
+    return *grids, assignment.view(*activations.shape, len(beta_a))
 
 
 def matrix_votes(poses: Tensor, weight: Tensor) -> Tensor:
@@ -163,18 +165,6 @@ def _log_densities(votes: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 # Convolution --------------------------------------------------------------------------------------
-
-
-def _windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
-    """The windows of a grid, (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
-    padded = F.pad(grid, (0, 0) * (grid.ndim - 3) + (padding,) * 4)
-    ends = [size - K + 1 for size in padded.shape[1:3]]
-    places = [
-        padded[:, ky : ky + ends[0] : stride, kx : kx + ends[1] : stride]
-        for ky in range(K)
-        for kx in range(K)
-    ]
-    return torch.stack(places, dim=3).unflatten(3, (K, K))
 
 
 def _first_assignment(votes: Tensor, grid: Sequence[int]) -> Tensor:

@@ -5,12 +5,13 @@
     python examples/robustness.py RUN RUN RUN                       # also runs of train_mnist.py
 
 Nothing is trained: the networks come from run directories, at the epoch that the validation set
-chose. The fast gradient sign attack follows the gradient of the classification loss by which a
-network was trained. The network sees no label, and the decoder plays no part. The gradient of the
-margin loss is exactly 0 where all lengths are beyond their margins, so such an image is not
-attacked at all. Therefore the share of these images is reported, and a second attack follows the
-difference between the best wrong score and the true one, whose gradient never vanishes. Compare
-networks only if their clean accuracies are alike.
+chose. The fast gradient sign attack follows the gradient of a network's default loss, whatever
+--loss it was trained with: the cross entropy of its logits, or else the margin loss. The network
+sees no label, and the decoder plays no part. The gradient of the margin loss is exactly 0 where all
+lengths are beyond their margins, so such an image is not attacked at all. Therefore the share of
+these images is reported, and a second attack follows the difference between the best wrong score
+and the true one, whose gradient never vanishes. Compare networks only if their clean accuracies are
+alike.
 
 It writes robustness.csv and robustness.json (a row for each network and condition), robustness.png
 and examples.png. Nothing is measured twice: measured.json keeps all results.
@@ -58,7 +59,7 @@ class Kind:
 
 EPSILONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 KINDS = (
-    Kind("fgsm", "fast gradient sign, loss as trained", "ε (pixels are 0 … 1)", EPSILONS),
+    Kind("fgsm", "fast gradient sign, its default loss", "ε (pixels are 0 … 1)", EPSILONS),
     Kind(
         "fgsm_difference",
         "fast gradient sign, difference of scores",

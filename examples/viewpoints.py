@@ -5,21 +5,20 @@
     python examples/viewpoints.py --view elevation --epochs 10
     python examples/viewpoints.py --dataset smallnorb --max-shift 8 --epochs 50 --seeds 3
 
-The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The
-networks see a third of the azimuths, or the three lowest elevations. They are tested on objects
-that they have not seen, from these familiar viewpoints and from the others, which are novel. A
-better network is better on both, so networks are compared where they are equal on the familiar
-ones: each at the epoch whose familiar accuracy is nearest to the best one of the weaker network.
-The novel images choose nothing.
+The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The networks are
+trained on a third of the azimuths, or on the three lowest elevations. They are tested on other
+objects, from these familiar viewpoints and from all others, the novel ones. A better network is
+better on both. So networks are compared where they are equal on the familiar ones: each at the
+epoch whose familiar accuracy is nearest to the best one of the weakest network. The novel images
+choose nothing.
 
-smallNORB is used if its files are below --data-dir, and solids that are rendered here otherwise.
-Both are cut to 32×32. The tables of a run call the familiar test images "validation" and the novel
-ones "test". Repeat the command to continue where it was stopped. Beside the runs are runs.csv and
+It uses smallNORB if its files are below --data-dir, and otherwise solids that it renders. Images
+are cut to 32×32. The tables of a run call the familiar test images "validation" and the novel ones
+"test". Repeat the command to continue where it was stopped. Beside the runs are runs.csv and
 runs.json (a row per run), matched.csv and matched.json (the comparison), views.csv and views.json
 (accuracy by viewpoint), viewpoints.png and images.png.
 """
 
-import csv
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -81,7 +80,7 @@ class Views:
 
 @dataclass(frozen=True)
 class ViewRecipe(Recipe):
-    """A recipe for images with viewpoints. The CNN does not get --model-kwargs."""
+    """A recipe for images with viewpoints. --model-kwargs are for the capsule networks."""
 
     dataset: str = flag(
         "auto",
@@ -107,8 +106,12 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
     train, test = experiment.train_images, experiment.test_images
     assert isinstance(train, ViewSet) and isinstance(test, ViewSet)
     familiar = list(views.familiar or FAMILIAR[views.view])
-    if views.crop > min(train.images.shape[2:]):
-        raise ValueError(f"--crop {views.crop}: the images are {train}")
+    height, width = train.images.shape[2:]
+    if views.crop > min(height, width):
+        raise ValueError(
+            f"--crop {views.crop}: the images are {height}x{width}; give at most "
+            f"{min(height, width)}"
+        )
     seen, _ = by_view(train, views.view, familiar)
     known, novel = (middle(part, views.crop) for part in by_view(test, views.view, familiar))
     given = experiment.recipe.model_kwargs
@@ -138,7 +141,7 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
     }
     results = experiment.run(recipes, make_job)
 
-    epochs = {result["name"]: read_epochs(experiment, result) for result in results}
+    epochs = {result["name"]: experiment.epochs_of(result) for result in results}
     rows = matched(results, epochs)
     experiment.write_table("runs", rows)
     compared = averages(rows, ("model",), ACCURACIES, kept=("parameters",))
@@ -205,17 +208,10 @@ def sized(models: Sequence[str], experiment: Experiment, side: int) -> dict[str,
 # -- the comparison
 
 
-def read_epochs(experiment: Experiment, result: Row) -> list[dict[str, float]]:
-    """Read the table of a finished run, a row for each epoch."""
-    with (experiment.directory / result["name"] / "summary.csv").open(newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    return rows[: result["epochs"]]
-
-
 def matched(results: Sequence[Row], epochs: Mapping[str, Epochs]) -> list[dict[str, Any]]:
     """Return a row for each run, at the epoch where the networks of its seed are alike.
 
-    Alike in familiar accuracy: the best that the weakest of them reaches.
+    The best familiar accuracy of the weakest network is the level that all are compared at.
     """
     rows = []
     for (seed,), runs in grouped(results, "seed").items():

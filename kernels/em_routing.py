@@ -24,10 +24,10 @@ Backward. Iterations run from the last, with gμ, gS and gz of the mean, varianc
     dV_ij = R_ij a_i (gμ_j + 2 gS_j x) / N_j − gℓ_ij y / S̃⁽ᵗ⁻¹⁾_j,  y = V − μ⁽ᵗ⁻¹⁾
     gz = Σ_i gℓ (1 − σ(z)),  gμ = Σ_i gℓ y / S̃,  gS = ½ (Σ_i gℓ y² / S̃² − Σ_i gℓ / S̃)
 
-the last line for the iteration before. A small kernel finds the coefficients of gR′, a polynomial in
-x. A user's gradient of the assignment adds to gR of the last iteration. So an iteration takes the two
-passes of the forward, with δ in the first, and sums of gℓ in the second. They leave the normaliser
-and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
+the last line for the iteration before. A small kernel finds the coefficients of gR′, a polynomial
+in x. A user's gradient of the assignment adds to gR of the last iteration. So an iteration takes
+the two passes of the forward, with δ in the first, and sums of gℓ in the second. They leave the
+normaliser and δ of every (b, i). With these, a pair needs no other, so dV is summed over the
 iterations first and contracted once, in a kernel that has all outputs of an input for du and da,
 and in one that has all rows of a pair for dW.
 
@@ -85,7 +85,7 @@ def em_routing_launch(
     an output each and share poses. Elsewhere they have inputs and share an output's Gaussian.
     `em_gradient` reads two packs for each iteration, so there are 8.
     BLOCK_I: inputs in a program. `em_sums` takes one after another. A pack takes 2 D + 1 loads, as
-    much as the votes of two inputs. Four inputs in a thread make up for it. With the pack of
+    many as the votes of two inputs. Four inputs in a thread make up for it. With the pack of
     gradients there is room for two, and beside sums over i or j for one. A vote of more than 16
     components halves that. Where there is one already, its values spill.
     MAX_SPLITS: the programs that share an output's inputs, so that a tile of rows has at least 128

@@ -1,5 +1,6 @@
 """What the networks share: their output, and the checks of their arguments."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -32,7 +33,8 @@ class CapsuleOutput(NamedTuple):
     `logits` (B, K): scores, for a model that trains on them, or None.
     `coupling` (B, I, J): how much of each input capsule goes to each output capsule in the last
     iteration, or None if it was not asked for. A model with several routings returns a tuple with
-    one for each. On grids the input capsules have several axes, which the model names.
+    one for each. For capsules on a grid, several axes stand in the place of I and J. See `forward`
+    of the model.
     """
 
     activations: Tensor
@@ -65,32 +67,40 @@ def image_sides(model: str, image_size: int | tuple[int, int]) -> tuple[int, int
 
 
 def check_sides(model: str, image: tuple[int, int], smallest: int) -> None:
-    """Raise ValueError if the convolutions leave no primary capsule."""
+    """Raise ValueError if an image is too small for the convolutions."""
     if min(image) < smallest:
         raise ValueError(
-            f"{model}: image_size={image} leaves no primary capsule, "
-            f"both sides must be at least {smallest}"
+            f"{model}: image_size={image} is too small for the convolutions, "
+            f"both sides must be at least {smallest}; enlarge or pad the images"
         )
 
 
 def warn_of_size(
-    model: str, in_capsules: int, routing: int, pixels: int, shared_weights: bool
+    model: str,
+    in_capsules: int,
+    routing: int,
+    image_shape: tuple[int, int, int],
+    *,
+    reconstruction: bool,
+    shared_weights: bool = False,
 ) -> None:
     """Warn before building a routing and a decoder with very many numbers.
 
-    `routing` is the number of its parameters, or of their copies in a call if they are shared.
-    `pixels` is that of the decoded image, or 0. The last layer of the decoder outweighs the others
-    by far.
+    `routing` is the number of its parameters, or of their copies in a call if they are shared. Of
+    the decoder, only the last layer counts. The others are small beside it.
     """
-    decoder = 1024 * pixels
+    decoder = 1024 * math.prod(image_shape) if reconstruction else 0
     if routing + decoder <= _MANY_NUMBERS:
         return
     kind = "numbers, copied from shared ones in each call," if shared_weights else "parameters"
+    numbers = f"{routing / 1e6:,.0f} M {kind} in the routing of {in_capsules:,} capsules"
+    remedies = "use a larger stride for the routing, "
+    if reconstruction:
+        numbers += f" and {decoder / 1e6:,.0f} M parameters in the decoder"
+        remedies += "reconstruction=False for the decoder, "
     warnings.warn(
-        f"{model}: {routing / 1e6:,.0f} M {kind} in the routing of {in_capsules:,} primary "
-        f"capsules, {decoder / 1e6:,.0f} M parameters in the decoder; use a larger stride for the "
-        "routing, reconstruction=False for the decoder, or tritoncaps.layers.CapsuleHead on a "
-        "backbone",
+        f"{model}: image_size={image_shape[1:]} needs {numbers}, more than "
+        f"{_MANY_NUMBERS / 1e6:,.0f} M; {remedies}or tritoncaps.layers.CapsuleHead on a backbone",
         stacklevel=3,
     )
 
@@ -98,7 +108,7 @@ def warn_of_size(
 def normalised_conv(
     in_channels: int, channels: int, stride: int = 1, kernel_size: int = 3
 ) -> list[nn.Module]:
-    """Return a convolution and the normalisation of its features."""
+    """Return a convolution and the batch normalisation of its output."""
     padding = kernel_size // 2
     conv = ReluConv2d(in_channels, channels, kernel_size, stride, padding, bias=False)
     return [conv, nn.BatchNorm2d(channels)]

@@ -120,9 +120,15 @@ class CapsNet(PretrainedMixin, nn.Module):
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride + 1, (width - 9) // stride + 1
         )
-        pixels = in_channels * height * width if reconstruction else 0
         weights = in_capsules * 8 * num_classes * class_dim
-        warn_of_size("CapsNet", in_capsules, weights, pixels, shared_weights)
+        warn_of_size(
+            "CapsNet",
+            in_capsules,
+            weights,
+            self.image_shape,
+            reconstruction=reconstruction,
+            shared_weights=shared_weights,
+        )
         self.routing = RoutedCapsules(
             capsule_types if shared_weights else in_capsules,
             8,

@@ -1,7 +1,7 @@
 """ConvCapsNet: convolutions, and three layers of capsules routed by agreement.
 
-A network of this package, of the kind of DeepCaps (Rajasegaran et al. 2019), not a copy of it. It
-differs in three ways:
+This network is our own. It resembles DeepCaps (Rajasegaran et al. 2019), and differs from it in
+three ways:
 
 - Every layer of capsules is routed. DeepCaps routes one of its convolutional layers. The other 15
   are convolutions with a squash.
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from tritoncaps import ops
 from tritoncaps._checks import check_choice, check_pair
-from tritoncaps._tracing import concrete
 from tritoncaps.layers import (
     ConvRoutedCapsules,
     PrimaryCapsules,
@@ -29,6 +28,7 @@ from tritoncaps.layers import (
     capsule_lengths,
 )
 from tritoncaps.layers._initialisation import routed_length
+from tritoncaps.layers.routed import route
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import (
     CapsuleOutput,
@@ -72,8 +72,8 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
             for the convolutions. In `forward`, the images have the wrong type or shape.
 
     Warns:
-        UserWarning: the routing to the class capsules and the decoder have more than 100 million
-            parameters.
+        UserWarning: the routing to the class capsules and the decoder together have more than 100
+            million parameters.
 
     Example:
         >>> import torch
@@ -120,7 +120,7 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
         check_choice(name, "votes", votes, ("patch", "convolved"))
         check_pair(name, "channels", channels, "two ints")
         height, width = image_sides(name, image_size)
-        # Seven rows of primary capsules become three, and these one.
+        # The convolutional capsules turn seven rows into three, and three into one.
         check_sides(name, (height, width), smallest=12 * stride + 1)
         self.image_shape = (in_channels, height, width)
         self.features = nn.Sequential(
@@ -136,9 +136,9 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
         last = [(side - 3) // 2 - 1 for side in grid]
         self._grid = (*grid, T)
         in_capsules = last[0] * last[1] * T
-        pixels = in_channels * height * width if reconstruction else 0
-        warn_of_size(name, in_capsules, in_capsules * P * num_classes * class_dim, pixels, False)
-        # The second routing gets short capsules. The third gets longer ones, because they agree.
+        weights = in_capsules * P * num_classes * class_dim
+        warn_of_size(name, in_capsules, weights, self.image_shape, reconstruction=reconstruction)
+        # The capsules of a routing are short. Those of the second are longer, for its inputs agree.
         in_length = routed_length(9 * T if votes == "patch" else T, T, P)
 
         def convolutional(stride: int, in_length: float) -> ConvRoutedCapsules:
@@ -174,20 +174,17 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
                 Without it the longest capsule of each image is decoded.
             iterations: iterations of each routing in this call, instead of the model's own.
             return_coupling: also return the coupling of the last iterations, one tensor for each
-                layer: those of the convolutional capsules as `ops.conv_dynamic_routing` returns
+                routing: those of the convolutional capsules as `ops.conv_dynamic_routing` returns
                 them, and (B, I, K) of the class capsules.
         """
-        return_coupling = concrete("return_coupling", return_coupling, False)
         check_images("ConvCapsNet", images, self.image_shape, self.features[0])
-        capsules = self.primary(self.features(images)).unflatten(1, self._grid)
-        couplings = []
-        for layer in (*self.convolutional, self.routing):
-            if layer is self.routing:
-                capsules = capsules.flatten(1, 3)
-            result = layer(capsules, iterations=iterations, return_coupling=return_coupling)
-            capsules, coupling = result if return_coupling else (result, None)
-            couplings.append(coupling)
-        poses = capsules  # (B, K, D)
+        grid = self.primary(self.features(images)).unflatten(1, self._grid)
+        grid, first = route(self.convolutional[0], grid, iterations, return_coupling)
+        grid, second = route(self.convolutional[1], grid, iterations, return_coupling)
+        u = grid.flatten(1, 3)  # (B, I, 8)
+        poses, last = route(self.routing, u, iterations, return_coupling)  # (B, K, D)
         reconstruction = None if self.decoder is None else self.decoder(poses, target)
-        coupling = tuple(couplings) if return_coupling else None
+        coupling = None
+        if first is not None and second is not None and last is not None:
+            coupling = (first, second, last)
         return CapsuleOutput(capsule_lengths(poses), poses, reconstruction, None, coupling)

@@ -131,9 +131,15 @@ class DeepCapsNet(PretrainedMixin, nn.Module):
         in_capsules = self.primary.num_capsules(
             (height - 9) // stride - 3, (width - 9) // stride - 3
         )
-        pixels = in_channels * height * width if reconstruction else 0
         weights = in_capsules * 8 * hidden_capsules * hidden_dim
-        warn_of_size("DeepCapsNet", in_capsules, weights, pixels, shared_weights)
+        warn_of_size(
+            "DeepCapsNet",
+            in_capsules,
+            weights,
+            self.image_shape,
+            reconstruction=reconstruction,
+            shared_weights=shared_weights,
+        )
         self.primary_routing = RoutedCapsules(
             capsule_types if shared_weights else in_capsules,
             8,

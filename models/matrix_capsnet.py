@@ -1,4 +1,4 @@
-"""MatrixCapsNet: matrix capsules in four layers, with EM routing.
+"""MatrixCapsNet: four layers of matrix capsules, with EM routing.
 
 Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). For smallNORB (two channels, 32×32,
 five classes) it has 68,754 parameters, and the large one 317,194.
@@ -10,11 +10,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tritoncaps import ops
-from tritoncaps._checks import check_choice, check_size
+from tritoncaps._checks import check_choice, check_size, shown
 from tritoncaps._tracing import concrete
 from tritoncaps.layers import ClassMatrixCapsules, ConvMatrixCapsules, PrimaryMatrixCapsules
 from tritoncaps.layers._convolution import ReluConv2d
-from tritoncaps.layers.matrix import check_options
+from tritoncaps.layers.matrix import Scale, check_options
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import CapsuleOutput, check_images, check_sides, image_sides
 
@@ -40,8 +40,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         competition: of the convolutional routings.
         scale, temperature, min_variance, identity, noise, beta_u, beta_a, gradient: of all
             routings. See `tritoncaps.layers.ConvMatrixCapsules`.
-        class_options: what is different for the class capsules, such as ``{"temperature": 0.1}`` or
-            ``{"coordinates": False}``.
+        class_options: options of the class capsules that differ from those of the other routings,
+            such as ``{"temperature": 0.1}``, or ``{"coordinates": False}``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or range, or the images are too small
@@ -66,8 +66,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         iterations: int = 2,
         size: Literal["small", "big"] = "small",
         channels: tuple[int, int, int, int] | None = None,
-        competition: Literal["children", "position"] = "children",
-        scale: Literal["mean", "sum"] = "mean",
+        competition: ops.Competition = "children",
+        scale: Scale = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
         identity: float = 1.0,
@@ -84,7 +84,7 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         check_choice(name, "size", size, ("small", "big"))
         channels = _SIZES[size] if channels is None else channels
         if not isinstance(channels, (tuple, list)) or len(channels) != 4:
-            raise TypeError(f"{name}: channels must be four ints, got {channels!r}")
+            raise TypeError(f"{name}: channels must be four ints, got {shown(channels)}")
         for count in channels:
             check_size(name, "channels", count)
         if class_options is not None and not isinstance(class_options, dict):
@@ -111,7 +111,7 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         for option in class_options or {}:
             if option not in (*shared, "coordinates"):
                 known = ", ".join([*shared, "coordinates"])
-                raise ValueError(f"{name}: class_options has {option!r}, it may have {known}")
+                raise ValueError(f"{name}: class_options has {option!r}, but takes only {known}")
         self.features = nn.Sequential(
             ReluConv2d(in_channels, maps, kernel_size=5, stride=2), nn.ReLU()
         )
@@ -138,12 +138,12 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
 
         Args:
             images: shape (B, C, H, W), values in [0, 1].
-            target: not used. The other models decode it.
+            target: not used. The models with a decoder decode it.
             iterations: M-steps of each routing in this call, instead of the model's own.
             return_coupling: also return how much of each input goes to each output in the last
-                iteration: (B, H', W', 3, 3, C, J) for both convolutional routings, where the
-                window at an output position comes before the input type, and (B, H, W, C, K) for
-                the class capsules.
+                iteration, one tensor for each routing. Those of the convolutional routings are
+                (B, H', W', 3, 3, C, J): the output position, the place in its window, the input
+                type and the output type. That of the class capsules is (B, H, W, C, K).
         """
         iterations = concrete("iterations", iterations, None)
         return_coupling = concrete("return_coupling", return_coupling, False)

@@ -3,7 +3,8 @@
     python -m tools.check_gpu --output results              # writes results/check_gpu.json
     TRITON_INTERPRET=1 python -m tools.check_gpu --dry      # on a CPU, to see that it runs
 
-1. Every operator against the reference in float64, at twelve shapes: results and gradients.
+1. Every operator against the reference in float64, at twelve shapes: results and gradients. EM
+   routing has shapes of its own: the layers of its networks, and sizes that fill no tile.
 2. The same bits in twenty runs, in memory that is full of NaN.
 3. Each kernel's own time beside its prediction.
 4. Whole calls beside the eager and the compiled einsum form, from CUDA graphs, with inputs that
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,14 +32,22 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cases import MAIN, SHAPES, Case, Shape
+from benchmarks.cases import MAIN, MATRIX_LAYERS, SHAPES, Case, Shape, folded_case, matrix_case
 from benchmarks.compilation import make_first_calls
 from benchmarks.operators import checked_rivals, input_sets, phase_task, time_phase
 from benchmarks.oracle import FallbackError, Oracle, WrongResultError
 from benchmarks.report import NO_TIME, Report, Row
 from benchmarks.rivals import op_rival, ours
 from benchmarks.session import Session, reason
-from tools.gpu_model.launches import ON_VECTORS, TARGETS, call_backward, call_forward, record
+from tools.gpu_model.launches import (
+    ON_VECTORS,
+    TARGETS,
+    Matrices,
+    call_backward,
+    call_forward,
+    record,
+    returned_outputs,
+)
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.prediction import Predicted, measure_programs, predict
 from tools.gpu_model.tables import products_in
@@ -62,8 +72,20 @@ CHECKED = (
     (5, Shape(200, 16, 33, 32)),
     (130, Shape(1153, 7, 9, 15)),
 )
-# What a dry run does: two operators, two iterations.
-DRY = [Case(op, Shape(2, 1, 2, 1), 2, iterations=2) for op in ("squash", MAIN)]
+# (B, R, Q, shape) of matrices: sizes that fill no tile, and the most that a thread holds.
+CHECKED_MATRICES = (
+    (1, 4, 4, Shape(72, 4, 16, 16)),
+    (33, 4, 4, Shape(77, 4, 10, 16)),
+    (17, 2, 5, Shape(19, 3, 17, 10)),
+    (3, 1, 1, Shape(1, 1, 1, 1)),
+    (5, 4, 8, Shape(200, 16, 33, 32)),
+    (130, 3, 4, Shape(45, 5, 9, 12)),
+)
+# What a dry run does: three operators, two iterations.
+DRY = [
+    Case(op, Shape(2, 1, 2, 1), 2, iterations=2, more={"R": 1, "Q": 1})
+    for op in ("squash", MAIN, "em_routing")
+]
 # (name of a shape, precision of the inputs, what torch allows products of float32).
 TIMED = (
     ("mnist", "fp32", "highest"),
@@ -134,7 +156,24 @@ def checked_cases(dry: bool) -> list[Case]:
     B, shape = CHECKED[0]
     options = {"return_coupling": True}
     more = [Case(MAIN, shape, B, precision=precision) for precision in ("bf16", "fp16")]
-    return [*cases, *more, Case(MAIN, shape, B, chosen=options, optional=("prior",))]
+    more += [Case(MAIN, shape, B, chosen=options, optional=("prior",))]
+    return [*cases, *more, *matrix_cases()]
+
+
+def matrix_cases() -> list[Case]:
+    """List the calls of EM routing. The layers of its networks let positions compete, or not."""
+    name = next(iter(MATRIX_LAYERS))
+    options = {"gradient": "last", "return_assignment": True}
+    return [
+        *(matrix_case(layer, 8, 3) for layer in MATRIX_LAYERS),
+        matrix_case(name, 8, 3, competition="position"),
+        *(
+            Case("em_routing", shape, B, more={"R": R, "Q": Q})
+            for B, R, Q, shape in CHECKED_MATRICES
+        ),
+        *(replace(folded_case(name, 8, 3), precision=precision) for precision in ("bf16", "fp16")),
+        replace(folded_case(name, 8, 3), chosen=options),
+    ]
 
 
 def timed_cases(dry: bool) -> list[tuple[Case, str]]:
@@ -216,14 +255,20 @@ def check_bits(session: Session, cases: Sequence[Case], runs: int) -> None:
 
 def _poisoned(case: Case, device: torch.device) -> dict[str, Tensor]:
     """The outputs and gradients of a call whose memory starts as NaN."""
+    options = case.options
+    if case.op == "conv_em_routing":  # its launchers have the positions in the batch
+        matrices = Matrices.of(MATRIX_LAYERS[case.name], case.B)
+        case = folded_case(case.name, case.B, case.iterations)
+        options["grid"] = list(matrices.grid) if options["competition"] == "children" else []
     operator = case.operator
     with Poison():
-        given, outputs = call_forward(operator, case.arguments(device), case.options)
+        given, outputs = call_forward(operator, case.arguments(device), options)
         grads = call_backward(operator, given)
     # What is saved for the backward is not a result, and need not be written in full.
-    returned = outputs[: len(operator.output_names(case.options))]
-    named = dict(zip(operator.output_names(case.options), returned, strict=True))
-    named |= {f"grad_{n}": g for n, g in zip(operator.axes, grads, strict=True) if g is not None}
+    named = returned_outputs(operator, outputs, options)
+    # A launcher has no gradient of an input that only the function has.
+    inputs = [name.removesuffix("?") for name in operator.registered.inputs]
+    named |= {f"grad_{n}": g for n, g in zip(inputs, grads, strict=True) if g is not None}
     for name, tensor in named.items():
         if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())

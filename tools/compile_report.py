@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 
 from tools.gpu_model.compiling import compilers
-from tools.gpu_model.launches import BATCH, MATRICES, SHAPES
+from tools.gpu_model.launches import BATCH, MATRICES, ON_VECTORS, SHAPES
 from tools.gpu_model.machine import MACHINES
 from tools.gpu_model.tables import PAGE_SECTIONS, Section, differences, read_sections, write_section
 
@@ -61,11 +61,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--target", choices=MACHINES, default="sm90")
     parser.add_argument(
-        "--shape", choices=(*SHAPES, *MATRICES), nargs="+", default=["MNIST"], metavar="SHAPE",
-        help="default: MNIST; em_routing has its own, such as 'big ConvCaps1'",
+        "--shape", nargs="+", metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}; of em_routing {', '.join(MATRICES)}; default: the first",
     )  # fmt: skip
     parser.add_argument("--precision", choices=["highest", "high", "bf16"], default="highest")
-    parser.add_argument("--operator", default=MAIN, help=f"default: {MAIN}")
+    parser.add_argument("--operator", choices=[*ON_VECTORS, "em_routing"], default=MAIN)
     parser.add_argument(
         "--factors", type=Path, metavar="FILE",
         help="correct the prediction by what check_gpu measured",
@@ -73,7 +73,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--write", action="store_true", help=f"write the tables of {PAGE.name}")
     which.add_argument("--check", action="store_true", help="exit with 1 if they differ")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    shapes = SHAPES if args.operator in ON_VECTORS else MATRICES
+    args.shape = args.shape or [next(iter(shapes))]
+    for shape in args.shape:
+        if shape not in shapes:
+            parser.error(
+                f"argument --shape: {args.operator} has no shape {shape!r}; choose from "
+                f"{', '.join(map(repr, shapes))}"
+            )
+    return args
 
 
 if __name__ == "__main__":

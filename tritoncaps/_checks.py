@@ -87,7 +87,13 @@ def check_routing_options(
 
 
 def check_em_options(
-    function: str, iterations: Any, temperature: Any, min_variance: Any, gradient: object
+    function: str,
+    iterations: Any,
+    temperature: Any,
+    min_variance: Any,
+    gradient: object,
+    return_logits: object = False,
+    return_assignment: object = False,
 ) -> None:
     """The options of the routings by expectation-maximisation."""
     check_size(function, "iterations", iterations)
@@ -98,6 +104,8 @@ def check_em_options(
             f"{function}: min_variance must be > 0, got {min_variance}; an output capsule with one "
             f"input capsule has variance 0, which has no logarithm"
         )
+    check_flag(function, "return_logits", return_logits)
+    check_flag(function, "return_assignment", return_assignment)
     if temperature is None:
         return
     numbers = temperature if isinstance(temperature, (tuple, list)) else [temperature] * iterations
@@ -188,6 +196,13 @@ def check_number(function: str, name: str, value: object) -> None:
         raise ValueError(f"{function}: {name} must be a number, got nan")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError(f"{function}: {name} must be within ±2**63, got {value}")
+
+
+def check_finite(function: str, name: str, value: Any) -> None:
+    """A finite number, such as a parameter's initial value."""
+    check_number(function, name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: {name} must be finite, got {value}")
 
 
 def check_not_negative(function: str, name: str, value: Any) -> None:

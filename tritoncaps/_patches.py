@@ -4,6 +4,8 @@ A grid holds C capsules at each of H×W positions. "..." stands for the axes of 
 none, as with activations.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,7 +21,7 @@ def check_convolution(function: str, stride: object, padding: object) -> None:
 
 
 def output_size(
-    function: str, size: tuple[int, int], kernel_size: int, stride: int, padding: int
+    function: str, size: Sequence[int], kernel_size: int, stride: int, padding: int
 ) -> tuple[int, int]:
     """Return (H', W'), the positions of a kernel on a grid of `size` = (H, W).
 

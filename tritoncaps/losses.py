@@ -16,6 +16,7 @@ from tritoncaps._checks import (
     shape_of,
 )
 from tritoncaps._targets import check_class_weight
+from tritoncaps._tracing import concrete
 from tritoncaps.ops._margin_loss import reduced
 
 __all__ = [
@@ -195,8 +196,19 @@ class CapsuleLoss(_Margins):
         return f"reconstruction_weight={self.reconstruction_weight}, {super().extra_repr()}"
 
 
-def linear_margin(step: int, steps: int, start: float = 0.2, end: float = 0.9) -> float:
-    """Return a margin that rises from `start` to `end` in the first `steps` steps (Hinton 2018).
+def linear_margin(step: int, steps: int, *, start: float = 0.2, end: float = 0.9) -> float:
+    """Return a margin that changes linearly from `start` to `end`, and stays there.
+
+    Hinton 2018 (section 4.1) raises the margin of the spread loss like this in training, from 0.2
+    to 0.9, to avoid dead capsules. The paper does not say in how many steps.
+
+    Args:
+        step: batches trained so far, at least 0.
+        steps: the step at which the margin comes to `end`, at least 1.
+        start, end: margins, at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range.
 
     Example:
         >>> [round(linear_margin(step, steps=100), 2) for step in (0, 50, 100, 1000)]
@@ -204,13 +216,22 @@ def linear_margin(step: int, steps: int, start: float = 0.2, end: float = 0.9) -
     """
     check_size("linear_margin", "step", step, 0)
     check_size("linear_margin", "steps", steps)
+    check_not_negative("linear_margin", "start", start)
+    check_not_negative("linear_margin", "end", end)
     return start + (end - start) * min(1.0, step / steps)
 
 
 def sigmoid_margin(step: int) -> float:
     """Return the margin of the authors' code: 0.2 + 0.79·sigmoid(min(10, step/50000 − 4)).
 
-    It stays near 0.2 for the first 50,000 steps, and comes to 0.6 after 200,000.
+    It rises from 0.21 to 0.99, most steeply at 200,000 steps. Their code is `capsule_em` in
+    github.com/google-research/google-research.
+
+    Args:
+        step: batches trained so far, at least 0.
+
+    Raises:
+        TypeError, ValueError: the step is not an int of at least 0.
 
     Example:
         >>> [round(sigmoid_margin(step), 3) for step in (0, 200_000, 400_000)]
@@ -221,15 +242,18 @@ def sigmoid_margin(step: int) -> float:
 
 
 class SpreadLoss(nn.Module):
-    """`ops.spread_loss` as a module, with a margin that may rise in training.
+    """`ops.spread_loss` as a module, with a margin that may depend on the step of training.
+
+    Hinton 2018 (section 4.1, equation 3) raises the margin from 0.2 to 0.9 in training. Losses can
+    only be compared if they have the same margin. To evaluate, use a module with the last margin.
 
     Args:
         margin: a number, or a function of the step such as `sigmoid_margin`.
         reduction: over the batch: "mean", "sum" or "none".
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or range. In `forward`, whatever
-            `ops.spread_loss` raises.
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, the step is
+            missing, and whatever `ops.spread_loss` raises.
 
     Example:
         >>> import torch
@@ -254,9 +278,28 @@ class SpreadLoss(nn.Module):
         self.margin = margin
         self.reduction: ops.Reduction = reduction
 
-    def forward(self, activations: Tensor, target: Tensor, step: int = 0) -> Tensor:
-        """Compute the loss of activations (B, K) for class indices (B,), at a step of training."""
-        margin = self.margin(step) if callable(self.margin) else self.margin
+    def forward(self, activations: Tensor, target: Tensor, step: int | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            activations: shape (B, K).
+            target: class indices, shape (B,).
+            step: batches trained so far. It is needed if the margin is a function.
+
+        Returns:
+            A scalar, or shape (B,) with the reduction "none".
+        """
+        step = concrete("step", step, None)
+        if step is not None:
+            check_size("SpreadLoss", "step", step, 0)
+        margin = self.margin
+        if callable(margin):
+            if step is None:
+                raise TypeError(
+                    "SpreadLoss: step must be an int, got None; the margin is a function of it, "
+                    "so call loss(activations, target, step)"
+                )
+            margin = margin(step)
         return ops.spread_loss(activations, target, margin, self.reduction)
 
     def extra_repr(self) -> str:

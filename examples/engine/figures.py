@@ -163,8 +163,8 @@ def plot_routing(
 ) -> None:
     """Draw which places of an image feed its class, in orange, and which the next best, in blue.
 
-    The class is drawn after each iteration. The first one shares everything evenly. A share of a
-    quarter is half as bright as all.
+    The class is drawn after each iteration. The first one shares everything evenly. The brightness
+    is the root of the share, so a quarter is half as bright as the whole.
 
     Args:
         images: (N, C, H, W).

@@ -1,8 +1,10 @@
-"""The pictures of a run: curves, confusion matrix, and what the network has to show.
+"""The pictures of a run: curves, a confusion matrix, and what is special to the network.
 
-A decoder has reconstructions and perturbed capsules, and EM routing the share of each class.
+With a decoder, these are reconstructions and perturbed capsules. With EM routing, it is the share
+of each place in an image that a class gets.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,15 +173,15 @@ def class_shares(model: MatrixCapsNet, images: Tensor) -> Tensor:
 
 def _by_iteration(layer: ClassMatrixCapsules, grid: Capsules) -> list[Tensor]:
     """Return the assignments of each iteration, (B, H, W, C, K)."""
-    usual, T = layer.temperature, layer.iterations
-    schedule = usual
-    if usual is None and layer.scale == "mean":
+    # A copy of the same parameters, whose temperatures may change.
+    shortened = copy.copy(layer)
+    schedule, T = layer.temperature, layer.iterations
+    if schedule is None and layer.scale == "mean":
         schedule = [t / T for t in range(1, T + 1)]
     assignments = []
     for t in range(1, T + 1):
-        layer.temperature = schedule[:t] if isinstance(schedule, (tuple, list)) else schedule
-        assignments.append(layer(grid, iterations=t, return_assignment=True).assignment)
-    layer.temperature = usual
+        shortened.temperature = schedule[:t] if isinstance(schedule, Sequence) else schedule
+        assignments.append(shortened(grid, iterations=t, return_assignment=True).assignment)
     return assignments
 
 

@@ -60,7 +60,6 @@ FROM_DATA = ("num_classes", "in_channels", "image_size")
 # The fields of a recipe in which the runs of an experiment differ.
 VARIED = ("model", "model_kwargs", "seed")
 
-
 # The margin of the spread loss rises for so many epochs.
 _RISING_EPOCHS = 5
 
@@ -415,14 +414,17 @@ class Experiment(Runner):
             results.append(result)
         return results
 
+    def epochs_of(self, result: Mapping[str, Any]) -> list[dict[str, float]]:
+        """Return the summary of a finished run, a row for each epoch."""
+        with (self.directory / result["name"] / "summary.csv").open(newline="") as file:
+            rows = [
+                {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
+            ]
+        return rows[: result["epochs"]]
+
     def curves(self, results: Sequence[Mapping[str, Any]]) -> list[list[float]]:
         """Return the test accuracy of finished runs by epoch."""
-        curves = []
-        for result in results:
-            with (self.directory / result["name"] / "summary.csv").open(newline="") as file:
-                tested = [float(row["test_accuracy"]) for row in csv.DictReader(file)]
-            curves.append(tested[: result["epochs"]])
-        return curves
+        return [[row["test_accuracy"] for row in self.epochs_of(result)] for result in results]
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a table as <name>.csv, and as <name>.json with the recipe that made it."""

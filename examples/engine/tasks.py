@@ -4,7 +4,6 @@
 capsules and a plain classifier.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from tritoncaps import ops
 from tritoncaps.data import ImageSet, Originals
-from tritoncaps.losses import CapsuleLoss, SpreadLoss, linear_margin, reconstruction_error
+from tritoncaps.losses import CapsuleLoss, linear_margin, reconstruction_error
 from tritoncaps.models import CapsuleOutput
 
 
@@ -42,10 +41,10 @@ class Task:
         reconstruction_weight: the weight of the squared error, for a network with a decoder.
 
     Attributes:
-        step: of the training, for a loss that changes. The trainer sets it.
+        step: of the training, for a loss that changes; None in an evaluation. The trainer sets it.
     """
 
-    step: int = 0
+    step: int | None = None
 
     def __init__(self, reconstruction_weight: float = 0.0005) -> None:
         self.capsule_loss = CapsuleLoss(reconstruction_weight)
@@ -84,18 +83,22 @@ class CrossEntropy(Task):
 class Spread(Task):
     """One class per image, by spread loss, and reconstruction if there is one.
 
+    In training the margin rises from 0.2 to 0.9. An evaluation always uses 0.9, so its losses can
+    be compared from epoch to epoch.
+
     Args:
-        steps: the margin rises from 0.2 to 0.9 in so many.
+        steps: how long the margin rises.
         reconstruction_weight: the weight of the squared error, for a network with a decoder.
     """
 
     def __init__(self, steps: int, reconstruction_weight: float = 0.0005) -> None:
         super().__init__(reconstruction_weight)
-        self.spread_loss = SpreadLoss(functools.partial(linear_margin, steps=steps))
+        self.steps = steps
 
     def loss(self, output: CapsuleOutput, target: Tensor, images: Tensor) -> Tensor:
         """Compute the mean loss of a batch, a scalar."""
-        loss = self.spread_loss(output.activations, target, self.step)
+        step = self.steps if self.step is None else self.step
+        loss = ops.spread_loss(output.activations, target, linear_margin(step, self.steps))
         if output.reconstruction is None:
             return loss
         error = reconstruction_error(output.reconstruction, images).mean()

@@ -37,7 +37,7 @@ class Trained:
 
     @property
     def trains_logits(self) -> bool:
-        """Whether it was trained by the cross entropy of its logits."""
+        """Whether its default loss is the cross entropy of its logits."""
         return self.network in baseline.WITH_LOGITS
 
 

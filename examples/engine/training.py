@@ -483,6 +483,7 @@ class Trainer:
     def evaluate(self, images: ImageSet | Source) -> Evaluation:
         """Evaluate a set, or the first epoch of a source, without labels. Collective."""
         self.model.eval()
+        self.task.step = None
         sums = _Sums(Progress(), self.runtime)
         predictions = []
         if isinstance(images, ImageSet):

@@ -1,7 +1,7 @@
 """How do I label every pixel with capsules?
 
-With convolutional capsules: class capsules at each position. Here squares lie on grey ground,
-filled with horizontal or with vertical stripes. No single pixel shows which.
+With class capsules at each position, which a convolutional routing makes. Here squares with
+horizontal or vertical stripes lie on grey ground. No single pixel shows which they are.
 """
 
 import torch

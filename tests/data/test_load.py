@@ -229,6 +229,7 @@ def test_without_verify_any_well_formed_files_will_do(tiny):
     (tiny.folder / TEST_LABELS).write_bytes(idx_bytes(other.labels.byte()))
     tiny.edit(TRAIN_IMAGES, flip_a_bit)
     dataset = tiny.load("mnist", verify=False)
+    assert dataset.note == f"MNIST, found in {tiny.folder}, not verified"
     assert_same_set(dataset.test, other)
     assert int((dataset.train.images != tiny.train.images).sum()) == 1
 

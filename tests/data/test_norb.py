@@ -114,6 +114,10 @@ def damaged(name, at, value):
         (("training-cat.mat", lambda c: b"MATLAB" + c), "magic number 0x1e3d4c55 or 0x1e3d4c54"),
         (damaged("training-dat.mat", 4, 3), "expected 4 axes, it has 3"),
         (damaged("training-dat.mat", 8, 5), r"the shape \(6, 2, 6, 8\), it has \(5, 2, 6, 8\)"),
+        (
+            ("training-dat.mat", lambda c: norb_bytes(torch.zeros(6, 2, 6, 8, dtype=torch.int32))),
+            "expected pixels of one byte, it has int32",
+        ),
         (damaged("training-dat.mat", 12, -1), r"at least one entry, it has the shape"),
         (damaged("training-cat.mat", 20, 5), r"categories in 0 \.\. 4, it has 5"),
         (damaged("training-cat.mat", 20, -1), r"categories in 0 \.\. 4, it has -1"),
@@ -128,6 +132,8 @@ def test_a_damaged_file_is_named(tiny, damage, message):
     with pytest.raises(DatasetError, match=message) as caught:
         tiny.load()
     assert str(caught.value).startswith(f"{tiny.folder / name} is damaged")
+    # No server has it.
+    assert str(caught.value).endswith("Delete it, then put the published file there.")
 
 
 def test_a_known_checksum_is_verified(tiny, monkeypatch):
@@ -146,7 +152,9 @@ def test_without_verify_the_files_must_still_fit(tiny):
     with pytest.raises(DatasetError, match=r"has 7 images but training-cat\.mat .* has 6 entries"):
         tiny.load(verify=False)
     tiny.edit("training-dat.mat", lambda _: norb_bytes(images[:6]))
-    assert tiny.load(verify=False).train.images.shape == (6, 2, 2, 2)
+    unverified = tiny.load(verify=False)
+    assert unverified.train.images.shape == (6, 2, 2, 2)
+    assert unverified.note == f"smallNORB, found in {tiny.folder}, not verified"
     tiny.edit("training-dat.mat", lambda _: norb_bytes(images[:6, :, :1]))
     with pytest.raises(DatasetError, match="images of 2x2 pixels or more"):
         tiny.load(verify=False)

@@ -76,6 +76,11 @@ def test_views_that_do_not_fit_are_refused(views, error, message):
         ViewSet(images, labels, views)
 
 
+def test_a_view_that_does_not_exist_is_refused(solids):
+    with pytest.raises(ValueError, match=r"ViewSet\.view: name must be .* got 'angle'"):
+        solids.view("angle")
+
+
 # rendered solids ----------------------------------------------------------------------------------
 
 
@@ -160,7 +165,14 @@ def test_a_stereo_pair_is_seen_from_two_azimuths():
     [
         ({"size": 0}, ValueError, "rendered_solids: size must be >= 1, got 0"),
         ({"lightings": 1.5}, TypeError, "rendered_solids: lightings must be an int"),
-        ({"azimuths": []}, ValueError, "elevations and azimuths must not be empty"),
+        ({"azimuths": []}, ValueError, "rendered_solids: azimuths is empty, but it needs"),
+        ({"elevations": ()}, ValueError, "rendered_solids: elevations is empty, but it needs"),
+        ({"azimuths": [0, 0.5]}, TypeError, r"azimuths must be a sequence of ints .* got float"),
+        ({"azimuths": 20}, TypeError, r"azimuths must be a sequence of ints .* got int"),
+        ({"elevations": [True]}, TypeError, "elevations must be a sequence of ints .* got bool"),
+        ({"elevations": [0, -5]}, ValueError, r"elevations must be in 0 \.\. 90, got -5"),
+        ({"elevations": [91]}, ValueError, r"elevations must be in 0 \.\. 90, got 91"),
+        ({"stereo": 1}, TypeError, "rendered_solids: stereo must be a bool, got int"),
     ],
 )
 def test_impossible_solids_are_refused(options, error, message):

@@ -27,7 +27,7 @@ import train_overlapping
 import viewpoints
 from engine import baseline, checkpoint, runner, training
 from engine.tasks import TwoClasses
-from tritoncaps.data import Dataset, ImageSet
+from tritoncaps.data import Batches, Dataset, ImageSet
 from tritoncaps.models import create_model
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the pictures")
@@ -366,6 +366,13 @@ class TestOverlapping:
                 for name in ("whole", "parts")]  # fmt: skip
         assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
+    @pytest.mark.parametrize("flag", ["--loss=spread", "--rotation=5", "--scaling=0.1"])
+    def test_a_flag_that_would_change_nothing_is_refused(self, flag, capsys):
+        with pytest.raises(SystemExit) as stop:
+            train_overlapping.main([flag])
+        assert stop.value.code == 2
+        assert f"unrecognized arguments: {flag}" in capsys.readouterr().err
+
     def test_another_mode_needs_another_directory(self, trained):
         status, printed = run(train_overlapping, *TINY, f"--output-dir={trained[0]}")
         assert status == 2 and "was made with --mode shifted, not --mode coincident" in printed
@@ -540,25 +547,41 @@ class TestViewpoints:
         assert finish(viewpoints, *flags).count("finished before") == 4
         assert rows_of(out, "runs") == runs
 
-    def test_it_trains_on_the_familiar_views_alone(self, tmp_path):
+    def test_it_trains_on_the_familiar_views_and_tests_on_both(self, tmp_path, monkeypatch):
+        used = []
+
+        class Recorded(Batches):
+            def __init__(self, images, *args, **options):
+                used.append(images)
+                super().__init__(images, *args, **options)
+
+        for module in (runner, training):
+            monkeypatch.setattr(module, "Batches", Recorded)
         flags = ("--view=elevation", "--familiar", "40", "--models=cnn", "--epochs=1")
         out = tmp_path / "out"
         finish(viewpoints, *SOLIDS, *flags, f"--output-dir={out}")
-        steps = (out / "cnn-seed1/metrics.jsonl").read_text()
-        assert steps and "elevation" in rows_of(out, "views")[0]
+        # Half of a set each: 5 classes, 2 instances, 3 azimuths, from one of two elevations.
+        trained, familiar, novel = used
+        for images, elevation, instances in (
+            (trained, 40, {0, 1}), (familiar, 40, {2, 3}), (novel, 30, {2, 3}),
+        ):  # fmt: skip
+            assert len(images) == 30 and set(images.view("elevation").tolist()) == {elevation}
+            assert set(images.view("instance").tolist()) == instances
         args = json.loads((out / "cnn-seed1/args.json").read_text())["args"]
         assert args["model_kwargs"]["image_size"] == [24, 24] and args["familiar"] == [40]
         epoch = table(out / "cnn-seed1/summary.csv")[0]
-        # Half of 60 images, of which an epoch sees each once.
-        assert (float(epoch["train_accuracy"]) * 30) % 1 == pytest.approx(0, abs=1e-9)
-        assert {"30", "40"} <= set(epoch) and "0" not in epoch
+        assert {name for name in epoch if name.isdecimal()} == {"30", "40"}
+        assert epoch["validation_accuracy"] == epoch["40"]
+        assert epoch["test_accuracy"] == epoch["30"]
+        shown = [(row["elevation"], row["familiar"]) for row in rows_of(out, "views")]
+        assert shown == [(30, False), (40, True)]
 
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
             (("--familiar", "10"), "--familiar 10 is 0 of 60 images, but it must be some and not"),
             (("--familiar", "0", "100", "200"), "is 60 of 60 images"),
-            (("--crop=29",), "--crop 29: the images are ViewSet(N=60, C=1, H=28"),
+            (("--crop=29",), "--crop 29: the images are 28x28; give at most 28"),
         ],
     )
     def test_what_cannot_be_compared_gives_a_one_line_error(self, tmp_path, flags, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine.pictures import class_shares
+from tritoncaps.layers import ClassMatrixCapsules
 from tritoncaps.models import MatrixCapsNet
 
 
@@ -22,7 +23,18 @@ def test_every_place_shares_itself_out_among_the_classes(competition, temperatur
     seen[1:15, 1:19] = 1
     torch.testing.assert_close(shares.sum(dim=2), seen.expand(3, 2, 19, 23))
     torch.testing.assert_close(shares[0], (seen / 4).expand(2, 4, 19, 23))
-    assert model.classes.temperature == temperature
+
+
+def test_a_network_keeps_its_temperatures_even_if_drawing_fails(monkeypatch):
+    """The class layer is asked for fewer iterations than it has."""
+    model = MatrixCapsNet(3, image_size=17, channels=(4, 2, 3, 2), temperature=[0.1, 0.2])
+    images = torch.rand(1, 1, 17, 17)
+    class_shares(model, images)
+    assert model.classes.temperature == [0.1, 0.2]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(ClassMatrixCapsules, "forward", lambda *_, **__: 1 / 0)
+        class_shares(model, images)
+    assert model.classes.temperature == [0.1, 0.2]
 
 
 def test_the_last_shares_are_those_of_the_assignments():

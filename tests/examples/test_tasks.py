@@ -38,7 +38,7 @@ class TestTasks:
         images, target = torch.rand(3, 1, 4, 4), torch.tensor([1, 0, 4])
         output = CapsuleOutput(torch.rand(3, 5), torch.empty(0))
         task = Spread(steps=10)
-        for step, margin in ((0, 0.2), (5, 0.55), (50, 0.9)):
+        for step, margin in ((0, 0.2), (5, 0.55), (50, 0.9), (None, 0.9)):
             task.step = step
             expected = spread_loss(output.activations, target, margin)
             torch.testing.assert_close(task.loss(output, target, images), expected)

@@ -101,8 +101,8 @@ def uninterrupted(tmp_path_factory, sets):
 
 
 class TestRun:
-    def test_a_task_is_told_its_step_also_in_a_resumed_run(self, tmp_path, train):
-        """The margin of the spread loss depends on it."""
+    def test_a_task_is_told_its_step_also_in_a_resumed_run(self, tmp_path, train, validation):
+        """The margin of the spread loss depends on it, and is the same in all evaluations."""
         steps = []
 
         class Recording(Task):
@@ -110,9 +110,11 @@ class TestRun:
                 steps.append(self.step)
                 return super().loss(*args)
 
-        new_trainer(tmp_path, task=Recording()).fit(train, epochs=1)
-        resumed_trainer(tmp_path, task=Recording()).fit(train, epochs=2)
-        assert steps == list(range(2 * BATCHES))
+        new_trainer(tmp_path, task=Recording()).fit(train, validation, epochs=1)
+        resumed_trainer(tmp_path, task=Recording()).fit(train, validation, epochs=2)
+        tested = [None] * math.ceil(len(validation) / 16)
+        first, second = range(BATCHES), range(BATCHES, 2 * BATCHES)
+        assert steps == [*first, *tested, *second, *tested]
 
     def test_the_log_has_every_step_once(self, uninterrupted):
         records = metrics(uninterrupted)

@@ -29,6 +29,7 @@ from tools.gpu_model.launches import (
     MATRICES,
     SHAPES,
     TARGETS,
+    Matrices,
     Start,
     record_launches,
     record_matrices,
@@ -181,25 +182,64 @@ def test_modes_compile(pool, target_name, modes):
     assert_compiles(target_name, in_modes(target_name, modes), pool)
 
 
-def of_matrices(target_name, shapes, dtype=FP32):
-    """The distinct launches of EM routing."""
-    recordings = [record_matrices(MATRICES[s], dtype, TARGETS[target_name][1]) for s in shapes]
+def of_matrices(target_name, shapes, dtype=FP32, **options):
+    """The distinct launches of EM routing for shapes by name, or `Matrices`."""
+    target = TARGETS[target_name][1]
+    recordings = [record_matrices(MATRICES.get(s, s), dtype, target, **options) for s in shapes]
     steps = [step for one in recordings for step in (*one.forward, *one.backward)]
     return list(dict.fromkeys(step.launch for step in steps if isinstance(step, Start)))
 
 
 # A kernel of EM routing depends on the size of a matrix and on the grid, but on little else.
+ONE_GRID, ONE_LAYER = ("big-conv2",), ("big-class",)
+
+
+# float32 is compiled in modes, below.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("target_name", TARGETS if IS_NIGHTLY else ["sm90"])
+def test_matrices_of_other_precisions_compile(pool, target_name, dtype):
+    assert_compiles(target_name, of_matrices(target_name, ONE_GRID, dtype), pool)
+
+
+@pytest.mark.skipif(not IS_NIGHTLY, reason="one of them is compiled in modes, the others at night")
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_named_matrices_compile(pool, target_name):
+    assert_compiles(target_name, of_matrices(target_name, MATRICES), pool)
+
+
+MATRIX_EXTREMES = [(3, True, True, True, "full"), (3, False, False, False, "full")]
+MATRIX_MODES = [  # iterations, grid, assignment, gradient of the logits, gradient
+    *MATRIX_EXTREMES,
+    (3, True, True, False, "last"),
+    (3, False, True, True, "last"),
+    (1, True, False, True, "full"),
+    (1, False, True, False, "full"),
+    (1, True, False, False, "last"),
+]
+if IS_NIGHTLY:
+    MATRIX_MODES = list(product((3, 1, 2), *[(False, True)] * 3, ("full", "last")))
+
+
 @pytest.mark.parametrize(
-    ("target_name", "dtype"),
+    ("target_name", "modes"),
     [
-        *((name, FP32) for name in TARGETS),
-        *((("sm90", torch.bfloat16), ("sm90", torch.float64)) if IS_NIGHTLY else ()),
+        pytest.param("sm90", MATRIX_MODES, id="sm90-modes"),
+        *(pytest.param(name, MATRIX_EXTREMES, id=f"{name}-extremes") for name in TARGETS),
     ],
-    ids=str,
 )
-def test_matrices_compile(pool, target_name, dtype):
-    shapes = tuple(MATRICES) if IS_NIGHTLY else ("big ConvCaps2",)
-    assert_compiles(target_name, of_matrices(target_name, shapes, dtype), pool)
+def test_modes_of_matrices_compile(pool, target_name, modes):
+    found = {}
+    for iterations, has_grid, assignment, logits, gradient in modes:
+        of_mode = of_matrices(
+            target_name,
+            ONE_GRID if has_grid else ONE_LAYER,
+            iterations=iterations,
+            gradient=gradient,
+            return_assignment=assignment,
+            unused=() if logits else ("logits",),
+        )
+        found |= dict.fromkeys(of_mode)
+    assert_compiles(target_name, list(found), pool)
 
 
 def test_extents_of_one_compile(pool):
@@ -215,6 +255,8 @@ def test_extents_of_one_compile(pool):
         leaky=True,
     )
     assert_compiles("sm90", found, pool)
+    one = Matrices(1, 1, 1, (1, 1, 1, 1), R=1, P=1, Q=1)
+    assert_compiles("sm90", of_matrices("sm90", [one], return_assignment=True), pool)
 
 
 def test_no_jit_function_is_forgotten():

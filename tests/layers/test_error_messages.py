@@ -647,12 +647,14 @@ CASES = {
     "capsnet-image": (
         lambda: CapsNet(image_size=(28, 16)),
         ValueError,
-        "CapsNet: image_size=(28, 16) leaves no primary capsule, both sides must be at least 17",
+        "CapsNet: image_size=(28, 16) is too small for the convolutions, "
+        "both sides must be at least 17; enlarge or pad the images",
     ),
     "deep-image": (
         lambda: DeepCapsNet(image_size=16),
         ValueError,
-        "DeepCapsNet: image_size=(16, 16) leaves no primary capsule",
+        "DeepCapsNet: image_size=(16, 16) is too small for the convolutions, "
+        "both sides must be at least 17; enlarge or pad the images",
     ),
     "model-images": (
         lambda: CapsNet(channels=2, capsule_types=1)(torch.ones(2, 3, 28, 28)),

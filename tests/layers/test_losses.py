@@ -87,8 +87,25 @@ def test_the_margin_of_the_spread_loss_rises_with_the_step():
     expected = ops.spread_loss(activations, target, 0.3)
     torch.testing.assert_close(SpreadLoss(0.3)(activations, target, 7), expected)
     assert repr(SpreadLoss(0.3)) == "SpreadLoss(margin=0.3, reduction='mean')"
+
+
+def test_wrong_margins_and_steps_are_named():
+    activations, target = torch.rand(3, 5), torch.tensor([1, 4, 0])
+    rising = SpreadLoss(partial(linear_margin, steps=10))
     with pytest.raises(ValueError, match="SpreadLoss: margin must be >= 0 and finite, got -1"):
         SpreadLoss(-1)
+    with pytest.raises(TypeError, match="SpreadLoss: step must be an int, got None; the margin is"):
+        rising(activations, target)
+    for loss in (rising, SpreadLoss(0.9)):
+        with pytest.raises(TypeError, match="SpreadLoss: step must be an int, got float"):
+            loss(activations, target, 2.5)
+        with pytest.raises(ValueError, match="SpreadLoss: step must be >= 0, got -1"):
+            loss(activations, target, -1)
+    with pytest.raises(ValueError, match="linear_margin: steps must be >= 1, got 0"):
+        linear_margin(3, 0)
+    for name in ("start", "end"):
+        with pytest.raises(ValueError, match=f"linear_margin: {name} must be >= 0 and finite"):
+            linear_margin(3, 10, **{name: -0.1})
 
 
 def test_the_margin_of_the_authors_code():
@@ -96,5 +113,3 @@ def test_the_margin_of_the_authors_code():
     assert sigmoid_margin(0) == pytest.approx(0.2 + 0.79 * 0.0179862, abs=1e-7)
     assert sigmoid_margin(200_000) == pytest.approx(0.595)
     assert sigmoid_margin(700_000) == sigmoid_margin(10**9) == pytest.approx(0.98996, abs=1e-5)
-    with pytest.raises(ValueError, match="linear_margin: steps must be >= 1, got 0"):
-        linear_margin(3, 0)

@@ -1,9 +1,11 @@
 """Layers of matrix capsules: what they add to the operators."""
 
+import copy
+
 import pytest
 import torch
 
-from tritoncaps import Capsules
+from tritoncaps import Capsules, _patches
 from tritoncaps.layers import ClassMatrixCapsules, ConvMatrixCapsules, PrimaryMatrixCapsules
 from tritoncaps.layers.matrix import _usual_mass
 
@@ -25,15 +27,49 @@ def test_primary_capsules_are_channels_of_one_position():
     torch.testing.assert_close(poses, expected)
 
 
-@pytest.mark.parametrize("competition", ["children", "position"])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-def test_the_usual_mass_is_that_of_even_shares(competition, stride):
-    layer = ConvMatrixCapsules(2, 3, 2, stride, iterations=1, competition=competition)
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_the_usual_mass_is_the_mean_of_what_the_outputs_get(stride, padding):
+    """With even shares and activations of 1. The padding, of activation 0, gives nothing."""
+    layer = ConvMatrixCapsules(2, 3, 2, stride, padding, iterations=1)
     capsules = grid(1, 5, 6, 2)
     _, shares = layer(capsules, return_assignment=True)
-    expected = shares.sum(dim=(3, 4, 5)).mean().item()
-    mass = _usual_mass(capsules.activations, layer.weight, stride, 0, competition)
+    ones = _patches.pad(torch.ones(1, 5, 6, 2), padding)
+    ones = _patches.patches(ones, 2, stride).view(*shares.shape[:-1], 1)
+    expected = (shares * ones).sum(dim=(3, 4, 5)).mean().item()
+    mass = _usual_mass(capsules.activations, layer.weight, stride, padding, "children")
     assert mass == pytest.approx(expected)
+
+
+def test_by_position_a_window_without_padding_has_the_usual_mass():
+    layer = ConvMatrixCapsules(2, 3, 2, iterations=1, competition="position")
+    capsules = grid(1, 5, 6, 2)
+    _, shares = layer(capsules, return_assignment=True)
+    mass = _usual_mass(capsules.activations, layer.weight, 1, 0, "position")
+    torch.testing.assert_close(shares.sum(dim=(3, 4, 5)), torch.full((1, 4, 5, 3), mass))
+
+
+def test_by_position_an_output_depends_on_its_window_alone():
+    """Neither the padding nor the rest of the grid changes the outputs of inner windows."""
+    layer = ConvMatrixCapsules(2, 3, padding=1, competition="position")
+    plain = ConvMatrixCapsules(2, 3, competition="position")
+    plain.load_state_dict(layer.state_dict())
+    capsules = grid(2, 6, 7, 2)
+    expected = plain(capsules)
+    part = Capsules(*(each[:, :5] for each in capsules))
+    for result, more, rows in zip(layer(capsules), layer(part), expected, strict=True):
+        torch.testing.assert_close(result[:, 1:-1, 1:-1], rows)
+        torch.testing.assert_close(more[:, 1:-1, 1:-1], rows[:, :3])
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum"])
+def test_windows_of_padding_alone_have_pose_zero(scale):
+    """Their activation is the sigmoid of λ β_a."""
+    layer = ConvMatrixCapsules(2, 3, 1, 2, 1, scale=scale, temperature=0.5, beta_a=0.7)
+    poses, activations = layer(grid(2, 1, 1, 2))
+    assert poses.shape == (2, 2, 2, 3, 4, 4) and not poses.any()
+    expected = torch.tensor(0.5 * 0.7).sigmoid().expand(2, 2, 2, 3)
+    torch.testing.assert_close(activations, expected)
 
 
 def test_a_scale_of_means_is_the_formula_of_sums_with_other_constants():
@@ -115,6 +151,64 @@ def test_poses_of_any_shape_and_dtype():
             "ClassMatrixCapsules: coordinates need poses of at least 2 rows, got pose=(1, 16); "
             "use coordinates=False",
         ),
+        *(
+            (
+                lambda layer=layer, value=value: layer(2, 3)(grid(2, 4, 4, 2), iterations=value),
+                error,
+                f"{layer.__name__}: iterations must be {words}",
+            )
+            for layer in (ConvMatrixCapsules, ClassMatrixCapsules)
+            for value, error, words in (
+                (0, ValueError, ">= 1, got 0"),
+                (-1, ValueError, ">= 1, got -1"),
+                (True, TypeError, "an int, got bool"),
+                (2.0, TypeError, "an int, got float"),
+            )
+        ),
+        (
+            lambda: ConvMatrixCapsules(2, 3, temperature=[0.5, 1])(grid(2, 4, 4, 2), iterations=3),
+            ValueError,
+            "ConvMatrixCapsules: temperature must be a number, or one for each iteration, "
+            "iterations=3, got 2",
+        ),
+        *(
+            (
+                lambda name=name: ClassMatrixCapsules(2, 3, **{name: float("inf")}),
+                ValueError,
+                f"ClassMatrixCapsules: {name} must be finite, got inf",
+            )
+            for name in ("identity", "beta_u", "beta_a")
+        ),
+        *(
+            (
+                lambda layer=layer: layer(2, 3)(grid(2, 4, 4, 2, pose=(1, 4))),
+                ValueError,
+                f"{layer.__name__}: poses has R=1 but the layer has pose=(4, 4) "
+                "(poses: (2, 4, 4, 2, 1, 4)); build it with the pose of its input",
+            )
+            for layer in (ConvMatrixCapsules, ClassMatrixCapsules)
+        ),
+        (
+            lambda: ConvMatrixCapsules(2, 3)(grid(2, 2, 4, 2)),
+            ValueError,
+            "ConvMatrixCapsules: the kernel, 3x3, is larger than the grid, 2x4 with padding=0; "
+            "use a smaller kernel or more padding",
+        ),
+        (
+            lambda: ConvMatrixCapsules(2, 3)(grid(2, 4, 0, 2)),
+            ValueError,
+            "ConvMatrixCapsules: poses has W=0 but needs W >= 1 (poses: (2, 4, 0, 2, 4, 4))",
+        ),
+        (
+            lambda: ConvMatrixCapsules(2, 3)(Capsules(torch.rand(2, 4, 4, 2, 4, 4), None)),
+            TypeError,
+            "ConvMatrixCapsules: activations must be a torch.Tensor, got NoneType",
+        ),
+        (
+            lambda: ConvMatrixCapsules(2, 3).half()(grid(2, 4, 4, 2)),
+            TypeError,
+            "ConvMatrixCapsules: weight is torch.float16 but poses is torch.float32",
+        ),
         (
             lambda: ClassMatrixCapsules(2, 3)(grid(2, 4, 4, 5)),
             ValueError,
@@ -132,6 +226,17 @@ def test_poses_of_any_shape_and_dtype():
             lambda: PrimaryMatrixCapsules(3, 2)(torch.rand(1, 4, 5, 5)),
             ValueError,
             "PrimaryMatrixCapsules: features must be (B, 3, H, W), got (1, 4, 5, 5)",
+        ),
+        (
+            lambda: PrimaryMatrixCapsules(3, 2, padding=1)(torch.rand(1, 3, 0, 5)),
+            ValueError,
+            "PrimaryMatrixCapsules: features has H=0 but needs H >= 1 (features: (1, 3, 0, 5))",
+        ),
+        (
+            lambda: PrimaryMatrixCapsules(3, 2, kernel_size=5, padding=1)(torch.rand(1, 3, 2, 5)),
+            ValueError,
+            "PrimaryMatrixCapsules: the kernel, 5x5, is larger than the grid, 2x5 with padding=1; "
+            "use a smaller kernel or more padding",
         ),
     ],
 )
@@ -156,3 +261,16 @@ def test_a_layer_prints_the_arguments_that_build_it(layer):
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in layer.named_parameters()
     }
+
+
+@pytest.mark.parametrize("layer", [ConvMatrixCapsules(2, 3, 2, 3), ClassMatrixCapsules(2, 3)])
+def test_an_empty_batch_and_half_precision(layer):
+    empty = layer(grid(0, 8, 8, 2))
+    assert all(len(each) == 0 for each in empty if each is not None)
+    rounded = copy.deepcopy(layer).half()
+    capsules = Capsules(*(each.half() for each in grid(2, 8, 8, 2)))
+    # float32 holds the same numbers, and both sum in float32. The results are rounded to 16 bits.
+    exact = copy.deepcopy(rounded).float()(Capsules(*(each.float() for each in capsules)))
+    for result, expected in zip(rounded(capsules), exact, strict=True):
+        if result is not None:
+            torch.testing.assert_close(result, expected.half())

@@ -60,7 +60,8 @@ def test_it_is_the_network_of_the_paper(small_model):
     unit = D * 2 * 3 / 4
     poses, activations, logits, coupling = ops.em_routing(
         grid[0].flatten(1, 3), grid[1].flatten(1), last.weight.repeat(2, 1, 1, 1), last.beta_u,
-        unit * last.beta_a, offset.flatten(0, 2), 3, temperature=[t / 3 / unit for t in (1, 2, 3)],
+        unit * last.beta_a, 3, offset=offset.flatten(0, 2),
+        temperature=[t / 3 / unit for t in (1, 2, 3)],
         return_logits=True, return_assignment=True,
     )  # fmt: skip
     torch.testing.assert_close(output.poses, poses.flatten(2))
@@ -146,7 +147,7 @@ def test_it_refuses_wrong_arguments():
         MatrixCapsNet(size="huge")
     with pytest.raises(TypeError, match="class_options must be a dict or None, got list"):
         MatrixCapsNet(class_options=[])
-    with pytest.raises(ValueError, match="class_options has 'stride', it may have iterations"):
+    with pytest.raises(ValueError, match="class_options has 'stride', but takes only iterations"):
         MatrixCapsNet(class_options={"stride": 2})
 
 

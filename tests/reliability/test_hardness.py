@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from calls import CALLS
+from einops import rearrange
 
 from tritoncaps import ops, reference, testing
 from tritoncaps._operators import INTERPRETED
@@ -17,7 +18,8 @@ from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate
 
 # The interpreter takes a tenth of a second even for a routing of the smallest sizes.
 BATCHES = (2,) if INTERPRETED else (3, 6)
-SIZES = {"I": 3, "P": 2, "J": 3, "D": 2} if INTERPRETED else {"I": 7, "P": 4, "J": 3, "D": 5}
+USUAL_SIZES = {"I": 7, "P": 4, "J": 3, "D": 5}
+SIZES = {"I": 3, "P": 2, "J": 3, "D": 2} if INTERPRETED else USUAL_SIZES
 J = SIZES["J"]
 MANY_ITERATIONS = 4 if INTERPRETED else 50
 
@@ -42,7 +44,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 class Drawn:
     """A call whose prediction vectors have about unit length. Tests change it."""
 
-    def __init__(self, name, B, has_optional=True, sizes=SIZES, **options):
+    def __init__(self, name, B, has_optional=True, sizes=None, **options):
+        # EM routing of three inputs rounds so little that luck decides which form is the better.
+        sizes = sizes or (USUAL_SIZES if name in EM else SIZES)
         self.operator, usual = CALLS[name]
         self.options = usual | options
         self.B = B
@@ -81,7 +85,11 @@ class Drawn:
 
 
 def longest_prediction_vector(inputs):
+    """Return the largest |W u| of all pairs that share an input, in the windows of a grid too."""
     u, weight = inputs["u"].double(), inputs["weight"].double()
+    if u.dim() > 3:  # a grid: each position is a row, each offset in a window has its outputs
+        u = rearrange(u, "B H W C P -> (B H W) C P")
+        weight = rearrange(weight, "K L C P J D -> C P (K L J) D")
     return reference.prediction_vectors(u, weight).norm(dim=-1).max().item()
 
 

@@ -24,6 +24,7 @@ from tools.gpu_model.launches import (
     TARGETS,
     Buffer,
     LibraryCall,
+    Matrices,
     Recorder,
     Start,
     record_launches,
@@ -339,7 +340,7 @@ def test_the_rival_reads_u_hat_six_times_forward_and_writes_it_once():
 
 
 def test_votes_in_memory_are_written_once_and_read_eight_times_forward():
-    sizes = MATRICES["big ConvCaps1"].sizes
+    sizes = MATRICES["big-conv1"].sizes
     votes = 4 * 2304 * 288 * 32 * 16
     operator = OPERATORS["em_routing"]
     of_phase = [matrices_bytes(operator, sizes, FP32, backward=b) for b in (False, True)]
@@ -436,6 +437,30 @@ def test_the_command_prints_writes_and_checks(tmp_path, monkeypatch, capsys, tin
     assert compile_report.main(["--write"]) == 0
     assert compile_report.main(["--check"]) == 0
     assert page.read_text().startswith("Text\n<!-- predictions: start -->\nTriton ")
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"), [("em_routing", "MNIST"), ("routing_pass", "big-conv1")]
+)
+def test_a_shape_of_other_operators_is_refused(operator, shape, capsys):
+    with pytest.raises(SystemExit):
+        compile_report.main(["--operator", operator, "--shape", shape])
+    message = capsys.readouterr().err
+    assert f"argument --shape: {operator} has no shape '{shape}'; choose from '" in message
+
+
+def test_each_operator_has_a_first_shape():
+    first = {
+        operator: compile_report.parse_arguments(["--operator", operator]).shape
+        for operator in ("routing_pass", "em_routing")
+    }
+    assert first == {"routing_pass": ["MNIST"], "em_routing": ["small-conv1"]}
+
+
+def test_layers_of_matrices_have_their_positions_in_the_batch():
+    assert MATRICES["big-conv1"] == Matrices(64 * 36, 288, 32, (6, 6, 3, 2))
+    assert MATRICES["small-conv2"] == Matrices(64 * 16, 144, 16, (4, 4, 3, 1))
+    assert MATRICES["big-class"] == Matrices(64, 512, 5)
 
 
 # Footprints ---------------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.cases import MATRIX_LAYERS, Layer
 from tritoncaps import kernels
 from tritoncaps.kernels._launch import Target
+from tritoncaps.ops._em_routing import temperatures
 from tritoncaps.testing import OPERATORS, Operator
 
 BATCH = 128
@@ -47,30 +49,34 @@ SHAPES = {  # (I, P, J, D)
 
 @dataclass(frozen=True)
 class Matrices:
-    """A layer of the networks of matrix capsules, whose poses are 4×4.
+    """A layer of matrix capsules. Those of the networks have poses of 4×4.
 
-    A batch row is a position of an image. The grid is (H', W', K, S), or empty at the last layer.
+    A batch row is a position of an image. The grid is (H', W', K, S), or empty where there is one
+    position.
     """
 
     B: int
     I: int
     J: int
     grid: tuple[int, ...] = ()
+    R: int = 4
+    P: int = 4
+    Q: int = 4
+
+    @staticmethod
+    def of(layer: Layer, images: int) -> "Matrices":
+        """A layer for a number of images."""
+        size = (layer.grid - layer.kernel) // layer.stride + 1
+        grid = (size, size, layer.kernel, layer.stride) if size > 1 else ()
+        return Matrices(images * size**2, layer.kernel**2 * layer.C, layer.J, grid)
 
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis."""
-        return {"B": self.B, "I": self.I, "J": self.J, "R": 4, "P": 4, "Q": 4}
+        return {axis: getattr(self, axis) for axis in "BIRPJQ"}
 
 
-# Of the paper, with 64 images of 32×32 pixels.
-MATRICES = {
-    "small ConvCaps1": Matrices(64 * 36, 72, 16, (6, 6, 3, 2)),
-    "small ConvCaps2": Matrices(64 * 16, 144, 16, (4, 4, 3, 1)),
-    "big ConvCaps1": Matrices(64 * 36, 288, 32, (6, 6, 3, 2)),
-    "big ConvCaps2": Matrices(64 * 16, 288, 32, (4, 4, 3, 1)),
-    "ClassCaps": Matrices(64, 512, 5),
-}
+MATRICES = {name: Matrices.of(layer, 64) for name, layer in MATRIX_LAYERS.items()}
 
 # Shared memory of one program in bytes, as the vendors document it.
 TARGETS = {
@@ -313,11 +319,21 @@ def record(
     return record_call(operator, sizes, dtype, target, optional, operator.defaults | options)
 
 
-def record_matrices(shape: Matrices, dtype: torch.dtype, target: Target) -> Recording:
-    """Call both launchers of EM routing, T = 3, with tensors that have no storage."""
-    options = {"iterations": 3, "temperature": [0.5] * 3, "min_variance": 1e-4}
-    options |= {"grid": list(shape.grid), "gradient": "full", "return_assignment": False}
-    return record_call(OPERATORS["em_routing"], shape.sizes, dtype, target, (), options)
+def record_matrices(
+    shape: Matrices,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    unused: Collection[str] = (),
+    **options: Any,
+) -> Recording:
+    """Call both launchers of EM routing with tensors that have no storage, T = 3 if not given.
+
+    `unused` names the outputs that have no gradient.
+    """
+    operator = OPERATORS["em_routing"]
+    chosen = {**operator.defaults, "iterations": 3, "grid": list(shape.grid), **options}
+    return record_call(operator, shape.sizes, dtype, target, (), chosen, unused)
 
 
 def record_call(
@@ -327,6 +343,7 @@ def record_call(
     target: Target,
     optional: Collection[str],
     chosen: Mapping[str, Any],
+    unused: Collection[str] = (),
 ) -> Recording:
     """The steps of a call of both launchers, with these sizes and every option."""
     tensors = {
@@ -337,9 +354,9 @@ def record_call(
     with Recorder(target) as recorder:
         given, outputs = call_forward(operator, tensors, chosen)
         forward = len(recorder.steps)
-        grads = call_backward(operator, given)
+        grads = call_backward(operator, given | {f"grad_{name}": None for name in unused})
     steps = recorder.steps
-    returned = [*outputs[: len(operator.output_names(chosen))], *grads]
+    returned = [*returned_outputs(operator, outputs, chosen).values(), *grads]
     kept = {Buffer.of(tensor).storage for tensor in returned if tensor is not None}
     scratch = sum(size for storage, size in recorder.allocated.items() if storage not in kept)
     return Recording(tuple(steps[:forward]), tuple(steps[forward:]), scratch)
@@ -350,17 +367,36 @@ def call_forward(
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """Call an operator's forward launcher. Return what the backward needs, and the outputs.
 
-    The gradients of the outputs are the outputs themselves.
+    The gradients of the outputs are the outputs themselves. The launchers of EM routing also take a
+    `grid`, which is empty unless the options have one.
     """
-    given: dict[str, Any] = {**options, **dict.fromkeys(operator.axes), **tensors}
+    given: dict[str, Any] = {"grid": [], **options, **dict.fromkeys(operator.axes), **tensors}
+    if "temperature" in options:
+        given["temperature"] = temperatures(options["temperature"], options["iterations"])
     if operator.is_elementwise:
         given |= {name: tensor.flatten(0, -2) for name, tensor in tensors.items()}
     outputs = _call(f"{operator}_fwd", given)
+    returned = returned_outputs(operator, outputs, options)
     for name, output in zip(operator.registered.outputs, outputs, strict=True):
         bare = name.removesuffix("?")
-        is_given = bare == name or options.get(f"return_{bare}")
-        given |= {bare: output, f"grad_{bare}": output if is_given else None}
+        given |= {bare: output, f"grad_{bare}": returned.get(bare)}
     return given, outputs
+
+
+def returned_outputs(
+    operator: Operator, outputs: Sequence[Tensor], options: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The outputs of a forward launcher that a call returns, or makes its results from, by name.
+
+    The others are saved for the backward.
+    """
+    wanted = {name.removesuffix("?") for name in operator.outputs}
+    return {
+        bare: output
+        for name, output in zip(operator.registered.outputs, outputs, strict=True)
+        if (bare := name.removesuffix("?")) in wanted
+        and (bare == name or options.get(f"return_{bare}"))
+    }
 
 
 def call_backward(operator: Operator, given: Mapping[str, Any]) -> tuple[Tensor | None, ...]:

@@ -60,7 +60,7 @@ PAGE_SECTIONS = (
     Section("sm80", "highest", _MAIN, _FEW, ("MNIST",)),
     Section("sm100", "highest", _MAIN, _FEW, ("MNIST",)),
     *(Section("sm90", "highest", name, ("MNIST",)) for name in ON_VECTORS if name != _MAIN),
-    Section("sm90", "highest", "em_routing", ("big ConvCaps1",)),
+    Section("sm90", "highest", "em_routing", ("big-conv1",)),
 )
 
 _CALLS = (
@@ -213,7 +213,7 @@ def read_sections(page: str) -> Tables:
     for line in page.splitlines():
         if line.startswith("### "):
             title, caption = line[4:], ""
-        elif re.fullmatch(r"[\w ]+:", line):
+        elif re.fullmatch(r"[\w -]+:", line):
             caption = line[:-1]
         elif line.startswith("|") and title:
             cells = [cell.strip() for cell in line.strip("|\n").split("|")]

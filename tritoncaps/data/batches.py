@@ -129,8 +129,12 @@ class Batches:
         check_size("Batches", "batch_size", batch_size)
         if crop is not None:
             check_size("Batches", "crop", crop)
-            if crop > min(images.images.shape[2:]):
-                raise ValueError(f"Batches: crop={crop}, but the images are {images}")
+            height, width = images.images.shape[2:]
+            if crop > min(height, width):
+                raise ValueError(
+                    f"Batches: crop={crop}, but the images are {height}x{width}; "
+                    f"give at most {min(height, width)}"
+                )
         _check_max_shift("Batches", max_shift)
         check_not_negative("Batches", "rotation", rotation)
         check_not_negative("Batches", "scaling", scaling)

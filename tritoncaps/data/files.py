@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tritoncaps.data.sets import DatasetError
 
-REMEDY = "then put the published file there or run again with downloading allowed"
-
 
 @dataclass(frozen=True)
 class DataFile:
@@ -80,7 +78,7 @@ def read_array(folder: Path, file: DataFile, read_header: Header, verify: bool) 
         with open_file(path) as stream:
             return _read_content(path, stream, read_header(path, stream, file), file, verify)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        refuse(path, f"a complete gzip file of {file.name}", f"an error in it ({error})")
+        refuse(path, file, f"a complete gzip file of {file.name}", f"an error in it ({error})")
 
 
 def _read_content(
@@ -88,7 +86,7 @@ def _read_content(
 ) -> Tensor:
     header, dtype, shape = expected
     if verify and shape != file.shape:
-        refuse(path, f"the shape {file.shape}", f"{shape}")
+        refuse(path, file, f"the shape {file.shape}", f"{shape}")
     size = math.prod(shape) * dtype.itemsize
     # Ask for one byte too many. This reveals a file that is too long and makes gzip check its CRC,
     # while a hostile .gz still cannot unpack to more. Without verification the size is no limit,
@@ -96,19 +94,27 @@ def _read_content(
     content = bytearray(stream.read(size + 1 if verify else -1))
     if len(content) != size:
         more = " or more" if verify and len(content) > size else ""
-        refuse(path, f"{len(header) + size} bytes", f"{len(header) + len(content)}{more}")
+        refuse(path, file, f"{len(header) + size} bytes", f"{len(header) + len(content)}{more}")
     if size == 0:
-        refuse(path, "at least one entry", f"the shape {shape}")
+        refuse(path, file, "at least one entry", f"the shape {shape}")
     if verify and file.sha256:
         found = hashlib.sha256(header + content).hexdigest()
         if found != file.sha256:
-            refuse(path, f"the published content (SHA-256 {file.sha256})", f"another ({found})")
+            refuse(
+                path, file, f"the published content (SHA-256 {file.sha256})", f"another ({found})"
+            )
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
-def refuse(path: Path, expected: str, found: str) -> NoReturn:
+def remedy(file: DataFile) -> str:
+    """Say what to do once a file is deleted."""
+    again = " or run again with downloading allowed" if file.download else ""
+    return f"then put the published file there{again}"
+
+
+def refuse(path: Path, file: DataFile, expected: str, found: str) -> NoReturn:
     """Raise the `DatasetError` for a damaged or foreign file."""
     raise DatasetError(
         f"{path} is damaged or not what its name says: expected {expected}, it has {found}. "
-        f"Delete it, {REMEDY}."
+        f"Delete it, {remedy(file)}."
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from tritoncaps.data.files import REMEDY, Content, DataFile, read_array, refuse
+from tritoncaps.data.files import Content, DataFile, read_array, refuse, remedy
 from tritoncaps.data.sets import DatasetError, ImageSet
 
 
@@ -47,10 +47,11 @@ def read_image_set(
     if len(pixels) != len(classes):
         raise DatasetError(
             f"{folder / images.name} has {len(pixels)} images but {labels.name} beside it has "
-            f"{len(classes)} labels. Delete the one that does not belong there, {REMEDY}."
+            f"{len(classes)} labels. Delete the one that does not belong there, {remedy(labels)}."
         )
     if int(classes.max()) >= num_classes:
-        refuse(folder / labels.name, f"labels in 0 .. {num_classes - 1}", f"{int(classes.max())}")
+        path, found = folder / labels.name, f"{int(classes.max())}"
+        refuse(path, labels, f"labels in 0 .. {num_classes - 1}", found)
     return ImageSet(rearrange(pixels, "n h w -> n 1 h w"), classes)
 
 
@@ -62,8 +63,10 @@ def _header(path: Path, stream: io.BufferedIOBase, file: DataFile) -> Content:
     size = 4 + 4 * axes
     header = stream.read(size)
     if len(header) < size:
-        refuse(path, f"{size + math.prod(file.shape)} bytes", f"{len(header)}")
+        refuse(path, file, f"{size + math.prod(file.shape)} bytes", f"{len(header)}")
     found_magic, *sizes = struct.unpack(f">{1 + axes}I", header)
     if found_magic != magic:
-        refuse(path, f"the IDX magic number {magic:#010x} ({axes} axes)", f"{found_magic:#010x}")
+        refuse(
+            path, file, f"the IDX magic number {magic:#010x} ({axes} axes)", f"{found_magic:#010x}"
+        )
     return Content(header, torch.uint8, tuple(sizes))

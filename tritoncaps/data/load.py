@@ -30,9 +30,8 @@ def load_dataset(
     that scikit-learn contains.
 
     "smallnorb" are photographs of toys, 48×48 and stereo, each with its viewpoint (see `ViewSet`).
-    Its six files, plain or as .gz, must be put into `data_dir`/smallnorb; they are not downloaded.
-    "rendered-solids" are images of solid shapes with their viewpoints, which `rendered_solids`
-    makes in five seconds.
+    Its six files, plain or as .gz, must be put into `data_dir`/smallnorb. They are not downloaded.
+    "rendered-solids" are images of solid shapes with their viewpoints, made by `rendered_solids`.
 
     "auto" is MNIST if it is in `data_dir` or can be downloaded. Otherwise it is the digits, unless
     a `data_dir` was given. An attempt that gets no answer ends within 10 s. The `note` of the data
@@ -60,9 +59,10 @@ def load_dataset(
             has no default.
         image_size: side of square images, or (height, width), for "folder" alone.
         download: download missing files. This needs pooch.
-        verify: accept only the published files, by shape and SHA-256 (0.1 s for MNIST). Without
-            it, accept any well-formed files of that name. The checksums of smallNORB are not known
-            here, so its note says that only shapes were compared.
+        verify: accept only the published files, by shape and SHA-256. Of smallNORB only the shapes
+            are known, and its note says so. Without `verify`, accept any well-formed files of that
+            name; the note then says that they were not verified. "digits", "rendered-solids" and
+            "folder" have no published files, so it changes nothing for them.
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
@@ -86,8 +86,6 @@ def load_dataset(
     entry, folder = REGISTRY[wanted], _folder(wanted, data_dir)
     missing = _missing(entry, folder)
     how = f"downloaded to {folder}" if missing else f"found in {folder}"
-    if not all(file.sha256 for file in entry.files):
-        how += ", only the shapes of its files verified"
     try:
         if missing and not download:
             raise DownloadError("downloading is switched off")
@@ -105,6 +103,10 @@ def load_dataset(
         if missing:
             raise _incomplete(entry, folder, missing, str(error)) from error
         how = f"found in {folder}"
+    if not verify:
+        how += ", not verified"
+    elif not all(file.sha256 for file in entry.files):
+        how += ", only the shapes of its files verified"
     return _read(wanted, folder, entry.note or f"{entry.title}, {how}", verify)
 
 

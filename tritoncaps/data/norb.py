@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tritoncaps.data.files import REMEDY, Content, DataFile, read_array, refuse
+from tritoncaps.data.files import Content, DataFile, read_array, refuse, remedy
 from tritoncaps.data.sets import DatasetError
 from tritoncaps.data.views import ViewSet
 
@@ -54,15 +54,18 @@ def _read_set(folder: Path, files: Sequence[DataFile], num_classes: int, verify:
         if len(array) != len(pixels):
             raise DatasetError(
                 f"{folder / files[0].name} has {len(pixels)} images but {file.name} beside it has "
-                f"{len(array)} entries. Delete the one that does not belong there, {REMEDY}."
+                f"{len(array)} entries. Delete the one that does not belong there, {remedy(file)}."
             )
+    path = folder / files[0].name
+    if pixels.dtype != torch.uint8:
+        refuse(path, files[0], "pixels of one byte", "int32")
     if min(pixels.shape[2:]) < 2:
-        refuse(folder / files[0].name, "images of 2x2 pixels or more", f"{tuple(pixels.shape)}")
-    _check_range(folder / files[1].name, "categories", categories, num_classes)
+        refuse(path, files[0], "images of 2x2 pixels or more", f"the shape {tuple(pixels.shape)}")
+    _check_range(folder, files[1], "categories", categories, num_classes)
     if tuple(info.shape[1:]) != (4,):
-        refuse(folder / files[2].name, "4 columns", f"the shape {tuple(info.shape)}")
+        refuse(folder / files[2].name, files[2], "4 columns", f"the shape {tuple(info.shape)}")
     for column, (name, count) in enumerate(_LIMITS):
-        _check_range(folder / files[2].name, name, info[:, column], count)
+        _check_range(folder, files[2], name, info[:, column], count)
     views = info.to(torch.int64)
     # The elevations are 30, 35, ... 70 degrees, and the azimuths are written in tens of degrees.
     views[:, 1] = 30 + 5 * views[:, 1]
@@ -70,10 +73,11 @@ def _read_set(folder: Path, files: Sequence[DataFile], num_classes: int, verify:
     return ViewSet(_halved(pixels), categories.to(torch.int64), views)
 
 
-def _check_range(path: Path, name: str, values: Tensor, count: int) -> None:
+def _check_range(folder: Path, file: DataFile, name: str, values: Tensor, count: int) -> None:
     lowest, highest = int(values.min()), int(values.max())
     if lowest < 0 or highest >= count:
-        refuse(path, f"{name} in 0 .. {count - 1}", f"{lowest if lowest < 0 else highest}")
+        found = f"{lowest if lowest < 0 else highest}"
+        refuse(folder / file.name, file, f"{name} in 0 .. {count - 1}", found)
 
 
 def _halved(pixels: Tensor) -> Tensor:
@@ -91,13 +95,13 @@ def _header(path: Path, stream: io.BufferedIOBase, file: DataFile) -> Content:
     size = 8 + 4 * max(3, axes)
     header = stream.read(size)
     if len(header) < size:
-        refuse(path, f"at least {size} bytes", f"{len(header)}")
+        refuse(path, file, f"at least {size} bytes", f"{len(header)}")
     magic, found_axes, *sizes = struct.unpack(f"<Ii{size // 4 - 2}i", header)
     if magic not in _TYPES:
         known = " or ".join(f"{number:#x}" for number in _TYPES)
-        refuse(path, f"the magic number {known}", f"{magic:#x}")
+        refuse(path, file, f"the magic number {known}", f"{magic:#x}")
     if found_axes != axes:
-        refuse(path, f"{axes} axes", f"{found_axes}")
+        refuse(path, file, f"{axes} axes", f"{found_axes}")
     if min(sizes[:axes]) < 1:
-        refuse(path, "at least one entry", f"the shape {tuple(sizes[:axes])}")
+        refuse(path, file, "at least one entry", f"the shape {tuple(sizes[:axes])}")
     return Content(header, _TYPES[magic], tuple(sizes[:axes]))

@@ -3,7 +3,7 @@
 A solid is a convex part, from which another one may be cut. A convex part is what lies behind all
 its faces. In a parallel projection the depth of a face is an affine function of the pixel. A ray
 enters a part at the lowest of the faces towards the camera, and leaves it at the highest of the
-others. So there is nothing to search for, and thousands of images take seconds.
+others. So a minimum and a maximum over the faces render an image; no ray is traced.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritoncaps._checks import check_size
+from tritoncaps._checks import check_flag, check_size
 from tritoncaps.data.views import View, ViewSet
 
 # The faces of a convex part, (F, 4): their outward normals and their distances from the origin.
@@ -56,8 +56,8 @@ def rendered_solids(
     Args:
         size: height and width of the images in pixels.
         instances: of each class, in either set.
-        elevations: of the camera, 0 .. 90 degrees.
-        azimuths: of the camera, in degrees. At 0 it sees the long side of a solid.
+        elevations: of the camera, whole degrees in 0 .. 90.
+        azimuths: of the camera, whole degrees. At 0 it sees the long side of a solid.
         lightings: directions of the light, from the left to the right.
         stereo: whether there are two channels, from cameras 6° apart.
         seed: decides proportions and sizes.
@@ -67,7 +67,7 @@ def rendered_solids(
         lightings images, in the order of these factors.
 
     Raises:
-        TypeError, ValueError: a number is not an int of at least 1, or there is no viewpoint.
+        TypeError, ValueError: an argument has the wrong type or range, or there is no viewpoint.
 
     Example:
         >>> train, test = rendered_solids(16, instances=1, elevations=[30], azimuths=[0, 90])
@@ -78,6 +78,12 @@ def rendered_solids(
     """
     for name, value in (("size", size), ("instances", instances), ("lightings", lightings)):
         check_size("rendered_solids", name, value)
+    _check_angles("elevations", elevations)
+    _check_angles("azimuths", azimuths)
+    outside = [elevation for elevation in elevations if not 0 <= elevation <= 90]
+    if outside:
+        raise ValueError(f"rendered_solids: elevations must be in 0 .. 90, got {outside[0]}")
+    check_flag("rendered_solids", "stereo", stereo)
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float) -> float:
@@ -85,8 +91,6 @@ def rendered_solids(
 
     eyes = (-_STEREO, _STEREO) if stereo else (0.0,)
     taken = [(elevation, azimuth) for elevation in elevations for azimuth in azimuths]
-    if not taken:
-        raise ValueError("rendered_solids: elevations and azimuths must not be empty")
     sets = []
     for first in (0, instances):
         images, labels, views = [], [], []
@@ -100,6 +104,17 @@ def rendered_solids(
                 labels += [label] * (len(taken) * lightings)
         sets.append(ViewSet(torch.cat(images), torch.tensor(labels), torch.tensor(views)))
     return sets[0], sets[1]
+
+
+def _check_angles(name: str, angles: object) -> None:
+    for angle in angles if isinstance(angles, Sequence) else [angles]:
+        if not isinstance(angle, int) or isinstance(angle, bool) or angle is angles:
+            kind = type(angle).__name__
+            raise TypeError(
+                f"rendered_solids: {name} must be a sequence of ints (whole degrees), got {kind}"
+            )
+    if not angles:
+        raise ValueError(f"rendered_solids: {name} is empty, but it needs at least one angle")
 
 
 # The solids: x to the left and y towards the camera at azimuth 0, z upwards.

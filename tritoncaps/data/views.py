@@ -1,4 +1,4 @@
-"""Images of objects that know from where they were taken."""
+"""Image sets that know the viewpoint of every image."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritoncaps._checks import shape_of
+from tritoncaps._checks import check_choice, shape_of
 from tritoncaps.data.sets import ImageSet
 
 
@@ -66,5 +66,10 @@ class ViewSet(ImageSet):
             )
 
     def view(self, name: str) -> Tensor:
-        """Return one field of all views by its name, shape (N,)."""
+        """Return one field of all views by its name, shape (N,).
+
+        Raises:
+            ValueError: `View` has no such field.
+        """
+        check_choice("ViewSet.view", "name", name, View._fields)
         return self.views[:, View._fields.index(name)]

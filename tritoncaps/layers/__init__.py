@@ -12,6 +12,7 @@ from tritoncaps.layers.convolutional import ConvRoutedCapsules
 from tritoncaps.layers.decoder import ReconstructionDecoder
 from tritoncaps.layers.head import CapsuleHead
 from tritoncaps.layers.matrix import (
+    ClassCapsules,
     ClassMatrixCapsules,
     ConvMatrixCapsules,
     PrimaryMatrixCapsules,
@@ -24,6 +25,7 @@ __all__ = [
     "Calibrated",
     "CapsuleHead",
     "Capsules",
+    "ClassCapsules",
     "ClassMatrixCapsules",
     "ConvMatrixCapsules",
     "ConvRoutedCapsules",

@@ -10,8 +10,9 @@ from torch.utils._pytree import _register_namedtuple
 class Capsules(NamedTuple):
     """Poses and activations, for layers that need both.
 
-    `activations` (B, N), in [0, 1], say whether each capsule's entity is present, and `poses`
-    (B, N, ...) say how. Vector capsules need only poses, since their length is the activation.
+    `activations` (B, N), in [0, 1], say whether the entity of each capsule is present. `poses`
+    (B, N, ...) say how. For a grid of capsules, N stands for the axes H, W, C. Vector capsules need
+    only poses, for their length is the activation.
     """
 
     poses: Tensor

@@ -139,8 +139,8 @@ class ConvRoutedCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight from a normal distribution that starts routing alive at every size.
 
-        It is that of `RoutedCapsules`. With "convolved", I is C, and the joined poses of a patch
-        are K times as long as those of one capsule.
+        The distribution is that of `RoutedCapsules`. With "convolved", I is C, and the joined poses
+        of a patch are K times as long as the pose of one capsule.
         """
         positions = self.kernel_size**2
         if self.votes == "patch":

@@ -1,7 +1,7 @@
-"""Matrix capsules: a pose is a matrix, an activation a number of its own, and EM routes them.
+"""Matrix capsules: each has a matrix as its pose and a separate activation. EM routes them.
 
-Capsules travel between these layers on a grid, as `Capsules` with poses (B, H, W, C, R, P) and
-activations (B, H, W, C): C types at each position, and R × P numbers a pose.
+These layers exchange grids of capsules, as `Capsules` with poses (B, H, W, C, R, P) and activations
+(B, H, W, C). A position has C types of capsules, and a pose has R rows and P columns.
 """
 
 import math
@@ -12,33 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from tritoncaps import _checks, ops
+from tritoncaps import _checks, _patches, ops
 from tritoncaps._tracing import concrete, is_proxy, one_node
 from tritoncaps.layers._convolution import LinearConv2d
 from tritoncaps.layers.capsules import Capsules
 
 Scale = Literal["mean", "sum"]
-Competition = Literal["children", "position"]
 
 
 class PrimaryMatrixCapsules(nn.Module):
-    """Turn feature maps into matrix capsules with one convolution (Hinton 2018, section 5).
+    """Turn feature maps into matrix capsules with one convolution (Hinton 2018, section 4).
 
-    A capsule is R·P channels for its pose and one more, through a sigmoid, for its activation.
+    Each capsule takes R·P channels for its pose, and one channel, with a sigmoid, for its
+    activation.
 
     Args:
         in_channels: channels of the feature maps.
         capsule_types: capsules at each position, C.
         pose: rows and columns of a pose, (R, P).
-        kernel_size, stride, padding: of the convolution. The paper's is 1×1.
+        kernel_size, stride, padding: of the convolution, one int each. The paper's kernel is 1×1.
         device, dtype: of the parameters.
 
     Shapes: (B, in_channels, H, W) → `Capsules` with poses (B, H', W', C, R, P) and activations
     (B, H', W', C).
 
     Raises:
-        TypeError, ValueError: a size is not an int of at least 1. In `forward`, the features have
-            the wrong type or shape.
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, the features
+            have the wrong type or shape, or are smaller than the kernel.
 
     Example:
         >>> import torch
@@ -66,11 +66,13 @@ class PrimaryMatrixCapsules(nn.Module):
         _checks.check_size(name, "capsule_types", capsule_types)
         _checks.check_pair(name, "pose", pose, "two ints")
         _checks.check_size(name, "kernel_size", kernel_size)
-        _checks.check_size(name, "stride", stride)
-        _checks.check_size(name, "padding", padding, 0)
+        _patches.check_convolution(name, stride, padding)
         self.in_channels = in_channels
         self.capsule_types = capsule_types
         self.pose = pose
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
         channels = capsule_types * (math.prod(pose) + 1)
         self.conv = LinearConv2d(
             in_channels, channels, kernel_size, stride, padding, device=device, dtype=dtype
@@ -81,7 +83,7 @@ class PrimaryMatrixCapsules(nn.Module):
         self.conv.reset_parameters()
 
     def forward(self, features: Tensor) -> Capsules:
-        """Convolve, and cut into poses and activations."""
+        """Convolve, and split the channels into poses and activations."""
         if not is_proxy(features):
             _checks.check_floating("PrimaryMatrixCapsules", "features", features)
             if features.ndim != 4 or features.shape[1] != self.in_channels:
@@ -89,7 +91,15 @@ class PrimaryMatrixCapsules(nn.Module):
                     f"PrimaryMatrixCapsules: features must be (B, {self.in_channels}, H, W), "
                     f"got {_checks.shape_of(features)}"
                 )
+            _checks.check_not_empty("PrimaryMatrixCapsules", "features", features, "B C H W")
             _checks.check_layer_dtype("PrimaryMatrixCapsules", "features", features, self.conv)
+            _patches.output_size(
+                "PrimaryMatrixCapsules",
+                features.shape[2:],
+                self.kernel_size,
+                self.stride,
+                self.padding,
+            )
         maps = self.conv(features).permute(0, 2, 3, 1)
         count = self.capsule_types
         poses = maps[..., count:].unflatten(3, (count, *self.pose))
@@ -97,16 +107,15 @@ class PrimaryMatrixCapsules(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
-        conv = self.conv
         return (
             f"in_channels={self.in_channels}, capsule_types={self.capsule_types}, "
-            f"pose={self.pose}, kernel_size={conv.kernel_size[0]}, stride={conv.stride[0]}, "
-            f"padding={conv.padding[0]}"
+            f"pose={self.pose}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}"
         )
 
 
 class _MatrixCapsules(nn.Module):
-    """What both routed layers share: the parameters, and how cost becomes activation."""
+    """What both routed layers share: their parameters, and the checks of a call."""
 
     def __init__(
         self,
@@ -157,8 +166,8 @@ class _MatrixCapsules(nn.Module):
     def reset_parameters(self) -> None:
         """Draw a weight near the identity, and set both costs to their start.
 
-        An input's votes for all outputs are then much alike, and so the first assignments are soft.
-        With independent matrices they are all but decided before anything is learned. See
+        The votes of an input capsule are then similar for all outputs, so the first assignments are
+        soft. With independent matrices, they are nearly decided before anything is learned. See
         docs/matrix-capsules.md for figures.
         """
         start, noise, beta_u, beta_a = self._start
@@ -168,15 +177,19 @@ class _MatrixCapsules(nn.Module):
         nn.init.constant_(self.beta_u, beta_u)
         nn.init.constant_(self.beta_a, beta_a)
 
-    def _arguments(self, iterations: int | None) -> dict[str, Any]:
-        """Return what the routing takes besides its tensors."""
-        return {
-            "iterations": self.iterations if iterations is None else iterations,
-            "scale": self.scale,
+    def _options(self, iterations: int | None, return_assignment: bool) -> dict[str, Any]:
+        """Return the options of a call, checked, and the pose that it needs."""
+        options = {
+            "iterations": concrete("iterations", iterations, None),
             "temperature": self.temperature,
             "min_variance": self.min_variance,
             "gradient": self.gradient,
+            "return_assignment": concrete("return_assignment", return_assignment, False),
         }
+        if options["iterations"] is None:
+            options["iterations"] = self.iterations
+        _checks.check_em_options(type(self).__name__, **options)
+        return {**options, "pose": self.pose, "scale": self.scale}
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
@@ -193,26 +206,28 @@ class _MatrixCapsules(nn.Module):
 class ConvMatrixCapsules(_MatrixCapsules):
     """Route the matrix capsules of each window of a grid to those at one position (Hinton 2018).
 
-    The paper's convolutional capsules. All positions share one matrix for each place in the window,
-    input type and output type.
+    These are the convolutional capsules of the paper. Each place in the window has one matrix for
+    each input type and output type. All positions share these matrices.
 
     Args:
-        in_types, out_types: capsules at each position, C and J.
-        kernel_size, stride, padding: of the windows. The padding has activation 0.
+        in_types, out_types: capsules at each position of the input and of the output, C and J.
+        kernel_size, stride, padding: of the windows, one int each. The padding has activation 0.
         iterations: M-steps, at least 1. Two train best; see docs/matrix-capsules.md.
         pose: rows and columns of a pose, (R, P), here and in the output.
-        competition: an input capsule shares itself out among all the outputs whose windows it lies
-            in ("children", as in the paper), or among those of each position on its own
-            ("position", as in most public code, and faster).
-        scale: "mean" measures an output's share of the input in units of the usual share, and its
-            entropy by component. The same β then fit every layer. "sum" is the formula of the
-            paper.
-        temperature: the inverse temperature λ, one number or one for each iteration. By default
-            t/T with "mean", and 0.01·(1 − 0.95^t) with "sum".
-        min_variance: added to every variance.
-        identity, noise: W starts as `identity` times the identity, plus normal numbers with the
-            standard deviation `noise`.
-        beta_u, beta_a: where both costs, one number for each output type, start.
+        competition: which output capsules compete for an input capsule. "children", as in the
+            paper, lets all compete whose windows contain it. "position" lets only those of one
+            position compete, which is faster.
+        scale: of the logits. "sum" is the formula of the paper. "mean" divides the mass of an
+            output capsule by the usual mass, and the sum over the components of a pose by their
+            number. The same β_u and β_a then suit layers of any size. The usual mass is for input
+            activations of 1. With "children" it is the mean over all outputs. With "position" it is
+            that of a window without padding, K·K·C / J.
+        temperature: the inverse temperature λ, one number or one for each iteration. By default it
+            is t/T in iteration t of T with "mean", and 0.01·(1 − 0.95^t) with "sum".
+        min_variance: added to every variance, above 0.
+        identity, noise: the initial weight is `identity` times the identity matrix, plus normal
+            noise with the standard deviation `noise`.
+        beta_u, beta_a: the initial values of both costs. Each output type learns its own.
         gradient: "full" differentiates through all iterations. "last" treats the last assignment as
             a constant.
         device, dtype: of the parameters.
@@ -221,8 +236,8 @@ class ConvMatrixCapsules(_MatrixCapsules):
     (B, H', W', J, R, P) and (B, H', W', J). `weight` is (K, K, C, P, J, P).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or range. In `forward`, whatever
-            `ops.conv_em_routing` raises.
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, the capsules
+            have the wrong type or shape, or the grid is smaller than the kernel.
 
     Example:
         >>> import torch
@@ -243,7 +258,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
         iterations: int = 2,
         *,
         pose: tuple[int, int] = (4, 4),
-        competition: Competition = "children",
+        competition: ops.Competition = "children",
         scale: Scale = "mean",
         temperature: float | Sequence[float] | None = None,
         min_variance: float = 1e-4,
@@ -257,8 +272,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
     ) -> None:
         name = "ConvMatrixCapsules"
         _checks.check_size(name, "kernel_size", kernel_size)
-        _checks.check_size(name, "stride", stride)
-        _checks.check_size(name, "padding", padding, 0)
+        _patches.check_convolution(name, stride, padding)
         _checks.check_choice(name, "competition", competition, ("children", "position"))
         super().__init__(
             (kernel_size, kernel_size), in_types, out_types, iterations, pose, scale, temperature,
@@ -267,7 +281,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
         self.kernel_size = kernel_size
         self.stride = stride
         self.padding = padding
-        self.competition: Competition = competition
+        self.competition: ops.Competition = competition
 
     def forward(
         self,
@@ -276,7 +290,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
         iterations: int | None = None,
         return_assignment: bool = False,
     ) -> Capsules | tuple[Capsules, Tensor]:
-        """Route.
+        """Route a grid of capsules to another.
 
         Args:
             capsules: poses (B, H, W, C, R, P) and activations (B, H, W, C).
@@ -285,8 +299,7 @@ class ConvMatrixCapsules(_MatrixCapsules):
                 iteration, (B, H', W', K, K, C, J).
         """
         _check_capsules("ConvMatrixCapsules", capsules)
-        iterations = concrete("iterations", iterations, None)
-        return_assignment = concrete("return_assignment", return_assignment, False)
+        options = self._options(iterations, return_assignment)
         result = _route_windows(
             capsules.poses,
             capsules.activations,
@@ -296,11 +309,10 @@ class ConvMatrixCapsules(_MatrixCapsules):
             stride=self.stride,
             padding=self.padding,
             competition=self.competition,
-            return_assignment=return_assignment,
-            **self._arguments(iterations),
+            **options,
         )
         routed = Capsules(result[0], result[1])
-        return (routed, result[2]) if return_assignment else routed
+        return (routed, result[2]) if options["return_assignment"] else routed
 
     def extra_repr(self) -> str:
         """Return the arguments that build this layer."""
@@ -328,17 +340,17 @@ _register_namedtuple(ClassCapsules, serialized_type_name="tritoncaps.ClassCapsul
 
 
 class ClassMatrixCapsules(_MatrixCapsules):
-    """Route all matrix capsules of a grid to one capsule for each class (Hinton 2018, section 5).
+    """Route all matrix capsules of a grid to one capsule for each class (Hinton 2018, section 4).
 
-    All positions share one matrix for each type and class, so the grid may have any size. What a
-    matrix does not know, where its capsule lies, is added to the votes: the row and the column, in
-    0 .. 1, to the first two components of the last column of the pose. The paper calls it
-    coordinate addition.
+    All positions share one matrix for each type and class, so the grid may have any size. A shared
+    matrix does not know where a capsule lies. The row and the column of the capsule, scaled to
+    0 .. 1, are therefore added to its votes: to the first two rows of the last column. The paper
+    calls this coordinate addition.
 
     Args:
         in_types: capsules at each position, C.
         num_classes: class capsules, K.
-        coordinates: add the coordinates to the votes. Poses then need two rows.
+        coordinates: add the coordinates to the votes. Poses then need at least two rows.
         iterations, pose, scale, temperature, min_variance, identity, noise, beta_u, beta_a,
         gradient, device, dtype: as in `ConvMatrixCapsules`.
 
@@ -397,7 +409,7 @@ class ClassMatrixCapsules(_MatrixCapsules):
         iterations: int | None = None,
         return_assignment: bool = False,
     ) -> ClassCapsules:
-        """Route.
+        """Route all capsules of a grid to the classes.
 
         Args:
             capsules: poses (B, H, W, C, R, P) and activations (B, H, W, C).
@@ -405,8 +417,7 @@ class ClassMatrixCapsules(_MatrixCapsules):
             return_assignment: also return the assignment of the last iteration.
         """
         _check_capsules("ClassMatrixCapsules", capsules)
-        iterations = concrete("iterations", iterations, None)
-        return_assignment = concrete("return_assignment", return_assignment, False)
+        options = self._options(iterations, return_assignment)
         result = _route_grid(
             capsules.poses,
             capsules.activations,
@@ -414,11 +425,10 @@ class ClassMatrixCapsules(_MatrixCapsules):
             self.beta_u,
             self.beta_a,
             coordinates=self.coordinates,
-            return_assignment=return_assignment,
-            **self._arguments(iterations),
+            **options,
         )
         # A tracer's proxy cannot be unpacked.
-        assignment = result[3] if return_assignment else None
+        assignment = result[3] if options["return_assignment"] else None
         return ClassCapsules(result[0], result[1], result[2], assignment)
 
     def extra_repr(self) -> str:
@@ -439,20 +449,33 @@ def check_options(
     beta_a: object,
     gradient: object,
 ) -> None:
-    """Raise an error for an option of both routed layers of the wrong type or range."""
+    """Raise an error if an option of the routed layers has the wrong type or range."""
     _checks.check_em_options(function, iterations, temperature, min_variance, gradient)
     _checks.check_choice(function, "scale", scale, ("mean", "sum"))
-    _checks.check_number(function, "identity", identity)
+    _checks.check_finite(function, "identity", identity)
     _checks.check_not_negative(function, "noise", noise)
-    _checks.check_number(function, "beta_u", beta_u)
-    _checks.check_number(function, "beta_a", beta_a)
+    _checks.check_finite(function, "beta_u", beta_u)
+    _checks.check_finite(function, "beta_a", beta_a)
 
 
 def _check_capsules(layer: str, capsules: object) -> None:
-    """Raise TypeError, unless it is a grid of capsules, or the stand-in of a tracer."""
+    """Raise TypeError, unless it is `Capsules` or a tracer's proxy."""
     if not isinstance(capsules, Capsules) and not is_proxy(capsules):
         raise TypeError(
             f"{layer}: capsules must be Capsules(poses, activations), got {type(capsules).__name__}"
+        )
+
+
+def _check_grid(
+    layer: str, poses: Tensor, activations: Tensor, weight: Tensor, axes: str, pose: tuple[int, int]
+) -> None:
+    """Raise an error for a grid that does not fit the weight, which has these axes, or the pose."""
+    named = {"poses": "B H W C R P", "activations": "B H W C", "weight": axes}
+    _checks.check_inputs(layer, named, poses=poses, activations=activations, weight=weight)
+    if poses.shape[4] != pose[0]:
+        raise ValueError(
+            f"{layer}: poses has R={poses.shape[4]} but the layer has pose={pose} "
+            f"(poses: {_checks.shape_of(poses)}); build it with the pose of its input"
         )
 
 
@@ -466,11 +489,15 @@ def _route_windows(
     *,
     stride: int,
     padding: int,
-    competition: Competition,
+    competition: ops.Competition,
+    pose: tuple[int, int],
     scale: Scale,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Call `ops.conv_em_routing`, with the scale of a layer."""
+    name = "ConvMatrixCapsules"
+    _check_grid(name, poses, activations, weight, "K K C P J Q", pose)
+    _patches.output_size(name, poses.shape[1:3], len(weight), stride, padding)
     if scale == "mean":
         mass = _usual_mass(activations, weight, stride, padding, competition)
         beta_a = _by_means(beta_a, mass, poses, options)
@@ -497,13 +524,12 @@ def _route_grid(
     beta_a: Tensor,
     *,
     coordinates: bool,
+    pose: tuple[int, int],
     scale: Scale,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Call `ops.em_routing` for all capsules of a grid; returns the fields of `ClassCapsules`."""
-    axes = {"poses": "B H W C R P", "activations": "B H W C", "weight": "C P K Q"}
-    given = {"poses": poses, "activations": activations, "weight": weight}
-    _checks.check_inputs("ClassMatrixCapsules", axes, **given)
+    """Call `ops.em_routing` for all capsules of a grid. Returns the fields of `ClassCapsules`."""
+    _check_grid("ClassMatrixCapsules", poses, activations, weight, "C P K Q", pose)
     height, width = poses.shape[1:3]
     offset = _coordinates(poses, weight.shape[3]) if coordinates else None
     if scale == "mean":
@@ -515,7 +541,7 @@ def _route_grid(
         weight.expand(height * width, *weight.shape).flatten(0, 1),
         beta_u,
         beta_a,
-        offset,
+        offset=offset,
         return_logits=True,
         **options,
     )
@@ -526,21 +552,25 @@ def _route_grid(
 def _usual_mass(
     activations: Tensor, weight: Tensor, stride: int, padding: int, competition: str
 ) -> float:
-    """Return the mean mass of an output of a convolution, if all activations are 1."""
+    """Return the mass of an output of a convolution, if all activations of the grid are 1.
+
+    With "position", an output depends on its window alone. So does this mass, which is that of a
+    window without padding. With "children" it is the mean over all outputs.
+    """
     K, C, J = weight.shape[1], weight.shape[2], weight.shape[4]
     if competition == "position":
         return K * K * C / J
-    # Each input that lies in a window shares itself out once.
-    inputs = outputs = 1
+    mass = C / J
     for size in activations.shape[1:3]:
-        count = max(1, (size + 2 * padding - K) // stride + 1)
-        inputs *= (count - 1) * min(K, stride) + K
-        outputs *= count
-    return inputs * C / (outputs * J)
+        starts = range(-padding, size + padding - K + 1, stride)
+        # Each input that lies in a window shares itself out once. The padding has nothing to share.
+        inputs = {row for start in starts for row in range(start, start + K) if 0 <= row < size}
+        mass *= len(inputs) / len(starts)
+    return mass or 1.0  # All windows lie in the padding, and no output has any mass.
 
 
 def _by_means(beta_a: Tensor, mass: float, poses: Tensor, options: dict[str, Any]) -> Tensor:
-    """Turn the temperature in `options`, and β_a, from those of means to those of sums.
+    """Convert the temperature in `options`, and β_a, from the scale "mean" to "sum".
 
     λ (β_a − N/M (β_u + 1/(2D) Σ log σ²)) = λ/(M·D) (M·D·β_a − N (D·β_u + ½ Σ log σ²)).
     """

@@ -177,7 +177,7 @@ class RoutedCapsules(nn.Module):
 
 
 def route(
-    layer: RoutedCapsules, u: Tensor, iterations: int | None, return_coupling: bool
+    layer: nn.Module, u: Tensor, iterations: int | None, return_coupling: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Route, and return the coupling as well, or None if it is not wanted."""
     return_coupling = concrete("return_coupling", return_coupling, False)

@@ -80,8 +80,8 @@ def conv_dynamic_routing(
     """Route each K×K patch of a grid of capsules to the capsules at one position.
 
     This is `fused_dynamic_routing` at every position of a convolution. The positions become a part
-    of the batch, and no prediction vectors are written to memory. The patches are: they are
-    (K / stride)² times as large as u.
+    of the batch. The patches are copied, and are (K / stride)² times as large as u. The prediction
+    vectors are not written to memory.
 
     There are two kinds of votes:
 
@@ -97,8 +97,8 @@ def conv_dynamic_routing(
             all types.
         iterations: the number of weighted sums, at least 1.
         stride: steps between patches, at least 1.
-        padding: positions of zeros added on all four sides, at least 0. Capsules of zeros predict
-            nothing, so they add nothing.
+        padding: positions of zeros added on all four sides, at least 0. Capsules of zeros add
+            nothing.
         prior: initial logits, shape (K, K, C, J), or (C, J) with "convolved".
         pose_bias: added to s in every iteration, shape (J, D).
         votes: "patch" or "convolved".
@@ -112,10 +112,10 @@ def conv_dynamic_routing(
     Returns:
         v or s, shape (B, H', W', J, D) with H' = (H + 2 padding - K) // stride + 1. With
         `return_coupling`, the pair (v, c) or (s, c), where c has shape (B, H', W', K, K, C, J), or
-        (B, H', W', C, J) with "convolved". The softmax runs over J at each position alone.
+        (B, H', W', C, J) with "convolved". The softmax runs over J, at each position on its own.
 
     Raises:
-        TypeError: an argument of the wrong type, dtypes that differ, a number that is not an int.
+        TypeError: an argument of the wrong type, dtypes that differ.
         ValueError: wrong rank, axes that do not match, an empty axis other than B, two devices, a
             kernel larger than the padded grid, a number out of range, an unknown `votes`,
             `gradient` or `output`.
@@ -172,7 +172,7 @@ def conv_dynamic_routing(
 
 
 def _axes(votes: Votes, weight: object) -> dict[str, str]:
-    """The axes of the tensors, for the check of them."""
+    """Return the axes of the tensors, as `check_inputs` needs them."""
     is_shared = isinstance(weight, Tensor) and weight.ndim == 6 and weight.shape[2] == 1
     if votes == "patch":
         types, prior = "C", "K K C J"

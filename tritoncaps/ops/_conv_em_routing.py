@@ -44,9 +44,9 @@ def conv_em_routing(
     """Route a grid of matrix capsules with a convolution, by expectation-maximisation.
 
     The input has C capsules at each of H×W positions. The output has J capsules at each of H'×W'
-    positions of a K×K kernel, where H' = (H + 2·padding − K) // stride + 1. An output capsule has
-    I = K·K·C input capsules, those under the kernel at its position. All positions share the
-    weight. All else is as in `em_routing`.
+    positions of a K×K kernel, where H' = (H + 2·padding − K) // stride + 1. An output capsule gets
+    the votes of the K·K·C input capsules under the kernel. All positions share the weight. The rest
+    is as in `em_routing`.
 
     Args:
         poses: input poses, shape (B, H, W, C, R, P).
@@ -55,14 +55,14 @@ def conv_em_routing(
         beta_u: β_u of each output type, shape (J,).
         beta_a: β_a of each output type, shape (J,).
         iterations: the number of M-steps, at least 1.
-        stride: the step from one position of the kernel to the next.
-        padding: positions added on all four sides. Their capsules have pose 0 and activation 0, so
-            they add nothing.
-        competition: which output capsules compete for an input capsule. "children" is the paper's:
-            all that it feeds, of all types and positions. The first assignment is 1 divided by
-            their number. With "position", only the J of the same position compete, as in most
-            implementations. It is faster, but an input capsule then counts in full at each position
-            that it feeds.
+        stride: the step from one position of the kernel to the next, at least 1.
+        padding: positions added on all four sides, at least 0. Their capsules have pose 0 and
+            activation 0, and add nothing.
+        competition: which output capsules compete for an input capsule. With "children", as in the
+            paper, these are all that it votes for, of all types and positions. The first
+            assignment is 1 divided by their number. With "position", the J output capsules of each
+            position compete on their own. This is faster, but an input capsule then counts in full
+            at every position that it votes for.
         temperature: as for `em_routing`.
         min_variance: as for `em_routing`.
         gradient: as for `em_routing`.
@@ -88,7 +88,7 @@ def conv_em_routing(
         >>> poses.shape
         torch.Size([2, 6, 6, 16, 4, 4])
 
-    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), sections 4 and 5.
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), sections 3 and 4.
     """
     name = "conv_em_routing"
     _checks.check_inputs(
@@ -102,9 +102,9 @@ def conv_em_routing(
     )
     _patches.check_convolution(name, stride, padding)
     _checks.check_choice(name, "competition", competition, ("children", "position"))
-    _checks.check_em_options(name, iterations, temperature, min_variance, gradient)
-    _checks.check_flag(name, "return_logits", return_logits)
-    _checks.check_flag(name, "return_assignment", return_assignment)
+    _checks.check_em_options(
+        name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
+    )
     B, H, W, C = activations.shape
     K = len(weight)
     size = _patches.output_size(name, (H, W), K, stride, padding)

@@ -18,9 +18,9 @@ def em_routing(
     weight: Tensor,
     beta_u: Tensor,
     beta_a: Tensor,
-    offset: Tensor | None = None,
     iterations: int = 2,
     *,
+    offset: Tensor | None = None,
     temperature: float | Sequence[float] | None = None,
     min_variance: float = 1e-4,
     gradient: Gradient = "full",
@@ -30,10 +30,10 @@ def em_routing(
     """Route matrix capsules by expectation-maximisation.
 
     Input capsule i votes for output capsule j with V_ij = M_i W_ij. Each output capsule is a
-    Gaussian with a diagonal covariance, fitted to the votes. In every iteration the M-step fits it,
-    with the weights R_ij a_i, and the E-step assigns each input capsule to the output capsules by
-    the densities of its votes: R_ij ∝ a_j p_ij. The first assignment is 1/J, and the E-step after
-    the last iteration is left out. The votes of a batch never exist in memory.
+    Gaussian with a diagonal covariance. The M-step fits it to the votes, with the weights R_ij a_i.
+    The E-step then assigns each input capsule to the output capsules by the densities of its votes:
+    R_ij ∝ a_j p_ij. The first assignment is 1/J. No E-step follows the last M-step. The votes of a
+    whole batch are never in memory at once.
 
     The activation is the sigmoid of z_j = λ (β_a − N_j (D β_u + ½ Σ_h log σ²_jh)), with the mass
     N_j = Σ_i R_ij a_i and the sum over the D = R·Q components of a pose. So β_u counts once for
@@ -45,12 +45,12 @@ def em_routing(
         weight: one P×Q matrix per pair of capsules, shape (I, P, J, Q).
         beta_u: β_u, what a unit of mass costs an output capsule, shape (J,).
         beta_a: β_a, the benefit of an active output capsule, shape (J,).
-        offset: added to every vote of an input capsule, shape (I, R, Q): the coordinates of its
-            position, where all positions share the weight.
         iterations: the number of M-steps, at least 1.
-        temperature: the inverse temperature λ, a number or one for each iteration. The default is
-            that of the authors' code, 0.01·(1 − 0.95ᵗ) in iteration t = 1, 2, ...
-        min_variance: added to every variance, in the M-step and in the E-step.
+        offset: added to every vote of an input capsule, shape (I, R, Q). If all positions share
+            the weight, it can hold the coordinates of the position.
+        temperature: the inverse temperature λ ≥ 0, one number or one for each iteration. The
+            default is that of the authors' code, 0.01·(1 − 0.95ᵗ) in iteration t = 1, 2, ...
+        min_variance: added to every variance, in the M-step and in the E-step. It is above 0.
         gradient: "full" differentiates through every iteration. "last" treats the assignment of the
             last iteration as a constant.
         return_logits: also return z. A loss of z keeps its gradient where the sigmoid saturates.
@@ -74,9 +74,8 @@ def em_routing(
         >>> poses.shape, activations.shape
         (torch.Size([2, 16, 4, 4]), torch.Size([2, 16]))
 
-    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. It has no
-    minimal variance. With one, an output capsule that a single input capsule votes for has a finite
-    logit.
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), procedure 1. The paper has no
+    minimal variance. Without it, an output capsule with a single vote has an infinite logit.
     """
     name = "em_routing"
     _checks.check_inputs(
@@ -89,9 +88,9 @@ def em_routing(
         beta_a=beta_a,
         offset=offset,
     )
-    _checks.check_em_options(name, iterations, temperature, min_variance, gradient)
-    _checks.check_flag(name, "return_logits", return_logits)
-    _checks.check_flag(name, "return_assignment", return_assignment)
+    _checks.check_em_options(
+        name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
+    )
     if offset is not None:
         poses, weight = _with_offset(poses, weight, offset)
     v, logits, assignment, *_ = _registered.forward(
@@ -114,7 +113,7 @@ def em_routing(
 
 
 def temperatures(temperature: float | Sequence[float] | None, iterations: int) -> list[float]:
-    """λ of each iteration."""
+    """Return λ of each iteration."""
     if temperature is None:
         return [0.01 * (1 - 0.95**t) for t in range(1, iterations + 1)]
     if isinstance(temperature, (int, float)):
@@ -123,7 +122,10 @@ def temperatures(temperature: float | Sequence[float] | None, iterations: int) -
 
 
 def _with_offset(poses: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Append the offset to the columns of M, and the identity to the rows of W: P grows by Q."""
+    """Append the offset to the poses, and an identity to the weight: P grows by Q.
+
+    The product is then V + offset = (M, offset) (W, 1).
+    """
     poses, weight, offset = (x.to(_checks.routed_dtype(x)) for x in (poses, weight, offset))
     I, _, J, Q = weight.shape
     identity = torch.eye(Q, dtype=weight.dtype, device=weight.device)[None, :, None]

@@ -12,16 +12,16 @@ from tritoncaps.ops._margin_loss import Reduction, reduced
 def spread_loss(
     activations: Tensor, target: Tensor, margin: float = 0.9, reduction: Reduction = "mean"
 ) -> Tensor:
-    """Push the activation of the true class above all others, by `margin`.
+    """Push the activation of the true class above each of the others, by at least `margin`.
 
-    L = Σ_{i≠t} max(0, m − (a_t − a_i))², summed over the classes i other than the true one, t.
+    L = Σ_{i≠t} max(0, m − (a_t − a_i))², summed over all classes i but the true one, t.
 
     Args:
         activations: how present each class is, in [0, 1], shape (B, K).
-        target: class indices, shape (B,), int64. An image has one true class: for several of them,
-            see `margin_loss`.
-        margin: m ≥ 0. Hinton 2018 raises it from 0.2 to 0.9 in training; see
-            `tritoncaps.losses.SpreadLoss`.
+        target: class indices, shape (B,), int64. Each image has one true class. For images with
+            several, see `margin_loss`.
+        margin: m ≥ 0, a difference of activations. The paper raises it linearly from 0.2 to 0.9
+            in training. `tritoncaps.losses.SpreadLoss` does this by the step.
         reduction: over the batch: "mean" (0 for an empty batch), "sum" or "none".
 
     Returns:
@@ -40,7 +40,7 @@ def spread_loss(
         >>> spread_loss(torch.tensor([[0.9, 0.1, 0.3]]), torch.tensor([0]))
         tensor(0.1000)
 
-    Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018), equation 3.
+    Hinton, Sabour, Frosst: Matrix capsules with EM routing (2018), section 4.1, equation 3.
     """
     _checks.check_tensor("spread_loss", "activations", activations, "B K")
     _checks.check_not_empty("spread_loss", "activations", activations, "B K")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import CALLS
 
-from tritoncaps import ops, reference, testing
+from tritoncaps import ops, reference
 from tritoncaps._operators import INTERPRETED
 from tritoncaps.testing import DTYPES as ALL_DTYPES
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate
@@ -48,7 +48,7 @@ class Drawn:
         self.B = B
         self.inputs = draw_inputs(
             self.operator,
-            {**testing.SIZES, **sizes, "B": B},
+            {**self.operator.small_sizes, **sizes, "B": B},
             scale=sizes["D"] ** -0.5,
             optional=None if has_optional else (),
         )

@@ -187,7 +187,7 @@ def check_compile(operator: Operator, device: torch.device) -> None:
         def loss(inputs: dict[str, Tensor], options: Any = options) -> Tensor:
             return sum((x.square().sum() for x in operator.call(inputs, options)), torch.zeros(()))
 
-        compiled = torch.compile(loss, fullgraph=True, backend=frames)
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=frames)
         counts = []
         for batch in (3, 8, 11):
             inputs = draw_inputs(operator, {**operator.small_sizes, "B": batch}, device=device)

@@ -15,10 +15,11 @@ from tritoncaps._operators.prediction_vectors import prediction_vectors
 from tritoncaps._operators.routing_pass import routing_pass
 from tritoncaps._operators.squash import squash
 
-# One small size for each axis. Those of an input differ, so that mixing up two axes shows.
+# One small size for each axis. Those of vectors all differ, so that mixing up two axes shows. To stay
+# small, grids and matrices have some of the same sizes. Drawn cases have others.
 SIZES: Mapping[str, int] = {
     **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6},
-    **{"R": 2, "Q": 6, "H": 5, "W": 6, "C": 7, "K": 2},
+    **{"R": 2, "Q": 3, "H": 4, "W": 5, "C": 3, "K": 2},
 }
 
 

@@ -278,20 +278,52 @@ def test_no_iteration_stops_the_gradient(device):
 # Arguments and memory -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operator", [EM, CONV], ids=str)
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0"),
-        (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0"),
-        (ValueError, {"temperature": [0.1, 0.2, 0.3]}, "temperature must be .*iterations=2, got 3"),
-        (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0"),
-        (TypeError, {"temperature": "hot"}, "temperature must be a number, got str"),
-        (TypeError, {"temperature": ["hot", "cold"]}, "temperature must be a number, got str"),
+        (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0; an output capsule"),
+        (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0 and finite, got -1.0"),
+        (ValueError, {"min_variance": math.inf}, "min_variance must be >= 0 and finite, got inf"),
+        (TypeError, {"min_variance": None}, "min_variance must be a number, got NoneType"),
+        (TypeError, {"min_variance": [1e-4]}, "min_variance must be a number, got list"),
+        (ValueError, {"temperature": -0.5}, "temperature must be >= 0 and finite, got -0.5"),
+        (ValueError, {"temperature": math.inf}, "temperature must be >= 0 and finite, got inf"),
+        *(
+            (
+                ValueError,
+                {"temperature": schedule},
+                "temperature must be a number, or one for each iteration, iterations=2, got "
+                f"{len(schedule)}",
+            )
+            for schedule in ([], [0.1], (0.1, 0.2, 0.3))
+        ),
+        (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0 and finite, got -0.2"),
+        (ValueError, {"temperature": [math.nan, 0.2]}, "temperature must be a number, got nan"),
+        (TypeError, {"temperature": [0.1, "cold"]}, "temperature must be a number, got str"),
+        (TypeError, {"temperature": [0.1, None]}, "temperature must be a number, got NoneType"),
+        (TypeError, {"temperature": {0.1, 0.2}}, "temperature must be a number, got set"),
+        (ValueError, {"gradient": "none"}, 'gradient must be "full" or "last", got \'none\''),
+        (ValueError, {"iterations": 0}, "iterations must be >= 1, got 0"),
     ],
 )
-def test_wrong_numbers_are_refused(error, options, message, device):
-    with pytest.raises(error, match=f"^em_routing: {message}"):
-        ops.em_routing(**drawn(device), **options)
+def test_wrong_options_are_refused(operator, error, options, message, device):
+    inputs = draw_inputs(operator, device=device)
+    with pytest.raises(error) as caught:
+        operator.function(**inputs, **{"iterations": 2, **options})
+    assert str(caught.value).startswith(f"{operator}: {message}")
+
+
+@pytest.mark.parametrize("schedule", [[0.0, 0.7], (0, 1)], ids=str)
+def test_a_schedule_is_a_temperature_for_each_iteration(schedule, device):
+    inputs = drawn(device)
+    results = ops.em_routing(**inputs, temperature=schedule)
+    expected = reference.em_routing(**inputs, temperature=list(map(float, schedule)))
+    torch.testing.assert_close(results, expected)
+    # 0 leaves the first logits at 0, so the second iteration knows no activations.
+    moved = inputs | {"beta_a": inputs["beta_a"] + 1}
+    v, _ = ops.em_routing(**moved, temperature=schedule)
+    torch.testing.assert_close(v, results[0], rtol=0, atol=0)
 
 
 def test_a_kernel_larger_than_the_grid_is_refused(device):

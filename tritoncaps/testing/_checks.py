@@ -367,7 +367,9 @@ def check_forward_mode(operator: Operator, device: torch.device) -> None:
 
     for options, optional in _few(operator):
         inputs = draw_inputs(operator, _smallest(operator), device=device, optional=optional)
-        tangents = draw_inputs(operator, _smallest(operator), device=device, optional=optional, seed=1)
+        tangents = draw_inputs(
+            operator, _smallest(operator), device=device, optional=optional, seed=1
+        )
         call = _positional(operator, list(inputs), options)
         with _forward_mode():
             inside = torch.func.jvp(call, tuple(inputs.values()), tuple(tangents.values()))[1]
@@ -683,15 +685,17 @@ def _wrong_tensors(operator: Operator, right: Mapping[str, Tensor]) -> Iterator[
 
 def _wrong_options(operator: Operator) -> Iterator[Wrong]:
     for name, values in operator.options.items():
-        if isinstance(values[0], bool):
+        usual = next(value for value in values if value is not None)
+        if isinstance(usual, bool):
             yield TypeError, name, ["bool", "int"], {name: 1}
-        elif isinstance(values[0], str):
-            yield ValueError, name, [f'"{values[0]}"', "'none such'"], {name: "none such"}
+        elif isinstance(usual, str):
+            yield ValueError, name, [f'"{usual}"', "'none such'"], {name: "none such"}
             yield ValueError, name, ["3"], {name: 3}
-        elif isinstance(values[0], float):
+        elif isinstance(usual, float):
             yield TypeError, name, ["number", "str"], {name: "3"}
+            yield TypeError, name, ["number", "bool"], {name: True}
             yield ValueError, name, ["nan"], {name: math.nan}
-        elif isinstance(values[0], int):  # a count
+        elif isinstance(usual, int):  # a count
             smallest = min(values)
             yield TypeError, name, ["int", "str"], {name: "3"}
             yield TypeError, name, ["int", "bool"], {name: True}

@@ -15,8 +15,8 @@ from tritoncaps._operators.prediction_vectors import prediction_vectors
 from tritoncaps._operators.routing_pass import routing_pass
 from tritoncaps._operators.squash import squash
 
-# One small size for each axis. Those of vectors all differ, so that mixing up two axes shows. To stay
-# small, grids and matrices have some of the same sizes. Drawn cases have others.
+# One small size for each axis. Those of vectors all differ, so that mixing up two axes shows. Grids
+# and matrices have some of the same sizes, to stay small. Drawn cases have others.
 SIZES: Mapping[str, int] = {
     **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6},
     **{"R": 2, "Q": 3, "H": 4, "W": 5, "C": 3, "K": 2},

@@ -1,4 +1,4 @@
-"""EM routing: its convolution, and where other implementations go wrong."""
+"""EM routing: its convolution, its options, and the mistakes that other implementations make."""
 
 import math
 from functools import partial
@@ -30,7 +30,7 @@ def grid_inputs(B=2, H=7, W=6, C=3, R=4, P=4, J=5, Q=4, K=3):
 
 
 def convolution_by_loops(inputs, iterations, stride, competition, temperature, min_variance=1e-4):
-    """The paper's procedure, position by position and vote by vote, for one image after another."""
+    """The paper's procedure 1 in loops over images, positions and votes."""
     poses, activations, weight, beta_u, beta_a = inputs.values()
     B, H, W, C = activations.shape
     K, J = len(weight), len(beta_u)
@@ -80,7 +80,7 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
 
 
 @pytest.mark.parametrize("competition", ["children", "position"])
-def test_the_convolution_is_that_of_loops_over_positions_and_votes(competition):
+def test_the_reference_of_the_convolution_agrees_with_loops(competition):
     inputs = grid_inputs(B=1, H=6, W=5, C=2, J=2, P=2, Q=2, R=2)
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     v, _, logits = reference.conv_em_routing(
@@ -126,14 +126,14 @@ def test_torch_accepts_the_operator_with_a_grid(device):
 
 
 def test_padding_adds_nothing(device):
-    """The output in the middle, whose patch has no padding, is the same to the last bit."""
+    """Outputs whose patch has no padding stay the same."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 5, "W": 5}, device=device)
     options = {"stride": 1, "competition": "position"}
     inner = ops.conv_em_routing(**inputs, **options)
     padded = ops.conv_em_routing(**inputs, **options, padding=1)
     for result, expected in zip(padded, inner, strict=True):
         torch.testing.assert_close(result[:, 1:-1, 1:-1], expected, rtol=0, atol=1e-14)
-    # A patch of nothing but padding, at the corner of the kernel's size, has no mass.
+    # With padding 2, the patch at the corner is all padding, so it has no mass.
     pose, activation = ops.conv_em_routing(**inputs, padding=2)
     assert not pose[:, 0, 0].any()
     expected = torch.sigmoid(0.01 * (1 - 0.95**2) * inputs["beta_a"])
@@ -143,7 +143,8 @@ def test_padding_adds_nothing(device):
 CONV_SIZES = {"B": 2, "C": 2, "R": 2, "P": 3, "J": 3, "Q": 2, "K": 2}
 
 
-def test_the_unit_of_an_input_capsule_is_shared_by_all_that_compete_for_it(device):
+def test_the_rivals_for_an_input_capsule_share_one_unit(device):
+    """The rivals are the outputs of all positions that it feeds, or those of one position."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 3, "W": 3}, device=device)
     for competition in ("children", "position"):
         *_, assignment = ops.conv_em_routing(
@@ -166,7 +167,7 @@ def test_an_offset_is_added_to_every_vote(device):
     torch.testing.assert_close(a_moved, a)
 
 
-# Where other implementations go wrong -------------------------------------------------------------
+# Mistakes of other implementations ----------------------------------------------------------------
 
 
 def drawn(device, I=12):
@@ -189,14 +190,14 @@ def identical(device):
 
 
 def with_activations(device, active):
-    """Only so many of the input capsules are active."""
+    """The first `active` input capsules are active, the others are not."""
     inputs = drawn(device)
     inputs["activations"][:, active:] = 0
     return inputs
 
 
 def only(device, i):
-    """A single input capsule is active, and not the first."""
+    """Input capsule i alone is active."""
     inputs = drawn(device)
     inputs["activations"][:, torch.arange(12, device=device) != i] = 0
     return inputs
@@ -247,7 +248,7 @@ def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
 
 
 def test_the_activations_of_input_capsules_matter(device):
-    """In a well-known implementation they cancel when the assignment is normalised again."""
+    """Where a second normalisation of the assignment divides by them, they do not."""
     inputs = drawn(device)
     v, a = ops.em_routing(**inputs)
     inputs["activations"] = inputs["activations"].flip(1)
@@ -265,8 +266,8 @@ def test_beta_u_counts_once_for_each_component(device):
     torch.testing.assert_close(z - z_more, (16 * mass).expand_as(z))
 
 
-def test_no_iteration_stops_the_gradient(device):
-    """With "last" the assignments are constants, so gradients differ from those of "full"."""
+def test_only_last_stops_the_gradient_of_the_assignments(device):
+    """With "last" the assignments are constants, so the gradients differ from those of "full"."""
     inputs = {name: tensor.double() for name, tensor in drawn(device).items()}
     full, last = (
         evaluate(EM, inputs, EM.defaults | {"gradient": gradient}) for gradient in ("full", "last")
@@ -320,7 +321,7 @@ def test_a_schedule_is_a_temperature_for_each_iteration(schedule, device):
     results = ops.em_routing(**inputs, temperature=schedule)
     expected = reference.em_routing(**inputs, temperature=list(map(float, schedule)))
     torch.testing.assert_close(results, expected)
-    # 0 leaves the first logits at 0, so the second iteration knows no activations.
+    # The first logits are 0 whatever beta_a is, so the poses do not change.
     moved = inputs | {"beta_a": inputs["beta_a"] + 1}
     v, _ = ops.em_routing(**moved, temperature=schedule)
     torch.testing.assert_close(v, results[0], rtol=0, atol=0)
@@ -339,7 +340,7 @@ def test_the_paths_agree_on_what_has_no_mass():
 @pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("competition", ["children", "position"])
 def test_groups_of_rows_give_the_same(competition):
-    """A group holds all images, or a single row, or a single image where positions compete."""
+    """The smallest group: a row, or an image where its positions compete."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 4, "W": 3})
     options = CONV.defaults | {"competition": competition, "return_assignment": True}
     expected = evaluate(CONV, inputs, options)
@@ -351,7 +352,7 @@ def test_groups_of_rows_give_the_same(competition):
 
 @pytest.mark.usefixtures("plain_torch")
 def test_a_training_step_takes_far_less_memory_than_the_votes():
-    """The first convolution of the paper's small network, half a batch."""
+    """This is the first convolution of the paper's small network, with half a batch."""
     sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}
     inputs = draw_inputs(CONV, sizes, dtype=torch.float32)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]

@@ -1,4 +1,4 @@
-"""EM routing in C++: every variant is right, whatever the number of threads and the sizes."""
+"""EM routing in C++: every variant is right, for all sizes and numbers of threads."""
 
 from dataclasses import dataclass, field
 
@@ -51,7 +51,7 @@ class Call:
         return {name: drawn[name] for name in drawn if name != "offset"}
 
     def results(self, inputs, path=_native, first=0):
-        """Every result and gradient, by name. `inputs` may be some rows of a batch, from `first`."""
+        """Every result and gradient, by name. `inputs` are the rows of a batch from `first` on."""
         options = (self.iterations, [0.1] * self.iterations, 1e-4, self.grid, self.gradient)
         results = path.em_routing_fwd(*inputs.values(), *options, True)
         # A row has the same numbers in every part of the batch.
@@ -79,7 +79,7 @@ def test_agrees(data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("stride", "padding", "gradient"), [(1, 0, "full"), (2, 1, "last")])
-def test_competition_over_positions_agrees(stride, padding, gradient, dtype):
+def test_competition_across_positions_agrees(stride, padding, gradient, dtype):
     operator = OPERATORS["conv_em_routing"]
     sizes = {"B": 2, "C": 3, "H": 5, "W": 6, "K": 3, "P": 3, "J": 5, "R": 2, "Q": 3}
     inputs = draw_inputs(operator, sizes, dtype=dtype)
@@ -92,14 +92,14 @@ OPTIONS = EM.defaults | {"iterations": 3, "return_logits": True, "return_assignm
 
 @pytest.mark.parametrize("mean", [0.0, 5.0, 30.0, 1000.0])
 def test_means_far_from_zero(mean):
-    """The variance of votes that lie many standard deviations from 0, and two iterations more."""
+    """The votes lie that many standard deviations from 0. Their variance keeps its digits."""
     inputs = draw_inputs(EM, sizes_of(9, 40), dtype=torch.float32)
     inputs["offset"] += mean
     compare_inputs(EM, inputs, OPTIONS)
 
 
 def test_one_input_and_identical_votes():
-    """Variances of 0 give the floor alone."""
+    """Their variance is 0, so only `min_variance` is left of it."""
     inputs = draw_inputs(EM, sizes_of(9, 1), dtype=torch.float32, optional=())
     compare_inputs(EM, inputs, OPTIONS)
     repeated = {
@@ -114,8 +114,8 @@ def test_one_input_and_identical_votes():
 def test_inputs_without_activation_add_nothing(grid):
     """Nothing at all to any result or gradient of the others.
 
-    They have the same bits, unless capsules of other places of the kernel move to other blocks. Then
-    the 2x rule holds, with what the others alone give in place of plain torch.
+    Those have the same bits. On a grid they move to other blocks, so there the 2x rule holds. The
+    call without the added capsules takes the place of plain torch.
     """
     places = 4 if grid else 1  # each gets more types of capsules
     call = Call(sizes_of(12, 20), grid=grid, of_assignment=False)
@@ -179,7 +179,7 @@ def test_bits_do_not_depend_on_the_threads(set_threads, sizes, grid, dtype):
 
 
 def test_many_rounds_of_images(set_threads):
-    """With a grid, a round has as many images as fit the cache. Each keeps its bits."""
+    """A call with a grid takes as many images at a time as fit the cache. No image notices."""
     set_threads(2)
     call = Call(sizes_of(4400, 9, R=5, P=1, J=20, Q=5), iterations=2, grid=[2, 2, 3, 1])
     inputs = call.inputs()
@@ -197,7 +197,7 @@ def test_many_rounds_of_images(set_threads):
 @pytest.mark.parametrize("grid", [[], [2, 2, 2, 1]], ids=["rows", "grid"])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_one_image_spoils_no_other(value, grid, iterations):
-    """Values and gradients of the other images keep their bits. Without a grid, each is a row."""
+    """Results and gradients of other images keep their bits. Without a grid, an image is a row."""
     call = Call(sizes_of(12, 12, P=3), iterations=iterations, grid=grid)
     inputs = call.inputs()
     expected = call.results(inputs)
@@ -225,7 +225,7 @@ def test_empty_batch(grid):
 
 @pytest.mark.parametrize("grid", [[], [6, 6, 3, 2]], ids=["rows", "grid"])
 def test_memory_does_not_grow_with_the_votes(set_threads, peak_memory, grid):
-    """The votes would take 170 MB, and plain autograd ten times as much."""
+    """The votes would take 170 MB. Plain autograd needs ten times that."""
     set_threads(2)
     call = Call(sizes_of(64 * 36, 72, J=16), iterations=2, grid=grid)
     inputs = call.inputs()

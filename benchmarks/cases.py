@@ -140,10 +140,10 @@ class Case:
     @property
     def sizes(self) -> dict[str, int]:
         """The size of every axis. An axis that no named shape has is as small as in the tests."""
-        sizes = {**testing.SIZES, **self.shape._asdict(), "B": self.B}
+        sizes = {**self.operator.small_sizes, **self.shape._asdict(), "B": self.B}
         if self.op == "squash":  # squashes the primary capsules
             sizes |= {"J": self.shape.I, "D": self.shape.P}
-        if self.op == "margin_loss":
+        if self.op in ("margin_loss", "spread_loss"):  # K classes
             sizes["K"] = self.shape.J
         return {**sizes, **self.more}
 

@@ -108,13 +108,13 @@ def check_em_options(
     check_flag(function, "return_assignment", return_assignment)
     if temperature is None:
         return
-    numbers = temperature if isinstance(temperature, (tuple, list)) else [temperature] * iterations
-    if len(numbers) != iterations:
+    is_schedule = isinstance(temperature, (tuple, list))
+    if is_schedule and len(temperature) != iterations:
         raise ValueError(
             f"{function}: temperature must be a number, or one for each iteration, "
-            f"iterations={iterations}, got {len(numbers)}"
+            f"iterations={iterations}, got {len(temperature)}"
         )
-    for number in numbers:
+    for number in temperature if is_schedule else [temperature]:
         check_not_negative(function, "temperature", number)
 
 

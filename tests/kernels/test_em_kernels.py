@@ -1,7 +1,7 @@
-"""The kernels of EM routing, where the operator table does not reach.
+"""The kernels of EM routing: what the checks of the operator table do not see.
 
-The interpreter has all inputs and rows of a small call in one program, so its tilings are tested
-here, with what only the launchers can show: memory, bits, and the digits of a variance.
+Interpreted, a small call fits one program. So calls of several blocks are tested here, and what a
+call of the launchers shows: memory, bits, and the digits of a variance.
 """
 
 import pytest
@@ -93,7 +93,7 @@ def test_every_mode_is_exact_after_four_iterations(device, grid, gradient):
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"B": 65, "I": 17, "R": 1, "P": 1, "J": 9, "Q": 1},  # all of them a block and one more
+        {"B": 65, "I": 17, "R": 1, "P": 1, "J": 9, "Q": 1},  # B, I and J: a block and one more
         {"B": 1, "I": 1, "R": 3, "P": 16, "J": 1, "Q": 5},  # the most that a thread holds
     ],
     ids=str,
@@ -104,13 +104,13 @@ def test_shapes_of_several_blocks(device, sizes):
 
 
 @pytest.mark.parametrize("axis", "BIRPQ")
-def test_axes_of_no_element(device, axis):
+def test_an_empty_axis(device, axis):
     call = draw(device, {"B": 2, "I": 2, "R": 2, "P": 2, "J": 2, "Q": 2} | {axis: 0})
     assert_exact(run(call, 2), exact(call, 2))
 
 
 def test_no_votes_are_stored_and_every_tensor_is_written(device):
-    """Also in memory full of NaN, with the same bits from run to run."""
+    """Memory that is full of NaN at first changes no bit of a result."""
     sizes = {"B": 3, "I": 11, "R": 2, "P": 3, "J": 7, "Q": 5}
     call = draw(device, sizes, dtype=torch.float32)
     expected = run(call, 2)
@@ -145,7 +145,7 @@ def test_layout_changes_no_bit(device, layout):
 
 
 def test_a_variance_far_from_zero_keeps_its_digits(device):
-    """Of votes near 30 with a deviation of 0.1: squares of the votes would lose every sixth."""
+    """The squares of the votes are 90,000 times the variance: float32 would keep two digits."""
     sizes = SIZES | {"I": 64, "P": 1, "J": 1}
     call = draw(device, sizes)
     call["poses"] = 30 + 0.1 * call["poses"]
@@ -158,7 +158,7 @@ def test_a_variance_far_from_zero_keeps_its_digits(device):
 
 
 @pytest.mark.parametrize("sizes", [{"R": 5, "Q": 5}, {"P": 17}], ids=str)
-def test_a_shape_that_no_thread_holds_is_refused(device, sizes):
+def test_a_shape_that_does_not_fit_a_thread_is_refused(device, sizes):
     call = draw(device, SIZES | sizes)
     with pytest.raises(
         UnsupportedShape, match=r"votes of R=\d × Q=\d with P=\d+; a thread holds 32"

@@ -16,7 +16,7 @@ def grid(*shape, pose=(4, 4)):
     return Capsules(poses, torch.rand(shape, generator=generator))
 
 
-def test_primary_capsules_are_channels_of_one_position():
+def test_a_primary_capsule_is_some_channels_of_a_position():
     layer = PrimaryMatrixCapsules(3, 2, (2, 3), kernel_size=3, stride=2, padding=1)
     features = torch.randn(2, 3, 5, 7)
     poses, activations = layer(features)
@@ -72,7 +72,7 @@ def test_windows_of_padding_alone_have_pose_zero(scale):
     torch.testing.assert_close(activations, expected)
 
 
-def test_a_scale_of_means_is_the_formula_of_sums_with_other_constants():
+def test_mean_is_sum_with_other_constants():
     capsules = grid(2, 4, 5, 3)
     means = ClassMatrixCapsules(3, 7, 2, temperature=[0.3, 0.7], beta_u=0.2, beta_a=0.5)
     unit = 16 * 4 * 5 * 3 / 7
@@ -84,8 +84,8 @@ def test_a_scale_of_means_is_the_formula_of_sums_with_other_constants():
 
 
 @pytest.mark.parametrize("scale", ["mean", "sum"])
-def test_logits_do_not_depend_on_the_size_of_a_layer(scale):
-    """With "mean", one β suits a layer of any size: the grid is repeated, the logits stay."""
+def test_only_with_mean_do_logits_not_depend_on_the_size_of_a_grid(scale):
+    """On a grid that is repeated, "mean" gives the same logits, and "sum" does not."""
     capsules = grid(2, 3, 3, 4)
     layer = ClassMatrixCapsules(4, 5, 2, scale=scale, temperature=0.01, coordinates=False)
     twice = Capsules(*(each.repeat(1, 2, *[1] * (each.ndim - 2)) for each in capsules))
@@ -93,8 +93,8 @@ def test_logits_do_not_depend_on_the_size_of_a_layer(scale):
     assert torch.allclose(logits, more, rtol=1e-4) == (scale == "mean")
 
 
-def test_coordinates_are_added_to_the_right_column_of_the_votes():
-    """Moved to another place, the same capsules give the same class poses but for the offset."""
+def test_coordinates_are_added_to_the_last_column_of_the_votes():
+    """One active place gives the class poses that it gives without coordinates, plus its own."""
     layer = ClassMatrixCapsules(2, 3, iterations=1)
     plain = ClassMatrixCapsules(2, 3, iterations=1, coordinates=False)
     plain.weight = layer.weight
@@ -109,7 +109,7 @@ def test_coordinates_are_added_to_the_right_column_of_the_votes():
         torch.testing.assert_close(difference, expected.expand(1, 3, 4, 4), atol=1e-5, rtol=0)
 
 
-def test_options_of_a_call():
+def test_a_call_chooses_the_iterations_and_returns_the_assignment():
     capsules = grid(2, 5, 5, 3)
     layer = ConvMatrixCapsules(3, 4, 3, 2, iterations=3)
     fewer = ConvMatrixCapsules(3, 4, 3, 2, iterations=1)

@@ -1,4 +1,4 @@
-"""EM routing: its convolution, and where other implementations go wrong."""
+"""EM routing: its convolution, its options, and the mistakes that other implementations make."""
 
 import math
 from functools import partial
@@ -29,7 +29,7 @@ def grid_inputs(B=2, H=7, W=6, C=3, R=4, P=4, J=5, Q=4, K=3):
 
 
 def convolution_by_loops(inputs, iterations, stride, competition, temperature, min_variance=1e-4):
-    """The paper's procedure, position by position and vote by vote, for one image after another."""
+    """The paper's procedure 1 in loops over images, positions and votes."""
     poses, activations, weight, beta_u, beta_a = inputs.values()
     B, H, W, C = activations.shape
     K, J = len(weight), len(beta_u)
@@ -79,7 +79,7 @@ def convolution_by_loops(inputs, iterations, stride, competition, temperature, m
 
 
 @pytest.mark.parametrize("competition", ["children", "position"])
-def test_the_convolution_is_that_of_loops_over_positions_and_votes(competition):
+def test_the_reference_of_the_convolution_agrees_with_loops(competition):
     inputs = grid_inputs(B=1, H=6, W=5, C=2, J=2, P=2, Q=2, R=2)
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     v, _, logits = reference.conv_em_routing(
@@ -125,14 +125,14 @@ def test_torch_accepts_the_operator_with_a_grid(device):
 
 
 def test_padding_adds_nothing(device):
-    """The output in the middle, whose patch has no padding, is the same to the last bit."""
+    """Outputs whose patch has no padding stay the same."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 5, "W": 5}, device=device)
     options = {"stride": 1, "competition": "position"}
     inner = ops.conv_em_routing(**inputs, **options)
     padded = ops.conv_em_routing(**inputs, **options, padding=1)
     for result, expected in zip(padded, inner, strict=True):
         torch.testing.assert_close(result[:, 1:-1, 1:-1], expected, rtol=0, atol=1e-14)
-    # A patch of nothing but padding, at the corner of the kernel's size, has no mass.
+    # With padding 2, the patch at the corner is all padding, so it has no mass.
     pose, activation = ops.conv_em_routing(**inputs, padding=2)
     assert not pose[:, 0, 0].any()
     expected = torch.sigmoid(0.01 * (1 - 0.95**2) * inputs["beta_a"])
@@ -142,7 +142,8 @@ def test_padding_adds_nothing(device):
 CONV_SIZES = {"B": 2, "C": 2, "R": 2, "P": 3, "J": 3, "Q": 2, "K": 2}
 
 
-def test_the_unit_of_an_input_capsule_is_shared_by_all_that_compete_for_it(device):
+def test_the_rivals_for_an_input_capsule_share_one_unit(device):
+    """The rivals are the outputs of all positions that it feeds, or those of one position."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 3, "W": 3}, device=device)
     for competition in ("children", "position"):
         *_, assignment = ops.conv_em_routing(
@@ -165,7 +166,7 @@ def test_an_offset_is_added_to_every_vote(device):
     torch.testing.assert_close(a_moved, a)
 
 
-# Where other implementations go wrong -------------------------------------------------------------
+# Mistakes of other implementations ----------------------------------------------------------------
 
 
 def drawn(device, I=12):
@@ -188,14 +189,14 @@ def identical(device):
 
 
 def with_activations(device, active):
-    """Only so many of the input capsules are active."""
+    """The first `active` input capsules are active, the others are not."""
     inputs = drawn(device)
     inputs["activations"][:, active:] = 0
     return inputs
 
 
 def only(device, i):
-    """A single input capsule is active, and not the first."""
+    """Input capsule i alone is active."""
     inputs = drawn(device)
     inputs["activations"][:, torch.arange(12, device=device) != i] = 0
     return inputs
@@ -257,7 +258,7 @@ def test_without_mass_a_pose_is_zero_and_passes_no_gradient(device):
 
 
 def test_the_activations_of_input_capsules_matter(device):
-    """In a well-known implementation they cancel when the assignment is normalised again."""
+    """Where a second normalisation of the assignment divides by them, they do not."""
     inputs = drawn(device)
     v, a = ops.em_routing(**inputs)
     inputs["activations"] = inputs["activations"].flip(1)
@@ -275,8 +276,8 @@ def test_beta_u_counts_once_for_each_component(device):
     torch.testing.assert_close(z - z_more, (16 * mass).expand_as(z))
 
 
-def test_no_iteration_stops_the_gradient(device):
-    """With "last" the assignments are constants, so gradients differ from those of "full"."""
+def test_only_last_stops_the_gradient_of_the_assignments(device):
+    """With "last" the assignments are constants, so the gradients differ from those of "full"."""
     inputs = {name: tensor.double() for name, tensor in drawn(device).items()}
     full, last = (
         evaluate(EM, inputs, EM.defaults | {"gradient": gradient}) for gradient in ("full", "last")
@@ -288,20 +289,52 @@ def test_no_iteration_stops_the_gradient(device):
 # Arguments and memory -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("operator", [EM, CONV], ids=str)
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0"),
-        (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0"),
-        (ValueError, {"temperature": [0.1, 0.2, 0.3]}, "temperature must be .*iterations=2, got 3"),
-        (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0"),
-        (TypeError, {"temperature": "hot"}, "temperature must be a number, got str"),
-        (TypeError, {"temperature": ["hot", "cold"]}, "temperature must be a number, got str"),
+        (ValueError, {"min_variance": 0}, "min_variance must be > 0, got 0; an output capsule"),
+        (ValueError, {"min_variance": -1.0}, "min_variance must be >= 0 and finite, got -1.0"),
+        (ValueError, {"min_variance": math.inf}, "min_variance must be >= 0 and finite, got inf"),
+        (TypeError, {"min_variance": None}, "min_variance must be a number, got NoneType"),
+        (TypeError, {"min_variance": [1e-4]}, "min_variance must be a number, got list"),
+        (ValueError, {"temperature": -0.5}, "temperature must be >= 0 and finite, got -0.5"),
+        (ValueError, {"temperature": math.inf}, "temperature must be >= 0 and finite, got inf"),
+        *(
+            (
+                ValueError,
+                {"temperature": schedule},
+                "temperature must be a number, or one for each iteration, iterations=2, got "
+                f"{len(schedule)}",
+            )
+            for schedule in ([], [0.1], (0.1, 0.2, 0.3))
+        ),
+        (ValueError, {"temperature": [0.1, -0.2]}, "temperature must be >= 0 and finite, got -0.2"),
+        (ValueError, {"temperature": [math.nan, 0.2]}, "temperature must be a number, got nan"),
+        (TypeError, {"temperature": [0.1, "cold"]}, "temperature must be a number, got str"),
+        (TypeError, {"temperature": [0.1, None]}, "temperature must be a number, got NoneType"),
+        (TypeError, {"temperature": {0.1, 0.2}}, "temperature must be a number, got set"),
+        (ValueError, {"gradient": "none"}, 'gradient must be "full" or "last", got \'none\''),
+        (ValueError, {"iterations": 0}, "iterations must be >= 1, got 0"),
     ],
 )
-def test_wrong_numbers_are_refused(error, options, message, device):
-    with pytest.raises(error, match=f"^em_routing: {message}"):
-        ops.em_routing(**drawn(device), **options)
+def test_wrong_options_are_refused(operator, error, options, message, device):
+    inputs = draw_inputs(operator, device=device)
+    with pytest.raises(error) as caught:
+        operator.function(**inputs, **{"iterations": 2, **options})
+    assert str(caught.value).startswith(f"{operator}: {message}")
+
+
+@pytest.mark.parametrize("schedule", [[0.0, 0.7], (0, 1)], ids=str)
+def test_a_schedule_is_a_temperature_for_each_iteration(schedule, device):
+    inputs = drawn(device)
+    results = ops.em_routing(**inputs, temperature=schedule)
+    expected = reference.em_routing(**inputs, temperature=list(map(float, schedule)))
+    torch.testing.assert_close(results, expected)
+    # The first logits are 0 whatever beta_a is, so the poses do not change.
+    moved = inputs | {"beta_a": inputs["beta_a"] + 1}
+    v, _ = ops.em_routing(**moved, temperature=schedule)
+    torch.testing.assert_close(v, results[0], rtol=0, atol=0)
 
 
 def test_a_kernel_larger_than_the_grid_is_refused(device):
@@ -328,7 +361,7 @@ def test_the_largest_mass_that_counts_as_none(function, dtype, device):
 @pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("competition", ["children", "position"])
 def test_groups_of_rows_give_the_same(competition):
-    """A group holds all images, or a single row, or a single image where positions compete."""
+    """The smallest group: a row, or an image where its positions compete."""
     inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 4, "W": 3})
     options = CONV.defaults | {"competition": competition, "return_assignment": True}
     expected = evaluate(CONV, inputs, options)
@@ -340,7 +373,7 @@ def test_groups_of_rows_give_the_same(competition):
 
 @pytest.mark.usefixtures("plain_torch")
 def test_a_training_step_takes_far_less_memory_than_the_votes():
-    """The first convolution of the paper's small network, half a batch."""
+    """This is the first convolution of the paper's small network, with half a batch."""
     sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}
     inputs = draw_inputs(CONV, sizes, dtype=torch.float32)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]

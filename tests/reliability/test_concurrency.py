@@ -16,7 +16,7 @@ import pytest
 import torch
 from calls import CALLS
 
-from tritoncaps import _native, ops, testing
+from tritoncaps import _native, ops
 from tritoncaps._operators import INTERPRETED, _dispatch
 from tritoncaps.testing import draw_inputs, evaluate
 
@@ -25,19 +25,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 THREADS = 8
-SIZES = {**testing.SIZES, "B": 9, "I": 33}
-FEW = SIZES | {"B": 2}  # few enough that the fused routing goes by images on a CPU
+SIZES = {"B": 9, "I": 33}
+FEW = {"B": 2, "I": 33}  # few enough that the fused routing goes by images on a CPU
+
+
+def drawn(operator, device, sizes=SIZES, **how):
+    return draw_inputs(operator, operator.small_sizes | sizes, device=device, **how)
 
 
 def drawn_calls(device):
     """Arguments of `evaluate` for every operator, and for other ways of the fused routing."""
     calls = {
-        name: (operator, draw_inputs(operator, SIZES, dtype=torch.float32, device=device), options)
+        name: (operator, drawn(operator, device, dtype=torch.float32), options)
         for name, (operator, options) in CALLS.items()
     }
     fused, _, options = calls["fused_dynamic_routing"]
-    few = draw_inputs(fused, FEW, dtype=torch.float32, device=device, optional=())
-    low = draw_inputs(fused, SIZES, dtype=torch.bfloat16, device=device, optional=())
+    few = drawn(fused, device, FEW, dtype=torch.float32, optional=())
+    low = drawn(fused, device, dtype=torch.bfloat16, optional=())
     return calls | {"few images": (fused, few, options), "bfloat16": (fused, low, options)}
 
 

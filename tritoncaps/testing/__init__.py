@@ -36,7 +36,6 @@ from tritoncaps.testing._agreement import (
 from tritoncaps.testing._cases import (
     DTYPES,
     LAYOUTS,
-    SIZES,
     Case,
     cases,
     draw_inputs,
@@ -45,7 +44,7 @@ from tritoncaps.testing._cases import (
 )
 from tritoncaps.testing._checks import CHECKS
 from tritoncaps.testing._fuzz import Call, check_call, fuzzed_calls
-from tritoncaps.testing._table import OPERATORS, Operator
+from tritoncaps.testing._table import OPERATORS, SIZES, Operator
 
 __all__ = [
     "CHECKS",

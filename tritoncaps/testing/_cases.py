@@ -22,12 +22,6 @@ if not INTERPRETED:
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
-# One small size for each axis. All differ, so that mixing up two axes shows.
-SIZES: Mapping[str, int] = {
-    **{"B": 3, "I": 9, "P": 4, "J": 5, "D": 6},
-    **{"R": 2, "Q": 3, "H": 4, "W": 5, "C": 3, "K": 2},
-}
-
 # The largest sizes that are drawn. The interpreter takes about a millisecond per program.
 _LARGEST = {"B": 33, "I": 129, "P": 9, "J": 17, "D": 17, "R": 4, "Q": 5}
 _LARGEST_INTERPRETED = {"B": 5, "I": 33, "P": 9, "J": 9, "D": 9, "R": 4, "Q": 5}
@@ -41,7 +35,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 def draw_inputs(
     operator: Operator,
-    sizes: Mapping[str, int] = SIZES,
+    sizes: Mapping[str, int] | None = None,
     *,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
@@ -57,7 +51,7 @@ def draw_inputs(
 
     Args:
         operator: the operator to call.
-        sizes: the size of each axis.
+        sizes: the size of each axis. None takes `operator.small_sizes`.
         dtype: the dtype of all tensors. Their values are exact in both float64 and this type.
         device: where to put the tensors.
         seed: chooses the values.
@@ -67,6 +61,7 @@ def draw_inputs(
         optional: the optional inputs to draw, by name. None draws all.
     """
     wanted = operator.optional if optional is None else optional
+    sizes = operator.small_sizes if sizes is None else sizes
     inputs = {}
     for number, (name, axes) in enumerate(operator.axes.items()):
         if name in operator.optional and name not in wanted:

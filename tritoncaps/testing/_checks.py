@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritoncaps._operators._dispatch import INTERPRETED
 from tritoncaps.testing._agreement import compare, gradients
-from tritoncaps.testing._cases import DTYPES, SIZES, Case, cases, draw_inputs, normal
+from tritoncaps.testing._cases import DTYPES, Case, cases, draw_inputs, normal
 from tritoncaps.testing._fuzz import check_call, fuzzed_calls
 from tritoncaps.testing._table import Operator
 
@@ -43,7 +43,7 @@ def check_every_option(operator: Operator, device: torch.device) -> None:
     subsets = _extreme_subsets(operator) if INTERPRETED else list(_subsets(operator.optional))
     for options in _combinations(operator):
         for optional in subsets:
-            compare(operator, Case(SIZES, options, optional, torch.float32), device)
+            compare(operator, Case(operator.small_sizes, options, optional, torch.float32), device)
 
 
 def check_single_results(operator: Operator, device: torch.device) -> None:
@@ -69,7 +69,7 @@ def check_single_results(operator: Operator, device: torch.device) -> None:
 def check_empty_batch(operator: Operator, device: torch.device) -> None:
     """An empty batch gives empty results, and zero gradients for inputs that all images share."""
     for options, dtype in product(_combinations(operator), DTYPES):
-        inputs = draw_inputs(operator, {**SIZES, "B": 0}, dtype=dtype, device=device)
+        inputs = draw_inputs(operator, {**operator.small_sizes, "B": 0}, dtype=dtype, device=device)
         outputs, grads = gradients(operator.bound(options), inputs)
         shapes = operator.output_shapes(inputs, options)
         assert [tuple(output.shape) for output in outputs] == list(shapes.values())
@@ -187,10 +187,10 @@ def check_compile(operator: Operator, device: torch.device) -> None:
         def loss(inputs: dict[str, Tensor], options: Any = options) -> Tensor:
             return sum((x.square().sum() for x in operator.call(inputs, options)), torch.zeros(()))
 
-        compiled = torch.compile(loss, fullgraph=True, backend=frames)
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=frames)
         counts = []
         for batch in (3, 8, 11):
-            inputs = draw_inputs(operator, {**SIZES, "B": batch}, device=device)
+            inputs = draw_inputs(operator, {**operator.small_sizes, "B": batch}, device=device)
             leaves = {name: x.requires_grad_() for name, x in inputs.items()}
             for name, leaf in leaves.items():
                 if "B" in operator.axes[name].split():
@@ -217,7 +217,7 @@ def check_export(operator: Operator, device: torch.device) -> None:
         if operator.registered is not None:
             targets = [str(node.target) for node in program.graph.nodes]
             assert f"tritoncaps.{operator}.default" in targets
-        more = draw_inputs(operator, {**SIZES, "B": 5}, device=device)
+        more = draw_inputs(operator, {**operator.small_sizes, "B": 5}, device=device)
         for result, expected in zip(
             program.module()(more), operator.call(more, options), strict=True
         ):
@@ -305,7 +305,7 @@ def check_higher_derivatives(operator: Operator, device: torch.device) -> None:
     from torch.autograd import gradgradcheck
 
     for options, optional in _few(operator):
-        inputs = draw_inputs(operator, _SMALL, device=device, optional=optional)
+        inputs = draw_inputs(operator, _smallest(operator), device=device, optional=optional)
         leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
         if options.get("gradient") != "last":
             call = _positional(operator, list(leaves), options)
@@ -321,7 +321,7 @@ def check_transforms(operator: Operator, device: torch.device) -> None:
     """The transforms of `torch.func`, and nests of them, give what they give for the reference."""
     for options, optional in _few(operator):
         drawn = [
-            draw_inputs(operator, _SMALL, device=device, optional=optional, seed=seed)
+            draw_inputs(operator, _smallest(operator), device=device, optional=optional, seed=seed)
             for seed in (1, 2)
         ]
         names = list(drawn[0])
@@ -338,7 +338,7 @@ def check_transforms(operator: Operator, device: torch.device) -> None:
 def check_sample_gradients(operator: Operator, device: torch.device) -> None:
     """`vmap(grad(...))` over the images of a batch gives the gradients of a loop over them."""
     for options, optional in _few(operator):
-        inputs = draw_inputs(operator, _SMALL, device=device, optional=optional)
+        inputs = draw_inputs(operator, _smallest(operator), device=device, optional=optional)
         names = list(inputs)
         has_batch = ["B" in operator.axes[name].split() for name in names]
 
@@ -366,8 +366,10 @@ def check_forward_mode(operator: Operator, device: torch.device) -> None:
     from torch.autograd import forward_ad, gradcheck
 
     for options, optional in _few(operator):
-        inputs = draw_inputs(operator, _SMALL, device=device, optional=optional)
-        tangents = draw_inputs(operator, _SMALL, device=device, optional=optional, seed=1)
+        inputs = draw_inputs(operator, _smallest(operator), device=device, optional=optional)
+        tangents = draw_inputs(
+            operator, _smallest(operator), device=device, optional=optional, seed=1
+        )
         call = _positional(operator, list(inputs), options)
         with _forward_mode():
             inside = torch.func.jvp(call, tuple(inputs.values()), tuple(tangents.values()))[1]
@@ -448,6 +450,10 @@ _SMALL = {
     **{"B": 2, "I": 5, "P": 3, "J": 4, "D": 3},
     **{"R": 1, "Q": 2, "H": 2, "W": 3, "C": 2, "K": 2},
 }
+
+
+def _smallest(operator: Operator) -> dict[str, int]:
+    return {**_SMALL, **operator.own_sizes}
 
 
 class _Module(torch.nn.Module):
@@ -679,15 +685,17 @@ def _wrong_tensors(operator: Operator, right: Mapping[str, Tensor]) -> Iterator[
 
 def _wrong_options(operator: Operator) -> Iterator[Wrong]:
     for name, values in operator.options.items():
-        if isinstance(values[0], bool):
+        usual = next(value for value in values if value is not None)
+        if isinstance(usual, bool):
             yield TypeError, name, ["bool", "int"], {name: 1}
-        elif isinstance(values[0], str):
-            yield ValueError, name, [f'"{values[0]}"', "'none such'"], {name: "none such"}
+        elif isinstance(usual, str):
+            yield ValueError, name, [f'"{usual}"', "'none such'"], {name: "none such"}
             yield ValueError, name, ["3"], {name: 3}
-        elif isinstance(values[0], float):
+        elif isinstance(usual, float):
             yield TypeError, name, ["number", "str"], {name: "3"}
+            yield TypeError, name, ["number", "bool"], {name: True}
             yield ValueError, name, ["nan"], {name: math.nan}
-        elif isinstance(values[0], int):  # a count
+        elif isinstance(usual, int):  # a count
             smallest = min(values)
             yield TypeError, name, ["int", "str"], {name: "3"}
             yield TypeError, name, ["int", "bool"], {name: True}

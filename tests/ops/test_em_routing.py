@@ -158,6 +158,15 @@ def test_the_rivals_for_an_input_capsule_share_one_unit(device):
         torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_single_output_gets_every_input_in_full(iterations, device):
+    inputs = draw_inputs(EM, EM.small_sizes | {"J": 1}, device=device)
+    options = {"temperature": 0.5, "return_logits": True, "return_assignment": True}
+    options = EM.defaults | options | {"iterations": iterations}
+    results = compare_inputs(EM, inputs, options)  # in float64: to 1e-10
+    assert (results["assignment"] == 1).all()
+
+
 def test_an_offset_is_added_to_every_vote(device):
     inputs = draw_inputs(EM, device=device)
     moved = inputs | {"offset": inputs["offset"] + 3}

@@ -244,11 +244,11 @@ class _Passes:
         self,
         state: Tensor,
         normaliser: Tensor,
-        *,
-        has_logits: bool = True,
         grads: Tensor | None = None,
         grad_assignment: Tensor | None = None,
         delta: Tensor | None = None,
+        *,
+        has_logits: bool = True,
         assignment: Tensor | None = None,
     ) -> None:
         """Fill the slots with μ, N S and N, or with the sums of gℓ if `grads` is given."""
@@ -419,13 +419,10 @@ def em_routing_bwd(
             elif not full:
                 passes.expectation(state[step], normaliser[step])
             else:
-                of_step = {
-                    "grads": grads[step],
-                    "grad_assignment": grad_assignment if is_last else None,
-                    "delta": delta[step],
-                }
-                passes.expectation(state[step], normaliser[step], **of_step)
-                passes.sums(state[step], normaliser[step], **of_step)
+                of_step = state[step], normaliser[step], grads[step]
+                of_assignment = grad_assignment if is_last else None
+                passes.expectation(*of_step, of_assignment, delta[step])
+                passes.sums(*of_step, of_assignment, delta[step])
 
         arguments = (
             *passes.inputs, state, grads, state if grad_assignment is None else grad_assignment,

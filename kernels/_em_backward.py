@@ -113,7 +113,7 @@ def pull_back_em_kernel(
 
 @triton.jit
 def _vote_gradient(
-    V, a, state_ptr, grads_ptr, of_j, top, scale, delta, grad_assignment, has_logits, r, q, lane,
+    V, a, state_ptr, grads_ptr, of_j, top, scale, delta, grad_assignment, iteration, r, q, lane,
     FULL: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """dV of an iteration, and the pair's part of da_i: R_ij gR′_ij."""
@@ -123,9 +123,7 @@ def _vote_gradient(
     x = V - mean
     slope = linear + square * x
     grad = constant + over_matrix(slope * x)  # of R a
-    mean, w, c = load_pack(
-        state_ptr, of_j, has_logits & (lane >= 0), r, q, lane, 0.0, 2, R, Q, LANES
-    )
+    mean, w, c = load_pack(state_ptr, of_j, iteration > 0, r, q, lane, 0.0, 2, R, Q, LANES)
     y = V - mean
     assignment = tl.exp(c - over_matrix(w * y * y) - top) * scale
     dV = (assignment * a) * (slope + square * x)
@@ -149,20 +147,20 @@ def _all_steps(
     dV = tl.zeros(V.shape, V.dtype)
     da = tl.zeros(a.shape, V.dtype)
     for step in range(steps):
-        has_logits = step + first_step > 0
+        iteration = step + first_step + 0 * lane  # a tensor, also in the interpreter
         of_i = step * rows_i + row
         top, scale = load_normaliser(normaliser_ptr, of_i, exists, lane, LANES)
         delta = tl.zeros(a.shape, V.dtype)
         grad_assignment = tl.zeros(a.shape, V.dtype)
         if FULL:
-            delta = tl.load(delta_ptr + of_i * LANES + lane, exists & has_logits, other=0.0)
+            delta = tl.load(delta_ptr + of_i * LANES + lane, exists & (iteration > 0), other=0.0)
             if HAS_GRAD_ASSIGNMENT:
-                is_last = exists & (step == steps - 1)
+                is_last = exists & (iteration == first_step + steps - 1)
                 ptrs = grad_assignment_ptr + of_pair * LANES + lane
                 grad_assignment += tl.load(ptrs, is_last, other=0.0).to(V.dtype)
         more, share = _vote_gradient(
             V, a, state_ptr, grads_ptr, step * rows_j + of_j, top, scale, delta, grad_assignment,
-            has_logits, r, q, lane, FULL, R, Q, LANES,
+            iteration, r, q, lane, FULL, R, Q, LANES,
         )  # fmt: skip
         dV += more
         da += share

@@ -112,7 +112,7 @@ STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 _DEFAULTS = {
     "batch_size": 128, "max_shift": 2, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
 }  # fmt: skip
-_OF_DATASET = {
+_OF_DATASET: dict[str, dict[str, Any]] = {
     "digits": {
         "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
     },

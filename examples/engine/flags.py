@@ -112,16 +112,23 @@ STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 _DEFAULTS = {
     "batch_size": 128, "max_shift": 2, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
 }  # fmt: skip
-_OF_DATASET = {
+_OF_DATASET: dict[str, dict[str, Any]] = {
     "digits": {
         "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
+    },
+    # The test images are anywhere on the 40×40 pixels.
+    "affine-mnist": {"max_shift": 6},
+    "affine-digits": {
+        "batch_size": 32, "max_shift": 6, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
     },
 }  # fmt: skip
 
 
 def _default(name: str) -> str:
     """Name the defaults of a flag, for its help."""
-    others = (f", on {data} {values[name]}" for data, values in _OF_DATASET.items())
+    others = (
+        f", on {data} {values[name]}" for data, values in _OF_DATASET.items() if name in values
+    )
     return f"(default: {_DEFAULTS[name]}{''.join(others)})"
 
 

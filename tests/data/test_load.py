@@ -335,15 +335,15 @@ def test_files_that_another_process_downloads_meanwhile_are_read(tiny, monkeypat
 
 def test_names_are_listed_and_unknown_ones_refused(tmp_path):
     assert list_datasets() == [
-        "mnist", "fashion-mnist", "digits", "smallnorb", "rendered-solids", "folder",
+        "mnist", "fashion-mnist", "digits", "smallnorb", "rendered-solids", "kmnist",
+        "emnist-digits", "cifar10", "svhn", "affine-mnist", "affine-digits", "folder",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r'"auto" or "mnist" or .*cifar'):
         load_dataset("cifar", tmp_path)
 
 
 def test_the_published_sets_are_pinned():
-    published = [entry for entry in REGISTRY.values() if entry.mirrors]
-    assert len(published) == 2
+    published = [REGISTRY[name] for name in ("mnist", "fashion-mnist")]
     files = [file for entry in published for file in entry.files]
     assert len({file.sha256 for file in files}) == len({file.download_hash for file in files}) == 8
     for file in files:
@@ -352,6 +352,18 @@ def test_the_published_sets_are_pinned():
     for entry in published:
         assert [file.shape[0] for file in entry.files] == [60000, 60000, 10000, 10000]
         assert len(entry.class_names) == 10
+
+
+def test_whatever_is_downloaded_is_pinned():
+    downloaded = {
+        name: [file.download_hash for file in entry.files]
+        for name, entry in REGISTRY.items()
+        if entry.mirrors
+    }
+    assert set(downloaded) == {"mnist", "fashion-mnist", "kmnist", "svhn", "affine-mnist"}
+    for hashes in downloaded.values():
+        assert len(set(hashes)) == len(hashes)
+        assert all(len(bytes.fromhex(h.removeprefix("md5:"))) == 16 for h in hashes)
 
 
 @pytest.mark.parametrize("name", ["digits", "auto"])

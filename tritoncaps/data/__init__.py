@@ -12,6 +12,7 @@ of your own images the same way. Importing this package needs no pooch, scikit-l
 is imported by the one function that uses it.
 """
 
+from tritoncaps.data.affine import affine_images
 from tritoncaps.data.batches import Batches, random_shift, to_float
 from tritoncaps.data.handwriting import prepare_digit, read_digit
 from tritoncaps.data.load import list_datasets, load_dataset
@@ -30,6 +31,7 @@ __all__ = [
     "Overlays",
     "View",
     "ViewSet",
+    "affine_images",
     "list_datasets",
     "load_dataset",
     "prepare_digit",

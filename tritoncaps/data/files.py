@@ -5,7 +5,8 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -34,6 +35,16 @@ class DataFile:
     download: str = ""
     download_hash: str = ""
 
+    @property
+    def is_served_plain(self) -> bool:
+        """Whether the mirrors serve the file as it is, so that their checksum is its own."""
+        return self.download == self.name and bool(self.download_hash)
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether a reader can tell the published file from another one."""
+        return bool(self.sha256) or self.is_served_plain
+
 
 class Content(NamedTuple):
     """What the header of a file says about the array that follows it."""
@@ -60,6 +71,38 @@ def open_file(path: Path) -> io.BufferedIOBase:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
+@contextmanager
+def opened(path: Path, file: DataFile) -> Iterator[io.BufferedIOBase]:
+    """Open a file for reading, and refuse it where its compression turns out to be damaged."""
+    try:
+        with open_file(path) as stream:
+            yield stream
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        refuse(path, file, f"a complete gzip file of {file.name}", f"an error in it ({error})")
+
+
+def check_download(path: Path, file: DataFile) -> None:
+    """Compare the content with the checksum of what the mirrors serve, if they serve it plain.
+
+    Raises:
+        DatasetError: the content is another one.
+    """
+    if not file.is_served_plain:
+        return
+    algorithm, expected = file.download_hash.split(":")
+    found = hashlib.new(algorithm)
+    with opened(path, file) as stream:
+        while part := stream.read(1 << 20):
+            found.update(part)
+    if found.hexdigest() != expected:
+        refuse(
+            path,
+            file,
+            f"the published content ({algorithm.upper()} {expected})",
+            f"another ({found.hexdigest()})",
+        )
+
+
 def read_array(folder: Path, file: DataFile, read_header: Header, verify: bool) -> Tensor:
     """Read an array that fills the rest of a file behind its header, little-endian.
 
@@ -74,11 +117,8 @@ def read_array(folder: Path, file: DataFile, read_header: Header, verify: bool) 
         DatasetError: the file is truncated, foreign or altered.
     """
     path = find_file(folder, file) or folder / file.name
-    try:
-        with open_file(path) as stream:
-            return _read_content(path, stream, read_header(path, stream, file), file, verify)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        refuse(path, file, f"a complete gzip file of {file.name}", f"an error in it ({error})")
+    with opened(path, file) as stream:
+        return _read_content(path, stream, read_header(path, stream, file), file, verify)
 
 
 def _read_content(

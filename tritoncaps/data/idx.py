@@ -38,6 +38,18 @@ def read_idx(
     return train, test
 
 
+def read_emnist(
+    folder: Path, files: Sequence[DataFile], num_classes: int, verify: bool
+) -> tuple[ImageSet, ImageSet]:
+    """Read files of EMNIST by `read_idx`. Their images are transposed: rows are columns."""
+    train, test = read_idx(folder, files, num_classes, verify)
+    return _transposed(train), _transposed(test)
+
+
+def _transposed(images: ImageSet) -> ImageSet:
+    return ImageSet(rearrange(images.images, "n c w h -> n c h w").contiguous(), images.labels)
+
+
 def read_image_set(
     folder: Path, images: DataFile, labels: DataFile, num_classes: int, verify: bool
 ) -> ImageSet:

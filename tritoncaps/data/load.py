@@ -29,6 +29,16 @@ def load_dataset(
     `data_dir`/MNIST/raw or `data_dir`/FashionMNIST/raw. "digits" are the 1,797 handwritten digits
     that scikit-learn contains.
 
+    "kmnist" and "emnist-digits" are like it, in `data_dir`/KMNIST/raw and `data_dir`/EMNIST/raw.
+    EMNIST is not downloaded.
+
+    "cifar10" and "svhn" have 32×32 pixels in colour. CIFAR-10 is read in its binary form, the six
+    .bin files in `data_dir`/cifar-10-batches-bin, and is not downloaded. SVHN is train_32x32.mat
+    and test_32x32.mat in `data_dir`/svhn.
+
+    "affine-mnist" and "affine-digits" are MNIST and "digits" on 40×40 pixels. The test images are
+    under random affine maps (`affine_images`), the training images are not.
+
     "smallnorb" are photographs of toys, 48×48 and stereo, each with its viewpoint (see `ViewSet`).
     Its six files, plain or as .gz, must be put into `data_dir`/smallnorb. They are not downloaded.
     "rendered-solids" are images of solid shapes with their viewpoints, made by `rendered_solids`.
@@ -59,10 +69,10 @@ def load_dataset(
             has no default.
         image_size: side of square images, or (height, width), for "folder" alone.
         download: download missing files. This needs pooch.
-        verify: accept only the published files, by shape and SHA-256. Of smallNORB only the shapes
-            are known, and its note says so. Without `verify`, accept any well-formed files of that
-            name; the note then says that they were not verified. "digits", "rendered-solids" and
-            "folder" have no published files, so it changes nothing for them.
+        verify: accept only the published files, by shape and checksum. Of some sets only the shapes
+            are known, and their notes say so. Without `verify`, accept any well-formed files of
+            that name; the note then says that they were not verified. Sets without published files,
+            such as "digits" and "folder", are not affected.
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
@@ -83,7 +93,7 @@ def load_dataset(
             f"{name!r} keep their size"
         )
     wanted = "mnist" if name == "auto" else name
-    entry, folder = REGISTRY[wanted], _folder(wanted, data_dir)
+    entry, folder = REGISTRY[wanted], folder_of(wanted, data_dir)
     missing = _missing(entry, folder)
     how = f"downloaded to {folder}" if missing else f"found in {folder}"
     try:
@@ -105,18 +115,19 @@ def load_dataset(
         how = f"found in {folder}"
     if not verify:
         how += ", not verified"
-    elif not all(file.sha256 for file in entry.files):
+    elif not all(file.has_checksum for file in entry.files):
         how += ", only the shapes of its files verified"
     return _read(wanted, folder, entry.note or f"{entry.title}, {how}", verify)
 
 
 def has_files(name: str, data_dir: str | Path | None = None) -> bool:
     """Return whether `data_dir` holds files of a data set, complete or not."""
-    folder = _folder(name, data_dir)
+    folder = folder_of(name, data_dir)
     return any(find_file(folder, file) for file in REGISTRY[name].files)
 
 
-def _folder(name: str, data_dir: str | Path | None) -> Path:
+def folder_of(name: str, data_dir: str | Path | None) -> Path:
+    """Return where the files of a data set are."""
     return Path("data" if data_dir is None else data_dir).expanduser() / REGISTRY[name].folder
 
 
@@ -161,6 +172,10 @@ def _missing(entry: Entry, folder: Path) -> list[DataFile]:
 
 
 def _incomplete(entry: Entry, folder: Path, missing: list[DataFile], reason: str) -> DatasetError:
+    data_dir = Path(*folder.parts[: len(folder.parts) - len(Path(entry.folder).parts)])
+    for name, why in entry.refused.items():
+        if (data_dir / name).exists():
+            return DatasetError(f"{data_dir / name} {why}.")
     names = ", ".join(file.name for file in missing)
     remedy = "Put the files there, plain or as .gz"
     if entry.mirrors:

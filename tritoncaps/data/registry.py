@@ -1,15 +1,18 @@
 """The data sets, one entry each. A new one needs an entry here and, for a new format, a reader."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tritoncaps.data.affine import read_affine_digits, read_affine_mnist
+from tritoncaps.data.cifar import RECORD, read_cifar
 from tritoncaps.data.digits import read_digits
 from tritoncaps.data.files import DataFile
-from tritoncaps.data.idx import read_idx
+from tritoncaps.data.idx import read_emnist, read_idx
 from tritoncaps.data.norb import read_norb
 from tritoncaps.data.sets import ImageSet
 from tritoncaps.data.solids import SOLIDS, rendered_solids
+from tritoncaps.data.svhn import read_svhn
 
 # Takes the folder, its files, the number of classes and whether to verify; returns the training
 # set and the test set.
@@ -33,6 +36,11 @@ class Entry:
         mirrors: URLs of folders that serve all the files, or none if they cannot be downloaded.
         note: one line about a data set without files. For the others, a note says where the files
             were found.
+        shape: channels, height and width of its images.
+        source: who published it, and where.
+        licence: under which terms, as far as its publisher says.
+        refused: files and folders, by their name in `data_dir`, that hold the same data in a form
+            that is not read, and what to do about it.
     """
 
     title: str
@@ -43,6 +51,10 @@ class Entry:
     files: tuple[DataFile, ...] = ()
     mirrors: tuple[str, ...] = ()
     note: str = ""
+    shape: tuple[int, int, int] = (1, 28, 28)
+    source: str = ""
+    licence: str = "not stated"
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def _idx_files(*checksums: tuple[str, str]) -> tuple[DataFile, ...]:
@@ -59,6 +71,33 @@ def _idx_files(*checksums: tuple[str, str]) -> tuple[DataFile, ...]:
     )
 
 
+def _emnist_files() -> tuple[DataFile, ...]:
+    """Describe the four files of EMNIST's digits. Their checksums are not known here."""
+    return tuple(
+        DataFile(f"emnist-digits-{part}-{kind}-ubyte", (count, *axes))
+        for part, count in (("train", 240000), ("test", 40000))
+        for kind, axes in (("images-idx3", (28, 28)), ("labels-idx1", ()))
+    )
+
+
+def _cifar_files() -> tuple[DataFile, ...]:
+    """Describe the batches of CIFAR-10. Their checksums are not known here."""
+    names = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
+    return tuple(DataFile(name, (10000, RECORD)) for name in names)
+
+
+def _svhn_files() -> tuple[DataFile, ...]:
+    """Describe the two files of SVHN's cropped digits. The third one, "extra", is not used."""
+    files = {
+        "train_32x32.mat": (73257, "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        "test_32x32.mat": (26032, "eb5a983be6a315427106f1b164d9cef3"),
+    }
+    return tuple(
+        DataFile(name, (32, 32, 3, count), download=name, download_hash=f"md5:{md5}")
+        for name, (count, md5) in files.items()
+    )
+
+
 def _norb_files() -> tuple[DataFile, ...]:
     """Describe the files of smallNORB. Their checksums are not known here."""
     shapes = {"dat": (24300, 2, 96, 96), "cat": (24300,), "info": (24300, 4)}
@@ -68,6 +107,12 @@ def _norb_files() -> tuple[DataFile, ...]:
         for kind, shape in shapes.items()
     )
 
+
+_MNIST = "LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/"
+_PICKLES = (
+    "is the python version of CIFAR-10. It consists of pickles, and reading a pickle can run any "
+    "code. Get the binary version, cifar-10-binary.tar.gz, and unpack it in its place"
+)
 
 # SHA-256 sums are of the uncompressed content, because gzip files of the same content can differ.
 # Those of MNIST were computed from its files. Those of Fashion-MNIST are published by several
@@ -81,6 +126,7 @@ REGISTRY = {
         epochs=30,
         read=read_idx,
         folder="MNIST/raw",
+        source=_MNIST,
         mirrors=(
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "http://yann.lecun.com/exdb/mnist/",
@@ -113,6 +159,8 @@ REGISTRY = {
         epochs=30,
         read=read_idx,
         folder="FashionMNIST/raw",
+        source="Xiao, Rasul and Vollgraf 2017, https://github.com/zalandoresearch/fashion-mnist",
+        licence="MIT",
         mirrors=("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
         files=_idx_files(
             (
@@ -139,6 +187,8 @@ REGISTRY = {
         epochs=5,
         read=lambda *_: read_digits(),
         note="scikit-learn's 1,797 embedded 8x8 digits, enlarged to 28x28",
+        source="UCI optical digits, in scikit-learn",
+        licence="CC BY 4.0",
     ),
     "smallnorb": Entry(
         title="smallNORB",
@@ -147,6 +197,9 @@ REGISTRY = {
         read=read_norb,
         folder="smallnorb",
         files=_norb_files(),
+        shape=(2, 48, 48),
+        source="LeCun, Huang and Bottou 2004, https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
+        licence="for research",
     ),
     "rendered-solids": Entry(
         title="Rendered solids",
@@ -154,5 +207,74 @@ REGISTRY = {
         epochs=10,
         read=lambda *_: rendered_solids(),
         note="solid shapes, rendered from 162 viewpoints",
+        shape=(1, 32, 32),
+        source="made here",
+        licence="none needed",
+    ),
+    "kmnist": Entry(
+        title="Kuzushiji-MNIST",
+        class_names=("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        epochs=30,
+        read=read_idx,
+        folder="KMNIST/raw",
+        mirrors=("http://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        files=_idx_files(
+            ("", "bdb82020997e1d708af4cf47b453dcf7"),
+            ("", "e144d726b3acfaa3e44228e80efcd344"),
+            ("", "5c965bf0a639b31b8f53240b1b52f4d7"),
+            ("", "7320c461ea6c1c855c0b718fb2a4b134"),
+        ),
+        source="Clanuwat et al. 2018, http://codh.rois.ac.jp/kmnist/",
+        licence="CC BY-SA 4.0",
+    ),
+    "emnist-digits": Entry(
+        title="EMNIST digits",
+        class_names=DIGITS,
+        epochs=10,
+        read=read_emnist,
+        folder="EMNIST/raw",
+        files=_emnist_files(),
+        source="Cohen et al. 2017, https://www.nist.gov/itl/products-and-services/emnist-dataset",
+    ),
+    "cifar10": Entry(
+        title="CIFAR-10",
+        class_names=(
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        ),
+        epochs=50,
+        read=read_cifar,
+        folder="cifar-10-batches-bin",
+        files=_cifar_files(),
+        shape=(3, 32, 32),
+        source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, binary version",
+        refused={"cifar-10-batches-py": _PICKLES, "cifar-10-python.tar.gz": _PICKLES},
+    ),
+    "svhn": Entry(
+        title="SVHN",
+        class_names=DIGITS,
+        epochs=30,
+        read=read_svhn,
+        folder="svhn",
+        files=_svhn_files(),
+        mirrors=("http://ufldl.stanford.edu/housenumbers/",),
+        shape=(3, 32, 32),
+        source="Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers/, cropped digits",
+        licence="for non-commercial use",
     ),
 }
+REGISTRY["affine-mnist"] = replace(
+    REGISTRY["mnist"],
+    title="Affine MNIST",
+    read=read_affine_mnist,
+    shape=(1, 40, 40),
+    source=f"made here from MNIST: {_MNIST}",
+)
+REGISTRY["affine-digits"] = replace(
+    REGISTRY["digits"],
+    title="Affine digits",
+    read=lambda *_: read_affine_digits(),
+    note="scikit-learn's digits on 40x40, those of the test set under random affine maps",
+    shape=(1, 40, 40),
+    source="made here from the UCI optical digits, in scikit-learn",
+)

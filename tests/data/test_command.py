@@ -1,0 +1,73 @@
+"""`python -m tritoncaps.data`: what there is, and what is in a folder."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from image_sets import idx_bytes
+
+from tritoncaps.data import list_datasets, load_dataset
+from tritoncaps.data.__main__ import main
+from tritoncaps.data.registry import REGISTRY
+
+
+def test_list_describes_every_set(capsys):
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    for name in list_datasets():
+        if name != "folder":
+            assert f"{name}: {REGISTRY[name].title}" in printed
+    assert "svhn: SVHN, 10 classes, 3 x 32 x 32" in printed
+    assert printed.count("source   ") == printed.count("licence  ") == len(REGISTRY)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in REGISTRY.items() if not entry.files])
+def test_a_set_without_files_has_the_shape_and_the_classes_of_its_entry(name):
+    dataset = load_dataset(name)
+    assert tuple(dataset.train.images.shape[1:]) == REGISTRY[name].shape
+    assert dataset.test.labels.unique().tolist() == list(range(len(dataset.class_names)))
+
+
+def test_the_shape_of_an_entry_is_that_of_its_files():
+    for name in ("mnist", "fashion-mnist", "kmnist", "emnist-digits"):
+        entry = REGISTRY[name]
+        assert {file.shape[1:] for file in entry.files} == {entry.shape[1:], ()}
+    assert REGISTRY["svhn"].files[0].shape[:3] == (32, 32, 3)
+
+
+def test_check_says_what_is_missing_and_where_it_comes_from(tmp_path, capsys):
+    assert main(["check", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == sum(bool(entry.files) for entry in REGISTRY.values())
+    svhn = f"svhn: not there. Put train_32x32.mat, test_32x32.mat into {tmp_path}/svhn. From Netzer"
+    assert any(line.startswith(svhn) for line in printed)
+
+
+def test_check_fails_for_a_damaged_set(tmp_path, capsys):
+    folder = tmp_path / "KMNIST/raw"
+    folder.mkdir(parents=True)
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    (folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(images))
+    assert main(["check", str(tmp_path), "kmnist", "svhn"]) == 1
+    kmnist, svhn = capsys.readouterr().out.splitlines()
+    assert kmnist.startswith("kmnist: Kuzushiji-MNIST is not complete") and "svhn: not" in svhn
+
+
+def test_check_warns_of_pickles(tmp_path, capsys):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert main(["check", str(tmp_path), "cifar10"]) == 1
+    assert "is the python version of CIFAR-10" in capsys.readouterr().out
+
+
+def test_check_says_what_is_there(capsys):
+    assert main(["check", "nowhere", "digits"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("digits: there, 1,437 + 360 images. scikit-learn's 1,797 embedded")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    command = [sys.executable, "-m", "tritoncaps.data", "check", "data", "cifar"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "no data set is called 'cifar'; there are mnist, fashion-mnist" in result.stderr

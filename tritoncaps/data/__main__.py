@@ -1,0 +1,83 @@
+"""Say which data sets there are, and which of them are in a folder.
+
+    python -m tritoncaps.data list                  # names, sizes, sources, licences
+    python -m tritoncaps.data check data            # what the folder "data" has, and if it is right
+    python -m tritoncaps.data check data svhn       # the same for some sets
+
+A set is "there" once all its files were read as for training. `check` ends with 1 if one is
+damaged, and says what is missing, where it comes from and where to put it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tritoncaps.data.files import find_file
+from tritoncaps.data.load import folder_of, load_dataset
+from tritoncaps.data.registry import REGISTRY, Entry
+from tritoncaps.data.sets import DatasetError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns 1 if a data set is damaged, else 0."""
+    description, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tritoncaps.data",
+        description=description,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("list", help="describe every data set")
+    check = commands.add_parser("check", help="read the data sets in a folder")
+    check.add_argument("data_dir", type=Path, metavar="DIR", help="the --data-dir of the examples")
+    check.add_argument(
+        "names", nargs="*", metavar="NAME", help="data sets (default: all that have files)"
+    )
+    given = parser.parse_args(arguments)
+    if given.command == "list":
+        for name, entry in REGISTRY.items():
+            print(_described(name, entry))
+        return 0
+    unknown = [name for name in given.names if name not in REGISTRY]
+    if unknown:
+        parser.error(f"no data set is called {unknown[0]!r}; there are {', '.join(REGISTRY)}")
+    names = given.names or [name for name, entry in REGISTRY.items() if entry.files]
+    return max([_check(name, given.data_dir) for name in names])
+
+
+def _described(name: str, entry: Entry) -> str:
+    channels, height, width = entry.shape
+    lines = [
+        f"{name}: {entry.title}, {len(entry.class_names)} classes, {channels} x {height} x {width}",
+        f"    source   {entry.source}",
+        f"    licence  {entry.licence}",
+    ]
+    if entry.files:
+        how = "downloaded" if entry.mirrors else "not downloaded, to be put there"
+        lines.append(f"    files    {', '.join(file.name for file in entry.files)}")
+        lines.append(f"    folder   {entry.folder}, {how}")
+    return "\n".join(lines)
+
+
+def _check(name: str, data_dir: Path) -> int:
+    """Print what is there of a data set. Returns 1 if it is damaged."""
+    entry, folder = REGISTRY[name], folder_of(name, data_dir)
+    missing = [file.name for file in entry.files if not find_file(folder, file)]
+    is_partly_there = len(missing) < len(entry.files) or any(
+        (data_dir / other).exists() for other in entry.refused
+    )
+    if missing and not is_partly_there:
+        print(f"{name}: not there. Put {', '.join(missing)} into {folder}. From {entry.source}")
+        return 0
+    try:
+        dataset = load_dataset(name, data_dir, download=False)
+    except DatasetError as error:
+        print(f"{name}: {error} From {entry.source}")
+        return 1
+    print(f"{name}: there, {len(dataset.train):,} + {len(dataset.test):,} images. {dataset.note}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

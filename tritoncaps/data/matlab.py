@@ -1,0 +1,142 @@
+"""Read numeric arrays from a Matlab file of version 5, the format of SVHN.
+
+After a header of 128 bytes come elements: a type, a number of bytes, and that many bytes, filled up
+to a multiple of 8. An element of at most 4 bytes may stand in the tag itself. An array is an
+element of elements: flags, sizes, a name, the values column by column. It may be inside of another
+element that is compressed. scipy.io reads such files too, but some damaged ones crash it.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from tritoncaps.data.files import DataFile, opened, refuse
+
+_HEADER = 128
+_VERSION = b"\x00\x01IM"  # 5, little-endian
+_MATRIX, _COMPRESSED = 14, 15
+_INT8, _INT32, _UINT32 = 1, 5, 6
+_TYPES = {
+    **{1: torch.int8, 2: torch.uint8, 3: torch.int16, 5: torch.int32},
+    **{7: torch.float32, 9: torch.float64, 12: torch.int64},
+}
+_NUMERIC = range(6, 16)  # the classes of arrays that hold numbers
+_COMPLEX = 0x0800
+_LONGEST_NAME, _MOST_AXES = 63, 32
+
+
+def read_matlab(path: Path, file: DataFile, names: Collection[str]) -> dict[str, Tensor]:
+    """Read the numeric arrays of some names. Those that are not there are left out.
+
+    Raises:
+        DatasetError: the file is truncated or foreign.
+    """
+    with opened(path, file) as stream:
+        content = stream.read()
+    if len(content) < _HEADER or content[_HEADER - 4 : _HEADER] != _VERSION:
+        refuse(path, file, "a Matlab file of version 5", f"the header {content[:20]!r}...")
+    elements = _Bytes(path, file, content, _HEADER)
+    found: dict[str, Tensor] = {}
+    while elements.left:
+        kind, size = elements.tag()
+        if kind == _COMPRESSED:
+            _read_array(elements.unpacked(size), names, found)
+        else:
+            elements.position -= 8
+            _read_array(elements, names, found)
+    return found
+
+
+def _read_array(elements: "_Bytes", names: Collection[str], found: dict[str, Tensor]) -> None:
+    """Read the next element. If it is an array of one of the names, add it to `found`."""
+    kind, size = elements.tag()
+    end = elements.position + size
+    if size > elements.left:
+        elements.refuse(f"{size} more bytes", f"{elements.left}")
+    if kind == _MATRIX:
+        flags = elements.numbers(_UINT32, 2)
+        shape = elements.numbers(_INT32, _MOST_AXES)
+        name = bytes(number % 256 for number in elements.numbers(_INT8, _LONGEST_NAME))
+        is_numeric = flags and flags[0] & 0xFF in _NUMERIC and not flags[0] & _COMPLEX
+        if is_numeric and name.decode("latin-1") in names:
+            found[name.decode("latin-1")] = elements.values(shape)
+    elements.position = min(end + -end % 8, len(elements.content))
+
+
+@dataclass
+class _Bytes:
+    """The content of a file, or of a compressed element, and the place up to which it was read."""
+
+    path: Path
+    file: DataFile
+    content: bytes
+    position: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.content) - self.position
+
+    def refuse(self, expected: str, found: str) -> NoReturn:
+        refuse(self.path, self.file, expected, found)
+
+    def take(self, size: int) -> bytes:
+        """Read some bytes."""
+        if size > self.left:
+            self.refuse(f"{size} more bytes", f"{self.left}")
+        self.position += size
+        return self.content[self.position - size : self.position]
+
+    def tag(self) -> tuple[int, int]:
+        """Read the type and the size of an element that does not stand in its tag."""
+        kind, size = struct.unpack("<II", self.take(8))
+        return kind, size
+
+    def unpacked(self, size: int) -> "_Bytes":
+        """Read and decompress some bytes."""
+        try:
+            return _Bytes(self.path, self.file, zlib.decompress(self.take(size)))
+        except zlib.error as error:
+            self.refuse("whole compressed arrays", f"an error in one ({error})")
+
+    def element(self) -> tuple[int, bytes]:
+        """Read the type and the content of an element."""
+        kind, size = self.tag()
+        if kind >> 16:  # it stands in its tag
+            self.position -= 4
+            kind, size, filled = kind & 0xFFFF, kind >> 16, 4
+        else:
+            filled = size + -size % 8
+        content = self.take(size)
+        self.position = min(self.position + filled - size, len(self.content))
+        return kind, content
+
+    def numbers(self, expected: int, most: int) -> tuple[int, ...]:
+        """Read an element of at most `most` integers of a type."""
+        kind, content = self.element()
+        width = 1 if expected == _INT8 else 4
+        if kind != expected or len(content) % width or len(content) > width * most:
+            self.refuse(
+                f"at most {most} numbers of type {expected}",
+                f"{len(content)} bytes of type {kind}",
+            )
+        letter = {_INT8: "b", _INT32: "i", _UINT32: "I"}[expected]
+        return struct.unpack(f"<{len(content) // width}{letter}", content)
+
+    def values(self, shape: tuple[int, ...]) -> Tensor:
+        """Read an element that fills an array of this shape."""
+        kind, content = self.element()
+        if kind not in _TYPES:
+            known = ", ".join(map(str, _TYPES))
+            self.refuse(f"values of a type among {known}", f"type {kind}")
+        count = len(content) // _TYPES[kind].itemsize
+        if min(shape, default=0) < 1 or math.prod(shape) != count or not count:
+            self.refuse(f"the values of an array {shape}", f"{len(content)} bytes of type {kind}")
+        values = torch.frombuffer(bytearray(content), dtype=_TYPES[kind])[:count]
+        return values.reshape(shape[::-1]).permute(*range(len(shape))[::-1])

@@ -105,7 +105,7 @@ def test_a_folder_without_parts_is_split_like_any_training_set(own, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--image-size=16",), "--image-size 16 16: CapsNet: image_size=(16, 16) leaves no prim"),
+        (("--image-size=16",), "--image-size 16 16: CapsNet: image_size=(16, 16) is too small"),
         (("--image-size", "1", "2", "3"), "expected SIDE or HEIGHT WIDTH"),
         (("--data-dir=typo",), "--dataset folder: the folder typo does not exist: check data_dir"),
         (

@@ -80,7 +80,7 @@ def summed_predictions(u: Tensor, weight: Tensor) -> Tensor:
     to 25 times that of the plain form. In √I groups of √I it is about twice.
     """
     inputs = weight.shape[0]
-    root = math.isqrt(inputs)
+    root = int(inputs**0.5)
     # A divisor near the root spares the product of a rest.
     groups = next((n for n in range(root, root // 2, -1) if inputs % n == 0), root)
     rest = inputs % groups

@@ -117,6 +117,7 @@ _OF_DATASET: dict[str, dict[str, Any]] = {
         "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
     },
     # The test images are anywhere on the 40×40 pixels.
+    "affnist": {"max_shift": 6},
     "affine-mnist": {"max_shift": 6},
     "affine-digits": {
         "batch_size": 32, "max_shift": 6, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,

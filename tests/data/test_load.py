@@ -336,7 +336,8 @@ def test_files_that_another_process_downloads_meanwhile_are_read(tiny, monkeypat
 def test_names_are_listed_and_unknown_ones_refused(tmp_path):
     assert list_datasets() == [
         "mnist", "fashion-mnist", "digits", "smallnorb", "rendered-solids", "kmnist",
-        "emnist-digits", "cifar10", "svhn", "affine-mnist", "affine-digits", "folder",
+        "emnist-digits", "cifar10", "svhn", "affnist", "affine-mnist", "affine-digits",
+        "folder",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r'"auto" or "mnist" or .*cifar'):
         load_dataset("cifar", tmp_path)

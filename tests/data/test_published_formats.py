@@ -1,4 +1,4 @@
-"""CIFAR-10, SVHN and EMNIST: their files are read as published, or refused."""
+"""CIFAR-10, SVHN, affNIST and EMNIST: their files are read as published, or refused."""
 
 import dataclasses
 import gzip
@@ -12,6 +12,7 @@ from image_sets import idx_bytes
 from reliability.fuzzing import Edit, assert_nothing_was_claimed, edited, edits, little_memory
 
 from tritoncaps.data import DatasetError, load_dataset
+from tritoncaps.data.affnist import read_affnist
 from tritoncaps.data.cifar import RECORD, read_cifar
 from tritoncaps.data.files import DataFile
 from tritoncaps.data.registry import REGISTRY
@@ -88,7 +89,7 @@ def test_pickles_of_cifar_are_refused_with_the_reason(tmp_path, name):
 # SVHN ---------------------------------------------------------------------------------------------
 
 
-def svhn_bytes(folder, compressed=True, **variables):
+def matlab_bytes(folder, compressed=True, **variables):
     """Encode variables as a Matlab file, version 5."""
     io.savemat(folder / "made", variables, do_compression=compressed, appendmat=False)
     content = (folder / "made").read_bytes()
@@ -104,7 +105,7 @@ def svhn(tmp_path, monkeypatch):
     files = []
     for name, count in (("train_32x32.mat", 11), ("test_32x32.mat", 5)):
         X, y = drawn(32, 32, 3, count), torch.arange(count, dtype=torch.uint8)[:, None] % 10 + 1
-        content = svhn_bytes(folder, X=X.numpy(), y=y.numpy())
+        content = matlab_bytes(folder, X=X.numpy(), y=y.numpy())
         (folder / name).write_bytes(content)
         md5 = f"md5:{hashlib.md5(content).hexdigest()}"
         files.append(DataFile(name, tuple(X.shape), download=name, download_hash=md5))
@@ -141,7 +142,7 @@ def test_another_content_of_svhn_is_refused(svhn, change, message):
     folder, X, y = svhn
     variables = {"X": X, "y": y} | change
     given = {name: array.numpy() for name, array in variables.items() if array is not None}
-    (folder / "train_32x32.mat").write_bytes(svhn_bytes(folder, **given))
+    (folder / "train_32x32.mat").write_bytes(matlab_bytes(folder, **given))
     with pytest.raises(DatasetError, match=message):
         load_dataset("svhn", folder.parent, verify=False)
     with pytest.raises(DatasetError, match=r"the published content \(MD5 .*\), it has another"):
@@ -161,6 +162,57 @@ def test_a_matlab_file_of_another_version_is_refused(svhn):
     path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(600))
     with pytest.raises(DatasetError, match=r"a Matlab file of version 5, it has the header"):
         load_dataset("svhn", svhn[0].parent, verify=False)
+
+
+# affNIST ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def affnist(tmp_path, monkeypatch):
+    """An "affNIST" of three and two images: its folder, pixels (N, H, W) and labels."""
+    entry = REGISTRY["affnist"]
+    folder = tmp_path / entry.folder
+    pixels, labels, files = drawn(5, 40, 40), torch.tensor([7, 0, 9, 4, 5]), []
+    for file, part in zip(entry.files, (slice(0, 3), slice(3, 5)), strict=True):
+        columns = pixels[part].transpose(1, 2).reshape(-1, 1600).T
+        path = folder / file.name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(affnist_bytes(path.parent, columns, labels[None, part]))
+        files.append(DataFile(file.name, tuple(columns.shape)))
+    monkeypatch.setitem(REGISTRY, "affnist", dataclasses.replace(entry, files=tuple(files)))
+    return folder, pixels, labels
+
+
+def affnist_bytes(folder, image, label, compressed=True):
+    data = {"image": image.numpy(), "label_int": label.numpy().astype("uint8"), "name": "1"}
+    return matlab_bytes(folder, compressed, affNISTdata=data)
+
+
+def test_images_of_affnist_are_upright(affnist):
+    folder, pixels, labels = affnist
+    dataset = load_dataset("affnist", folder.parent)
+    assert torch.equal(torch.cat([dataset.train.images, dataset.test.images])[:, 0], pixels)
+    assert torch.equal(torch.cat([dataset.train.labels, dataset.test.labels]), labels)
+    assert dataset.note.endswith("only the shapes of its files verified")
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "message"),
+    [
+        (drawn(1600, 4), torch.zeros(1, 4), r"the shape \(1600, 2\), it has \(1600, 4\)"),
+        (drawn(1600, 2), torch.zeros(1, 3), r"labels \(1, 2\), it has .*label_int \(1, 3\)"),
+        (drawn(1600, 2), torch.full((1, 2), 10), r"labels in 0 \.\. 9, it has 10"),
+        (drawn(1600, 2).double(), torch.zeros(1, 2), r"of bytes, it has .*torch\.float64"),
+    ],
+)
+def test_another_content_of_affnist_is_refused(affnist, image, label, message):
+    path = affnist[0] / "transformed/test_batches/1.mat"
+    path.write_bytes(affnist_bytes(path.parent, image, label))
+    with pytest.raises(DatasetError, match=message):
+        load_dataset("affnist", affnist[0].parent)
+    path.write_bytes(matlab_bytes(path.parent, image=image.numpy()))
+    with pytest.raises(DatasetError, match=r"affNISTdata\.label_int, it has none of them"):
+        load_dataset("affnist", affnist[0].parent)
 
 
 # EMNIST -------------------------------------------------------------------------------------------
@@ -222,12 +274,30 @@ def test_cifar_files(fuzz, tmp_path):
 def test_svhn_files(fuzz, tmp_path):
     """Damaged files are read as what they now say, or refused with the documented error."""
     X, y = drawn(3, 2, 3, 4), torch.tensor([[1], [5], [9], [10]], dtype=torch.uint8)
-    contents = [svhn_bytes(tmp_path, packed, X=X.numpy(), y=y.numpy()) for packed in (False, True)]
+    contents = [
+        matlab_bytes(tmp_path, packed, X=X.numpy(), y=y.numpy()) for packed in (False, True)
+    ]
     file = DataFile("digits.mat", tuple(X.shape))
 
     def check(case):
         (tmp_path / "digits.mat").write_bytes(edited(contents[case.compressed], case.edits))
         problem = read_or_refused(lambda: read_svhn(tmp_path, [file, file], 10, case.verify))
+        assert_nothing_was_claimed(problem)
+
+    fuzz(damages, check)
+
+
+def test_affnist_files(fuzz, tmp_path):
+    """Damaged files are read as what they now say, or refused with the documented error."""
+    image, label = drawn(1600, 2), torch.tensor([[3, 8]])
+    contents = [
+        affnist_bytes(tmp_path, image, label, compressed=compressed) for compressed in (False, True)
+    ]
+    file = DataFile("1.mat", tuple(image.shape))
+
+    def check(case):
+        (tmp_path / "1.mat").write_bytes(edited(contents[case.compressed], case.edits))
+        problem = read_or_refused(lambda: read_affnist(tmp_path, [file, file], 10, case.verify))
         assert_nothing_was_claimed(problem)
 
     fuzz(damages, check)

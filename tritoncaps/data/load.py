@@ -36,6 +36,10 @@ def load_dataset(
     .bin files in `data_dir`/cifar-10-batches-bin, and is not downloaded. SVHN is train_32x32.mat
     and test_32x32.mat in `data_dir`/svhn.
 
+    "affnist" is read from two files of the 32x version in `data_dir`/affnist, and is not
+    downloaded: just_centered/training_and_validation_batches/1.mat to train on, and
+    transformed/test_batches/1.mat to test.
+
     "affine-mnist" and "affine-digits" are MNIST and "digits" on 40×40 pixels. The test images are
     under random affine maps (`affine_images`), the training images are not.
 

@@ -1,9 +1,10 @@
-"""Read numeric arrays from a Matlab file of version 5, the format of SVHN.
+"""Read numeric arrays from a Matlab file of version 5, the format of SVHN and affNIST.
 
 After a header of 128 bytes come elements: a type, a number of bytes, and that many bytes, filled up
 to a multiple of 8. An element of at most 4 bytes may stand in the tag itself. An array is an
-element of elements: flags, sizes, a name, the values column by column. It may be inside of another
-element that is compressed. scipy.io reads such files too, but some damaged ones crash it.
+element of elements: flags, sizes, a name, the values column by column. A structure has, in place of
+values, the names of its fields and an array for each. All that may be inside of another element
+that is compressed. scipy.io reads such files too, but some damaged ones crash it.
 """
 
 import math
@@ -28,12 +29,15 @@ _TYPES = {
     **{7: torch.float32, 9: torch.float64, 12: torch.int64},
 }
 _NUMERIC = range(6, 16)  # the classes of arrays that hold numbers
+_STRUCTURE = 2
 _COMPLEX = 0x0800
-_LONGEST_NAME, _MOST_AXES = 63, 32
+_LONGEST_NAME, _MOST_AXES, _MOST_FIELDS = 63, 32, 64
 
 
 def read_matlab(path: Path, file: DataFile, names: Collection[str]) -> dict[str, Tensor]:
     """Read the numeric arrays of some names. Those that are not there are left out.
+
+    A field of a structure is called "structure.field".
 
     Raises:
         DatasetError: the file is truncated or foreign.
@@ -54,20 +58,39 @@ def read_matlab(path: Path, file: DataFile, names: Collection[str]) -> dict[str,
     return found
 
 
-def _read_array(elements: "_Bytes", names: Collection[str], found: dict[str, Tensor]) -> None:
-    """Read the next element. If it is an array of one of the names, add it to `found`."""
+def _read_array(
+    elements: "_Bytes", names: Collection[str], found: dict[str, Tensor], name: str = ""
+) -> None:
+    """Read the next element. If it is an array of one of the names, add it to `found`.
+
+    `name` is that of a field. In a structure, the name of an array is empty.
+    """
     kind, size = elements.tag()
-    end = elements.position + size
     if size > elements.left:
         elements.refuse(f"{size} more bytes", f"{elements.left}")
-    if kind == _MATRIX:
+    end = elements.position + size
+    if kind == _MATRIX and size:
         flags = elements.numbers(_UINT32, 2)
         shape = elements.numbers(_INT32, _MOST_AXES)
-        name = bytes(number % 256 for number in elements.numbers(_INT8, _LONGEST_NAME))
-        is_numeric = flags and flags[0] & 0xFF in _NUMERIC and not flags[0] & _COMPLEX
-        if is_numeric and name.decode("latin-1") in names:
-            found[name.decode("latin-1")] = elements.values(shape)
+        own_name = elements.text(_LONGEST_NAME)[0]
+        name = name or own_name
+        kind = flags[0] & 0xFF if flags else 0
+        if kind in _NUMERIC and not flags[0] & _COMPLEX and name in names:
+            found[name] = elements.values(shape)
+        elif kind == _STRUCTURE and any(wanted.startswith(f"{name}.") for wanted in names):
+            _read_fields(elements, names, found, name)
     elements.position = min(end + -end % 8, len(elements.content))
+
+
+def _read_fields(
+    elements: "_Bytes", names: Collection[str], found: dict[str, Tensor], name: str
+) -> None:
+    """Read the fields of a structure of one entry."""
+    length = elements.numbers(_INT32, 1)
+    if not length or not 0 < length[0] <= _LONGEST_NAME + 1:
+        elements.refuse("the length of a structure's names", f"{length}")
+    for field in elements.text(_MOST_FIELDS * length[0], length[0]):
+        _read_array(elements, names, found, f"{name}.{field}")
 
 
 @dataclass
@@ -128,6 +151,13 @@ class _Bytes:
             )
         letter = {_INT8: "b", _INT32: "i", _UINT32: "I"}[expected]
         return struct.unpack(f"<{len(content) // width}{letter}", content)
+
+    def text(self, most: int, length: int = 0) -> list[str]:
+        """Read an element of names, each filled up with zeros to `length` bytes, or of one name."""
+        content = bytes(number % 256 for number in self.numbers(_INT8, most))
+        length = length or len(content) or 1
+        starts = range(0, max(len(content), 1), length)
+        return [content[at : at + length].split(b"\0")[0].decode("latin-1") for at in starts]
 
     def values(self, shape: tuple[int, ...]) -> Tensor:
         """Read an element that fills an array of this shape."""

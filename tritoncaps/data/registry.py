@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tritoncaps.data.affine import read_affine_digits, read_affine_mnist
+from tritoncaps.data.affnist import read_affnist
 from tritoncaps.data.cifar import RECORD, read_cifar
 from tritoncaps.data.digits import read_digits
 from tritoncaps.data.files import DataFile
@@ -261,6 +262,20 @@ REGISTRY = {
         shape=(3, 32, 32),
         source="Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers/, cropped digits",
         licence="for non-commercial use",
+    ),
+    "affnist": Entry(
+        title="affNIST",
+        class_names=DIGITS,
+        epochs=30,
+        read=read_affnist,
+        folder="affnist",
+        # Each original is in the first batch once.
+        files=(
+            DataFile("just_centered/training_and_validation_batches/1.mat", (1600, 60000)),
+            DataFile("transformed/test_batches/1.mat", (1600, 10000)),
+        ),
+        shape=(1, 40, 40),
+        source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, 32x",
     ),
 }
 REGISTRY["affine-mnist"] = replace(

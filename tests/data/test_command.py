@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from image_sets import idx_bytes
+from PIL import Image
 
 from tritoncaps.data import list_datasets, load_dataset
 from tritoncaps.data.__main__ import main
@@ -64,6 +66,22 @@ def test_check_says_what_is_there(capsys):
     assert main(["check", "nowhere", "digits"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("digits: there, 1,437 + 360 images. scikit-learn's 1,797 embedded")
+
+
+def test_show_draws_both_parts(tmp_path, capsys):
+    path = tmp_path / "digits.png"
+    assert main(["show", "affine-digits", "--output", str(path)]) == 0
+    assert f"{path}: 16 training images" in capsys.readouterr().out
+    dataset = load_dataset("affine-digits")
+    drawn = torch.from_numpy(np.array(Image.open(path)))
+    assert drawn.shape == (2 * 42, 16 * 42, 3)
+    assert torch.equal(drawn[1:41, 1:41, 0], dataset.train.images[0, 0])
+    assert torch.equal(drawn[43:83, 43:83, 2], dataset.test.images[1, 0])
+
+
+def test_show_says_what_is_missing(tmp_path, capsys):
+    assert main(["show", "svhn", str(tmp_path)]) == 1
+    assert "svhn: SVHN is not complete" in capsys.readouterr().out
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -3,6 +3,7 @@
     python -m tritoncaps.data list                  # names, sizes, sources, licences
     python -m tritoncaps.data check data            # what the folder "data" has, and if it is right
     python -m tritoncaps.data check data svhn       # the same for some sets
+    python -m tritoncaps.data show svhn data        # draw 16 images of each part in svhn.png
 
 A set is "there" once all its files were read as for training. `check` ends with 1 if one is
 damaged, and says what is missing, where it comes from and where to put it.
@@ -11,6 +12,11 @@ damaged, and says what is missing, where it comes from and where to put it.
 import argparse
 import sys
 from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
 
 from tritoncaps.data.files import find_file
 from tritoncaps.data.load import folder_of, load_dataset
@@ -34,11 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument(
         "names", nargs="*", metavar="NAME", help="data sets (default: all that have files)"
     )
+    show = commands.add_parser("show", help="draw 16 training images and 16 test images")
+    show.add_argument("name", metavar="NAME", choices=list(REGISTRY), help="a data set")
+    show.add_argument("data_dir", nargs="?", type=Path, metavar="DIR", help="(default: data)")
+    show.add_argument("--output", type=Path, metavar="PNG", help="(default: NAME.png)")
     given = parser.parse_args(arguments)
     if given.command == "list":
         for name, entry in REGISTRY.items():
             print(_described(name, entry))
         return 0
+    if given.command == "show":
+        return _show(given.name, given.data_dir, given.output or Path(f"{given.name}.png"))
     unknown = [name for name in given.names if name not in REGISTRY]
     if unknown:
         parser.error(f"no data set is called {unknown[0]!r}; there are {', '.join(REGISTRY)}")
@@ -77,6 +89,28 @@ def _check(name: str, data_dir: Path) -> int:
         return 1
     print(f"{name}: there, {len(dataset.train):,} + {len(dataset.test):,} images. {dataset.note}")
     return 0
+
+
+def _show(name: str, data_dir: Path | None, output: Path) -> int:
+    """Draw the first training images, and below them the first test images."""
+    try:
+        from PIL import Image
+
+        dataset = load_dataset(name, data_dir, download=False)
+    except (ImportError, DatasetError) as error:
+        print(f"{name}: {error}")
+        return 1
+    rows = [_side_by_side(part.images[:16]) for part in (dataset.train, dataset.test)]
+    Image.fromarray(torch.cat(rows).numpy()).save(output)
+    print(f"{output}: 16 training images, and below them 16 test images. {dataset.note}")
+    return 0
+
+
+def _side_by_side(images: Tensor) -> Tensor:
+    """Put images, (N, C, H, W), into one row, (H, W', 3). Of a stereo pair the first is taken."""
+    colours = images if images.shape[1] == 3 else images[:, :1].expand(-1, 3, -1, -1)
+    framed = F.pad(colours, (1, 1, 1, 1), value=128)
+    return rearrange(framed, "n c h w -> h (n w) c").contiguous()
 
 
 if __name__ == "__main__":

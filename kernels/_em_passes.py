@@ -265,7 +265,8 @@ def inverse_mass(mass):
 
     A mass of NaN is not too small. It stays NaN.
     """
-    is_nothing = mass <= NO_MASS
+    # A number in the code would be one of float32.
+    is_nothing = mass <= tl.full(mass.shape, NO_MASS, mass.dtype)
     return tl.where(is_nothing, 0.0, 1.0 / tl.where(is_nothing, 1.0, mass))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,7 +140,7 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
             lambda kept: tuple(n for n, keep in zip(names, kept, strict=True) if keep)
         )
 
-    return st.builds(
+    drawn = st.builds(
         Case,
         sizes=st.fixed_dictionaries({axis: sizes(axis) for axis in axes}),
         options=st.fixed_dictionaries(
@@ -153,6 +153,20 @@ def cases(operator: Operator, dtypes: Sequence[torch.dtype] = DTYPES) -> st.Sear
         grad_layout=st.sampled_from(LAYOUTS),
         seed=st.integers(0, 2**16),
     )
+    return drawn.map(lambda case: _decidable(operator, case))
+
+
+def _decidable(operator: Operator, case: Case) -> Case:
+    """Replace values that are too sensitive for the precision of a case."""
+    if case.dtype == torch.float64:
+        return case
+    options, sizes = dict(case.options), dict(case.sizes)
+    for name, values in operator.sensitive.items():
+        if name in sizes and sizes[name] in values:
+            sizes[name] = operator.small_sizes[name]
+        if name in options and options[name] in values:
+            options[name] = next(v for v in operator.options[name] if v not in values)
+    return replace(case, sizes=sizes, options=options)
 
 
 def _sizes(smallest: int, largest: int) -> st.SearchStrategy[int]:

@@ -184,7 +184,6 @@ class ConvCapsNet(PretrainedMixin, nn.Module):
         u = grid.flatten(1, 3)  # (B, I, 8)
         poses, last = route(self.routing, u, iterations, return_coupling)  # (B, K, D)
         reconstruction = None if self.decoder is None else self.decoder(poses, target)
-        coupling = None
-        if first is not None and second is not None and last is not None:
-            coupling = (first, second, last)
+        couplings = tuple(each for each in (first, second, last) if each is not None)
+        coupling = couplings or None
         return CapsuleOutput(capsule_lengths(poses), poses, reconstruction, None, coupling)

@@ -115,7 +115,7 @@ def load_dataset(
                 raise _nothing_there(entry, Path(data_dir), str(error)) from error
             return _digits_instead(entry, folder, str(error))
         if missing:
-            raise _incomplete(entry, folder, missing, str(error)) from error
+            raise _incomplete(wanted, data_dir, missing, str(error)) from error
         how = f"found in {folder}"
     if not verify:
         how += ", not verified"
@@ -132,7 +132,11 @@ def has_files(name: str, data_dir: str | Path | None = None) -> bool:
 
 def folder_of(name: str, data_dir: str | Path | None) -> Path:
     """Return where the files of a data set are."""
-    return Path("data" if data_dir is None else data_dir).expanduser() / REGISTRY[name].folder
+    return _data_dir(data_dir) / REGISTRY[name].folder
+
+
+def _data_dir(data_dir: str | Path | None) -> Path:
+    return Path("data" if data_dir is None else data_dir).expanduser()
 
 
 def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
@@ -175,11 +179,13 @@ def _missing(entry: Entry, folder: Path) -> list[DataFile]:
     return [file for file in entry.files if find_file(folder, file) is None]
 
 
-def _incomplete(entry: Entry, folder: Path, missing: list[DataFile], reason: str) -> DatasetError:
-    data_dir = Path(*folder.parts[: len(folder.parts) - len(Path(entry.folder).parts)])
-    for name, why in entry.refused.items():
-        if (data_dir / name).exists():
-            return DatasetError(f"{data_dir / name} {why}.")
+def _incomplete(
+    name: str, data_dir: str | Path | None, missing: list[DataFile], reason: str
+) -> DatasetError:
+    entry, folder = REGISTRY[name], folder_of(name, data_dir)
+    for other, why in entry.refused.items():
+        if (path := _data_dir(data_dir) / other).exists():
+            return DatasetError(f"{path} {why}.")
     names = ", ".join(file.name for file in missing)
     remedy = "Put the files there, plain or as .gz"
     if entry.mirrors:

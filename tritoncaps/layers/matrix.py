@@ -178,7 +178,7 @@ class _MatrixCapsules(nn.Module):
         nn.init.constant_(self.beta_a, beta_a)
 
     def _options(self, iterations: int | None, return_assignment: bool) -> dict[str, Any]:
-        """Return the options of a call, checked, and the pose that it needs."""
+        """Return the checked options of a call, and what else its routing needs of the layer."""
         options = {
             "iterations": concrete("iterations", iterations, None),
             "temperature": self.temperature,

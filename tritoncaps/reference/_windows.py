@@ -8,7 +8,7 @@ from torch.nn import functional as F
 def windows(grid: Tensor, K: int, stride: int, padding: int) -> Tensor:
     """Cut a grid, padded with zeros; (B, H, W, C, ...) → (B, H', W', K, K, C, ...)."""
     padded = F.pad(grid, (0, 0) * (grid.ndim - 3) + (padding,) * 4)
-    # The last corner of a window is at (ends[0] - 1, ends[1] - 1) or before.
+    # The first corners of all windows lie before `ends`.
     ends = [size - K + 1 for size in padded.shape[1:3]]
     places = [
         padded[:, ky : ky + ends[0] : stride, kx : kx + ends[1] : stride]

@@ -177,15 +177,16 @@ def affnist(tmp_path, monkeypatch):
         columns = pixels[part].transpose(1, 2).reshape(-1, 1600).T
         path = folder / file.name
         path.parent.mkdir(parents=True)
-        path.write_bytes(affnist_bytes(path.parent, columns, labels[None, part]))
+        data = affnist_data(columns, labels[None, part])
+        path.write_bytes(matlab_bytes(path.parent, **data))
         files.append(DataFile(file.name, tuple(columns.shape)))
     monkeypatch.setitem(REGISTRY, "affnist", dataclasses.replace(entry, files=tuple(files)))
     return folder, pixels, labels
 
 
-def affnist_bytes(folder, image, label, compressed=True):
-    data = {"image": image.numpy(), "label_int": label.numpy().astype("uint8"), "name": "1"}
-    return matlab_bytes(folder, compressed, affNISTdata=data)
+def affnist_data(image, label):
+    label = label.numpy().astype("uint8")
+    return {"affNISTdata": {"image": image.numpy(), "label_int": label, "name": "1"}}
 
 
 def test_images_of_affnist_are_upright(affnist):
@@ -207,7 +208,7 @@ def test_images_of_affnist_are_upright(affnist):
 )
 def test_another_content_of_affnist_is_refused(affnist, image, label, message):
     path = affnist[0] / "transformed/test_batches/1.mat"
-    path.write_bytes(affnist_bytes(path.parent, image, label))
+    path.write_bytes(matlab_bytes(path.parent, **affnist_data(image, label)))
     with pytest.raises(DatasetError, match=message):
         load_dataset("affnist", affnist[0].parent)
     path.write_bytes(matlab_bytes(path.parent, image=image.numpy()))
@@ -271,36 +272,44 @@ def test_cifar_files(fuzz, tmp_path):
     fuzz(damages, check)
 
 
-def test_svhn_files(fuzz, tmp_path):
-    """Damaged files are read as what they now say, or refused with the documented error."""
+def svhn_variables():
     X, y = drawn(3, 2, 3, 4), torch.tensor([[1], [5], [9], [10]], dtype=torch.uint8)
-    contents = [
-        matlab_bytes(tmp_path, packed, X=X.numpy(), y=y.numpy()) for packed in (False, True)
-    ]
-    file = DataFile("digits.mat", tuple(X.shape))
-
-    def check(case):
-        (tmp_path / "digits.mat").write_bytes(edited(contents[case.compressed], case.edits))
-        problem = read_or_refused(lambda: read_svhn(tmp_path, [file, file], 10, case.verify))
-        assert_nothing_was_claimed(problem)
-
-    fuzz(damages, check)
+    return X.shape, {"X": X.numpy(), "y": y.numpy()}
 
 
-def test_affnist_files(fuzz, tmp_path):
+def affnist_variables():
+    image = drawn(1600, 2)
+    return image.shape, affnist_data(image, torch.tensor([[3, 8]]))
+
+
+@pytest.mark.parametrize(
+    ("read", "variables"), [(read_svhn, svhn_variables), (read_affnist, affnist_variables)]
+)
+def test_matlab_files(fuzz, tmp_path, read, variables):
     """Damaged files are read as what they now say, or refused with the documented error."""
-    image, label = drawn(1600, 2), torch.tensor([[3, 8]])
-    contents = [
-        affnist_bytes(tmp_path, image, label, compressed=compressed) for compressed in (False, True)
-    ]
-    file = DataFile("1.mat", tuple(image.shape))
+    shape, named = variables()
+    contents = [matlab_bytes(tmp_path, packed, **named) for packed in (False, True)]
+    file = DataFile("1.mat", tuple(shape))
 
     def check(case):
         (tmp_path / "1.mat").write_bytes(edited(contents[case.compressed], case.edits))
-        problem = read_or_refused(lambda: read_affnist(tmp_path, [file, file], 10, case.verify))
+        problem = read_or_refused(lambda: read(tmp_path, [file, file], 10, case.verify))
         assert_nothing_was_claimed(problem)
 
     fuzz(damages, check)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["array", "gz"])
+def test_a_verified_matlab_file_unpacks_to_little(tmp_path, packed):
+    """A file of a megabyte that unpacks to a gigabyte is refused before it fills the memory."""
+    file = DataFile("1.mat", (1600, 2))
+    zeros = torch.zeros(1600, 50_000, dtype=torch.uint8)
+    content = matlab_bytes(tmp_path, not packed, zeros=zeros.numpy())
+    path = tmp_path / ("1.mat.gz" if packed else "1.mat")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(DatasetError, match=r"at most 91136 bytes, it has more"):
+        read_affnist(tmp_path, [file, file], 10, verify=True)
 
 
 def read_or_refused(read):

@@ -38,7 +38,7 @@ def read_affnist(
 
 def _read_file(folder: Path, file: DataFile, num_classes: int, verify: bool) -> ImageSet:
     path = find_file(folder, file) or folder / file.name
-    arrays = read_matlab(path, file, (_IMAGE, _LABEL))
+    arrays = read_matlab(path, file, (_IMAGE, _LABEL), verify)
     if len(arrays) < 2:
         refuse(path, file, f"{_IMAGE} and {_LABEL}", " and ".join(arrays) or "none of them")
     pixels, labels = arrays[_IMAGE], arrays[_LABEL]

@@ -36,14 +36,17 @@ class DataFile:
     download_hash: str = ""
 
     @property
-    def is_served_plain(self) -> bool:
-        """Whether the mirrors serve the file as it is, so that their checksum is its own."""
-        return self.download == self.name and bool(self.download_hash)
+    def checksum(self) -> tuple[str, str] | None:
+        """Name and checksum of the uncompressed content, or None if none is known.
 
-    @property
-    def has_checksum(self) -> bool:
-        """Whether a reader can tell the published file from another one."""
-        return bool(self.sha256) or self.is_served_plain
+        What the mirrors serve uncompressed has the checksum of the download.
+        """
+        if self.sha256:
+            return "SHA-256", self.sha256
+        if self.download == self.name and self.download_hash:
+            algorithm, checksum = self.download_hash.split(":")
+            return algorithm.upper(), checksum
+        return None
 
 
 class Content(NamedTuple):
@@ -81,26 +84,18 @@ def opened(path: Path, file: DataFile) -> Iterator[io.BufferedIOBase]:
         refuse(path, file, f"a complete gzip file of {file.name}", f"an error in it ({error})")
 
 
-def check_download(path: Path, file: DataFile) -> None:
-    """Compare the content with the checksum of what the mirrors serve, if they serve it plain.
+def check_content(path: Path, file: DataFile, content: bytes) -> None:
+    """Refuse uncompressed content other than the published one, if its checksum is known.
 
     Raises:
         DatasetError: the content is another one.
     """
-    if not file.is_served_plain:
+    if file.checksum is None:
         return
-    algorithm, expected = file.download_hash.split(":")
-    found = hashlib.new(algorithm)
-    with opened(path, file) as stream:
-        while part := stream.read(1 << 20):
-            found.update(part)
-    if found.hexdigest() != expected:
-        refuse(
-            path,
-            file,
-            f"the published content ({algorithm.upper()} {expected})",
-            f"another ({found.hexdigest()})",
-        )
+    name, expected = file.checksum
+    found = hashlib.new(name.replace("-", ""), content).hexdigest()
+    if found != expected:
+        refuse(path, file, f"the published content ({name} {expected})", f"another ({found})")
 
 
 def read_array(folder: Path, file: DataFile, read_header: Header, verify: bool) -> Tensor:
@@ -137,12 +132,8 @@ def _read_content(
         refuse(path, file, f"{len(header) + size} bytes", f"{len(header) + len(content)}{more}")
     if size == 0:
         refuse(path, file, "at least one entry", f"the shape {shape}")
-    if verify and file.sha256:
-        found = hashlib.sha256(header + content).hexdigest()
-        if found != file.sha256:
-            refuse(
-                path, file, f"the published content (SHA-256 {file.sha256})", f"another ({found})"
-            )
+    if verify:
+        check_content(path, file, header + content)
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 

@@ -119,7 +119,7 @@ def load_dataset(
         how = f"found in {folder}"
     if not verify:
         how += ", not verified"
-    elif not all(file.has_checksum for file in entry.files):
+    elif not all(file.checksum for file in entry.files):
         how += ", only the shapes of its files verified"
     return _read(wanted, folder, entry.note or f"{entry.title}, {how}", verify)
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from tritoncaps.data.files import DataFile, opened, refuse
+from tritoncaps.data.files import DataFile, check_content, opened, refuse
 
 _HEADER = 128
 _VERSION = b"\x00\x01IM"  # 5, little-endian
@@ -32,29 +32,37 @@ _NUMERIC = range(6, 16)  # the classes of arrays that hold numbers
 _STRUCTURE = 2
 _COMPLEX = 0x0800
 _LONGEST_NAME, _MOST_AXES, _MOST_FIELDS = 63, 32, 64
+# The widest numbers take so many. The names and the labels of an image are among the rest.
+_MOST_BYTES, _MORE_BYTES = 8, 1 << 16
 
 
-def read_matlab(path: Path, file: DataFile, names: Collection[str]) -> dict[str, Tensor]:
+def read_matlab(
+    path: Path, file: DataFile, names: Collection[str], verify: bool
+) -> dict[str, Tensor]:
     """Read the numeric arrays of some names. Those that are not there are left out.
 
-    A field of a structure is called "structure.field".
+    A field of a structure is called "structure.field". With `verify`, the content must have the
+    checksum of the published file, if that is known. It may unpack to `_MOST_BYTES` for each value
+    of `file.shape`, so a hostile file cannot fill the memory.
 
     Raises:
-        DatasetError: the file is truncated or foreign.
+        DatasetError: the file is truncated, foreign or altered.
     """
+    most = _MOST_BYTES * math.prod(file.shape) + _MORE_BYTES if verify else 0
     with opened(path, file) as stream:
-        content = stream.read()
+        content = stream.read(most + 1 if verify else -1)
+    if verify:
+        if len(content) > most:
+            refuse(path, file, f"at most {most} bytes", "more")
+        check_content(path, file, content)
     if len(content) < _HEADER or content[_HEADER - 4 : _HEADER] != _VERSION:
         refuse(path, file, "a Matlab file of version 5", f"the header {content[:20]!r}...")
-    elements = _Bytes(path, file, content, _HEADER)
+    elements = _Bytes(path, file, content, most, _HEADER)
     found: dict[str, Tensor] = {}
     while elements.left:
-        kind, size = elements.tag()
-        if kind == _COMPRESSED:
-            _read_array(elements.unpacked(size), names, found)
-        else:
-            elements.position -= 8
-            _read_array(elements, names, found)
+        # Nothing is compressed twice.
+        packed = elements.packed()
+        _read_array(elements if packed is None else packed, names, found)
     return found
 
 
@@ -100,6 +108,7 @@ class _Bytes:
     path: Path
     file: DataFile
     content: bytes
+    most: int  # bytes that an element may unpack to, or 0 for any number
     position: int = 0
 
     @property
@@ -121,12 +130,22 @@ class _Bytes:
         kind, size = struct.unpack("<II", self.take(8))
         return kind, size
 
-    def unpacked(self, size: int) -> "_Bytes":
-        """Read and decompress some bytes."""
+    def packed(self) -> "_Bytes | None":
+        """Read and decompress the next element, or return None if it is not compressed."""
+        kind, size = self.tag()
+        if kind != _COMPRESSED:
+            self.position -= 8
+            return None
+        packing = zlib.decompressobj()
         try:
-            return _Bytes(self.path, self.file, zlib.decompress(self.take(size)))
+            content = packing.decompress(self.take(size), self.most)
         except zlib.error as error:
             self.refuse("whole compressed arrays", f"an error in one ({error})")
+        if packing.unconsumed_tail:
+            self.refuse(f"arrays of at most {self.most} bytes", "more")
+        if not packing.eof:
+            self.refuse("whole compressed arrays", "the beginning of one")
+        return _Bytes(self.path, self.file, content, self.most)
 
     def element(self) -> tuple[int, bytes]:
         """Read the type and the content of an element."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tritoncaps.data.files import DataFile, check_download, find_file, refuse
+from tritoncaps.data.files import DataFile, find_file, refuse
 from tritoncaps.data.matlab import read_matlab
 from tritoncaps.data.sets import ImageSet
 
@@ -32,9 +32,7 @@ def read_svhn(
 
 def _read_file(folder: Path, file: DataFile, num_classes: int, verify: bool) -> ImageSet:
     path = find_file(folder, file) or folder / file.name
-    if verify:
-        check_download(path, file)
-    arrays = read_matlab(path, file, ("X", "y"))
+    arrays = read_matlab(path, file, ("X", "y"), verify)
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     if len(arrays) < 2:
         refuse(path, file, "the arrays X and y", " and ".join(arrays) or "none of them")

@@ -248,12 +248,12 @@ def gaussian(
 ):  # fmt: skip
     """z, w = 1 / (2 S̃), which is 0 outside the matrix, cost and log-weight c of some outputs.
 
-    The cost of a unit of mass is D β_u + ½ Σ log S̃. The logarithm in c has the factor 2π. For
-    typical variances it is then small, and c keeps its digits.
+    The cost of a unit of mass is D β_u + ½ Σ log S̃. The logarithm in c has the factor 2π, and that
+    in the cost has none: to add D/2 log 2π afterwards, or to subtract it, would lose digits.
     """
     floored = tl.where(inside, variance + min_variance, 1.0)
     log_width = 0.5 * over_matrix(tl.where(inside, tl.log(6.283185307179586 * floored), 0.0))
-    cost = R * Q * (beta_u - 0.9189385332046727) + log_width  # ½ log 2π
+    cost = R * Q * beta_u + 0.5 * over_matrix(tl.where(inside, tl.log(floored), 0.0))
     z = temperature * (beta_a - mass * cost)
     w = tl.where(inside, 0.5 / floored, 0.0)
     return z, w, cost, log_sigmoid(z) - log_width

@@ -94,7 +94,7 @@ class Case:
         op: its name in the operator table.
         shape: its axes, except the batch.
         B: the batch size.
-        iterations: r, for an operator that has iterations.
+        iterations: r, for an operator that has iterations. If 0, the usual number of the operator.
         precision: a key of `DTYPES`.
         name: the name of the shape, if it has one.
         chosen: options that differ from the usual ones.
@@ -105,16 +105,20 @@ class Case:
     op: str
     shape: Shape
     B: int
-    iterations: int = 3
+    iterations: int = 0
     precision: str = "fp32"
     name: str = ""
     chosen: Mapping[str, Any] = field(default_factory=dict, hash=False)
     optional: tuple[str, ...] = ()
     more: Mapping[str, int] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        usual = self.operator.defaults.get("iterations", 0)
+        object.__setattr__(self, "iterations", self.iterations or usual)
+
     def __str__(self) -> str:
         words = [self.op, self.name, f"{self.shape}", f"B={self.B}"]
-        words += [f"r={self.iterations}"] if "iterations" in self.options else []
+        words += [f"r={self.iterations}"] if self.iterations else []
         words += [self.precision, *(f"with {name}" for name in self.optional)]
         words += [f"{name}={value}" for name, value in self.chosen.items()]
         return " ".join(word for word in words if word)
@@ -136,6 +140,11 @@ class Case:
         if "iterations" in options:
             options["iterations"] = self.iterations
         return {**options, **self.chosen}
+
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether two forms may differ in low precision by more than the 2x rule allows."""
+        return bool(self.operator.sensitive_names(self.sizes, self.options))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ def check_cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
     def case(op: str, name: str, **more: Any) -> Case:
         B = min(batch_size(name, device, quick), 32)
-        return Case(op, SHAPES[name], B, name=name, **more)
+        case = Case(op, SHAPES[name], B, name=name, **more)
+        # Where luck would decide in a lower precision.
+        return replace(case, precision="fp64") if case.is_sensitive else case
 
     yield from (case(op, name) for op in operator_names() for name in names)
     for precision in ("bf16", "fp16", "fp64"):
@@ -74,10 +76,11 @@ def check_cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for op in operator_names():
         operator = testing.OPERATORS[op]
         for option, values in operator.options.items():
-            if option == "iterations":
-                yield from (case(op, names[0], iterations=r) for r in (1, 2, 5))
-            else:
-                yield from (case(op, names[0], chosen={option: value}) for value in values[1:])
+            for value in values[1:]:
+                if option == "iterations":
+                    yield case(op, names[0], iterations=value)
+                else:
+                    yield case(op, names[0], chosen={option: value})
         yield from (case(op, names[0], optional=(name,)) for name in operator.optional)
 
 

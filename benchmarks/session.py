@@ -53,7 +53,7 @@ def timed(timing: Timing) -> Row:
 
 def axes(case: Case) -> Row:
     """Return the sizes of a case by name."""
-    iterations = {"iterations": case.iterations} if "iterations" in case.options else {}
+    iterations = {"iterations": case.iterations} if case.iterations else {}
     return {
         "op": case.op,
         **case.shape._asdict(),

@@ -54,6 +54,18 @@ def test_the_name_of_a_case_tells_everything_about_it():
     assert case.arguments(CPU).keys() == {"u_hat", "prior"}
 
 
+def test_every_option_is_checked_where_precision_decides():
+    cases = list(operators.check_cases(CPU, quick=True))
+    for op in operator_names():
+        options = testing.OPERATORS[op].options
+        checked = [case.options for case in cases if case.op == op]
+        for name, values in options.items():
+            assert {*values} <= {options[name] for options in checked}, (op, name)
+    # Three iterations of EM magnify roundings.
+    precisions = {(case.iterations, case.precision) for case in cases if case.op == "em_routing"}
+    assert precisions >= {(2, "fp32"), (2, "bf16"), (3, "fp64")} and (3, "fp32") not in precisions
+
+
 # The two largest have shorter input poses, which do not change the size of û.
 SCALED = {**SHAPES, "classes1000": Shape(1152, 2, 1000, 16), "large": Shape(4608, 2, 32, 16)}
 

@@ -161,10 +161,11 @@ def _decidable(operator: Operator, case: Case) -> Case:
     if case.dtype == torch.float64:
         return case
     options, sizes = dict(case.options), dict(case.sizes)
-    for name, values in operator.sensitive.items():
-        if name in sizes and sizes[name] in values:
+    for name in operator.sensitive_names(sizes, options):
+        if name in sizes:
             sizes[name] = operator.small_sizes[name]
-        if name in options and options[name] in values:
+        else:
+            values = operator.sensitive[name]
             options[name] = next(v for v in operator.options[name] if v not in values)
     return replace(case, sizes=sizes, options=options)
 

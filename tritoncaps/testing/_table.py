@@ -96,6 +96,11 @@ class Operator:
         """A small size for each axis."""
         return {**SIZES, **self.own_sizes}
 
+    def sensitive_names(self, sizes: Mapping[str, int], options: Mapping[str, Any]) -> list[str]:
+        """The axes and options of a call whose values are listed as `sensitive`."""
+        given = {**sizes, **options}
+        return [name for name, values in self.sensitive.items() if given.get(name) in values]
+
     def output_names(self, options: Mapping[str, Any]) -> list[str]:
         """The names of what a call with these options returns."""
         names = ((name.removesuffix("?"), name.endswith("?")) for name in self.outputs)
@@ -299,7 +304,6 @@ _ROWS = (
         options={
             **_EM_OPTIONS,
             "iterations": (2, 1),
-            "temperature": (0.5, None),
             "stride": (1, 2),
             "padding": (0, 1),
             "competition": ("children", "position"),

@@ -25,16 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from engine import checkpoint, pictures
 from engine.distributed import join
-from engine.flags import Machine, Output, Recipe, as_dict, flag, parse
+from engine.flags import COUNT, Machine, Output, Recipe, as_dict, flag, parse
 from engine.resume import find_start, merge_flags
 from engine.run_directory import LAST, finish, latest, locked, new_directory, tensorboard_writer
 from engine.runner import Runner, count_parameters, run_program
 from engine.runtime import require
 from engine.tables import counted
 from engine.trained import check_images
-from engine.training import Evaluation
+from engine.training import Evaluation, Trainer
+from tritoncaps.data import Batches, crops
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Run:
         None, "continue a run; auto: the newest one of this --model", metavar="PATH|auto"
     )
     eval_only: bool = flag(False, "test the model of --resume")
+    test_crops: int = flag(
+        1,
+        "with --crop: also test the average of N×N windows, up to --max-shift from the middle",
+        **COUNT,
+    )
     tensorboard: bool = flag(False, "log to TensorBoard as well")
 
 
@@ -81,6 +90,8 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         recipe = runner.recipe
         if start is not None:
             check_images(start.directory, start.config, runner.dataset)
+        if run.test_crops > 1 and not recipe.crop:
+            raise ValueError(f"--test-crops {run.test_crops} needs --crop, the side of a window")
         job = runner.classification(recipe)
 
         # -- the run directory, and what is about to happen
@@ -102,7 +113,7 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         if run.eval_only:
             assert start is not None
             trainer.load_weights(start.weights)
-            report(f"test of epoch {start.epoch}", trainer.evaluate(job.test))
+            test(f"test of epoch {start.epoch}", runner, trainer, run.test_crops)
             return 0
 
         # -- training
@@ -124,11 +135,11 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
             return 130
 
         # -- the test set: the final model, and the one that the validation set chose
-        report("final model", trainer.evaluate(job.test))
+        test("final model", runner, trainer, run.test_crops)
         weights, header = world.from_main(lambda: latest(checkpoint.load_latest_weights(directory)))
         trainer.load_weights(weights)
-        evaluation = trainer.evaluate(job.test)
-        report(f"best model (epoch {header['epoch']}, by validation)", evaluation)
+        best = f"best model (epoch {header['epoch']}, by validation)"
+        evaluation = test(best, runner, trainer, run.test_crops)
 
         # -- pictures
         if world.is_main:
@@ -142,14 +153,42 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
     return 0
 
 
-def report(what: str, evaluation: Evaluation) -> None:
+def test(what: str, runner: Runner, trainer: Trainer, count: int) -> Evaluation:
+    """Test a model, print its accuracy and how many images were wrong."""
+    evaluation = trainer.evaluate(runner.test_images)
+    report(what, evaluation.predictions, runner)
+    if count > 1:
+        predictions = averaged(runner, trainer, count)
+        report(f"{what}, average of {count}x{count} crops", predictions, runner)
+    return evaluation
+
+
+@torch.inference_mode()
+def averaged(runner: Runner, trainer: Trainer, count: int) -> Tensor:
+    """Predict the class of each test image from count × count windows of it.
+
+    What is averaged are the activations, or the softmax of the logits, which do not saturate. Each
+    process does all of it.
+    """
+    side, reach = runner.recipe.crop, runner.recipe.max_shift
+    whole = runner.whole_test_images.to(runner.runtime.device)
+    predictions = []
+    for images, _ in Batches(whole, trainer.test_batch_size, seed=0, shuffle=False).epoch(0):
+        outputs = [trainer.predict(window) for window in crops(images, side, count, reach)]
+        scores = [
+            output.activations if output.logits is None else output.logits.softmax(dim=1)
+            for output in outputs
+        ]
+        predictions.append(torch.stack(scores).sum(dim=0).argmax(dim=1).cpu())
+    return torch.cat(predictions)
+
+
+def report(what: str, predictions: Tensor, runner: Runner) -> None:
     """Print the test accuracy, and how many images were wrong."""
-    count = len(evaluation.predictions)
-    wrong = round((1 - evaluation.accuracy) * count)
-    print(
-        f"{what}: test accuracy {100 * evaluation.accuracy:.2f} % ({wrong} of {count:,} wrong)",
-        flush=True,
-    )
+    count = len(predictions)
+    wrong = int((predictions != runner.test_images.labels.cpu()).sum())
+    accuracy = 100 * (count - wrong) / count
+    print(f"{what}: test accuracy {accuracy:.2f} % ({wrong} of {count:,} wrong)", flush=True)
 
 
 if __name__ == "__main__":

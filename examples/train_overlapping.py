@@ -60,8 +60,8 @@ class Pairs:
 def main(argv: list[str] | None = None) -> int:
     """Train and test; returns the exit status of the program."""
     # Overlays move the originals their own way, and the loss is always that of `TwoClasses`.
-    left_out = (*VARIED, "max_shift", "rotation", "scaling", "loss")
-    options = {"epochs": 30, "max_shift": 0}
+    left_out = (*VARIED, "max_shift", "crop", "rotation", "scaling", "loss")
+    options = {"epochs": 30, "max_shift": 0, "crop": 0}
     groups = (Pairs, Recipe)
     return run_experiment(
         "train_overlapping", __doc__, tell, argv, *groups, leave_out=left_out, **options

@@ -3,7 +3,7 @@
     python examples/viewpoints.py --dry-run                              # try it, in seconds
     python examples/viewpoints.py --epochs 10                            # rendered solids, on a CPU
     python examples/viewpoints.py --view elevation --epochs 10
-    python examples/viewpoints.py --dataset smallnorb --max-shift 8 --epochs 50 --seeds 3
+    python examples/viewpoints.py --dataset smallnorb --epochs 50 --seeds 3
 
 The experiment of Hinton, Sabour, Frosst: Matrix Capsules with EM Routing (2018). The networks are
 trained on a third of the azimuths, or on the three lowest elevations. They are tested on other
@@ -12,8 +12,8 @@ better on both. So networks are compared where they are equal on the familiar on
 epoch whose familiar accuracy is nearest to the best one of the weakest network. The novel images
 choose nothing.
 
-It uses smallNORB if its files are below --data-dir, and otherwise solids that it renders. Images
-are cut to 32×32. The tables of a run call the familiar test images "validation" and the novel ones
+It uses smallNORB, cut to 32×32, if its files are below --data-dir, and otherwise solids that it
+renders. The tables of a run call the familiar test images "validation" and the novel ones
 "test". Repeat the command to continue where it was stopped. Beside the runs are runs.csv and
 runs.json (a row per run), matched.csv and matched.json (the comparison), views.csv and views.json
 (accuracy by viewpoint), viewpoints.png and images.png.
@@ -26,21 +26,18 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine import figures
 from engine.baseline import CNN, TITLES, like, list_networks
 from engine.figures import Panel
-from engine.flags import COUNT, Machine, Output, Recipe, flag, models_flag, seeds_flag
+from engine.flags import Machine, Output, Recipe, flag, models_flag, seeds_flag
 from engine.runner import Experiment, Job, run_experiment
 from engine.tables import averages, grouped, mean_and_spread, percent
 from engine.training import Evaluation
-from tritoncaps.data import ViewSet
+from tritoncaps.data import ViewSet, familiar_and_novel
 from tritoncaps.data.load import has_files
-
-# The familiar viewpoints of the paper, in degrees.
-FAMILIAR = {"azimuth": (300, 320, 340, 0, 20, 40), "elevation": (30, 35, 40)}
+from tritoncaps.data.views import FAMILIAR
 
 # The data sets that know their viewpoints.
 DATASETS = ("smallnorb", "rendered-solids")
@@ -74,7 +71,6 @@ class Views:
         type=int,
         metavar="DEGREES",
     )
-    crop: int = flag(32, "cut this many pixels a side out of the middle", **COUNT)
     seeds: int = seeds_flag()
 
 
@@ -106,18 +102,13 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
     train, test = experiment.train_images, experiment.test_images
     assert isinstance(train, ViewSet) and isinstance(test, ViewSet)
     familiar = list(views.familiar or FAMILIAR[views.view])
-    height, width = train.images.shape[2:]
-    if views.crop > min(height, width):
-        raise ValueError(
-            f"--crop {views.crop}: the images are {height}x{width}; give at most "
-            f"{min(height, width)}"
-        )
-    seen, _ = by_view(train, views.view, familiar)
-    known, novel = (middle(part, views.crop) for part in by_view(test, views.view, familiar))
+    try:
+        seen, _ = familiar_and_novel(train, views.view, familiar)
+        known, novel = familiar_and_novel(test, views.view, familiar)
+    except ValueError as refused:
+        raise ValueError(f"--familiar {' '.join(map(str, familiar))}: {refused}") from refused
     given = experiment.recipe.model_kwargs
-    experiment.open(
-        views.view, view=views.view, familiar=familiar, crop=views.crop, model_kwargs=given
-    )
+    experiment.open(views.view, view=views.view, familiar=familiar, model_kwargs=given)
     print(f"views       {len(known):,} test images familiar, {len(novel):,} novel")
 
     def measure(split: str, found: Evaluation) -> dict[str, float]:
@@ -127,11 +118,11 @@ def tell(views: Views, recipe: ViewRecipe, machine: Machine, output: Output) -> 
         return {str(angle): right[angles == angle].mean().item() for angle in distinct(angles)}
 
     def make_job(recipe: Recipe) -> Job:
-        job = experiment.classification(recipe, seen, crop=views.crop)
+        job = experiment.classification(recipe, seen)
         return replace(job, validation=known, test=novel, more_columns=measure)
 
     # Seed by seed, so that a comparison that is stopped early has all networks.
-    kwargs = sized(views.models, experiment, views.crop)
+    kwargs = sized(views.models, experiment)
     recipes = {
         f"{model}-seed{seed}": replace(
             experiment.recipe, model=model, seed=seed, model_kwargs=kwargs[model]
@@ -171,34 +162,14 @@ def distinct(angles: Tensor) -> list[int]:
     return found
 
 
-def by_view(images: ViewSet, view: str, familiar: Sequence[int]) -> tuple[ViewSet, ViewSet]:
-    """Divide a set into the familiar viewpoints and all others."""
-    angles = images.view(view)
-    is_familiar = torch.isin(angles, torch.tensor(familiar, device=angles.device))
-    parts = images.subset(is_familiar), images.subset(~is_familiar)
-    if not all(map(len, parts)):
-        raise ValueError(
-            f"--familiar {' '.join(map(str, familiar))} is {len(parts[0]):,} of {len(images):,} "
-            f"images, but it must be some and not all. The {view}s are "
-            f"{', '.join(map(str, distinct(angles)))}"
-        )
-    return parts
-
-
-def middle(images: ViewSet, side: int) -> ViewSet:
-    """Cut a square out of the middle of each image."""
-    top, left = ((length - side) // 2 for length in images.images.shape[2:])
-    window = images.images[:, :, top : top + side, left : left + side]
-    return replace(images, images=window.contiguous())
-
-
-def sized(models: Sequence[str], experiment: Experiment, side: int) -> dict[str, dict[str, Any]]:
+def sized(models: Sequence[str], experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Return the arguments of each network: the CNN gets the size of the first other one."""
     given = experiment.recipe.model_kwargs
+    channels, height, width = experiment.test_images.images.shape[1:]
     from_data = {
         "num_classes": len(experiment.dataset.class_names),
-        "in_channels": experiment.train_images.images.shape[1],
-        "image_size": (side, side),
+        "in_channels": channels,
+        "image_size": (height, width),
     }
     others = [model for model in models if model != CNN]
     cnn = like(others[0], from_data, given) if others else {}

@@ -7,10 +7,11 @@ five classes) it has 68,754 parameters, and the large one 317,194.
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritoncaps import ops
-from tritoncaps._checks import check_choice, check_size, shown
+from tritoncaps._checks import check_choice, check_flag, check_size, shown
 from tritoncaps._tracing import concrete
 from tritoncaps.layers import ClassMatrixCapsules, ConvMatrixCapsules, PrimaryMatrixCapsules
 from tritoncaps.layers._convolution import ReluConv2d
@@ -37,6 +38,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         size: "small" or "big", the two networks of the paper.
         channels: maps of the convolution, and types of the primary and both convolutional
             capsules, (A, B, C, D), in place of `size`.
+        whiten: subtract the mean of each image and divide by its standard deviation first, over all
+            its channels. The paper does this for smallNORB.
         competition: of the convolutional routings.
         scale, temperature, min_variance, identity, noise, beta_u, beta_a, gradient: of all
             routings. See `tritoncaps.layers.ConvMatrixCapsules`.
@@ -66,6 +69,7 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         iterations: int = 2,
         size: Literal["small", "big"] = "small",
         channels: tuple[int, int, int, int] | None = None,
+        whiten: bool = False,
         competition: ops.Competition = "children",
         scale: Scale = "mean",
         temperature: float | Sequence[float] | None = None,
@@ -112,6 +116,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
             if option not in (*shared, "coordinates"):
                 known = ", ".join([*shared, "coordinates"])
                 raise ValueError(f"{name}: class_options has {option!r}, but takes only {known}")
+        check_flag(name, "whiten", whiten)
+        self.whiten = whiten
         self.features = nn.Sequential(
             ReluConv2d(in_channels, maps, kernel_size=5, stride=2), nn.ReLU()
         )
@@ -148,6 +154,8 @@ class MatrixCapsNet(PretrainedMixin, nn.Module):
         iterations = concrete("iterations", iterations, None)
         return_coupling = concrete("return_coupling", return_coupling, False)
         check_images(type(self).__name__, images, self.image_shape, self.features[0])
+        if self.whiten:
+            images = F.layer_norm(images, self.image_shape)
         grid = self.primary(self.features(images))
         couplings = []
         for layer in self.capsules:

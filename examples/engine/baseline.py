@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritoncaps.models import CapsuleOutput, create_model, list_models
@@ -42,6 +43,7 @@ class ConvNet(nn.Module):
         image_size: (height, width), each at least 14.
         channels: feature maps of the three convolutions.
         hidden: widths of the two fully connected layers.
+        whiten: subtract the mean of each image and divide by its standard deviation first.
 
     Example:
         >>> import torch
@@ -60,8 +62,10 @@ class ConvNet(nn.Module):
         *,
         channels: tuple[int, int, int] = (256, 256, 128),
         hidden: tuple[int, int] = (684, 192),
+        whiten: bool = False,
     ) -> None:
         super().__init__()
+        self.whiten = whiten
         # Three 5×5 kernels take 12 pixels, and the pooling halves the rest.
         rows, columns = ((side - 12) // 2 for side in image_size)
         if min(rows, columns) < 1:
@@ -90,6 +94,8 @@ class ConvNet(nn.Module):
 
         The scores are also the poses, of one dimension. The target is not used.
         """
+        if self.whiten:
+            images = F.layer_norm(images, images.shape[1:])
         scores = self.classifier(self.features(images)).float()
         return CapsuleOutput(scores.softmax(dim=1), scores.unsqueeze(2), None, scores)
 
@@ -107,10 +113,10 @@ def create_network(name: str, **kwargs: Any) -> nn.Module:
 def like(
     name: str, from_data: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the widths of the CNN that has about as many parameters as a capsule network.
+    """Return the arguments of the CNN that has about as many parameters as a capsule network.
 
     `from_data` are arguments of both, and `kwargs` others of the network. A decoder does not count.
-    All widths of the CNN shrink or grow alike.
+    All widths of the CNN shrink or grow alike. If the network whitens images, so does the CNN.
 
     Example:
         >>> like("efficient_capsnet", {"num_classes": 10})
@@ -132,7 +138,8 @@ def like(
             return _count(ConvNet(**from_data, **widths(step)))
 
     larger = bisect.bisect_left(range(1, 2048), wanted, key=size) + 1
-    return widths(min(larger, larger - 1 or 1, key=lambda step: abs(size(step) - wanted)))
+    found = widths(min(larger, larger - 1 or 1, key=lambda step: abs(size(step) - wanted)))
+    return found | {name: value for name, value in (kwargs or {}).items() if name == "whiten"}
 
 
 def _count(module: nn.Module) -> int:

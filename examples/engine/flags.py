@@ -19,7 +19,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from tritoncaps.data import list_datasets
+from tritoncaps.data import Dataset, list_datasets
+from tritoncaps.data.registry import REGISTRY
 from tritoncaps.models import list_models
 
 
@@ -108,29 +109,28 @@ STEPS: dict[str, Any] = {"type": positive, "metavar": "STEPS"}
 
 
 # The defaults that depend on the data set: those of MNIST and the like, and what is different for
-# scikit-learn's digits. A few images need more steps to draw what they show, and these are centred.
+# others. A few images, as scikit-learn's digits, need more steps to draw what they show.
 _DEFAULTS = {
-    "batch_size": 128, "max_shift": 2, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
+    "batch_size": 128, "decoder_lr_factor": 1.0, "reconstruction_weight": 0.0005,
+    "max_shift": Dataset.max_shift, "crop": Dataset.crop,
 }  # fmt: skip
+_FEW = {"batch_size": 32, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02}
 _OF_DATASET: dict[str, dict[str, Any]] = {
-    "digits": {
-        "batch_size": 32, "max_shift": 0, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
-    },
-    # The test images are anywhere on the 40×40 pixels.
-    "affnist": {"max_shift": 6},
-    "affine-mnist": {"max_shift": 6},
-    "affine-digits": {
-        "batch_size": 32, "max_shift": 6, "decoder_lr_factor": 3.0, "reconstruction_weight": 0.02,
-    },
-}  # fmt: skip
+    name: {"max_shift": entry.max_shift, "crop": entry.crop} for name, entry in REGISTRY.items()
+}
+_OF_DATASET["digits"] |= _FEW
+_OF_DATASET["affine-digits"] |= _FEW
 
 
 def _default(name: str) -> str:
     """Name the defaults of a flag, for its help."""
-    others = (
-        f", on {data} {values[name]}" for data, values in _OF_DATASET.items() if name in values
-    )
-    return f"(default: {_DEFAULTS[name]}{''.join(others)})"
+    usual = _DEFAULTS[name]
+    where: dict[Any, list[str]] = {}
+    for data, values in _OF_DATASET.items():
+        if values.get(name, usual) != usual:
+            where.setdefault(values[name], []).append(data)
+    others = (f"; on {', '.join(names)} {value}" for value, names in where.items())
+    return f"(default: {usual}{''.join(others)})"
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,13 @@ class Recipe:
     max_shift: int = flag(
         None,
         f"shift each training image by up to this much {_default('max_shift')}",
+        type=int,
+        metavar="PIXELS",
+    )
+    crop: int = flag(
+        None,
+        "test on windows with this side from the middle of the images, and train on windows up to "
+        f"--max-shift from there; 0: whole images {_default('crop')}",
         type=int,
         metavar="PIXELS",
     )
@@ -280,6 +287,7 @@ class Output:
 NO_TRAINING = frozenset(entry.name for entry in fields(Recipe)) - {
     "dataset",
     "image_size",
+    "crop",
     "limit_test",
 }
 
@@ -371,7 +379,7 @@ def check_numbers(recipe: Recipe) -> None:
             lambda x: 0 <= x < math.inf,
             ("decoder_lr_factor", "reconstruction_weight", "weight_decay", "rotation", "scaling"),
         ),
-        ">= 0": (lambda x: x >= 0, ("max_shift", "warmup_steps")),
+        ">= 0": (lambda x: x >= 0, ("max_shift", "crop", "warmup_steps")),
         "in -2**63 .. 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("seed",)),
     }
     for limit, (is_allowed, names) in limits.items():

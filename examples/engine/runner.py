@@ -49,6 +49,7 @@ from tritoncaps.data import (
     Dataset,
     DatasetError,
     ImageSet,
+    centre_crop,
     load_dataset,
     split_validation,
     stratified_subset,
@@ -175,6 +176,11 @@ class Runner:
                 f"--max-shift {recipe.max_shift} must be less than the side of the images, "
                 f"{height}x{width}"
             )
+        if recipe.crop > min(height, width):
+            raise ValueError(
+                f"--crop {recipe.crop}: the images are {height}x{width}; give at most "
+                f"{min(height, width)}"
+            )
         if recipe.batch_size < world.size:
             raise ValueError(
                 f"--batch-size {recipe.batch_size}: {world.size} processes need an image each"
@@ -185,7 +191,9 @@ class Runner:
         if dataset.name == "folder":
             # Another run of this recipe must not choose another size.
             self.recipe = replace(self.recipe, image_size=[height, width])
-        self.dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
+        dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
+        self.whole_test_images = dataset.test
+        self.dataset = replace(dataset, test=centre_crop(dataset.test, recipe.crop))
         self.train_images = self.dataset.train.to(self.runtime.device)
         self.test_images = self.dataset.test.to(self.runtime.device)
 
@@ -200,14 +208,16 @@ class Runner:
     def split(self, recipe: Recipe) -> tuple[ImageSet, ImageSet | None]:
         """Return the images to train on and those to choose the best epoch by."""
         if self.dataset.validation is not None:
-            return self.train_images, self.dataset.validation.to(self.runtime.device)
+            validation = centre_crop(self.dataset.validation, recipe.crop)
+            return self.train_images, validation.to(self.runtime.device)
         fraction, count = recipe.validation_fraction, len(self.train_images)
         if not math.isfinite(fraction) or not 0 < round(fraction * count) < count:
             raise ValueError(
                 f"--validation-fraction {fraction} holds out {fraction * count:.0f} of {count:,} "
                 "images, but both parts need at least one"
             )
-        return split_validation(self.train_images, fraction, recipe.seed)
+        train, held_out = split_validation(self.train_images, fraction, recipe.seed)
+        return train, centre_crop(held_out, recipe.crop)
 
     def build(self, recipe: Recipe, image_shape: Sequence[int]) -> tuple[nn.Module, dict[str, Any]]:
         """Build a network from its seed, for images (C, H, W); returns it and its description.
@@ -250,13 +260,9 @@ class Runner:
         recipe: Recipe,
         images: ImageSet | None = None,
         *,
-        crop: int | None = None,
         curve: bool = True,
     ) -> Job:
-        """Return the job of classifying: `images`, or all that are not held out.
-
-        With `crop` it trains on windows of this size, see `Batches`.
-        """
+        """Return the job of classifying: `images`, or all that are not held out."""
         validation = None
         if images is None:
             images, validation = self.split(recipe)
@@ -267,10 +273,9 @@ class Runner:
             max_shift=recipe.max_shift,
             rotation=recipe.rotation,
             scaling=recipe.scaling,
-            crop=crop,
+            crop=recipe.crop or None,
         )
-        channels, height, width = images.images.shape[1:]
-        model, config = self.build(recipe, (channels, crop or height, crop or width))
+        model, config = self.build(recipe, self.test_images.images.shape[1:])
         task = _task(recipe, len(batches))
         return Job(model, config, task, batches, validation, self.test_images, curve)
 

@@ -99,7 +99,7 @@ def check_images(run: Path, config: Mapping[str, Any], dataset: Dataset) -> None
             f"{_shortened(names)}: give a folder with the same subfolders"
         )
     kwargs = config.get("model_kwargs", {})
-    channels, *size = dataset.train.images.shape[1:]
+    channels, *size = dataset.test.images.shape[1:]
     if (known_channels := kwargs.get("in_channels", channels)) != channels:
         found, remedy = "RGB", "convert them to grey"
         if channels == 1:
@@ -112,7 +112,11 @@ def check_images(run: Path, config: Mapping[str, Any], dataset: Dataset) -> None
     known_size = [known_size] * 2 if isinstance(known_size, int) else list(known_size)
     if known_size != size:
         height, width = known_size
-        remedy = f": give --image-size {height} {width}" if dataset.name == "folder" else ""
+        remedy = ""
+        if dataset.name == "folder":
+            remedy = f": give --image-size {height} {width}"
+        elif height == width < min(dataset.train.images.shape[2:]):
+            remedy = f": give --crop {height}"
         raise ValueError(
             f"{run} was trained on images of {height}x{width} pixels, not {size[0]}x{size[1]}"
             f"{remedy}"

@@ -10,6 +10,7 @@ from image_sets import assert_same_set, few_solids, taken
 from tritoncaps.data import (
     View,
     ViewSet,
+    familiar_and_novel,
     load_dataset,
     registry,
     rendered_solids,
@@ -79,6 +80,47 @@ def test_views_that_do_not_fit_are_refused(views, error, message):
 def test_a_view_that_does_not_exist_is_refused(solids):
     with pytest.raises(ValueError, match=r"ViewSet\.view: name must be .* got 'angle'"):
         solids.view("angle")
+
+
+# protocols ----------------------------------------------------------------------------------------
+
+
+def test_the_protocols_of_smallnorb():
+    # As smallNORB's: every even tens of degrees, and elevations from 30 to 70.
+    views = [View(0, elevation, azimuth, 0) for elevation in range(30, 71, 5)
+             for azimuth in range(0, 360, 20)]  # fmt: skip
+    whole = ViewSet(
+        torch.zeros(len(views), 1, 1, 1, dtype=torch.uint8),
+        torch.zeros(len(views), dtype=torch.int64),
+        torch.tensor(views),
+    )
+    familiar, novel = familiar_and_novel(whole, "azimuth")
+    assert set(familiar.view("azimuth").tolist()) == {300, 320, 340, 0, 20, 40}
+    assert set(novel.view("azimuth").tolist()) == {*range(60, 281, 20)}
+    familiar, novel = familiar_and_novel(whole, "elevation")
+    assert set(familiar.view("elevation").tolist()) == {30, 35, 40}
+    assert set(novel.view("elevation").tolist()) == {45, 50, 55, 60, 65, 70}
+    assert len(familiar) + len(novel) == len(whole)
+
+
+def test_any_field_can_be_divided(solids):
+    familiar, novel = familiar_and_novel(solids, "lighting", [1])
+    assert set(familiar.view("lighting").tolist()) == {1}
+    assert 1 not in novel.view("lighting") and len(familiar) + len(novel) == len(solids)
+
+
+@pytest.mark.parametrize(
+    ("view", "familiar", "message"),
+    [
+        ("azimuth", [10], r"familiar=\[10\] is 0 of 80 images.* one of 0, 90, 180, 330"),
+        ("elevation", [0, 40], r"familiar=\[0, 40\] is 80 of 80 images, but it must be some and"),
+        ("lighting", None, "view='lighting' has no usual protocol; give `familiar`"),
+        ("angle", [0], "name must be .* got 'angle'"),
+    ],
+)
+def test_a_protocol_that_leaves_nothing_is_refused(solids, view, familiar, message):
+    with pytest.raises(ValueError, match=message):
+        familiar_and_novel(solids, view, familiar)
 
 
 # rendered solids ----------------------------------------------------------------------------------

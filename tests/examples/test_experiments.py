@@ -579,7 +579,7 @@ class TestViewpoints:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (("--familiar", "10"), "--familiar 10 is 0 of 60 images, but it must be some and not"),
+            (("--familiar", "10"), "--familiar 10: familiar_and_novel: familiar=[10] is 0 of 60"),
             (("--familiar", "0", "100", "200"), "is 60 of 60 images"),
             (("--crop=29",), "--crop 29: the images are 28x28; give at most 28"),
         ],

@@ -150,6 +150,8 @@ class TestRecipe:
         assert (mnist.epochs, mnist.batch_size, mnist.reconstruction_weight) == (30, 128, 0.0005)
         assert (digits.epochs, digits.batch_size) == (15, 32)
         assert mnist.max_shift == digits.max_shift == 1 and digits.dataset == "digits"
+        norb, folder = Recipe().on("smallnorb", 30), Recipe(crop=0).on("folder", 30)
+        assert (norb.max_shift, norb.crop) == (8, 32) and (folder.max_shift, folder.crop) == (2, 0)
 
     def test_no_two_groups_share_a_name(self):
         groups = (train_mnist.Run, Recipe, Machine, Output)
@@ -158,7 +160,7 @@ class TestRecipe:
 
     def test_a_program_that_only_tests_needs_the_images(self):
         needed = {entry.name for entry in fields(Recipe)} - NO_TRAINING
-        assert needed == {"dataset", "image_size", "limit_test"}
+        assert needed == {"dataset", "image_size", "crop", "limit_test"}
 
 
 def test_the_help_of_train_mnist_names_every_flag(capsys):

@@ -34,12 +34,14 @@ from example_runs import (
     summary,
 )
 
+import reconstruct
 import train_mnist
-from engine import baseline, checkpoint, pictures, run_directory, runner, training
+from engine import baseline, checkpoint, pictures, run_directory, runner, trained, training
 from engine.distributed import World
 from engine.flags import Machine, Output, Recipe
 from engine.runtime import Runtime
 from tritoncaps import models
+from tritoncaps.data import to_float
 from tritoncaps.layers import ReconstructionDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,12 +229,13 @@ class TestRun:
             lambda self, *args, **options: trainers.append(self) or inner(self, *args, **options),
         )
         flags = (
-            "--seed=7", "--max-shift=1", "--rotation=4", "--reconstruction-weight=0.25",
+            "--seed=7", "--max-shift=1", "--crop=26", "--rotation=4",
+            "--reconstruction-weight=0.25",
             "--epochs=1", "--weight-decay=0.1", "--decoder-lr-factor=2",
         )  # fmt: skip
         assert run(*NEW, *flags, "--output-dir=run") == 0
         ((_, batch_size), options) = made.call_args
-        expected = {"seed": 7, "max_shift": 1, "rotation": 4.0, "scaling": 0.0, "crop": None}
+        expected = {"seed": 7, "max_shift": 1, "rotation": 4.0, "scaling": 0.0, "crop": 26}
         assert (batch_size, options) == (32, expected)
         (trainer,) = trainers
         assert trainer.schedule == training.Schedule(0.003, 0.9, 2)
@@ -313,7 +316,7 @@ CHANGES = {
     "lr": "0.001", "gamma": "0.5", "warmup_steps": "3", "max_shift": "1", "seed": "2",
     "validation_fraction": "0.2", "reconstruction_weight": "0.1", "weight_decay": "0.1",
     "decoder_lr_factor": "2.0", "rotation": "5.0", "scaling": "0.1", "one_cycle": None,
-    "loss": "spread",
+    "loss": "spread", "crop": "24",
 }  # fmt: skip
 
 
@@ -669,6 +672,35 @@ class TestEvalOnly:
             assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
+@pytest.mark.usefixtures("small")
+class TestCrops:
+    def test_the_final_test_averages_windows(self, tmp_path, capsys, dataset):
+        flags = ("--crop=24", "--max-shift=2", "--test-crops=2", "--epochs=1", "--output-dir=run")
+        assert run(*NEW, *flags) == 0
+        printed = capsys.readouterr().out
+        found = trained.load_trained("run", Runtime(torch.device("cpu"), "fp32"))
+        assert found.config["model_kwargs"]["image_size"] == (24, 24)
+        images, labels = to_float(dataset.test.images), dataset.test.labels
+        corners = [images[:, :, r : r + 24, c : c + 24] for r in (0, 4) for c in (0, 4)]
+        middle = images[:, :, 2:26, 2:26]
+        for what, windows in ((":", [middle]), (", average of 2x2 crops:", corners)):
+            activations = sum(found.model(window).activations for window in windows)
+            wrong = int((activations.argmax(dim=1) != labels).sum())
+            line = f"best model (epoch 1, by validation){what} test accuracy"
+            (line,) = [each for each in printed.splitlines() if each.startswith(line)]
+            assert f"({wrong} of {len(labels)} wrong)" in line
+            # The run knows its windows.
+            assert run("--eval-only", "--resume=run") == 0
+            test = line.replace("best model (epoch 1, by validation)", "test of epoch 1")
+            assert test in capsys.readouterr().out
+
+    def test_a_run_on_windows_is_not_tested_on_whole_images(self, tmp_path, capsys):
+        assert run(*NEW, "--crop=24", "--epochs=1", "--output-dir=run") == 0
+        assert reconstruct.main(["run", "--device=cpu"]) == 2
+        expected = "images of 24x24 pixels, not 28x28: give --crop 24"
+        assert expected in capsys.readouterr().err
+
+
 class TestDryRun:
     def test_it_tries_everything_and_keeps_nothing(self, tmp_path, monkeypatch, dataset, capsys):
         make_small(monkeypatch.setattr, dataset, draws=True)
@@ -753,6 +785,9 @@ class TestWrongFlags:
             ("--validation-fraction=-0.5", "-0.5 holds out -45 of 90 images"),
             ("--max-shift=-1", "--max-shift -1 must be >= 0"),
             ("--max-shift=28", "--max-shift 28 must be less than the side of the images, 28x28"),
+            ("--crop=-1", "--crop -1 must be >= 0"),
+            ("--crop=29", "--crop 29: the images are 28x28; give at most 28"),
+            ("--test-crops=2", "--test-crops 2 needs --crop, the side of a window"),
             ("--lr=-1", "--lr -1.0 must be > 0 and finite"),
             ("--lr=nan", "--lr nan must be > 0 and finite"),
             ("--weight-decay=-1", "--weight-decay -1.0 must be >= 0 and finite"),

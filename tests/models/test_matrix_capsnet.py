@@ -138,6 +138,23 @@ def test_weights_of_a_model_made_on_meta_are_drawn_module_by_module():
     assert model(torch.rand(1, 1, 28, 28)).logits.isfinite().all()
 
 
+def test_whitening_makes_brightness_and_contrast_irrelevant(small_model):
+    options = {"in_channels": 2, "image_size": 17}
+    model = small_model("matrix_capsnet", whiten=True, **options).double().eval()
+    plain = small_model("matrix_capsnet", **options).double().eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.rand(3, 2, 17, 17, dtype=torch.float64)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    variance = (images - mean).square().mean(dim=(1, 2, 3), keepdim=True)
+    expected = plain((images - mean) / (variance + 1e-5).sqrt()).logits
+    torch.testing.assert_close(model(images).logits, expected)
+    factor = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)[:, None, None, None]
+    changed = model(factor * images - 0.2).logits
+    # The term beside the variance, 1/12, is not scaled.
+    torch.testing.assert_close(changed, expected, rtol=1e-3, atol=1e-2)
+    assert model(torch.full((1, 2, 17, 17), 0.5).double()).logits.isfinite().all()
+
+
 def test_it_refuses_wrong_arguments():
     with pytest.raises(ValueError, match="both sides must be at least 17"):
         MatrixCapsNet(image_size=(17, 16))
@@ -145,6 +162,8 @@ def test_it_refuses_wrong_arguments():
         MatrixCapsNet(channels=(4, 2, 2))
     with pytest.raises(ValueError, match=r'size must be "small" or "big", got .huge'):
         MatrixCapsNet(size="huge")
+    with pytest.raises(TypeError, match="whiten must be a bool, got int"):
+        MatrixCapsNet(whiten=1)
     with pytest.raises(TypeError, match="class_options must be a dict or None, got list"):
         MatrixCapsNet(class_options=[])
     with pytest.raises(ValueError, match="class_options has 'stride', but takes only iterations"):

@@ -14,13 +14,14 @@ is imported by the one function that uses it.
 
 from tritoncaps.data.affine import affine_images
 from tritoncaps.data.batches import Batches, random_shift, to_float
+from tritoncaps.data.crops import centre_crop, crops
 from tritoncaps.data.handwriting import prepare_digit, read_digit
 from tritoncaps.data.load import list_datasets, load_dataset
 from tritoncaps.data.overlays import Originals, Overlays
 from tritoncaps.data.sets import Dataset, DatasetError, ImageSet, split_validation
 from tritoncaps.data.solids import rendered_solids
 from tritoncaps.data.subsets import stratified_subset
-from tritoncaps.data.views import View, ViewSet
+from tritoncaps.data.views import View, ViewSet, familiar_and_novel
 
 __all__ = [
     "Batches",
@@ -32,6 +33,9 @@ __all__ = [
     "View",
     "ViewSet",
     "affine_images",
+    "centre_crop",
+    "crops",
+    "familiar_and_novel",
     "list_datasets",
     "load_dataset",
     "prepare_digit",

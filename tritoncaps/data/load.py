@@ -142,7 +142,11 @@ def _data_dir(data_dir: str | Path | None) -> Path:
 def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
     entry = REGISTRY[name]
     train, test = entry.read(folder, entry.files, len(entry.class_names), verify)
-    return Dataset(name, entry.title, train, test, entry.class_names, note, entry.epochs)
+    return Dataset(
+        *(name, entry.title, train, test, entry.class_names, note, entry.epochs),
+        max_shift=entry.max_shift,
+        crop=entry.crop,
+    )
 
 
 def _read_folder(data_dir: str | Path | None, image_size: int | tuple[int, int] | None) -> Dataset:

@@ -38,6 +38,9 @@ class Entry:
         note: one line about a data set without files. For the others, a note says where the files
             were found.
         shape: channels, height and width of its images.
+        max_shift: the pixels by which a training script moves its training images by default.
+        crop: the side of the windows that a training script cuts out by default, or 0 for whole
+            images.
         source: who published it, and where.
         licence: under which terms, as far as its publisher says.
         refused: files and folders, by their name in `data_dir`, that hold the same data in a form
@@ -53,6 +56,8 @@ class Entry:
     mirrors: tuple[str, ...] = ()
     note: str = ""
     shape: tuple[int, int, int] = (1, 28, 28)
+    max_shift: int = 2
+    crop: int = 0
     source: str = ""
     licence: str = "not stated"
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -188,6 +193,7 @@ REGISTRY = {
         epochs=5,
         read=lambda *_: read_digits(),
         note="scikit-learn's 1,797 embedded 8x8 digits, enlarged to 28x28",
+        max_shift=0,  # they are centred
         source="UCI optical digits, in scikit-learn",
         licence="CC BY 4.0",
     ),
@@ -199,6 +205,8 @@ REGISTRY = {
         folder="smallnorb",
         files=_norb_files(),
         shape=(2, 48, 48),
+        max_shift=8,
+        crop=32,
         source="LeCun, Huang and Bottou 2004, https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
         licence="for research",
     ),
@@ -248,6 +256,7 @@ REGISTRY = {
         folder="cifar-10-batches-bin",
         files=_cifar_files(),
         shape=(3, 32, 32),
+        max_shift=4,
         source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, binary version",
         refused={"cifar-10-batches-py": _PICKLES, "cifar-10-python.tar.gz": _PICKLES},
     ),
@@ -275,6 +284,7 @@ REGISTRY = {
             DataFile("transformed/test_batches/1.mat", (1600, 10000)),
         ),
         shape=(1, 40, 40),
+        max_shift=6,  # the test images are anywhere
         source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, 32x",
     ),
 }
@@ -283,6 +293,7 @@ REGISTRY["affine-mnist"] = replace(
     title="Affine MNIST",
     read=read_affine_mnist,
     shape=(1, 40, 40),
+    max_shift=6,
     source=f"made here from MNIST: {_MNIST}",
 )
 REGISTRY["affine-digits"] = replace(
@@ -291,5 +302,6 @@ REGISTRY["affine-digits"] = replace(
     read=lambda *_: read_affine_digits(),
     note="scikit-learn's digits on 40x40, those of the test set under random affine maps",
     shape=(1, 40, 40),
+    max_shift=6,
     source="made here from the UCI optical digits, in scikit-learn",
 )

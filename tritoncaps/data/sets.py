@@ -92,6 +92,9 @@ class Dataset:
         note: one line that says which data set this is and why it was chosen.
         epochs: passes over `train` that a training script makes by default.
         validation: images to choose the best epoch by, or None.
+        max_shift: the pixels by which a training script moves its training images by default.
+        crop: the side of the windows that a training script cuts out by default, or 0 for whole
+            images. See `Batches`.
     """
 
     name: str
@@ -102,6 +105,8 @@ class Dataset:
     note: str
     epochs: int = 30
     validation: ImageSet | None = None
+    max_shift: int = 2
+    crop: int = 0
 
     def __repr__(self) -> str:
         """Show the sets and the number of classes, however many there are."""

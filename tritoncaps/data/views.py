@@ -1,5 +1,6 @@
 """Image sets that know the viewpoint of every image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from tritoncaps._checks import check_choice, shape_of
 from tritoncaps.data.sets import ImageSet
+
+# The familiar viewpoints of smallNORB's two protocols, in degrees (Hinton, Sabour, Frosst 2018).
+FAMILIAR = {"azimuth": (300, 320, 340, 0, 20, 40), "elevation": (30, 35, 40)}
 
 
 class View(NamedTuple):
@@ -73,3 +77,51 @@ class ViewSet(ImageSet):
         """
         check_choice("ViewSet.view", "name", name, View._fields)
         return self.views[:, View._fields.index(name)]
+
+
+def familiar_and_novel(
+    images: ViewSet, view: str, familiar: Sequence[int] | None = None
+) -> tuple[ViewSet, ViewSet]:
+    """Divide a set into the familiar viewpoints and all others, the novel ones.
+
+    smallNORB has two such protocols (Hinton, Sabour, Frosst: Matrix capsules with EM routing,
+    2018). A network is trained on the familiar part of the training set, and tested on both parts
+    of the test set.
+
+    - "azimuth": 300, 320, 340, 0, 20 and 40 degrees are familiar.
+    - "elevation": the three lowest, 30, 35 and 40 degrees, are familiar.
+
+    Args:
+        images: the set.
+        view: a field of `View`.
+        familiar: the familiar values of this field. "azimuth" and "elevation" have those above.
+
+    Returns:
+        The familiar images and the novel ones, each in the order of the set.
+
+    Raises:
+        ValueError: `View` has no such field, `familiar` is missing, or one part would be empty.
+
+    Example:
+        >>> images = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+        >>> views = torch.tensor([[0, 30, 20, 0], [0, 30, 100, 0], [0, 70, 340, 0]])
+        >>> taken = ViewSet(images, torch.tensor([1, 1, 1]), views)
+        >>> [len(part) for part in familiar_and_novel(taken, "azimuth")]
+        [2, 1]
+    """
+    angles = images.view(view)
+    if familiar is None:
+        if view not in FAMILIAR:
+            raise ValueError(
+                f"familiar_and_novel: view={view!r} has no usual protocol; give `familiar`"
+            )
+        familiar = FAMILIAR[view]
+    is_familiar = torch.isin(angles, torch.tensor(list(familiar), device=angles.device))
+    parts = images.subset(is_familiar), images.subset(~is_familiar)
+    if not all(map(len, parts)):
+        raise ValueError(
+            f"familiar_and_novel: familiar={list(familiar)} is {len(parts[0]):,} of "
+            f"{len(images):,} images, but it must be some and not all. Each {view} of the set is "
+            f"one of {', '.join(map(str, angles.unique().tolist()))}"
+        )
+    return parts

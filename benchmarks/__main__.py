@@ -1,6 +1,7 @@
 """Measure tritoncaps beside its rivals.
 
     python -m benchmarks ops                     # each operator, forward, backward and both
+    python -m benchmarks ops --only em_routing   # the cases with this word in their name
     python -m benchmarks all                     # everything, with results in benchmarks/results/
     python -m benchmarks all --quick             # check that everything runs, under two minutes
     python -m benchmarks gpu --output results    # everything on a GPU, in under eight minutes
@@ -62,12 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = choose_device("cuda" if args.command == "gpu" else args.device)
-    output = args.output or default_output(device, args.quick)
+    only = getattr(args, "only", "")
+    output = args.output or default_output(device, args.quick or bool(only))
     if args.command in ("all", "gpu"):
         return run_all(device, output, args.quick, args.threads)
     end = time.monotonic() + args.seconds
-    settings = {"quick": args.quick}
-    session = Session(device, args.quick, Report(args.command, device, settings, output), end)
+    settings = {"quick": args.quick, **({"only": only} if only else {})}
+    report = Report(args.command, device, settings, output)
+    session = Session(device, args.quick, report, end, only)
     BENCHMARKS[args.command](session)
     print(f"{args.command}: {session.report.path}")
     return 0 if session.report.is_complete else 1
@@ -94,6 +97,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--seconds", type=float, default=float("inf"), help="start nothing new after so many"
         )
+        if name == "ops":
+            command.add_argument(
+                "--only", default="", metavar="TEXT", help="cases whose name has this in it"
+            )
     commands.add_parser("all", parents=[either], help="Run all these, each in its own process.")
     commands.add_parser("gpu", parents=[measure], help="The same on a GPU, within 8 minutes.")
 
@@ -126,9 +133,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def default_output(device: torch.device, quick: bool) -> Path:
-    """Choose the folder of results. A quick run measures nothing and must not replace them."""
-    return Path(tempfile.mkdtemp(prefix="benchmarks-")) if quick else directory_of(device)
+def default_output(device: torch.device, partial: bool) -> Path:
+    """Choose the folder of results. A quick run, or one of a few cases, must not replace them."""
+    return Path(tempfile.mkdtemp(prefix="benchmarks-")) if partial else directory_of(device)
 
 
 def run_all(device: torch.device, output: Path, quick: bool, threads: int | None) -> int:

@@ -93,8 +93,10 @@ def run_ops(session: Session) -> None:
     ceilings = measure_ceilings(session.device, clock, ["fp32", "bf16"], session.quick)
     session.report.note(ceilings=asdict(ceilings))
     cases = ops_cases(session.device, session.quick)
-    calls = [(case, False) for case in cases]
-    if session.device.type == "cpu":
+    calls = [(case, False) for case in cases if session.only in str(case)]
+    if not calls:
+        raise SystemExit(f"benchmarks: no case has {session.only!r} in its name")
+    if session.device.type == "cpu" and calls[0][0] == cases[0]:
         calls.append((cases[0], True))
     for number, (case, is_loaded) in enumerate(calls):
         facts: Row = {"case": str(case), "shape": case.name, **axes(case)}

@@ -20,12 +20,14 @@ class Session:
         quick: make only a few calls of everything, to show that it works. Nothing is measured.
         report: takes the rows.
         end: the time, by `time.monotonic`, after which nothing new starts.
+        only: a text in the names of the cases to measure.
     """
 
     device: torch.device
     quick: bool
     report: Report
     end: float = math.inf
+    only: str = ""
 
     def is_over(self) -> bool:
         """Whether the time for this benchmark is used up."""

@@ -124,6 +124,19 @@ def test_check_command(tmp_path):
 
 
 @pytest.mark.usefixtures("toy")
+def test_some_cases_are_measured_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "directory_of", pytest.fail)  # would replace the results
+    status, data = run("ops", tmp_path, "--only=em_routing")
+    assert status == 0 and data["settings"] == {"quick": True, "only": "em_routing"}
+    assert {row["op"] for row in data["rows"]} == {"em_routing", "conv_em_routing"}
+    monkeypatch.setattr(command_line.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "apart"))
+    assert command_line.main(["ops", "--device=cpu", "--quick", "--only=margin"]) == 0
+    assert (tmp_path / "apart/ops.json").exists()
+    with pytest.raises(SystemExit, match="no case has 'nothing' in its name"):
+        run("ops", tmp_path, "--only=nothing")
+
+
+@pytest.mark.usefixtures("toy")
 def test_ops_command(tmp_path):
     status, data = run("ops", tmp_path)
     assert status == 0

@@ -30,13 +30,12 @@ def centre_crop(images: AnySet, side: int) -> AnySet:
     check_size("centre_crop", "side", side, smallest=0)
     if side == 0:
         return images
-    (window,) = crops(images.images, side, 1, function="centre_crop")
+    _check_fits("centre_crop", side, images.images)
+    (window,) = crops(images.images, side, 1)
     return replace(images, images=window.contiguous())
 
 
-def crops(
-    images: Tensor, side: int, count: int, reach: int | None = None, *, function: str = "crops"
-) -> Iterator[Tensor]:
+def crops(images: Tensor, side: int, count: int, reach: int | None = None) -> Iterator[Tensor]:
     """Cut count × count windows out of each image, evenly spread about the middle.
 
     A network that was trained on random windows can be tested on the average of several. With
@@ -49,7 +48,6 @@ def crops(
         count: windows along each axis.
         reach: pixels from the middle window to the outermost. The default, and the most, is as far
             as the images go.
-        function: the name in messages.
 
     Returns:
         An iterator over views of `images`, shape (B, C, side, side), row by row.
@@ -65,20 +63,24 @@ def crops(
         >>> len(windows), torch.equal(windows[4], images[:, :, 8:40, 8:40])
         (9, True)
     """
-    check_size(function, "side", side)
-    check_size(function, "count", count)
+    check_size("crops", "side", side)
+    check_size("crops", "count", count)
+    if reach is not None:
+        check_size("crops", "reach", reach, smallest=0)
+    _check_fits("crops", side, images)
+    rows, columns = (_starts(length - side, count, reach) for length in images.shape[-2:])
+    return (
+        images[..., row : row + side, column : column + side] for row in rows for column in columns
+    )
+
+
+def _check_fits(function: str, side: int, images: Tensor) -> None:
     height, width = images.shape[-2:]
     if side > min(height, width):
         raise ValueError(
             f"{function}: side={side}, but the images are {height}x{width}; give at most "
             f"{min(height, width)}"
         )
-    if reach is not None:
-        check_size(function, "reach", reach, smallest=0)
-    rows, columns = (_starts(length - side, count, reach) for length in (height, width))
-    return (
-        images[..., row : row + side, column : column + side] for row in rows for column in columns
-    )
 
 
 def _starts(margin: int, count: int, reach: int | None) -> list[int]:

@@ -1,6 +1,7 @@
 """Stacked capsule autoencoder: the released sizes, where gradients stop, and that it learns."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,14 @@ def test_it_learns_where_a_square_is(one_thread):
     error, first = ((x.reconstruction - images).square().mean() for x in (output, before))
     assert error < first / 2
     assert output.part_log_prob.mean() > before.part_log_prob.mean() + 1
+
+
+def test_the_program_of_the_page_runs():
+    page = (Path(__file__).parents[2] / "docs/scae.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(program, "scae.md", "exec"), names)
+    assert all(p.grad is not None for p in names["model"].parameters())
 
 
 def test_it_saves_and_loads_itself(small_model, tmp_path):

@@ -51,7 +51,7 @@ class Pairs:
         choices=list(MODES),
     )
     models: list[str] = models_flag(
-        PAPER, [name for name in list_models() if name not in WITH_LOGITS]
+        PAPER, [name for name in list_models(classifiers=True) if name not in WITH_LOGITS]
     )
     seeds: int = seeds_flag()
     partners: int = flag(1, "overlays of each test image in the final test", **COUNT)

@@ -25,8 +25,10 @@ from tritoncaps.models.deep_capsnet import DeepCapsNet
 from tritoncaps.models.efficient_capsnet import EfficientCapsNet
 from tritoncaps.models.inverted_capsnet import InvertedCapsNet
 from tritoncaps.models.matrix_capsnet import MatrixCapsNet
+from tritoncaps.models.scae import SCAE, SCAEOutput
 
 __all__ = [
+    "SCAE",
     "CapsNet",
     "CapsuleOutput",
     "CheckpointError",
@@ -37,6 +39,7 @@ __all__ = [
     "MatrixCapsNet",
     "PretrainedCfg",
     "PretrainedMixin",
+    "SCAEOutput",
     "create_model",
     "list_models",
     "load_model",
@@ -49,23 +52,29 @@ _MODELS: dict[str, type[nn.Module]] = {
     "efficient_capsnet": EfficientCapsNet,
     "inverted_capsnet": InvertedCapsNet,
     "matrix_capsnet": MatrixCapsNet,
+    "scae": SCAE,
 }
 
 
-def list_models(pretrained: bool = False) -> list[str]:
+# They find objects without labels, so they have no classes.
+_WITHOUT_CLASSES = {"scae"}
+
+
+def list_models(pretrained: bool = False, *, classifiers: bool = False) -> list[str]:
     """Return the names that `create_model` knows.
 
     Args:
         pretrained: return those with trained weights instead, ``model.tag``. A model's default
             comes first.
+        classifiers: leave out the networks that are trained without labels, such as "scae".
 
     Example:
         >>> list_models()  # doctest: +ELLIPSIS
-        ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', ..., 'matrix_capsnet']
+        ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', ..., 'scae']
     """
     if pretrained:
         return [cfg.name for cfg in registry()]
-    return sorted(_MODELS)
+    return sorted(_MODELS.keys() - (_WITHOUT_CLASSES if classifiers else set()))
 
 
 def create_model(name: str, pretrained: bool | str = False, **kwargs: Any) -> nn.Module:

@@ -158,6 +158,11 @@ def small_model():
             **{"channels": (4, 6), "blocks": (1, 1), "capsule_types": 2},
         },
         "matrix_capsnet": {"channels": (4, 2, 2, 3)},
+        "scae": {
+            **{"in_channels": 1, "image_size": 14, "channels": (4, 5), "strides": (2, 1)},
+            **{"parts": 3, "template_size": 5, "features": 2, "objects": 4, "attention_dim": 4},
+            **{"attention_blocks": 1, "encoding_dim": 6, "params": 3, "hidden": 5},
+        },
     }
 
     def build(name, seed=0, **arguments):

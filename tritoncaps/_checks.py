@@ -201,7 +201,7 @@ def check_number(function: str, name: str, value: object) -> None:
 def check_finite(function: str, name: str, value: Any) -> None:
     """A finite number, such as a parameter's initial value."""
     check_number(function, name, value)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{function}: {name} must be finite, got {value}")
 
 

@@ -1,4 +1,4 @@
-"""Losses as modules: the margin loss, alone and with reconstruction, and the spread loss."""
+"""Losses: margin, alone and with reconstruction; spread; that of stacked capsule autoencoders."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,12 @@ from tritoncaps import ops
 from tritoncaps._checks import (
     check_choice,
     check_floating,
+    check_inputs,
     check_margins,
     check_not_negative,
+    check_positive,
     check_size,
+    check_tensor,
     shape_of,
 )
 from tritoncaps._targets import check_class_weight
@@ -23,6 +26,9 @@ __all__ = [
     "CapsuleLoss",
     "MarginLoss",
     "SpreadLoss",
+    "StackedCapsuleLoss",
+    "entropy_sparsity",
+    "l2_sparsity",
     "linear_margin",
     "reconstruction_error",
     "sigmoid_margin",
@@ -305,3 +311,196 @@ class SpreadLoss(nn.Module):
     def extra_repr(self) -> str:
         """The arguments that build this module."""
         return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+def entropy_sparsity(mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how evenly capsules share each image, and how evenly they share the whole batch.
+
+    Both are entropies, H(p) = −Σ_j p_j log p_j: the mean of those of each image, with p the shares
+    of its mass, and that of the sums over the batch. To let a few capsules explain each image and
+    others the next, make the first small and the second large.
+
+    Args:
+        mass: how much each of J capsules has of each image, ≥ 0, shape (B, J).
+
+    Returns:
+        The entropies within an image and between images, two scalars from 0 to log J.
+
+    Raises:
+        TypeError: the mass is not a floating-point tensor.
+        ValueError: it does not have two axes, or has no image or no capsule.
+
+    Example:
+        >>> import torch
+        >>> entropy_sparsity(torch.eye(3))
+        (tensor(0.), tensor(1.0986))
+
+    Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
+    """
+    _check_mass("entropy_sparsity", mass)
+    return _entropy(mass).mean(), _entropy(mass.sum(dim=0))
+
+
+def l2_sparsity(
+    presence: Tensor, num_classes: float, *, active: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return how far presences are from what they would be if each image had one of K classes.
+
+    If J capsules are shared by K classes alike, J/K of them are present in each image, and each
+    capsule is present in B/K images of a batch:
+
+        within = mean_b (Σ_j a_bj − J/K)²,  between = mean_j (Σ_b a_bj − B/K)²
+
+    Args:
+        presence: shape (B, J), values in [0, 1].
+        num_classes: K. If two of three capsules are present on average, it is 3/2.
+        active: capsules that are present in an image, in place of J/K.
+
+    Returns:
+        The means of the squares, two scalars. Both are to be made small.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or range.
+
+    Example:
+        >>> import torch
+        >>> l2_sparsity(torch.eye(3), num_classes=3)
+        (tensor(0.), tensor(0.))
+
+    Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
+    """
+    _check_mass("l2_sparsity", presence)
+    check_positive("l2_sparsity", "num_classes", num_classes)
+    if active is not None:
+        check_not_negative("l2_sparsity", "active", active)
+    B, J = presence.shape
+    active = J / num_classes if active is None else active
+    within = (presence.sum(dim=1) - active).square().mean()
+    return within, (presence.sum(dim=0) - B / num_classes).square().mean()
+
+
+class StackedCapsuleLoss(nn.Module):
+    """The loss of a stacked capsule autoencoder: two likelihoods, and how sparse its objects are.
+
+    L = −image − part + w_d·deformation + w_pw·prior within + w_pb·prior between
+        + w_qw·posterior within − w_qb·posterior between
+
+    The first three are means over the batch. The prior is the l2 sparsity of the presences of the
+    object capsules, see `l2_sparsity`. The posterior is the entropy of what they explain, see
+    `entropy_sparsity`.
+
+    Args:
+        num_classes: K, the number of classes to expect, for the prior.
+        deformation: w_d, which keeps objects rigid.
+        prior_within, prior_between, posterior_within, posterior_between: the weights. The defaults
+            are those of the authors' command for MNIST.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range. In `forward`, a tensor has
+            the wrong type or shape.
+
+    Example:
+        >>> import torch
+        >>> from tritoncaps.models import SCAE
+        >>> output = SCAE(image_size=28, parts=8, objects=10)(torch.rand(4, 1, 28, 28))
+        >>> loss = StackedCapsuleLoss(num_classes=10)
+        >>> loss(
+        ...     output.image_log_prob,
+        ...     output.part_log_prob,
+        ...     output.activations,
+        ...     output.explained,
+        ...     output.votes.deformation,
+        ... ).shape
+        torch.Size([])
+
+    Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
+    """
+
+    def __init__(
+        self,
+        num_classes: float = 10,
+        *,
+        deformation: float = 10.0,
+        prior_within: float = 2.0,
+        prior_between: float = 0.35,
+        posterior_within: float = 0.7,
+        posterior_between: float = 0.2,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_positive(name, "num_classes", num_classes)
+        self.num_classes = num_classes
+        self.weights = {
+            "deformation": deformation,
+            "prior_within": prior_within,
+            "prior_between": prior_between,
+            "posterior_within": posterior_within,
+            "posterior_between": posterior_between,
+        }
+        for argument, weight in self.weights.items():
+            check_not_negative(name, argument, weight)
+
+    def forward(
+        self,
+        image_log_prob: Tensor,
+        part_log_prob: Tensor,
+        presence: Tensor,
+        explained: Tensor,
+        deformation: Tensor,
+    ) -> Tensor:
+        """Compute the loss, a scalar.
+
+        Args:
+            image_log_prob: log-likelihood of each image, shape (B,).
+            part_log_prob: log-likelihood of its parts, shape (B,).
+            presence: of the object capsules, shape (B, J), values in [0, 1].
+            explained: how many parts each of them explains, shape (B, J).
+            deformation: of the objects in each image, shape (B,).
+        """
+        axes = {
+            "image_log_prob": "B",
+            "part_log_prob": "B",
+            "presence": "B J",
+            "explained": "B J",
+            "deformation": "B",
+        }
+        check_inputs(
+            type(self).__name__,
+            axes,
+            image_log_prob=image_log_prob,
+            part_log_prob=part_log_prob,
+            presence=presence,
+            explained=explained,
+            deformation=deformation,
+        )
+        weights = self.weights
+        prior_within, prior_between = l2_sparsity(presence, self.num_classes)
+        posterior_within, posterior_between = entropy_sparsity(explained)
+        return (
+            weights["deformation"] * deformation.mean()
+            - (image_log_prob + part_log_prob).mean()
+            + weights["prior_within"] * prior_within
+            + weights["prior_between"] * prior_between
+            + weights["posterior_within"] * posterior_within
+            - weights["posterior_between"] * posterior_between
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments that build this module."""
+        weights = ", ".join(f"{name}={weight}" for name, weight in self.weights.items())
+        return f"num_classes={self.num_classes}, {weights}"
+
+
+def _check_mass(function: str, mass: Tensor) -> None:
+    """A number for each of J capsules and each image. Their mean needs an image."""
+    check_tensor(function, "mass" if function == "entropy_sparsity" else "presence", mass, "B J")
+    if 0 in mass.shape:
+        raise ValueError(f"{function}: needs at least one image and capsule, got {shape_of(mass)}")
+
+
+def _entropy(mass: Tensor) -> Tensor:
+    """−Σ p log p along the last axis, with p the shares of the mass. Of no mass it is 0."""
+    tiny = torch.finfo(mass.dtype).tiny
+    total = mass.sum(dim=-1, keepdim=True)
+    shares = mass / total.masked_fill(total == 0, 1)
+    return -(shares * shares.clamp(min=tiny).log()).sum(dim=-1)

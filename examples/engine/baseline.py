@@ -102,7 +102,7 @@ class ConvNet(nn.Module):
 
 def list_networks() -> list[str]:
     """List the names that `create_network` knows."""
-    return [*list_models(), CNN]
+    return [*list_models(classifiers=True), CNN]
 
 
 def create_network(name: str, **kwargs: Any) -> nn.Module:

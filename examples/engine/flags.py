@@ -139,7 +139,7 @@ class Recipe:
 
     # A field whose default depends on the data set is None until `on` fills it in.
 
-    model: str = flag("deep_capsnet", "the network to train", choices=list_models())
+    model: str = flag("deep_capsnet", "the network to train", choices=list_models(classifiers=True))
     model_kwargs: dict[str, Any] = flag(
         {},
         "arguments of the network, such as iterations=2 of capsnet (default: the network's own)",

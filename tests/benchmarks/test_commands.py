@@ -160,7 +160,7 @@ def test_ops_command(tmp_path):
         if rival != "compile"
     }
     assert {row["case"] for row in loaded} == {data["rows"][0]["case"] + " under load"}
-    without_products = {"squash", "margin_loss", "spread_loss"}
+    without_products = {"squash", "capsule_mixture_log_prob", "margin_loss", "spread_loss"}
     for row in data["rows"]:
         assert ("backend" in row) == (row["rival"] == rivals.ours(CPU))
         assert row["share_of_floor"] == pytest.approx(row["floor_s"] / row["median_s"])

@@ -196,7 +196,7 @@ class TestRun:
     def test_deterministic_is_repeated_bit_for_bit(self, small, tmp_path, device, capsys):
         """On a GPU if there is one, in the precision of long runs, for both networks."""
         try:
-            for model in models.list_models():
+            for model in models.list_models(classifiers=True):
                 for name in ("first", "second"):
                     flags = ("--precision=bf16", "--epochs=1", "--deterministic")
                     where = (f"--device={device}", f"--output-dir={model}-{name}")

@@ -20,7 +20,7 @@ from tritoncaps.models import CapsuleOutput, list_models
 from tritoncaps.ops import fused_dynamic_routing, squash
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(classifiers=True))
 def test_a_traced_model_is_its_model(small_model, name):
     model = small_model(name).eval()
     traced = symbolic_trace(model)

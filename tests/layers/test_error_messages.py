@@ -705,7 +705,7 @@ CASES = {
         lambda: create_model("deepcapsnet"),
         ValueError,
         "create_model: no model is named 'deepcapsnet', there are capsnet, conv_capsnet, "
-        "deep_capsnet, efficient_capsnet, inverted_capsnet, matrix_capsnet; "
+        "deep_capsnet, efficient_capsnet, inverted_capsnet, matrix_capsnet, scae; "
         "did you mean 'deep_capsnet'?",
     ),
 }

@@ -9,7 +9,7 @@ from tritoncaps.models import list_models
 
 # When torch enters forward mode, it calls its own deprecated functions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
-every_model = pytest.mark.parametrize("name", list_models())
+every_model = pytest.mark.parametrize("name", list_models(classifiers=True))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from tritoncaps import CapsuleLoss, ops
 from tritoncaps.models import CapsNet, DeepCapsNet, create_model, list_models
 
-every_model = pytest.mark.parametrize("name", list_models())
+every_model = pytest.mark.parametrize("name", list_models(classifiers=True))
 # Networks with class capsules whose length is the activation, and a decoder.
 with_decoder = pytest.mark.parametrize(
     "name", ["capsnet", "conv_capsnet", "deep_capsnet", "efficient_capsnet"]
@@ -44,6 +44,8 @@ def test_models_have_the_layers_of_table_1():
 def test_models_are_known_by_name():
     names = ["capsnet", "conv_capsnet", "deep_capsnet", "efficient_capsnet", "inverted_capsnet"]
     names.append("matrix_capsnet")
+    assert list_models(classifiers=True) == names
+    names.append("scae")
     assert list_models() == names
     model = create_model("deep_capsnet", hidden_capsules=12, hidden_dim=8, primary_iterations=1)
     assert isinstance(model, DeepCapsNet)

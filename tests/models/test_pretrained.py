@@ -108,7 +108,7 @@ class TestWhatShips:
         assert wrong("efficient_capsnet", test) == 34
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_models(classifiers=True))
 def test_every_model_saves_and_loads_itself(name):
     with torch.device("meta"):
         model = create_model(name, num_classes=3)

@@ -27,7 +27,9 @@ DTYPES = (torch.float32,) if INTERPRETED else ALL_DTYPES
 TWO_DTYPES = DTYPES if INTERPRETED else (torch.float32, torch.bfloat16)
 
 ALL = list(CALLS)
-CAPSULES = [name for name in ALL if not name.endswith("_loss")]
+# It divides by scales, which must not be 0. Its dummy component explains a part at any distance.
+LIKELIHOOD = "capsule_mixture_log_prob"
+CAPSULES = [name for name in ALL if not name.endswith("_loss") and name != LIKELIHOOD]
 ROUTINGS = [name for name in ALL if "coupling?" in CALLS[name][0].outputs]
 LOOPS = [name for name in ROUTINGS if "iterations" in CALLS[name][1]]
 # Their logits or their normalisation square a sum of prediction vectors.
@@ -108,7 +110,7 @@ def every_call(names):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_call(ALL)
+@every_call([name for name in ALL if name != LIKELIHOOD])
 def test_zeros_give_zeros(device, name, B, has_optional, dtype):
     call = Drawn(name, B, has_optional)
     call.inputs = {key: torch.zeros_like(tensor) for key, tensor in call.inputs.items()}
@@ -213,7 +215,7 @@ def test_many_iterations_of_long_prediction_vectors_stay_finite(device, name, B,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_call([name for name in ALL if not name.startswith("squash")])
+@every_call([name for name in ALL if not name.startswith("squash") and name != LIKELIHOOD])
 def test_what_overflows_is_not_finite(device, name, B, has_optional, dtype):
     """The square of a length, or û itself, overflows the dtype, so no number would be right."""
     beyond = torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.75

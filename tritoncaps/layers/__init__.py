@@ -5,6 +5,7 @@ layers as (B, capsules, dimension) tensors, or as `Capsules` if each pose has it
 Those of a grid are (B, H, W, types, dimension).
 """
 
+from tritoncaps.layers._poses import affine_pose
 from tritoncaps.layers.attention import AttentionCapsules, InvertedAttentionCapsules
 from tritoncaps.layers.calibrate import Calibrated, DeadLayer, calibrate, dead_layers
 from tritoncaps.layers.capsules import Capsules, capsule_lengths
@@ -17,6 +18,8 @@ from tritoncaps.layers.matrix import (
     ConvMatrixCapsules,
     PrimaryMatrixCapsules,
 )
+from tritoncaps.layers.objects import ObjectDecoder, ObjectVotes, SetTransformer
+from tritoncaps.layers.parts import DrawnParts, PartEncoder, Parts, TemplateDecoder
 from tritoncaps.layers.primary import PrimaryCapsules
 from tritoncaps.layers.routed import RoutedCapsules
 
@@ -30,11 +33,19 @@ __all__ = [
     "ConvMatrixCapsules",
     "ConvRoutedCapsules",
     "DeadLayer",
+    "DrawnParts",
     "InvertedAttentionCapsules",
+    "ObjectDecoder",
+    "ObjectVotes",
+    "PartEncoder",
+    "Parts",
     "PrimaryCapsules",
     "PrimaryMatrixCapsules",
     "ReconstructionDecoder",
     "RoutedCapsules",
+    "SetTransformer",
+    "TemplateDecoder",
+    "affine_pose",
     "calibrate",
     "capsule_lengths",
     "dead_layers",

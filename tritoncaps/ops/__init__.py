@@ -17,6 +17,7 @@ Derivatives of any order work, in reverse and in forward mode, and so do the tra
 """
 
 from tritoncaps.ops._attention_routing import attention_routing
+from tritoncaps.ops._capsule_mixture_log_prob import capsule_mixture_log_prob
 from tritoncaps.ops._conv_dynamic_routing import Votes, conv_dynamic_routing
 from tritoncaps.ops._conv_em_routing import Competition, conv_em_routing
 from tritoncaps.ops._dynamic_routing import Gradient, Output, dynamic_routing
@@ -37,6 +38,7 @@ __all__ = [
     "Reduction",
     "Votes",
     "attention_routing",
+    "capsule_mixture_log_prob",
     "conv_dynamic_routing",
     "conv_em_routing",
     "dynamic_routing",

@@ -12,6 +12,7 @@ capsules have H×W positions with C capsules each, and a kernel is K×K.
 """
 
 from tritoncaps.reference._attention_routing import attention_routing, inverted_attention_routing
+from tritoncaps.reference._capsule_mixture import capsule_mixture_log_prob
 from tritoncaps.reference._conv_dynamic_routing import conv_dynamic_routing
 from tritoncaps.reference._dynamic_routing import (
     dynamic_routing,
@@ -25,6 +26,7 @@ from tritoncaps.reference._squash import squash
 
 __all__ = [
     "attention_routing",
+    "capsule_mixture_log_prob",
     "conv_dynamic_routing",
     "conv_em_routing",
     "dynamic_routing",

@@ -1,5 +1,6 @@
 """The operator table: each operator is declared once."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -313,6 +314,25 @@ _ROWS = (
         sensitive=_EM_SENSITIVE,
         largest={"B": 3, "H": 5, "W": 6, "C": 3, "K": 3, "J": 5},
         sizes=_GRID_SIZES,
+    ),
+    Operator(
+        ops.capsule_mixture_log_prob,
+        reference.capsule_mixture_log_prob,
+        inputs={
+            "x": "B I D",
+            "votes": "B I J D",
+            "scales": "B I J",
+            "mixing_logits": "B I J",
+            "presence?": "B I",
+        },
+        outputs={"log_prob": "B", "posterior?": "B I J"},
+        options={
+            "normalize": (True, False),
+            "dummy_logit": (-2 * math.log(10), 0.0),
+            "dummy_log_prob": (-2 * math.log(10),),
+            "return_posterior": (False, True),
+        },
+        domain={"scales": lambda x: x.sigmoid() + 0.5, "presence": torch.sigmoid},
     ),
     Operator(
         _with_target(ops.margin_loss),

@@ -1,0 +1,361 @@
+"""Find patterns in sets of points without labels: object capsules alone, without images.
+
+    python examples/constellations.py --dry-run           # try it, in seconds
+    python examples/constellations.py                     # one seed
+    python examples/constellations.py --seeds 3
+
+The experiment of Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 3.1. A
+constellation has up to eleven points: two squares and a triangle, each there with probability 1/2,
+under a rotation, scaling and translation of its own. The points come in any order. A set
+transformer reads them, and each of three object capsules votes for four points. They are trained
+without labels. The segmentation error is the share of points that are explained by another capsule
+than the one that fits their pattern best, in each constellation.
+
+New constellations are drawn for every step. Repeat the command to continue where it was stopped.
+Each seed has its directory, see engine/run_directory.py. Beside them are segmentation.csv and
+segmentation.json, and constellations.png, where the colour of a point is the capsule that explains
+it.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.drawing import PALETTE, figure
+from engine.flags import COUNT, Output, as_dict, flag, parse, seeds_flag
+from engine.run_directory import finish, locked, open_experiment, write_json, write_summary
+from engine.runner import Stopped, count_parameters, run_program
+from engine.runtime import choose_runtime, describe_environment, require
+from engine.tables import mean_and_spread, percent
+from engine.tasks import Task
+from engine.training import Evaluation, OneCycle, Trainer
+from tritoncaps.layers import ObjectDecoder, ObjectVotes, SetTransformer
+from tritoncaps.losses import entropy_sparsity, l2_sparsity
+
+SQUARE = ((3.0, 3.0), (1.0, 1.0), (3.0, 1.0), (1.0, 3.0))
+TRIANGLE = ((1.0, 2.0), (3.0, 1.0), (3.0, 3.0))
+PATTERNS = (SQUARE, TRIANGLE, SQUARE)
+OWNER = torch.tensor([k for k, pattern in enumerate(PATTERNS) for _ in pattern])
+
+# Capsules vote for as many points as the largest pattern has.
+VOTES = max(map(len, PATTERNS))
+
+# Constellations of the test, and in the picture.
+TESTED, DRAWN = 2000, 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the result depends on. The weights of the loss are those of the authors' code."""
+
+    epochs: int = flag(20, "epochs, of --steps each", **COUNT)
+    steps: int = flag(1000, "steps of an epoch", **COUNT)
+    batch_size: int = flag(32, "constellations per step", **COUNT)
+    lr: float = flag(1e-3, "highest learning rate of Adam, in one cycle")
+    dim: int = flag(64, "components inside the set transformer", **COUNT)
+    blocks: int = flag(4, "blocks of the set transformer", **COUNT)
+    deformation: float = flag(10.0, "weight of the deformation of patterns", metavar="W")
+    winners: float = flag(10.0, "weight of the capsules that win points", metavar="W")
+    prior_within: float = flag(1.0, "weight of the l2 sparsity of an example", metavar="W")
+    prior_between: float = flag(1.0, "weight of the l2 sparsity between examples", metavar="W")
+    posterior_within: float = flag(0.0, "weight of the entropy of an example", metavar="W")
+    posterior_between: float = flag(0.0, "weight of the entropy of a batch", metavar="W")
+    seeds: int = seeds_flag()
+
+
+# -- the data
+
+
+class Points(NamedTuple):
+    """Constellations: `points` (B, N, 2), `presence` (B, N) and `pattern` (B, N), of each point."""
+
+    points: Tensor
+    presence: Tensor
+    pattern: Tensor
+
+
+def draw_constellations(count: int, generator: torch.Generator) -> Points:
+    """Draw constellations.
+
+    A pattern is turned by up to 90° either way, enlarged to 1 .. 4 times its size s, and moved by
+    up to 24/s. All coordinates lie in [−1, 1]. This is the distribution of the authors' code, which
+    scales each batch to the interval instead.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    K = len(PATTERNS)
+    angle = math.pi * (uniform(count, K, 1) - 0.5)
+    scale = 1 + 3 * uniform(count, K, 1)
+    shift = 24 * uniform(count, K, 2) / scale
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    drawn = []
+    for k, pattern in enumerate(PATTERNS):
+        x, y = torch.tensor(pattern).T
+        moved = torch.stack([x * cos[:, k] - y * sin[:, k], x * sin[:, k] + y * cos[:, k]], dim=2)
+        drawn.append(moved + shift[:, k, None])
+    # From −12, a corner that is enlarged 4 times and turned by 90°, to 24 + 3√2.
+    points = 2 * (torch.cat(drawn, dim=1) + 12) / (36 + 3 * math.sqrt(2)) - 1
+    presence = (uniform(count, K) < 0.5).float()[:, OWNER]
+    order = uniform(count, len(OWNER)).argsort(dim=1)
+    return Points(
+        points.gather(1, order[..., None].expand(-1, -1, 2)),
+        presence.gather(1, order),
+        OWNER.expand(count, -1).gather(1, order),
+    )
+
+
+class Constellations:
+    """Batches of new constellations, which depend only on the seed, the epoch and the batch.
+
+    They are laid out as images with a row for each point: x, y and presence are the channels.
+    """
+
+    def __init__(self, seed: int, batches: int, batch_size: int) -> None:
+        self.seed, self.batches, self.batch_size = seed, batches, batch_size
+        self.images: Any = range(batches * batch_size)  # what the trainer counts
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Iterate over (constellations (B, 3, N, 1), patterns (B, N)) of an epoch."""
+        for batch in range(start, self.batches):
+            number = (self.seed * 1_000_003 + epoch) * 1_000_003 + batch
+            drawn = draw_constellations(self.batch_size, torch.Generator().manual_seed(number))
+            channels = torch.cat([drawn.points, drawn.presence.unsqueeze(2)], dim=2)
+            yield channels.mT.unsqueeze(3), drawn.pattern
+
+
+# -- the network and its loss
+
+
+class Explained(NamedTuple):
+    """What capsules say of points: log p (B,), posterior (B, N, J), their votes, the presences."""
+
+    log_prob: Tensor
+    posterior: Tensor
+    votes: ObjectVotes
+    presence: Tensor
+
+
+class ConstellationNet(nn.Module):
+    """A set transformer and three object capsules. Their poses are similarities."""
+
+    def __init__(self, dim: int, blocks: int) -> None:
+        super().__init__()
+        J = len(PATTERNS)
+        self.encoder = SetTransformer(2, J, 32, blocks=blocks, heads=4, dim=dim)
+        self.decoder = ObjectDecoder(J, 32, VOTES, similarity=True)
+
+    def forward(self, constellations: Tensor) -> Explained:
+        """Explain constellations (B, 3, N, 1)."""
+        points, presence = constellations.squeeze(3).mT.split([2, 1], dim=2)
+        presence = presence.squeeze(2)
+        votes = self.decoder(self.encoder(points, presence))
+        log_prob, posterior = votes.set_log_prob(points, presence)
+        return Explained(log_prob, posterior, votes, presence)
+
+
+class Explain(Task):
+    """The likelihood of the points, and sparse capsules. The answer is a capsule for each point."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+
+    def run(self, model: Any, images: Tensor, target: Any = None) -> Any:
+        """Explain constellations. The target is not used."""
+        return model(images)
+
+    def loss(self, output: Any, target: Tensor, images: Tensor) -> Tensor:
+        """Compute the mean loss of a batch, a scalar."""
+        recipe, votes, presence = self.recipe, output.votes, output.presence
+        posterior = output.posterior * presence.unsqueeze(2)
+        # On average, 3/2 of the patterns are there, and each is in half of the constellations.
+        prior = l2_sparsity(votes.presence, num_classes=2)
+        entropy = entropy_sparsity(posterior.sum(dim=1))
+        return (
+            recipe.deformation * votes.deformation.mean()
+            - output.log_prob.mean()
+            + recipe.winners * winners_loss(votes.capsule_logits, posterior, presence)
+            + recipe.prior_within * prior[0]
+            + recipe.prior_between * prior[1]
+            + recipe.posterior_within * entropy[0]
+            - recipe.posterior_between * entropy[1]
+        )
+
+    def predictions(self, output: Any) -> Tensor:
+        """Return the capsule that explains most of each point, (B, N)."""
+        capsules: Tensor = output.posterior.argmax(dim=2)
+        return capsules
+
+    def correct(self, output: Any, target: Tensor) -> Tensor:
+        """Return which constellations are segmented without any error, (B,), bool."""
+        right, present = segmented(self.predictions(output), target, output.presence)
+        return right == present
+
+
+def winners_loss(capsule_logits: Tensor, posterior: Tensor, presence: Tensor) -> Tensor:
+    """Ask a capsule that wins two points or more to be present, and one that wins one to be absent.
+
+    A capsule that wins none is left alone. This is from the authors' code.
+    """
+    wins = F.one_hot(posterior.argmax(dim=2), posterior.shape[2]) * presence.unsqueeze(2)
+    wins = wins.sum(dim=1)
+    errors = F.binary_cross_entropy_with_logits(
+        capsule_logits, (wins > 1).to(capsule_logits.dtype), reduction="none"
+    )
+    return (errors * (wins > 0)).sum(dim=1).mean()
+
+
+def segmented(capsules: Tensor, patterns: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how many points are right in each constellation, and how many there are, (B,) both.
+
+    Capsules have no names, so in each constellation they are given to the patterns in the order
+    that is right most often. All three tensors are (B, N).
+    """
+    J = len(PATTERNS)
+    claimed = F.one_hot(capsules, J) * presence.unsqueeze(2).to(torch.int64)
+    table = claimed.mT @ F.one_hot(patterns, J)  # (B, capsules, patterns)
+    columns = torch.arange(J, device=table.device)
+    orders = torch.tensor([*itertools.permutations(range(J))], device=table.device)
+    right = table[:, orders, columns].sum(dim=2).amax(dim=1)
+    return right, presence.sum(dim=1).to(torch.int64)
+
+
+# -- the runs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train and measure; returns the exit status of the program."""
+    flags = parse(__doc__, argv, Recipe, Output)
+    return run_program(
+        "constellations", tell, *flags, interrupted="what was saved stays, the same command goes on"
+    )
+
+
+def tell(recipe: Recipe, output: Output) -> None:
+    """Train every seed, then draw what the capsules of the first one explain."""
+    require("matplotlib")
+    if output.dry_run:
+        recipe = replace(recipe, epochs=1, steps=2, batch_size=8, seeds=1)
+    directory = Path(output.output_dir or "runs/constellations")
+    shared = {name: value for name, value in as_dict(recipe).items() if name != "seeds"}
+    open_experiment(directory, "constellations", shared)
+    test = Constellations(seed=0, batches=1, batch_size=16 if output.dry_run else TESTED)
+    print(f"results     {directory}", flush=True)
+    rows = [run_seed(seed, recipe, output, directory, test) for seed in range(1, recipe.seeds + 1)]
+    write_summary(directory / "segmentation.csv", rows)
+    content = {"experiment": "constellations", "recipe": shared, "rows": rows}
+    write_json(directory / "segmentation.json", content)
+    error, spread = mean_and_spread([row["segmentation_error"] for row in rows])
+    print(f"segmentation error {percent(error, spread)}")
+    draw(directory, recipe, output, test)
+    print(f"tables, the picture and checkpoints are in {directory}")
+
+
+def new_trainer(seed: int, recipe: Recipe, output: Output, directory: Path) -> Trainer:
+    """Build the network of a seed, and what trains it."""
+    torch.manual_seed(seed)
+    model = ConstellationNet(recipe.dim, recipe.blocks)
+    return Trainer(
+        model,
+        directory,
+        task=Explain(recipe),
+        schedule=OneCycle(recipe.lr, recipe.epochs * recipe.steps),
+        runtime=choose_runtime("cpu", "fp32"),
+        args=as_dict(recipe, output),
+        config={"model": "constellations", "seed": seed},
+        test_batch_size=TESTED,
+        log_interval=output.log_interval,
+        checkpoint_interval=output.checkpoint_interval,
+    )
+
+
+def run_seed(
+    seed: int, recipe: Recipe, output: Output, directory: Path, test: Constellations
+) -> dict[str, Any]:
+    """Train a seed, or finish a run that was stopped; returns its row of the table."""
+    _, patterns = next(test.epoch(0))
+    presence = next(test.epoch(0))[0][:, 2, :, 0]
+
+    def measure(split: str, found: Evaluation) -> dict[str, float]:
+        right, present = segmented(found.predictions, patterns, presence)
+        error = 1 - right.sum().item() / present.sum().item()
+        print(f"segmentation error {percent(error)}", flush=True)
+        return {"segmentation_error": error}
+
+    trainer = new_trainer(seed, recipe, output, directory / f"seed{seed}")
+    trainer.more_columns = measure
+    with locked(trainer.directory):
+        if trainer.resume():
+            print(f"resuming    seed {seed} after {trainer.progress}")
+        else:
+            print(f"training    seed {seed}, {count_parameters(trainer.model):,} parameters")
+        train = Constellations(seed, recipe.steps, recipe.batch_size)
+        if not trainer.fit(train, test=test, epochs=recipe.epochs):
+            print("stopped" if output.dry_run else "stopped and saved; repeat the command to go on")
+            raise Stopped
+        finish(trainer.directory)
+    environment = describe_environment(trainer.runtime)
+    return {
+        "seed": seed,
+        "segmentation_error": trainer.rows[-1]["segmentation_error"],
+        "loss": trainer.rows[-1]["test_loss"],
+        "seconds": sum(row["seconds"] for row in trainer.rows),
+        "device": environment["gpu"] or environment["processor"],
+        **{name: environment[name] for name in ("threads", "precision", "commit")},
+    }
+
+
+def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) -> None:
+    """Draw test constellations: their patterns as lines, and points coloured by capsule."""
+    trainer = new_trainer(1, recipe, output, directory / "seed1")
+    trainer.resume()
+    constellations, patterns = next(test.epoch(0))
+    capsules = trainer.task.predictions(trainer.predict(constellations))
+    present = constellations[:, 2, :, 0] > 0
+    shown = (present.sum(dim=1) > VOTES).nonzero().flatten()[:DRAWN].tolist()
+    with figure(directory / "constellations.png", 960, 760, title(recipe)) as drawn:
+        grid: Sequence[Any] = drawn.subplots(3, 4).flat
+        for axes, index in itertools.zip_longest(grid, shown):
+            axes.set_axis_off()
+            if index is None:
+                continue
+            axes.set_aspect("equal")
+            for k in range(len(PATTERNS)):
+                mine = present[index] & (patterns[index] == k)
+                corners = hull(constellations[index, :2, mine, 0].T)
+                axes.plot(*corners.T.numpy(), color="0.8", lw=1, zorder=1)
+            where = constellations[index, :2, present[index], 0]
+            colours = [PALETTE[j] for j in capsules[index, present[index]].tolist()]
+            axes.scatter(*where.numpy(), c=colours, s=24, zorder=2)
+
+
+def title(recipe: Recipe) -> str:
+    """Say what the picture shows."""
+    steps = recipe.epochs * recipe.steps
+    return f"The capsule that explains each point, after {steps:,} steps (seed 1)"
+
+
+def hull(points: Tensor) -> Tensor:
+    """Order the corners (n, 2) of a convex pattern around their middle, and close the line."""
+    if len(points) == 0:
+        return points
+    x, y = (points - points.mean(dim=0)).T
+    order = torch.atan2(y, x).argsort()
+    return points[torch.cat([order, order[:1]])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

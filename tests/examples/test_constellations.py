@@ -1,0 +1,121 @@
+"""The constellations: what is drawn, how errors are counted, and how a run goes."""
+
+import csv
+import itertools
+import json
+
+import pytest
+import torch
+from example_runs import stop_after
+from test_experiments import check_picture, finish, run
+
+import constellations
+from constellations import (
+    OWNER,
+    Constellations,
+    draw_constellations,
+    segmented,
+    winners_loss,
+)
+
+pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = ("--epochs=2", "--steps=3", "--batch-size=8", "--dim=8", "--blocks=1", "--log-interval=1")
+
+
+def drawn(count=500, seed=0):
+    return draw_constellations(count, torch.Generator().manual_seed(seed))
+
+
+def test_a_pattern_is_a_moved_square_or_triangle():
+    points, presence, pattern = drawn()
+    assert points.abs().max() <= 1
+    assert 0.45 < presence.mean() < 0.55
+    ratios = {0: 2**0.5, 1: 5**0.5 / 2, 2: 2**0.5}  # of the longest to the shortest distance
+    for k, longest in ratios.items():
+        mine = torch.stack([points[b, pattern[b] == k] for b in range(len(points))])
+        assert mine.shape[1] == OWNER.tolist().count(k)
+        distances = torch.cdist(mine, mine) + 1e3 * torch.eye(mine.shape[1])
+        shortest = distances.amin(dim=(1, 2))
+        ratio = torch.cdist(mine, mine).amax(dim=(1, 2)) / shortest
+        torch.testing.assert_close(ratio, torch.full_like(ratio, longest), rtol=1e-3, atol=0)
+        # The shortest distance of the pattern is 2, scaled by 1 to 4, and all by 2/40.2.
+        unit = 4 / (36 + 3 * 2**0.5)
+        assert 0.999 * unit <= shortest.min() < 1.1 * unit
+        assert 3.9 * unit < shortest.max() <= 4.001 * unit
+        # All points of a pattern are there, or none.
+        there = torch.stack([presence[b, pattern[b] == k] for b in range(len(points))])
+        assert (there.amin(dim=1) == there.amax(dim=1)).all()
+
+
+def test_points_come_in_any_order():
+    assert len({tuple(row) for row in drawn(50).pattern.tolist()}) > 45
+
+
+def test_batches_depend_on_seed_epoch_and_batch_alone():
+    source = Constellations(3, batches=4, batch_size=2)
+    batches = list(source.epoch(1))
+    assert len(batches) == len(source) == 4 and len(source.images) == 8
+    for (points, patterns), (again, same) in zip(batches[2:], source.epoch(1, 2), strict=True):
+        assert torch.equal(points, again) and torch.equal(patterns, same)
+    others = [*source.epoch(2), *Constellations(4, 4, 2).epoch(1)]
+    distinct = {tuple(points.flatten().tolist()) for points, _ in [*batches, *others]}
+    assert len(distinct) == 12
+    assert batches[0][0].shape == (2, 3, 11, 1)
+
+
+def test_a_segmentation_is_right_by_the_best_naming_of_capsules():
+    torch.manual_seed(0)
+    capsules, patterns = torch.randint(3, (2, 20, 11))
+    presence = (torch.rand(20, 11) < 0.5).float()
+    right, present = segmented(capsules, patterns, presence)
+    for b in range(20):
+        there = [n for n in range(11) if presence[b, n]]
+        best = max(
+            sum(names[capsules[b, n]] == patterns[b, n] for n in there)
+            for names in itertools.permutations(range(3))
+        )
+        assert (right[b], present[b]) == (best, len(there))
+
+
+def test_capsules_that_win_two_points_are_asked_to_be_present():
+    posterior = torch.tensor([[[0.9, 0.1, 0], [0.8, 0.1, 0], [0.1, 0.5, 0.2], [0, 0.1, 0.9]]])
+    presence = torch.tensor([[1.0, 1, 1, 0]])
+    logits = torch.tensor([[0.3, -0.7, 5.0]])
+    expected = -torch.tensor(0.3).sigmoid().log() - torch.tensor(0.7).sigmoid().log()
+    torch.testing.assert_close(winners_loss(logits, posterior, presence), expected)
+
+
+def rows_of(directory):
+    with (directory / "segmentation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    content = json.loads((directory / "segmentation.json").read_text())
+    assert [row["seed"] for row in content["rows"]] == [int(row["seed"]) for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
+    flags = (*TINY, "--seeds=2")
+    printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'whole'}")
+    assert "segmentation error " in printed and " ± " in printed
+    check_picture(tmp_path / "whole/constellations.png", (700, 900))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 8)  # in the first epoch of the second seed
+        status, printed = run(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
+    assert status == 130 and "stopped and saved" in printed
+    printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
+    assert "resuming    seed 2 after 0 epochs and 2 batches" in printed
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    # More seeds join, and nothing else may change.
+    printed = finish(constellations, *TINY, "--seeds=3", f"--output-dir={tmp_path / 'parts'}")
+    assert "training    seed 3" in printed
+    assert rows_of(tmp_path / "parts")[:2] == rows_of(tmp_path / "whole")
+    status, printed = run(constellations, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
+    assert status == 2 and "was made with --lr 0.001, not --lr 1" in printed
+
+
+def test_a_dry_run_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "dry run: everything works" in finish(constellations, "--dry-run", "--dim=8")
+    assert list(tmp_path.iterdir()) == []

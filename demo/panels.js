@@ -30,8 +30,9 @@ export class Sliders {
     this.read = new Float32Array(count); // the numbers of the drawing
     this.inputs = Array.from({ length: count }, (_, k) => {
       const input = element("input", { type: "range", min: -REACH, max: REACH, step: 0.01 });
-      const value = element("output", { className: "value" });
-      input.id = value.htmlFor = `dimension-${k + 1}`;
+      const value = element("span", { className: "value" });
+      value.setAttribute("aria-hidden", "true"); // a slider says its value itself
+      input.id = `dimension-${k + 1}`;
       const label = element("label", { htmlFor: input.id, textContent: k + 1 });
       label.prepend(element("span", { className: "unseen", textContent: "Dimension " }));
       const row = element("li", { className: "slider" });

@@ -17,6 +17,7 @@ for _package in ("onnx", "onnxscript"):
     pytest.importorskip(_package, reason=f"{_package} is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
+expect.set_options(timeout=30_000)
 
 pytestmark = pytest.mark.browser
 

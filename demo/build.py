@@ -4,8 +4,8 @@
     python demo/build.py                       # only build; then: python -m http.server -d demo
     python demo/build.py --output site         # a folder to put on any web server
 
-Needs `pip install "tritoncaps[export]"` and npm. The page is static: two ONNX files that are exported
-from the pretrained network, and ONNX Runtime for the browser.
+Needs `pip install "tritoncaps[export]"` and npm. The page is static: two ONNX files that are
+exported from the pretrained network, and ONNX Runtime for the browser.
 """
 
 import argparse
@@ -119,7 +119,8 @@ def fetch_runtime(folder: Path) -> None:
 class Handler(SimpleHTTPRequestHandler):
     """Serve files with the types that modules and wasm need, whatever the system says."""
 
-    extensions_map = {  # noqa: RUF012: the type of the base class
+    # The type is that of the base class.
+    extensions_map = {  # noqa: RUF012
         **SimpleHTTPRequestHandler.extensions_map,
         ".js": "text/javascript",
         ".mjs": "text/javascript",

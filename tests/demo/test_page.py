@@ -89,13 +89,12 @@ def open_page(browser, address):
 def draw(page, points):
     """Draw a stroke by mouse."""
     box = page.locator("#drawing").bounding_box()
-    x, y = (
-        [box[corner] + part / 100 * box[side] for part in parts]
-        for corner, side, parts in zip("xy", ("width", "height"), zip(*points, strict=True))
-    )
-    page.mouse.move(x[0], y[0])
+    first, *others = [
+        (box["x"] + x / 100 * box["width"], box["y"] + y / 100 * box["height"]) for x, y in points
+    ]
+    page.mouse.move(*first)
     page.mouse.down()
-    for point in zip(x[1:], y[1:], strict=True):
+    for point in others:
         page.mouse.move(*point, steps=3)
     page.mouse.up()
 
@@ -111,7 +110,8 @@ def pixels(page, canvas):
           context.drawImage(canvas, 0, 0);
           const { data } = context.getImageData(0, 0, width, height);
           let text = "";
-          for (let k = 0; k < data.length; k += 4) text += String.fromCharCode(data[k], data[k + 3]);
+          for (let k = 0; k < data.length; k += 4)
+            text += String.fromCharCode(data[k], data[k + 3]);
           return [width, btoa(text)];
         }""",
         canvas,

@@ -12,9 +12,13 @@ import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.writers.html5 import HTML5Translator
 
 from tritoncaps import __version__
 
@@ -56,6 +60,8 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
+default_role = "py:obj"  # what is in single backquotes is code, and a link where it is known
+html_math_renderer = "mathml"
 
 MODULES = ["ops", "layers", "losses", "models", "data", "export", "reference", "testing"]
 # Files outside this folder that have a page of their own.
@@ -86,7 +92,34 @@ def first_sentence(value: object) -> str:
         return "One of " + ", ".join(f"``{choice!r}``" for choice in choices) + "."
     if not callable(value):
         return "A constant."
-    return (inspect.getdoc(value) or "").split("\n")[0]
+    return escaped((inspect.getdoc(value) or "").split("\n")[0])
+
+
+# Between backquotes, or a character that means something in reStructuredText and nothing in ours.
+SPECIAL = re.compile(r"(`+[^`]+`+)|(\||(?<!\w)\*(?=\w))")
+
+
+def escaped(line: str) -> str:
+    """A line of a docstring, in which |s| and *sizes are plain text."""
+    return SPECIAL.sub(lambda match: match[1] or "\\" + match[2], line)
+
+
+def prepare_docstring(
+    app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """Escape a docstring's text, and mark a module's indented programs as programs."""
+    result: list[str] = []
+    is_program = False
+    for line in lines:
+        starts = what == "module" and line.startswith("    ") and not (result and result[-1])
+        if starts and not is_program:
+            result += ["::", ""]
+            is_program = True
+        elif line and not line.startswith(" "):
+            is_program = False
+        is_doctest = line.lstrip().startswith((">>>", "..."))
+        result.append(line if is_program or is_doctest else escaped(line))
+    lines[:] = result
 
 
 def page_of(module: str, name: str, value: object) -> str:
@@ -183,8 +216,33 @@ def inside(match: re.Match[str], folder: Path) -> str:
     return f"[{match['text']}](/{path.relative_to(HERE).as_posix()}{match['anchor'] or ''})"
 
 
+def write_inline(translator: HTML5Translator, node: Any) -> None:
+    """A formula in a line, as MathML, which a browser draws without a program."""
+    translator.body.append(convert(node.astext()))
+    raise SkipNode
+
+
+def write_block(translator: HTML5Translator, node: Any) -> None:
+    """A formula of its own."""
+    translator.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
+
+
+read_module = ModuleAnalyzer.analyze
+
+
+def without_overloads(analyzer: ModuleAnalyzer) -> None:
+    """Read a module, and forget its overloads: autodoc would show each, and has no option."""
+    read_module(analyzer)
+    analyzer.overloads.clear()
+
+
 def setup(app: Sphinx) -> None:
     """Write the pages that are made, and watch the others."""
     write_api()
     write_recipes()
+    ModuleAnalyzer.analyze = without_overloads  # type: ignore[method-assign]
+    app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
     app.connect("source-read", rewrite_links)
+    # Before napoleon, which has the usual priority of 500.
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)

@@ -59,6 +59,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[FUZZED] = {}
     config.addinivalue_line("markers", "fuzz: draws cases by the clock; see --fuzz-seconds")
+    config.addinivalue_line("markers", "browser: needs Chromium, Playwright and npm")
 
 
 @pytest.hookimpl(tryfirst=True)

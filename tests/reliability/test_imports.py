@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # From the bottom up. A file may import from its own floor and from those below.
-FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "tools"]
+FLOORS = ["kernels", "tritoncaps", "models", "examples", "benchmarks", "demo", "tools"]
 # They are imported by the names that they have as scripts.
 EXAMPLES = {path.stem for path in (ROOT / "examples").iterdir()}
 

@@ -351,7 +351,8 @@ class ClassMatrixCapsules(_MatrixCapsules):
         in_types: capsules at each position, C.
         num_classes: class capsules, K.
         coordinates: add the coordinates to the votes. Poses then need at least two rows.
-        iterations, pose, scale, temperature, min_variance, identity, noise, beta_u, beta_a,
+        iterations, pose, scale, temperature, min_variance, identity, noise, beta_u, beta_a: as in
+            `ConvMatrixCapsules`.
         gradient, device, dtype: as in `ConvMatrixCapsules`.
 
     Shapes: `Capsules` with poses (B, H, W, C, R, P) and activations (B, H, W, C) → `ClassCapsules`.

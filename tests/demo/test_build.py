@@ -1,0 +1,106 @@
+"""The networks of the page, and how its folder is filled."""
+
+import base64
+import hashlib
+import json
+import stat
+import tarfile
+
+import build
+import pytest
+import torch
+from networks import Drawer, Reader
+
+from tritoncaps import ops
+from tritoncaps.models import create_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return create_model("efficient_capsnet", pretrained=True)
+
+
+def primary_sums(model, features):
+    """The primary capsules before their squash, (B, I, P)."""
+    return model.primary(features).flatten(1).unflatten(1, (16, 8))
+
+
+@torch.no_grad()
+def test_the_shares_and_an_empty_image_make_the_length(model):
+    torch.manual_seed(0)
+    images = torch.rand(3, 1, 28, 28)
+    result = Reader(model)(images)
+
+    sums = primary_sums(model, model.features(images))
+    u = ops.squash(sums, form="exponential")
+    routing = model.routing
+    s, coupling = ops.attention_routing(u, routing.weight, routing.bias, return_coupling=True)
+    empty = primary_sums(model, model.features(torch.zeros(1, 1, 28, 28)))
+    for b, j in enumerate(model(images).activations.argmax(dim=1)):
+        # The empty image takes the same squash and coupling, which the shares hold fixed.
+        part = empty[0] * (u[b] / sums[b]).mean(dim=-1, keepdim=True)
+        votes = torch.einsum("ip,ipd->id", part, routing.weight[:, :, j])
+        direction = s[b, j] / s[b, j].norm()
+        of_empty = (coupling[b, :, j, None] * votes).sum(dim=0) @ direction
+        length = result["shares"][b].sum() + of_empty
+        torch.testing.assert_close(length, s[b, j].norm(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_page_reads_and_draws_what_the_model_does(model):
+    torch.manual_seed(1)
+    images = torch.rand(2, 1, 28, 28)
+    expected = model(images)
+    result = Reader(model)(images)
+    torch.testing.assert_close(result["activations"], expected.activations)
+    torch.testing.assert_close(result["poses"], expected.poses)
+    longest = expected.activations.argmax(dim=1)
+    drawn = Drawer(model.decoder)(
+        expected.poses[torch.arange(2), longest], torch.nn.functional.one_hot(longest, 10).float()
+    )
+    torch.testing.assert_close(drawn["image"], expected.reconstruction)
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """A program in the place of npm that packs two small files. Returns the archive's SHA-512."""
+    archive = tmp_path / "runtime.tgz"
+    with tarfile.open(archive, "w:gz") as files:
+        for name in build.RUNTIME_FILES:
+            path = tmp_path / name
+            path.write_text(name)
+            files.add(path, f"package/dist/{name}")
+    program = tmp_path / "npm"
+    answer = json.dumps([{"filename": archive.name}])
+    program.write_text(f"#!/bin/sh\ncp '{archive}' \"$5\"\necho '{answer}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(build.shutil, "which", lambda name: str(program))
+    return base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+
+
+def test_the_runtime_is_fetched_once(tmp_path, monkeypatch, npm):
+    monkeypatch.setattr(build, "RUNTIME_SHA512", npm)
+    folder = tmp_path / "runtime"
+    build.fetch_runtime(folder)
+    for name in build.RUNTIME_FILES:
+        assert (folder / name).read_text() == name
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    build.fetch_runtime(folder)
+    monkeypatch.setattr(build, "RUNTIME", "onnxruntime-web@0.0.0")
+    with pytest.raises(RuntimeError, match="npm is not installed"):
+        build.fetch_runtime(folder)
+
+
+def test_another_runtime_than_the_tested_one_is_refused(tmp_path, npm):
+    folder = tmp_path / "runtime"
+    with pytest.raises(RuntimeError, match="SHA-512 differs"):
+        build.fetch_runtime(folder)
+    assert not folder.exists()
+
+
+def test_without_npm_the_program_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "export_networks", lambda folder: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.main(["--output", str(tmp_path / "page")]) == 2
+    assert capsys.readouterr().err.startswith("build.py: error: npm is not installed")
+    assert (tmp_path / "page/index.html").exists()

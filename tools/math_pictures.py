@@ -48,9 +48,12 @@ def draw_squash() -> plt.Figure:
     """The length after the squash, over the length before."""
     before = torch.linspace(0, 5, 200)
     figure, axes = plt.subplots(figsize=(5, 2.6))
-    for form, colour in zip(("quadratic", "exponential"), COLOURS, strict=True):
-        after = ops.squash(before[:, None], form=form)[:, 0]
-        axes.plot(before, after, color=colour, label=form)
+    after = {
+        "quadratic": ops.squash(before[:, None], form="quadratic"),
+        "exponential": ops.squash(before[:, None], form="exponential"),
+    }
+    for (form, lengths), colour in zip(after.items(), COLOURS, strict=True):
+        axes.plot(before, lengths[:, 0], color=colour, label=form)
     axes.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
     axes.set(xlabel="length of s", ylabel="length of squash(s)", ylim=(0, 1.05), xlim=(0, 5))
     axes.legend(frameon=False, loc="lower right")

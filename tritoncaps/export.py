@@ -198,7 +198,12 @@ def to_onnx(
         verbose=False,
     )
     assert made is not None  # it would be None from the exporter without dynamo
-    _write(path, made.model_proto.SerializeToString())
+    proto = made.model_proto
+    # The exporter writes where in which file each operation was called, on this machine.
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in nodes:
+            node.ClearField("metadata_props")
+    _write(path, proto.SerializeToString())
 
 
 # programs -----------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """ONNX files: ONNX Runtime computes what torch computes, for every model and operator."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from exported import difference, tensors_of
@@ -60,6 +62,9 @@ def test_a_file_is_its_model(small_model, tmp_path, name, arguments):
         assert difference(results, tensors_of(model(images))) <= 1e-5
     assert inputs == [("images", ["batch", *model.image_shape])]
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    # Nothing says where on this machine the model was written.
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert b".py" not in content and str(Path(torch.__file__).parent).encode() not in content
 
 
 class Loss(torch.nn.Module):

@@ -1,7 +1,7 @@
 """Functional capsule operators, one file per operator.
 
-Every operator is differentiable. It runs Triton kernels on a CUDA or ROCm device and plain torch
-elsewhere. All backends give the same result, within the tolerance that the tests state.
+Every operator is differentiable. It runs Triton kernels on a CUDA or ROCm device, and C++ or plain
+torch elsewhere. All backends give the same result, within the tolerance that the tests state.
 
 Axes: B batch, I input capsules, P input pose dimension, J output capsules, D output pose dimension.
 A matrix pose has R rows. Its columns are P in the input and Q in the output, so D = R·Q. Grids of

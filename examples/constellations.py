@@ -189,9 +189,9 @@ class Explain(Task):
     """The likelihood of the points, and sparse capsules. The answer is a capsule for each point.
 
     First all capsules learn from all constellations. Then the entropies ask few of them to explain
-    each: the weight goes up to `posterior_within` in 4 of 10 steps. So each capsule learns a
-    whole pattern. Then it falls to 1, in 3 of 10 steps, so that several patterns have a capsule
-    each.
+    each: the weight goes up to `posterior_within` in a quarter of the steps. So each capsule learns
+    whole patterns. Then it falls to 1, in a fifth of the steps, so that several patterns have a
+    capsule each.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -227,9 +227,9 @@ class Explain(Task):
         if self.step is None:
             return last
         done = self.step / (self.recipe.epochs * self.recipe.steps)
-        if done < 0.4:
-            return highest * max(done - 0.05, 0.0) / 0.35
-        return max(highest * (1 - (done - 0.4) / 0.3), last)
+        if done < 0.25:
+            return highest * max(done - 0.05, 0.0) / 0.2
+        return max(highest * (1 - (done - 0.25) / 0.2), last)
 
     def predictions(self, output: Any) -> Tensor:
         """Return the capsule that explains most of each point, (B, N)."""

@@ -48,26 +48,36 @@ OWNER = torch.tensor([k for k, pattern in enumerate(PATTERNS) for _ in pattern])
 # Capsules vote for as many points as the largest pattern has.
 VOTES = max(map(len, PATTERNS))
 
+# The poses of points in their patterns start this much smaller than those of parts in objects,
+# because a pattern is small in its constellation.
+SMALL = 0.3
+
+# Gradients are cut to this length: votes that are exact have large ones.
+LARGEST_GRADIENT = 1.0
+
 # Constellations of the test, and in the picture.
 TESTED, DRAWN = 2000, 12
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the result depends on. The weights of the loss are those of the authors' code."""
+    """What the result depends on. See docs/scae.md for what was tried."""
 
-    epochs: int = flag(20, "epochs, of --steps each", **COUNT)
+    epochs: int = flag(10, "epochs, of --steps each", **COUNT)
     steps: int = flag(1000, "steps of an epoch", **COUNT)
-    batch_size: int = flag(32, "constellations per step", **COUNT)
-    lr: float = flag(1e-3, "highest learning rate of Adam, in one cycle")
+    batch_size: int = flag(64, "constellations per step", **COUNT)
+    lr: float = flag(2e-3, "highest learning rate of Adam, in one cycle")
     dim: int = flag(64, "components inside the set transformer", **COUNT)
     blocks: int = flag(4, "blocks of the set transformer", **COUNT)
-    deformation: float = flag(10.0, "weight of the deformation of patterns", metavar="W")
-    winners: float = flag(10.0, "weight of the capsules that win points", metavar="W")
-    prior_within: float = flag(1.0, "weight of the l2 sparsity of an example", metavar="W")
-    prior_between: float = flag(1.0, "weight of the l2 sparsity between examples", metavar="W")
-    posterior_within: float = flag(0.0, "weight of the entropy of an example", metavar="W")
-    posterior_between: float = flag(0.0, "weight of the entropy of a batch", metavar="W")
+    frequencies: int = flag(
+        3, "sines and cosines of each coordinate, of doubling frequency", metavar="N"
+    )
+    deformation: float = flag(100.0, "weight of the deformation of patterns", metavar="W")
+    winners: float = flag(0.0, "weight of the capsules that win points", metavar="W")
+    prior_within: float = flag(0.0, "weight of the l2 sparsity of an example", metavar="W")
+    prior_between: float = flag(0.01, "weight of the l2 sparsity between examples", metavar="W")
+    posterior_within: float = flag(8.0, "highest weight of the entropy of an example", metavar="W")
+    posterior_between: float = flag(2.0, "how much more the entropy of a batch weighs", metavar="W")
     seeds: int = seeds_flag()
 
 
@@ -151,23 +161,38 @@ class Explained(NamedTuple):
 class ConstellationNet(nn.Module):
     """A set transformer and three object capsules. Their poses are similarities."""
 
-    def __init__(self, dim: int, blocks: int) -> None:
+    def __init__(self, dim: int, blocks: int, frequencies: int) -> None:
         super().__init__()
         J = len(PATTERNS)
-        self.encoder = SetTransformer(2, J, 32, blocks=blocks, heads=4, dim=dim)
+        in_dim = 2 + 4 * frequencies
+        self.encoder = SetTransformer(in_dim, J, 32, blocks=blocks, heads=4, dim=dim)
         self.decoder = ObjectDecoder(J, 32, VOTES, similarity=True)
+        self.frequencies = frequencies
+        with torch.no_grad():
+            self.decoder.static.mul_(SMALL)
 
     def forward(self, constellations: Tensor) -> Explained:
         """Explain constellations (B, 3, N, 1)."""
         points, presence = constellations.squeeze(3).mT.split([2, 1], dim=2)
         presence = presence.squeeze(2)
-        votes = self.decoder(self.encoder(points, presence))
+        waves = [math.pi * 2**k * points for k in range(self.frequencies)]
+        seen = [points, *(wave.sin() for wave in waves), *(wave.cos() for wave in waves)]
+        votes = self.decoder(self.encoder(torch.cat(seen, dim=2), presence))
+        # A capsule is there with all its votes: none takes two corners of a square.
+        logits = F.logsigmoid(votes.capsule_logits).unsqueeze(1).expand_as(votes.logits)
+        votes = votes._replace(logits=logits)
         log_prob, posterior = votes.set_log_prob(points, presence)
         return Explained(log_prob, posterior, votes, presence)
 
 
 class Explain(Task):
-    """The likelihood of the points, and sparse capsules. The answer is a capsule for each point."""
+    """The likelihood of the points, and sparse capsules. The answer is a capsule for each point.
+
+    First all capsules learn from all constellations. Then the entropies ask few of them to explain
+    each: the weight goes up to `posterior_within` in a quarter of the steps. So each capsule learns
+    whole patterns. Then it falls to 1, in a fifth of the steps, so that several patterns have a
+    capsule each.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -184,15 +209,27 @@ class Explain(Task):
         # On average, 3/2 of the patterns are there, and each is in half of the constellations.
         prior = l2_sparsity(votes.presence, num_classes=2)
         entropy = entropy_sparsity(posterior.sum(dim=1))
+        within = self.entropy_weight()
         return (
             recipe.deformation * votes.deformation.mean()
             - output.log_prob.mean()
             + recipe.winners * winners_loss(votes.capsule_logits, posterior, presence)
             + recipe.prior_within * prior[0]
             + recipe.prior_between * prior[1]
-            + recipe.posterior_within * entropy[0]
-            - recipe.posterior_between * entropy[1]
+            + within * entropy[0]
+            - (within + recipe.posterior_between) * entropy[1]
         )
+
+    def entropy_weight(self) -> float:
+        """Return the weight of the entropy of an example: up, and down. In a test, the last."""
+        highest = self.recipe.posterior_within
+        last = min(1.0, highest)
+        if self.step is None:
+            return last
+        done = self.step / (self.recipe.epochs * self.recipe.steps)
+        if done < 0.25:
+            return highest * max(done - 0.05, 0.0) / 0.2
+        return max(highest * (1 - (done - 0.25) / 0.2), last)
 
     def predictions(self, output: Any) -> Tensor:
         """Return the capsule that explains most of each point, (B, N)."""
@@ -267,11 +304,18 @@ def tell(recipe: Recipe, output: Output) -> None:
 def new_trainer(seed: int, recipe: Recipe, output: Output, directory: Path) -> Trainer:
     """Build the network of a seed, and what trains it."""
     torch.manual_seed(seed)
-    model = ConstellationNet(recipe.dim, recipe.blocks)
+    model = ConstellationNet(recipe.dim, recipe.blocks, recipe.frequencies)
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
+
+    def cut_gradients(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), LARGEST_GRADIENT)
+
+    optimizer.register_step_pre_hook(cut_gradients)
     return Trainer(
         model,
         directory,
         task=Explain(recipe),
+        optimizer=optimizer,
         schedule=OneCycle(recipe.lr, recipe.epochs * recipe.steps),
         runtime=choose_runtime("cpu", "fp32"),
         args=as_dict(recipe, output),

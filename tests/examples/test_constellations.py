@@ -12,11 +12,15 @@ from test_experiments import check_picture, finish, run
 import constellations
 from constellations import (
     OWNER,
+    ConstellationNet,
     Constellations,
+    Explain,
+    Recipe,
     draw_constellations,
     segmented,
     winners_loss,
 )
+from tritoncaps.losses import entropy_sparsity
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +91,42 @@ def test_capsules_that_win_two_points_are_asked_to_be_present():
     torch.testing.assert_close(winners_loss(logits, posterior, presence), expected)
 
 
+def test_the_weight_of_the_entropy_rises_and_falls():
+    task = Explain(Recipe(epochs=10, steps=100, posterior_within=7.0))
+    weights = {}
+    for task.step in (0, 50, 150, 250, 350, 450, 999, None):
+        weights[task.step] = task.entropy_weight()
+    assert weights == pytest.approx(
+        {0: 0, 50: 0, 150: 3.5, 250: 7, 350: 3.5, 450: 1, 999: 1, None: 1}
+    )
+    assert Explain(Recipe(posterior_within=0.5)).entropy_weight() == 0.5
+
+
+def test_the_loss_has_the_weight_of_the_step():
+    (constellations, patterns) = next(Constellations(1, 1, 16).epoch(0))
+    torch.manual_seed(0)
+    recipe = Recipe(epochs=1, steps=100, posterior_within=8.0, posterior_between=2.0)
+    output = ConstellationNet(8, 1, 3)(constellations)
+    mass = (output.posterior * output.presence.unsqueeze(2)).sum(dim=1)
+    within, between = entropy_sparsity(mass)
+    task = Explain(recipe)
+    losses = []
+    for task.step in (0, 25):
+        losses.append(task.loss(output, patterns, constellations))
+    torch.testing.assert_close(losses[1] - losses[0], 8 * (within - between))
+
+
+@pytest.mark.parametrize("frequencies", [0, 3])
+def test_all_votes_of_a_capsule_are_as_present_as_the_capsule(frequencies):
+    constellations, _ = next(Constellations(1, 1, 5).epoch(0))
+    torch.manual_seed(0)
+    output = ConstellationNet(8, 1, frequencies).eval()(constellations)
+    presence = output.votes.capsule_logits.sigmoid()
+    expected = presence.unsqueeze(1).expand(5, 4, 3)
+    torch.testing.assert_close(output.votes.logits.exp(), expected)
+    assert output.posterior.shape == (5, 11, 3)
+
+
 def rows_of(directory):
     with (directory / "segmentation.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -112,7 +152,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert "training    seed 3" in printed
     assert rows_of(tmp_path / "parts")[:2] == rows_of(tmp_path / "whole")
     status, printed = run(constellations, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
-    assert status == 2 and "was made with --lr 0.001, not --lr 1" in printed
+    assert status == 2 and "was made with --lr 0.002, not --lr 1" in printed
 
 
 def test_a_dry_run_keeps_nothing(tmp_path, monkeypatch):

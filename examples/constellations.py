@@ -221,7 +221,10 @@ class Explain(Task):
         )
 
     def entropy_weight(self) -> float:
-        """Return the weight of the entropy of an example: up, and down. In a test, the last."""
+        """Return the weight of the entropy of an example. A test has that of the last step.
+
+        It rises until a quarter of the steps, and falls until 45 % of them.
+        """
         highest = self.recipe.posterior_within
         last = min(1.0, highest)
         if self.step is None:

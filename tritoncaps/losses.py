@@ -337,7 +337,7 @@ def entropy_sparsity(mass: Tensor) -> tuple[Tensor, Tensor]:
 
     Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
     """
-    _check_mass("entropy_sparsity", mass)
+    _check_shares("entropy_sparsity", "mass", mass)
     return _entropy(mass).mean(), _entropy(mass.sum(dim=0))
 
 
@@ -369,7 +369,7 @@ def l2_sparsity(
 
     Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
     """
-    _check_mass("l2_sparsity", presence)
+    _check_shares("l2_sparsity", "presence", presence)
     check_positive("l2_sparsity", "num_classes", num_classes)
     if active is not None:
         check_not_negative("l2_sparsity", "active", active)
@@ -491,11 +491,11 @@ class StackedCapsuleLoss(nn.Module):
         return f"num_classes={self.num_classes}, {weights}"
 
 
-def _check_mass(function: str, mass: Tensor) -> None:
+def _check_shares(function: str, name: str, value: Tensor) -> None:
     """A number for each of J capsules and each image. Their mean needs an image."""
-    check_tensor(function, "mass" if function == "entropy_sparsity" else "presence", mass, "B J")
-    if 0 in mass.shape:
-        raise ValueError(f"{function}: needs at least one image and capsule, got {shape_of(mass)}")
+    check_tensor(function, name, value, "B J")
+    if 0 in value.shape:
+        raise ValueError(f"{function}: needs at least one image and capsule, got {shape_of(value)}")
 
 
 def _entropy(mass: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps import _checks, ops
+from tritoncaps.layers._noise import NoisyPresence
 from tritoncaps.layers._poses import affine_pose, compose
 
 
@@ -220,7 +221,7 @@ def _log(presence: Tensor) -> Tensor:
     return logarithm.masked_fill(presence == 0, -1e4)
 
 
-class ObjectDecoder(nn.Module):
+class ObjectDecoder(NoisyPresence):
     """Let each object capsule vote for the poses of its parts (Kosiorek 2019, section 2.1).
 
     Each capsule has two perceptrons of its own. The first reduces its encoding to a few
@@ -273,16 +274,14 @@ class ObjectDecoder(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(noise, noisy_evaluation)
         name = type(self).__name__
         sizes = {"objects": objects, "in_dim": in_dim, "parts": parts, "params": params}
         for argument, size in {**sizes, "hidden": hidden}.items():
             _checks.check_size(name, argument, size)
         _checks.check_flag(name, "similarity", similarity)
-        _checks.check_not_negative(name, "noise", noise)
-        _checks.check_flag(name, "noisy_evaluation", noisy_evaluation)
         self.objects, self.in_dim, self.parts = objects, in_dim, parts
-        self.similarity, self.noise, self.noisy_evaluation = similarity, noise, noisy_evaluation
+        self.similarity = similarity
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.reduce = nn.Sequential(
             PerCapsuleLinear(objects, in_dim, hidden, **options),
@@ -324,7 +323,7 @@ class ObjectDecoder(nn.Module):
         object_pose, capsule, vote, scale = (rest + self.bias).split(self.sizes[1:], dim=2)
         part_poses = affine_pose(dynamic + self.static, similarity=self.similarity)
         object_pose = affine_pose(object_pose, similarity=self.similarity).unsqueeze(2)
-        capsule, vote = self._noisy(capsule), self._noisy(vote)
+        capsule, vote = self.noisy(capsule), self.noisy(vote)
         log_sigmoid = nn.functional.logsigmoid
         return ObjectVotes(
             poses=compose(object_pose, part_poses).transpose(1, 2),
@@ -333,11 +332,6 @@ class ObjectDecoder(nn.Module):
             capsule_logits=capsule.squeeze(2),
             deformation=dynamic.square().sum(dim=(1, 2, 3)) / 2,
         )
-
-    def _noisy(self, logits: Tensor) -> Tensor:
-        if self.noise and (self.training or self.noisy_evaluation):
-            return logits + self.noise * (2 * torch.rand_like(logits) - 1)
-        return logits
 
     def extra_repr(self) -> str:
         """Return the arguments that are not those of a module inside."""

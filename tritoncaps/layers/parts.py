@@ -15,6 +15,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from tritoncaps import _checks
 from tritoncaps.layers._convolution import LinearConv2d, ReluConv2d
+from tritoncaps.layers._noise import NoisyPresence
 from tritoncaps.layers._poses import affine_pose, inverse
 
 
@@ -56,7 +57,7 @@ _register_namedtuple(Parts, serialized_type_name="tritoncaps.Parts")
 _register_namedtuple(DrawnParts, serialized_type_name="tritoncaps.DrawnParts")
 
 
-class PartEncoder(nn.Module):
+class PartEncoder(NoisyPresence):
     """Find a given number of parts in an image (Kosiorek 2019, section 2.2).
 
     Convolutions of 3×3 without padding, with a ReLU each; a learned bias for each position; a 1×1
@@ -103,7 +104,7 @@ class PartEncoder(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(noise, noisy_evaluation)
         name = type(self).__name__
         _checks.check_size(name, "in_channels", in_channels)
         _checks.check_pair(name, "image_size", image_size, "(height, width)")
@@ -119,11 +120,8 @@ class PartEncoder(nn.Module):
                 f"{name}: channels and strides must be as many, got {len(channels)} and "
                 f"{len(strides)}"
             )
-        _checks.check_not_negative(name, "noise", noise)
-        _checks.check_flag(name, "noisy_evaluation", noisy_evaluation)
         self.image_shape = (in_channels, *image_size)
         self.parts, self.features = parts, features
-        self.noise, self.noisy_evaluation = noise, noisy_evaluation
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         layers: list[nn.Module] = []
         before, sides = in_channels, list(image_size)
@@ -159,10 +157,8 @@ class PartEncoder(nn.Module):
         attention = maps[:, :, -1:].softmax(dim=3)
         pooled = (maps[:, :, :-1] * attention).sum(dim=3)
         pose, features, logit = pooled.split([6, self.features, 1], dim=2)
-        logit = logit.squeeze(2)
-        if self.noise and (self.training or self.noisy_evaluation):
-            logit = logit + self.noise * (2 * torch.rand_like(logit) - 1)
-        return Parts(affine_pose(pose), logit.sigmoid(), features)
+        presence = self.noisy(logit.squeeze(2)).sigmoid()
+        return Parts(affine_pose(pose), presence, features)
 
     def extra_repr(self) -> str:
         """Return the arguments that are not those of a module inside."""

@@ -45,6 +45,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
+smartquotes = False  # a value such as "full" can be copied
 
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -62,6 +63,8 @@ autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 default_role = "py:obj"  # what is in single backquotes is code, and a link where it is known
 html_math_renderer = "mathml"
+# demo/build.py puts the page there, after Sphinx.
+linkcheck_ignore = ["^demo/"]
 
 MODULES = ["ops", "layers", "losses", "models", "data", "export", "reference", "testing"]
 # Files outside this folder that have a page of their own.
@@ -87,11 +90,11 @@ def public_names(module: object) -> list[str]:
 
 
 def first_sentence(value: object) -> str:
-    """The first line of a docstring, or the choices of a type that lists them."""
+    """The first line of a docstring, the choices of a type, or the entries of a table."""
     if choices := get_args(value):
         return "One of " + ", ".join(f"``{choice!r}``" for choice in choices) + "."
     if not callable(value):
-        return "A constant."
+        return "Holds " + ", ".join(f"``{entry}``" for entry in value) + "."  # type: ignore[attr-defined]
     return escaped((inspect.getdoc(value) or "").split("\n")[0])
 
 
@@ -162,18 +165,23 @@ def write_api() -> None:
 
 
 def write_recipes() -> None:
-    """Write a page for each recipe: its question, its explanation and its program."""
-    pages = []
+    """Write a page for each recipe: its question, its program, and what that prints and draws.
+
+    The text and the picture lie beside the program. tests/examples/test_recipes.py compares them
+    with what it prints and draws.
+    """
     for path in sorted((ROOT / "examples/recipes").glob("*.py")):
         source = path.read_text(encoding="utf-8")
         question, _, explanation = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")
         program = source.split('"""', 2)[2].strip()
-        command = f"python examples/recipes/{path.name}"
-        page = f"# {question}\n\n{explanation}\n\n```sh\n{command}\n```\n\n"
-        write(HERE / f"recipes/{path.stem}.md", page + f"```python\n{program}\n```\n")
-        pages.append(path.stem)
-    listed = "\n".join(pages)
-    write(HERE / "recipes/all.md", f"# All recipes\n\n```{{toctree}}\n{listed}\n```\n")
+        printed = path.with_suffix(".txt").read_text(encoding="utf-8")
+        page = f"# {question}\n\n{explanation}\n\n```python\n{program}\n```\n\n"
+        page += f"```console\n$ python examples/recipes/{path.name}\n{printed}```\n"
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            name = picture.relative_to(ROOT)
+            page += f"\nIt also writes `{picture.name}`:\n\n![What it draws](../../{name})\n"
+        write(HERE / f"recipes/{path.stem}.md", page)
 
 
 def outside(match: re.Match[str], folder: Path) -> str:
@@ -196,7 +204,7 @@ LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>
 
 
 def rewrite_links(app: Sphinx, name: str, source: list[str]) -> None:
-    """Let links to files outside this folder work."""
+    """Let links to files outside this folder work, and keep a number and its % on one line."""
     if name.startswith(("api/", "recipes/")):
         return
     text, folder = source[0], (HERE / name).parent
@@ -204,8 +212,11 @@ def rewrite_links(app: Sphinx, name: str, source: list[str]) -> None:
         if name == page.removesuffix(".md"):
             # This page is a file from elsewhere, and its links start there.
             text, folder = (ROOT / original).read_text(encoding="utf-8"), (ROOT / original).parent
+    if name == "recipes":
+        text += "\n```{toctree}\n:hidden:\n:glob:\n\nrecipes/*\n```\n"
     text = LINK.sub(partial(inside, folder=folder), text)
-    source[0] = LINK.sub(partial(outside, folder=folder), text)
+    text = LINK.sub(partial(outside, folder=folder), text)
+    source[0] = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", text)
 
 
 def inside(match: re.Match[str], folder: Path) -> str:

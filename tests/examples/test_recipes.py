@@ -1,4 +1,4 @@
-"""The recipes run, are short, answer a question, and are listed in docs/recipes.md."""
+"""The recipes run, print and draw what is kept beside them, are short, and are listed."""
 
 import re
 import runpy
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import pyplot
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "examples/recipes").glob("*.py"))
@@ -27,16 +28,31 @@ SHOWN = {
     "signals": (r"signals of 512 samples ([\d.]+)%", 95),
 }
 
+# What depends on the machine's roundings: fractions, shares, and the class that is read.
+ROUNDED = re.compile(r"\d+\.\d+(e-\d+)?|\d+%|\de-\d+|(?<=class )\d")
+
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_recipe(path, capsys):
-    words, least = SHOWN[path.stem]
+def test_recipe(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         runpy.run_path(str(path))
     printed = capsys.readouterr().out
-    found = re.search(words, printed)
-    assert found, printed
-    assert least is None or float(found[1]) >= least, printed
+    kept = path.with_suffix(".txt").read_text(encoding="utf-8")
+    words, least = SHOWN[path.stem]
+    for text in (printed, kept):
+        found = re.search(words, text)
+        assert found, text
+        assert least is None or float(found[1]) >= least, text
+    renew = f"renew it: python {path.name} > {path.stem}.txt"
+    assert ROUNDED.sub("#", printed) == ROUNDED.sub("#", kept), renew
+    # The gallery shows the picture that is kept, so it has to be like the one that is drawn.
+    drawn = sorted(file.name for file in tmp_path.iterdir())
+    assert drawn == sorted(file.name for file in path.parent.glob(f"{path.stem}.png"))
+    for name in drawn:
+        new, old = (pyplot.imread(folder / name) for folder in (tmp_path, path.parent))
+        assert new.shape == old.shape and abs(new - old).mean() < 0.05, f"{renew}, and keep {name}"
+        assert f"](../examples/recipes/{name})" in PAGE
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """The networks of the page, and how its folder is filled."""
 
 import base64
+import copy
 import hashlib
 import json
 import stat
@@ -12,6 +13,7 @@ import torch
 from networks import Drawer, Reader
 
 from tritoncaps import ops
+from tritoncaps.data import load_dataset, to_float
 from tritoncaps.models import create_model
 
 
@@ -59,6 +61,46 @@ def test_the_page_reads_and_draws_what_the_model_does(model):
         expected.poses[torch.arange(2), longest], torch.nn.functional.one_hot(longest, 10).float()
     )
     torch.testing.assert_close(drawn["image"], expected.reconstruction)
+
+
+@torch.no_grad()
+def test_the_exported_networks_compute_what_torch_does(tmp_path, model):
+    """Both compute in float32, and add in different orders.
+
+    So both are compared with float64, and the files may be four times as far from it as torch is.
+    Here it is at most once as far. Another processor adds in yet another order.
+    """
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    build.export_networks(tmp_path)
+    images = to_float(load_dataset("digits").test.images[:20])
+    answers = model(images)
+    longest = answers.activations.argmax(dim=1)
+    capsules = answers.poses[range(20), longest], torch.nn.functional.one_hot(longest, 10).float()
+    for name, network, inputs in (
+        ("encoder", Reader(model), (images,)),
+        ("decoder", Drawer(model.decoder), capsules),
+    ):
+        session = onnxruntime.InferenceSession(
+            tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"]
+        )
+        names = [entry.name for entry in session.get_inputs()]
+        rows = [
+            session.run(None, {n: x[b : b + 1].numpy() for n, x in zip(names, inputs, strict=True)})
+            for b in range(20)  # the page reads one drawing at a time
+        ]
+        exact = copy.deepcopy(network).double()(*(x.double() for x in inputs))
+        here = network(*inputs)
+        results = [entry.name for entry in session.get_outputs()]
+        assert results == list(here)
+        for result, parts in zip(results, zip(*rows, strict=True), strict=True):
+            there = torch.cat([torch.from_numpy(part) for part in parts])
+            error, usual = ((x - exact[result]).abs().max() for x in (there, here[result]))
+            assert error <= 4 * usual, (
+                f"{name}, {result}: {error:.1e} from float64, torch {usual:.1e}"
+            )
 
 
 @pytest.fixture

@@ -4,26 +4,65 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools import math_pictures
+from tritoncaps.models import create_model
 
-DOCS = Path(__file__).parents[2] / "docs"
-# Other pages have tests of their own.
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+# Pages whose programs are complete.
 PAGES = ["quickstart", "choosing-a-routing", "own-layer", "own-routing"]
+
+
+def programs_of(page):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_programs_run_and_print_what_the_page_says(page, capsys):
-    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     names = {}
     printed = []
-    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+    for program in programs_of(page):
         exec(program, names)
         printed += re.findall(r"^print\(.*\)  # (.*)$", program, re.MULTILINE)
     shown = capsys.readouterr().out.splitlines()
     assert names
     for line, expected in zip(shown, printed, strict=True):
         assert line == expected or expected == "the checks that draw many"
+
+
+def test_the_program_of_the_page_on_initialisation_runs(capsys):
+    (calibration,) = programs_of("initialisation")
+    model = create_model("capsnet", channels=8, capsule_types=2)
+    exec(calibration, {"model": model, "images": torch.rand(8, 1, 28, 28)})
+    assert capsys.readouterr().out.count("mean length") == 2
+
+
+def test_the_programs_of_the_page_on_training_run(tmp_path, monkeypatch):
+    loading, solids = programs_of("training")
+    monkeypatch.chdir(tmp_path)
+    (run,) = re.findall(r'load_model\("(.*)"\)', loading)
+    Path("runs").mkdir()
+    create_model("deep_capsnet", channels=(2, 2), capsule_types=1).save_pretrained(run)
+    names = {}
+    exec(loading, names)
+    assert names["model"](torch.rand(1, 1, 28, 28)).activations.shape == (1, 10)
+    exec(solids.replace("solids(64", "solids(8"), names)
+    assert (
+        names["train"].images.shape[1:] == (2, 8, 8) and names["novel"].view("azimuth").min() > 90
+    )
+
+
+def test_every_page_with_programs_has_a_test():
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*/test_*.py"))
+    tested = {
+        *re.findall(r'docs/([\w-]+)\.md"', tests),
+        *re.findall(r'programs_of\("(.*)"\)', tests),
+    }
+    pages = {path.stem for path in DOCS.glob("*.md")}
+    assert {page for page in pages if programs_of(page)} <= {*PAGES, *tested}
 
 
 def test_the_pictures_of_the_mathematics(tmp_path):

@@ -65,7 +65,7 @@ def test_the_program_for_several_objects_runs():
     assert all(p.grad is not None for p in names["model"].parameters())
 
 
-def test_the_program_on_the_page_learns_and_continues(program, tmp_path):
+def test_the_program_on_the_page_learns_and_continues(program, tmp_path, monkeypatch):
     printed = program()
     accuracy = re.search(r"test accuracy ([\d.]+)%", printed)
     assert accuracy is not None and float(accuracy[1]) > 90, printed
@@ -75,6 +75,12 @@ def test_the_program_on_the_page_learns_and_continues(program, tmp_path):
     # Nothing is left to train, and the checkpoint alone gives the same accuracy.
     again = program()
     assert again == f"test accuracy {accuracy[1]}%\n"
+    # The next program of the page reads the best weights into the class of the first.
+    whole, reading = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(whole.partition("digits = ")[0] + reading, names)
+    assert names["header"]["epoch"] >= 1 and names["model"].routing.weight.any()
 
 
 def test_a_loss_of_ones_own(tmp_path, digits):

@@ -45,7 +45,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
-smartquotes = False  # a value such as "full" can be copied
+smartquotes_action = "D"  # dashes alone, so that a value such as "full" can be copied
 
 myst_enable_extensions = ["attrs_inline", "deflist", "dollarmath"]
 myst_heading_anchors = 3

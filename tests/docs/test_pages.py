@@ -1,12 +1,14 @@
 """The programs on the pages of the documentation run, in the order of the page."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
 from tools import math_pictures
+from tritoncaps import data, ops, reference, testing
 from tritoncaps.models import create_model
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,18 @@ def test_the_programs_of_the_page_on_training_run(tmp_path, monkeypatch):
     assert (
         names["train"].images.shape[1:] == (2, 8, 8) and names["novel"].view("azimuth").min() > 90
     )
+
+
+def test_the_programs_of_the_api_pages_run():
+    """Those that are no doctests, with another data set and device than they name."""
+    names = {"my_routing": ops.dynamic_routing, "my_routing_in_einsum": reference.dynamic_routing}
+    names |= {"pytest": pytest, "torch": torch} | vars(data)
+    for module in (data, testing):
+        lines = re.findall(r"^    .*|^$", module.__doc__, re.MULTILINE)
+        program = textwrap.dedent("\n".join(lines))
+        exec(program.replace('"auto"', '"digits"').replace('"cuda"', '"cpu"'), names)
+    assert names["images"].shape[1:] == (1, 28, 28)
+    names["test_my_routing"](testing.CHECKS["empty_batch"])
 
 
 def test_every_page_with_programs_has_a_test():

@@ -261,7 +261,7 @@ class Machine:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     precision: str = flag(
         "auto",
-        "auto: bf16 convolutions where the hardware computes in it",
+        "auto: bf16 convolutions where the hardware is faster in it",
         choices=["auto", "fp32", "bf16"],
     )
     deterministic: bool = flag(False, "the same bits from run to run on the same machine")

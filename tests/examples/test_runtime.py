@@ -27,14 +27,16 @@ class TestRuntime:
         "capabilities, expected",
         [
             ({"amx_bf16": True, "avx512_bf16": True}, "bf16"),
-            ({"amx_bf16": False, "avx512_bf16": True}, "bf16"),
+            ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "AMD EPYC"}, "bf16"),
+            ({"amx_bf16": False, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, "fp32"),
+            ({"amx_bf16": True, "avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R)"}, "bf16"),
             ({"amx_bf16": True, "avx512_bf16": False}, "bf16"),
             ({"amx_bf16": False, "avx512_bf16": False, "avx2": True}, "fp32"),
             ({"architecture": "aarch64", "neon": True}, "fp32"),
             ({}, "fp32"),
         ],
     )
-    def test_a_cpu_computes_in_bf16_where_it_can(self, monkeypatch, capabilities, expected):
+    def test_a_cpu_computes_in_bf16_where_it_is_faster(self, monkeypatch, capabilities, expected):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
         assert choose_runtime("cpu").precision == expected
         # The user's choice wins.

@@ -291,7 +291,7 @@ def test_the_status_is_about_the_drawing_that_is_seen(open_page):
     expect(status).to_contain_text("It reads 1.")
     page.get_by_role("button", name="Clear").click()
 
-    rows = range(3, 100, 7)
+    rows = range(3, 102, 7)
     draw(page, [(x, y) for y in rows for x in (1, 120, 1)])
     expect(status).to_contain_text("There is too much ink to see a digit.")
 

@@ -1,6 +1,6 @@
 """Build the page where one draws a digit, and serve it.
 
-    python demo/build.py --open                # build what is missing, serve it, open the browser
+    python demo/build.py --open                # build, serve, open the browser
     python demo/build.py                       # only build; then: python -m http.server -d demo
     python demo/build.py --output site         # a folder to put on any web server
 
@@ -48,15 +48,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=PAGE, help="the folder of the whole page")
     parser.add_argument("--serve", action="store_true", help="serve the page on this machine")
     parser.add_argument("--open", action="store_true", help="serve it, and open it in a browser")
-    parser.add_argument("--port", type=int, default=8000, help="of the server")
+    parser.add_argument("--port", type=int, default=8000, help="of the server; 0 is any free one")
     args = parser.parse_args(argv)
+    if not 0 <= args.port <= 65535:
+        parser.error(f"argument --port: expected 0 to 65535, got {args.port}")
     try:
-        build(args.output)
-    except (OSError, RuntimeError) as error:
+        if args.serve or args.open:
+            # A port in use is noticed before the build, which takes a while.
+            with server(args.output, args.port) as running:
+                build(args.output)
+                serve(running, args.open)
+        else:
+            build(args.output)
+    except (ImportError, OSError, RuntimeError) as error:
         print(f"build.py: error: {error}", file=sys.stderr)
         return 2
-    if args.serve or args.open:
-        serve(args.output, args.port, args.open)
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 
@@ -67,8 +76,8 @@ def build(output: Path) -> None:
         for pattern in SOURCES:
             for path in PAGE.glob(pattern):
                 shutil.copy(path, output)
-    export_networks(output / "models")
     fetch_runtime(output / "runtime")
+    export_networks(output / "models")
     built = [path for name in ("models", "runtime") for path in (output / name).iterdir()]
     size = sum(path.stat().st_size for path in built)
     print(f"{output}: the page is complete, with {size / 1e6:.1f} MB of networks and runtime")
@@ -76,6 +85,7 @@ def build(output: Path) -> None:
 
 def export_networks(folder: Path) -> None:
     """Write encoder.onnx and decoder.onnx."""
+    print("exporting the networks …", flush=True)
     model = create_model("efficient_capsnet", pretrained=True)
     assert isinstance(model, EfficientCapsNet)
     assert isinstance(model.decoder, ReconstructionDecoder)
@@ -89,11 +99,13 @@ def export_networks(folder: Path) -> None:
 def fetch_runtime(folder: Path) -> None:
     """Get ONNX Runtime for the browser from npm."""
     version = folder / "version.txt"
-    if version.is_file() and version.read_text() == RUNTIME:
+    complete = all((folder / name).is_file() for name in (*RUNTIME_FILES, version.name))
+    if complete and version.read_text() == RUNTIME:
         return
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError("npm is not installed: it comes with Node.js (https://nodejs.org)")
+    print(f"getting {RUNTIME} from npm …", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         packed = subprocess.run(
             [npm, "pack", RUNTIME, "--json", "--pack-destination", temporary],
@@ -133,20 +145,20 @@ class Handler(SimpleHTTPRequestHandler):
 
 def server(folder: Path, port: int) -> ThreadingHTTPServer:
     """Return a server of a folder, for this machine alone. Port 0 is any free one."""
-    return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=str(folder)))
+    except OSError as error:
+        advice = "choose another, or 0 for any free one"
+        raise RuntimeError(f"--port {port}: {error}; {advice}") from error
 
 
-def serve(folder: Path, port: int, open_browser: bool) -> None:
-    """Serve a folder until Ctrl+C."""
-    with server(folder, port) as running:
-        address = f"http://127.0.0.1:{running.server_port}"
-        print(f"{address} (stop with Ctrl+C)")
-        if open_browser:
-            webbrowser.open(address)
-        try:
-            running.serve_forever()
-        except KeyboardInterrupt:
-            print()
+def serve(running: ThreadingHTTPServer, open_browser: bool) -> None:
+    """Serve until Ctrl+C."""
+    address = f"http://127.0.0.1:{running.server_port}"
+    print(f"{address} (stop with Ctrl+C)", flush=True)
+    if open_browser:
+        webbrowser.open(address)
+    running.serve_forever()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,14 @@ export class Drawing extends EventTarget {
     return this.strokes.length === 0;
   }
 
+  /** Whether the last stroke has not ended. */
+  get isOpen() {
+    return this.pointer !== null || Boolean(this.pen?.isDown);
+  }
+
   undo() {
+    this.endStroke();
     this.strokes.pop();
-    this.liftPen();
     this.finish();
   }
 
@@ -34,8 +39,8 @@ export class Drawing extends EventTarget {
 
   /** Show other strokes, with points in [0, 1]. */
   replace(strokes) {
+    this.endStroke();
     this.strokes = strokes.map((points) => points.map(([x, y]) => [x * SIDE, y * SIDE]));
-    this.liftPen();
     this.finish();
   }
 
@@ -68,14 +73,16 @@ export class Drawing extends EventTarget {
     for (const end of ["pointerup", "pointercancel"]) {
       canvas.addEventListener(end, (event) => {
         if (event.pointerId !== this.pointer) return;
-        this.pointer = null;
+        this.endStroke();
         this.finish();
       });
     }
     canvas.addEventListener("keydown", (event) => this.onKey(event));
     canvas.addEventListener("blur", () => {
+      const wasDown = this.pen?.isDown;
       this.pen = null;
-      this.render();
+      if (wasDown) this.finish();
+      else this.render();
     });
     // Ink has the colour of text, which changes with the theme.
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.render());
@@ -86,6 +93,7 @@ export class Drawing extends EventTarget {
     const move = moves[event.key];
     if (!move && event.key !== " ") return;
     event.preventDefault();
+    if (this.pointer !== null) return;
     this.pen ??= { x: SIDE / 2, y: SIDE / 4, isDown: false };
     const { pen } = this;
     if (move) {
@@ -101,7 +109,8 @@ export class Drawing extends EventTarget {
     else this.finish();
   }
 
-  liftPen() {
+  endStroke() {
+    this.pointer = null;
     if (this.pen) this.pen.isDown = false;
   }
 
@@ -139,11 +148,11 @@ export class Drawing extends EventTarget {
 
 /** A smooth curve: each point bends the line between the middles of its neighbours. */
 function trace(context, points) {
-  const last = points.at(-1);
+  const [lastX, lastY] = points.at(-1);
   context.moveTo(...points[0]);
   for (let k = 1; k < points.length - 1; k++) {
     const [[x, y], [nextX, nextY]] = [points[k], points[k + 1]];
     context.quadraticCurveTo(x, y, (x + nextX) / 2, (y + nextY) / 2);
   }
-  context.lineTo(...last);
+  context.lineTo(lastX + 0.01, lastY); // a dot, too, because a line without a length has no ink
 }

@@ -91,11 +91,12 @@ function showTools() {
   $("hint").hidden = !drawing.isEmpty;
 }
 
-/** Say the answer, for those who do not see it. Not while a stroke is drawn. */
+/** Say the answer, also to those who do not see it. Not while a stroke is drawn. */
 async function say() {
   while (read.isRunning) await new Promise(requestAnimationFrame);
-  if (!network) return;
-  if (!result) $("status").textContent = "The drawing is empty.";
+  if (!network || drawing.isOpen) return;
+  if (drawing.isEmpty) $("status").textContent = "The drawing is empty.";
+  else if (!result) $("status").textContent = "There is too much ink to see a digit. Clear the drawing.";
   else {
     const { activations, digit: answer } = result;
     const isSure = activations[answer] >= SURE;
@@ -115,13 +116,16 @@ function showPen({ detail: pen }) {
 }
 
 function fail(error) {
+  network = null;
   console.error(error);
-  $("status").textContent = "The networks could not be run. Is the page complete? See demo/build.py.";
+  $("status").textContent =
+    "The networks do not run. Reload the page. If that does not help, build it again with demo/build.py.";
   document.body.dataset.state = "failed";
 }
 
 drawing.addEventListener("change", () => {
   showTools();
+  if (network && drawing.isOpen) $("status").textContent = "";
   read.request();
 });
 drawing.addEventListener("rest", say);
@@ -152,6 +156,8 @@ document.addEventListener("keydown", (event) => {
 
 showTools();
 showResult();
+document.body.dataset.state = "loading";
+$("status").textContent = "Loading the network, 16 MB …";
 try {
   network = await loadNetwork();
   document.body.dataset.state = "ready";

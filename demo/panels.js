@@ -7,7 +7,7 @@ export class Bars {
   constructor(list, count) {
     this.rows = Array.from({ length: count }, (_, digit) => {
       const row = element("li", { className: "bar" });
-      const value = element("span", { className: "value", textContent: "–" });
+      const value = element("span", { className: "value" });
       row.append(element("span", { className: "digit", textContent: digit }), track(), value);
       list.append(row);
       return { row, value };
@@ -24,10 +24,9 @@ export class Bars {
   }
 }
 
-/** A slider for each number of a capsule. Calls `onMove` with all numbers. */
+/** A slider for each number of a capsule. Calls `onMove` when one is moved. */
 export class Sliders {
   constructor(list, count, onMove) {
-    this.read = new Float32Array(count); // the numbers of the drawing
     this.inputs = Array.from({ length: count }, (_, k) => {
       const input = element("input", { type: "range", min: -REACH, max: REACH, step: 0.01 });
       const value = element("span", { className: "value" });
@@ -40,11 +39,10 @@ export class Sliders {
       list.append(row);
       input.addEventListener("input", () => {
         this.describe();
-        onMove(this.pose);
+        onMove();
       });
       return input;
     });
-    this.show(null);
   }
 
   get pose() {
@@ -52,12 +50,12 @@ export class Sliders {
   }
 
   show(pose) {
-    this.read = pose ?? new Float32Array(this.inputs.length);
     this.inputs.forEach((input, k) => {
+      const number = pose?.[k] ?? 0;
       input.disabled = !pose;
-      input.value = this.read[k];
+      input.value = number;
       // A mark keeps the place of the number that was read.
-      input.parentElement.style.setProperty("--read", (this.read[k] + REACH) / (2 * REACH));
+      input.parentElement.style.setProperty("--read", (number + REACH) / (2 * REACH));
     });
     this.describe();
   }
@@ -85,7 +83,6 @@ export class PrimaryCapsules {
       list.append(item);
       return button;
     });
-    this.show(null);
   }
 
   choose(k) {

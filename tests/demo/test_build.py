@@ -133,6 +133,15 @@ def test_the_runtime_is_fetched_once(tmp_path, monkeypatch, npm):
         build.fetch_runtime(folder)
 
 
+@pytest.mark.parametrize("name", build.RUNTIME_FILES)
+def test_a_runtime_that_lacks_a_file_is_fetched_again(tmp_path, monkeypatch, npm, name):
+    monkeypatch.setattr(build, "RUNTIME_SHA512", npm)
+    build.fetch_runtime(tmp_path / "runtime")
+    (tmp_path / "runtime" / name).unlink()
+    build.fetch_runtime(tmp_path / "runtime")
+    assert (tmp_path / "runtime" / name).read_text() == name
+
+
 def test_another_runtime_than_the_tested_one_is_refused(tmp_path, npm):
     folder = tmp_path / "runtime"
     with pytest.raises(RuntimeError, match="SHA-512 differs"):
@@ -146,3 +155,48 @@ def test_without_npm_the_program_says_what_is_missing(tmp_path, monkeypatch, cap
     assert build.main(["--output", str(tmp_path / "page")]) == 2
     assert capsys.readouterr().err.startswith("build.py: error: npm is not installed")
     assert (tmp_path / "page/index.html").exists()
+
+
+def test_a_port_in_use_is_noticed_before_the_build(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "build", lambda output: pytest.fail("the page was built"))
+    with build.server(tmp_path, 0) as other:
+        assert build.main(["--serve", "--port", str(other.server_port)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"build.py: error: --port {other.server_port}: ")
+    assert "choose another" in error
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_number_that_is_no_port_is_refused(capsys, port):
+    with pytest.raises(SystemExit):
+        build.main(["--serve", "--port", port])
+    assert f"expected 0 to 65535, got {port}" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "fetch_runtime", lambda folder: None)
+    monkeypatch.setattr("tritoncaps.export.find_spec", lambda name: None)
+    assert build.main(["--output", str(tmp_path)]) == 2
+    assert "pip install 'tritoncaps[export]'" in capsys.readouterr().err
+
+
+def test_a_build_can_be_stopped(tmp_path, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "fetch_runtime", stop)
+    assert build.main(["--output", str(tmp_path)]) == 130
+
+
+def test_the_page_is_served_until_it_is_stopped(tmp_path, monkeypatch, capsys):
+    built, opened = [], []
+
+    def stop(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "build", built.append)
+    monkeypatch.setattr(build.webbrowser, "open", opened.append)
+    monkeypatch.setattr(build.ThreadingHTTPServer, "serve_forever", stop)
+    assert build.main(["--open", "--port", "0", "--output", str(tmp_path)]) == 130
+    assert built == [tmp_path]
+    assert opened[0] in capsys.readouterr().out

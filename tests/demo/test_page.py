@@ -88,21 +88,34 @@ def open_page(browser, address):
     assert hosts == {urlsplit(address).netloc}
 
 
-def draw(page, points):
-    """Draw a stroke by mouse."""
+@pytest.fixture
+def bare_page(browser):
+    """A page that has not gone anywhere, and may fail."""
+    with browser.new_context() as context:
+        yield context.new_page()
+
+
+def places(page, points):
+    """Points of the window, of points in hundredths of the drawing's side."""
     box = page.locator("#drawing").bounding_box()
-    first, *others = [
+    return [
         (box["x"] + x / 100 * box["width"], box["y"] + y / 100 * box["height"]) for x, y in points
     ]
+
+
+def draw(page, points, end=True):
+    """Draw a stroke by mouse."""
+    first, *others = places(page, points)
     page.mouse.move(*first)
     page.mouse.down()
     for point in others:
         page.mouse.move(*point, steps=3)
-    page.mouse.up()
+    if end:
+        page.mouse.up()
 
 
 def pixels(page, canvas):
-    """The grey values of a canvas, or its alpha where it has no colour, (H, W) in 0 .. 255."""
+    """The grey values of a canvas, and its alpha, both (H, W) in 0 .. 255."""
     width, encoded = page.evaluate(
         """(id) => {
           const canvas = document.getElementById(id);
@@ -212,15 +225,133 @@ def test_a_one_is_drawn_by_keyboard(open_page):
 def test_a_finger_draws_on_a_phone(open_page):
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") == 320
-    box = page.locator("#drawing").bounding_box()
     touch = page.context.new_cdp_session(page)
-    for number, (x, y) in enumerate(THREE):
-        point = {"x": box["x"] + x / 100 * box["width"], "y": box["y"] + y / 100 * box["height"]}
+    for number, (x, y) in enumerate(places(page, THREE)):
         kind = "touchMove" if number else "touchStart"
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     expect(page.get_by_role("status")).to_contain_text("It reads 3.")
     assert page.evaluate("scrollY") == 0
+
+
+def test_a_dot_is_ink(open_page):
+    page = open_page()
+    draw(page, [(50, 50)])
+    expect(page.get_by_role("status")).to_contain_text("capsule's length")
+    assert (pixels(page, "drawing")[1] > 0).sum() == pytest.approx(22**2 * torch.pi, rel=0.05)
+
+
+def test_a_stroke_that_is_taken_back_while_it_is_drawn_ends(open_page):
+    page = open_page()
+    line = [(50, 20), (50, 80)]
+    for control in ("Undo", "Clear", "Example: 1"):
+        draw(page, line)
+        draw(page, [(20, 20), (20, 50)], end=False)
+        page.get_by_role("button", name=control).dispatch_event("click")
+        left = pixels(page, "drawing")[1]
+        page.mouse.move(*places(page, [(90, 90)])[0], steps=3)
+        page.mouse.up()
+        assert pixels(page, "drawing")[1].equal(left), control
+        page.get_by_role("button", name="Clear").dispatch_event("click")
+    draw(page, line, end=False)
+    page.keyboard.press("Control+z")
+    page.mouse.move(*places(page, [(90, 90)])[0], steps=3)
+    page.mouse.up()
+    expect(page.get_by_role("status")).to_have_text("The drawing is empty.")
+
+
+def test_keys_do_not_draw_while_the_mouse_does(open_page):
+    page = open_page()
+    page.get_by_label("Drawing area").focus()
+    draw(page, [(20, 20), (20, 50)], end=False)
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowDown")
+    page.mouse.move(*places(page, [(20, 80)])[0], steps=3)
+    page.mouse.up()
+    expect(page.get_by_role("status")).to_contain_text("It reads 1.")
+    assert pixels(page, "drawing")[1][:, 280:].max() == 0  # the keys' pen is in the middle
+
+
+def test_the_status_is_about_the_drawing_that_is_seen(open_page):
+    page = open_page()
+    status = page.get_by_role("status")
+    draw(page, [(50, 20), (50, 80)], end=False)
+    expect(page.locator("#answer")).to_have_text("1")
+    expect(status).to_be_empty()
+    page.mouse.up()
+    expect(status).to_contain_text("It reads 1.")
+    page.get_by_role("button", name="Clear").click()
+
+    page.get_by_label("Drawing area").focus()
+    page.keyboard.press("Space")
+    for _ in range(22):
+        page.keyboard.press("ArrowDown")
+    expect(status).to_be_empty()
+    page.keyboard.press("Tab")  # lifts the pen
+    expect(status).to_contain_text("It reads 1.")
+    page.get_by_role("button", name="Clear").click()
+
+    rows = range(3, 102, 7)
+    draw(page, [(x, y) for y in rows for x in (1, 120, 1)])
+    expect(status).to_contain_text("There is too much ink to see a digit.")
+
+
+def test_the_drawing_fits_on_a_low_screen(open_page):
+    page = open_page()
+    for width, height in [(568, 320), (640, 360), (740, 360)]:
+        page.set_viewport_size({"width": width, "height": height})
+        box = page.locator("#drawing").bounding_box()
+        assert box["height"] == pytest.approx(box["width"], abs=0.5)
+        assert box["height"] < height
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_the_redrawn_digit_is_in_sight_of_the_last_slider(open_page):
+    page = open_page(viewport={"width": 360, "height": 480})
+    page.locator("#dimension-16").evaluate("slider => slider.scrollIntoView({block: 'end'})")
+    assert page.locator("#redrawn").bounding_box()["y"] >= 0
+
+
+def test_high_contrast_keeps_the_bars(open_page):
+    page = open_page(forced_colors="active")
+    draw(page, THREE)
+    expect(page.get_by_role("status")).to_contain_text("It reads 3.")
+    fill = page.locator(".is-answer .fill")
+    colour = "element => getComputedStyle(element).backgroundColor"
+    assert fill.evaluate(colour) != page.locator("body").evaluate(colour)
+
+
+@pytest.mark.parametrize(
+    "file", ["runtime/*.mjs", "runtime/*.wasm", "models/encoder.onnx", "models/decoder.onnx"]
+)
+def test_a_file_that_is_missing_is_a_plain_message(address, bare_page, file):
+    bare_page.route(f"**/{file}", lambda route: route.fulfill(status=404))
+    bare_page.goto(address)
+    status = bare_page.get_by_role("status")
+    expect(status).to_contain_text("build it again with demo/build.py", timeout=60_000)
+    draw(bare_page, THREE)
+    expect(bare_page.get_by_role("button", name="Clear")).to_be_enabled()
+    expect(status).to_contain_text("The networks do not run.")
+
+
+def test_a_network_that_fails_while_it_runs_is_a_plain_message(address, bare_page):
+    def swap(route):
+        route.fulfill(response=route.fetch(url=f"{address}models/encoder.onnx"))
+
+    bare_page.route("**/decoder.onnx", swap)
+    bare_page.goto(address)
+    expect(bare_page.locator("body")).to_have_attribute("data-state", "ready", timeout=60_000)
+    draw(bare_page, THREE)
+    expect(bare_page.locator("body")).to_have_attribute("data-state", "failed")
+    bare_page.wait_for_timeout(200)  # in which the answer would have been said
+    expect(bare_page.get_by_role("status")).to_contain_text("The networks do not run.")
+
+
+def test_a_page_that_is_opened_as_a_file_says_what_it_needs(bare_page):
+    bare_page.goto((build.PAGE / "index.html").resolve().as_uri())
+    status = bare_page.get_by_role("status")
+    expect(status).to_be_visible()
+    expect(status).to_contain_text("a web server, such as python demo/build.py --open")
 
 
 def pictures():

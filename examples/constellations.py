@@ -31,9 +31,10 @@ from torch.nn import functional as F
 
 from engine.drawing import PALETTE, figure
 from engine.flags import COUNT, Output, as_dict, flag, parse, seeds_flag
-from engine.run_directory import finish, locked, open_experiment, write_json, write_summary
-from engine.runner import Stopped, count_parameters, run_program
-from engine.runtime import choose_runtime, describe_environment, require
+from engine.run_directory import open_experiment, write_json, write_summary
+from engine.runner import run_program
+from engine.runtime import choose_runtime, require
+from engine.seeds import train_seed
 from engine.tables import mean_and_spread, percent
 from engine.tasks import Task
 from engine.training import Evaluation, OneCycle, Trainer
@@ -344,25 +345,9 @@ def run_seed(
 
     trainer = new_trainer(seed, recipe, output, directory / f"seed{seed}")
     trainer.more_columns = measure
-    with locked(trainer.directory):
-        if trainer.resume():
-            print(f"resuming    seed {seed} after {trainer.progress}")
-        else:
-            print(f"training    seed {seed}, {count_parameters(trainer.model):,} parameters")
-        train = Constellations(seed, recipe.steps, recipe.batch_size)
-        if not trainer.fit(train, test=test, epochs=recipe.epochs):
-            print("stopped" if output.dry_run else "stopped and saved; repeat the command to go on")
-            raise Stopped
-        finish(trainer.directory)
-    environment = describe_environment(trainer.runtime)
-    return {
-        "seed": seed,
-        "segmentation_error": trainer.rows[-1]["segmentation_error"],
-        "loss": trainer.rows[-1]["test_loss"],
-        "seconds": sum(row["seconds"] for row in trainer.rows),
-        "device": environment["gpu"] or environment["processor"],
-        **{name: environment[name] for name in ("threads", "precision", "commit")},
-    }
+    train = Constellations(seed, recipe.steps, recipe.batch_size)
+    row = train_seed(trainer, train, test, recipe.epochs, output)
+    return {"seed": seed, "segmentation_error": trainer.rows[-1]["segmentation_error"], **row}
 
 
 def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) -> None:

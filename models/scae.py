@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from tritoncaps._checks import check_flag, check_size
+from tritoncaps._checks import check_flag, check_positive, check_size
 from tritoncaps.layers import (
     ObjectDecoder,
     ObjectVotes,
@@ -68,6 +68,8 @@ class SCAE(PretrainedMixin, nn.Module):
         template_size: side of a template, or (height, width).
         features: components that describe a part beside its pose, F. With 0, templates have the
             same colours in every image.
+        pixel_scale: standard deviation of a pixel about the colour of its template. With a small
+            one, a few templates draw each pixel, and an image has few of them.
         objects: object capsules, J.
         channels, strides: of the convolutions of the part encoder.
         attention_dim, attention_heads, attention_blocks: of the set transformer.
@@ -98,6 +100,7 @@ class SCAE(PretrainedMixin, nn.Module):
         parts: int = 40,
         template_size: int | tuple[int, int] = 11,
         features: int = 16,
+        pixel_scale: float = 1.0,
         objects: int = 32,
         channels: Sequence[int] = (128, 128, 128, 128),
         strides: Sequence[int] = (2, 2, 1, 1),
@@ -116,11 +119,13 @@ class SCAE(PretrainedMixin, nn.Module):
         check_size(name, "in_channels", in_channels)
         check_size(name, "parts", parts)
         check_size(name, "features", features, 0)
+        check_positive(name, "pixel_scale", pixel_scale)
         check_flag(name, "normalize", normalize)
         sides = image_sides(name, image_size)
         side = template_size
         template = (side, side) if isinstance(side, int) else side
         self.image_shape = (in_channels, *sides)
+        self.pixel_scale = pixel_scale
         self.normalize = normalize
         self.part_encoder = PartEncoder(
             in_channels,
@@ -174,7 +179,7 @@ class SCAE(PretrainedMixin, nn.Module):
             parts=parts,
             votes=votes,
             posterior=posterior,
-            image_log_prob=drawn.log_prob(images),
+            image_log_prob=drawn.log_prob(images, self.pixel_scale),
             part_log_prob=part_log_prob,
         )
 

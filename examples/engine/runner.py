@@ -191,7 +191,7 @@ class Runner:
         if dataset.name == "folder":
             # Another run of this recipe must not choose another size.
             self.recipe = replace(self.recipe, image_size=[height, width])
-        dataset = _limited(dataset, recipe.limit_train, recipe.limit_test)
+        dataset = limited(dataset, recipe.limit_train, recipe.limit_test)
         self.whole_test_images = dataset.test
         self.dataset = replace(dataset, test=centre_crop(dataset.test, recipe.crop))
         self.train_images = self.dataset.train.to(self.runtime.device)
@@ -552,7 +552,7 @@ def _shortened(recipe: Recipe, dataset: Dataset, largest_batch: float) -> Recipe
     )
 
 
-def _limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
+def limited(dataset: Dataset, limit_train: int | None, limit_test: int | None) -> Dataset:
     """Keep only so many images of a data set, the same ones for every seed."""
     parts: dict[str, Any] = {}
     for part, limit in (("train", limit_train), ("test", limit_test)):

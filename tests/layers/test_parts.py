@@ -75,6 +75,15 @@ def test_attention_pools_each_part_by_itself():
             torch.testing.assert_close(presence[b, i], pooled[8].sigmoid())
 
 
+def test_parts_start_in_the_middle_of_the_image():
+    torch.manual_seed(0)
+    encoder = PartEncoder(1, (40, 40), 40)
+    with torch.no_grad():
+        poses = encoder(torch.rand(8, 1, 40, 40)).poses
+    assert poses[..., 2].abs().mean() < 0.2  # at full scale 0.75, and a third of them beyond 0.95
+    assert poses[..., 2].std(dim=1).min() > 0.05
+
+
 def test_the_encoder_is_noisy_in_training_alone_unless_told():
     torch.manual_seed(0)
     options = {"features": 1, "channels": (3,), "strides": (2,)}
@@ -119,8 +128,8 @@ def sample(template, x, y):
     return total
 
 
-@pytest.mark.parametrize("features", [0, 2])
-def test_each_pixel_is_a_mixture_of_warped_templates(features):
+@pytest.mark.parametrize("features, scale", [(0, 1.0), (2, 0.3)])
+def test_each_pixel_is_a_mixture_of_warped_templates(features, scale):
     decoder = small_decoder(features, channels=2)
     poses, presence = POSE.double()[None], torch.tensor([[0.9, 0.4]], dtype=torch.float64)
     given = drawn(1, 2, features) if features else None
@@ -144,10 +153,10 @@ def test_each_pixel_is_a_mixture_of_warped_templates(features):
             weights = torch.stack(logits).softmax(dim=0)
             for channel in range(2):
                 values = torch.stack([torch.as_tensor(value[channel]) for value in means])
-                densities = Normal(values, 1.0).log_prob(image[0, channel, row, column]).exp()
+                densities = Normal(values, scale).log_prob(image[0, channel, row, column]).exp()
                 log_prob = log_prob + (weights * densities).sum().log()
                 mean[0, channel, row, column] = (weights * values).sum()
-    torch.testing.assert_close(result.log_prob(image), log_prob[None])
+    torch.testing.assert_close(result.log_prob(image, scale), log_prob[None])
     torch.testing.assert_close(result.mean(), mean)
     total = result.log_weights.exp().sum(dim=1)
     torch.testing.assert_close(total, torch.ones_like(total))

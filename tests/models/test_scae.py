@@ -77,12 +77,13 @@ def test_it_takes_any_sizes(device, small_model, options):
 
 
 def test_the_output_is_made_of_its_parts(small_model):
-    model, images = small_model("scae", normalize=True).eval(), torch.rand(2, 1, 14, 14)
+    model = small_model("scae", normalize=True, pixel_scale=0.3).eval()
+    images = torch.rand(2, 1, 14, 14)
     output = model(images)
     parts, decoder = model.part_encoder(images), model.template_decoder
     drawn = decoder(*parts)
     torch.testing.assert_close(output.reconstruction, drawn.mean())
-    torch.testing.assert_close(output.image_log_prob, drawn.log_prob(images))
+    torch.testing.assert_close(output.image_log_prob, drawn.log_prob(images, 0.3))
     colours = decoder.colour(parts.features)[..., None, None]
     described = [parts.poses.flatten(2), 1 - parts.presence[..., None], parts.features]
     described.append((decoder.templates * colours).flatten(2))

@@ -42,10 +42,13 @@ class DrawnParts(NamedTuple):
     means: Tensor
     log_weights: Tensor
 
-    def log_prob(self, images: Tensor) -> Tensor:
-        """Sum log Σ_i w_i N(x; mean_i, 1) over the pixels and channels of each image, (B,)."""
-        density = -(images.unsqueeze(1) - self.means).square() / 2 - math.log(2 * math.pi) / 2
-        return (self.log_weights + density).logsumexp(dim=1).sum(dim=(1, 2, 3))
+    def log_prob(self, images: Tensor, scale: float = 1.0) -> Tensor:
+        """Sum log Σ_i w_i N(x; mean_i, scale²) over the pixels and channels of each image, (B,)."""
+        distances = (images.unsqueeze(1) - self.means).square()
+        log_densities = torch.add(self.log_weights, distances, alpha=-0.5 / scale**2)
+        log_mixture = log_densities.logsumexp(dim=1)
+        constant = math.log(scale) + math.log(2 * math.pi) / 2
+        return (log_mixture - constant).sum(dim=(1, 2, 3))
 
     def mean(self) -> Tensor:
         """Return the mean of the mixture, (B, C, H, W): the reconstruction."""
@@ -55,6 +58,15 @@ class DrawnParts(NamedTuple):
 # torch.export writes a module's outputs by the names of their types.
 _register_namedtuple(Parts, serialized_type_name="tritoncaps.Parts")
 _register_namedtuple(DrawnParts, serialized_type_name="tritoncaps.DrawnParts")
+
+
+class _Readout(LinearConv2d):
+    """Numbers that start small. At full scale, most translations would start at tanh(±5)."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(0.1)
 
 
 class PartEncoder(NoisyPresence):
@@ -135,7 +147,7 @@ class PartEncoder(NoisyPresence):
                 )
         self.convolutions = nn.Sequential(*layers)
         self.position_bias = nn.Parameter(torch.empty(before, *sides, **options))
-        self.readout = LinearConv2d(before, parts * (6 + features + 2), 1, **options)
+        self.readout = _Readout(before, parts * (6 + features + 2), 1, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,11 +177,16 @@ class PartEncoder(NoisyPresence):
         return f"parts={self.parts}, features={self.features}, noise={self.noise}"
 
 
-def _points(sides: tuple[int, int], like: Tensor) -> Tensor:
-    """The pixels of an image as points (x, y, 1) of the square from −1 to 1, (H, W, 3)."""
-    y, x = (torch.linspace(-1, 1, side, dtype=like.dtype, device=like.device) for side in sides)
-    columns = torch.meshgrid(x, y, indexing="xy")
-    return torch.stack([*columns, torch.ones_like(columns[0])], dim=2)
+def _grid(poses: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Where each pixel of an image lies on the template that a pose (B, 2, 3) puts there.
+
+    Both are points of the square from −1 to 1; the result is (B, H, W, 2). The map is affine, so it
+    is the sum of one part for each column and one for each row.
+    """
+    y, x = (torch.linspace(-1, 1, side, dtype=poses.dtype, device=poses.device) for side in sides)
+    by_x, by_y, shift = inverse(poses).unsqueeze(1).unbind(3)  # (B, 1, 2) each
+    columns, rows = by_x * x[:, None], by_y * y[:, None] + shift
+    return columns.unsqueeze(1) + rows.unsqueeze(2)
 
 
 class TemplateDecoder(nn.Module):
@@ -302,7 +319,7 @@ class TemplateDecoder(nn.Module):
         B, sides = len(poses), self.image_size
         # Both are warped at once. Outside of a template, they are 0.
         both = torch.cat([self.templates, self.opacity], dim=1)
-        grid = _points(sides, poses) @ inverse(poses).flatten(0, 1).mT.unsqueeze(1)
+        grid = _grid(poses.flatten(0, 1), sides)
         stacked = both.expand(B, *both.shape).flatten(0, 1)
         warped = F.grid_sample(stacked, grid, align_corners=True).unflatten(0, (B, self.parts))
         values, opacity = warped.split([self.channels, 1], dim=2)

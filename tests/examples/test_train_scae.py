@@ -1,0 +1,128 @@
+"""Training on images alone: what is asked of the capsules, and how a run goes."""
+
+import csv
+import json
+
+import pytest
+import torch
+from example_runs import few_digits, stop_after
+from test_experiments import check_picture, finish, run
+
+import train_scae
+from train_scae import Recipe, linear_accuracy, new_model, unsupervised_accuracy, with_margin
+from tritoncaps.data import to_float
+from tritoncaps.models import load_model
+
+for package in ("matplotlib", "sklearn"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = (
+    "--dataset=digits", "--device=cpu", "--limit-train=90", "--limit-test=40", "--epochs=2",
+    "--batch-size=45", "--parts=3", "--objects=3", "--channels=4", "--template-size=5",
+)  # fmt: skip
+
+
+def blobs(names, count=40):
+    """Features of as many images of each class, far apart, and the labels that they are given."""
+    labels = torch.arange(3).repeat(count)
+    return 10 * torch.eye(3)[labels] + torch.rand(3 * count, 3), torch.tensor(names)[labels]
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2], [2, 0, 1]])
+def test_clusters_get_the_classes_that_fit_best(names):
+    train, _ = blobs([0, 0, 0])
+    test, labels = blobs(names)
+    accuracy, classes = unsupervised_accuracy(train, test, labels, 3, seed=0)
+    assert accuracy == 1 and torch.equal(classes, labels)
+    # Two clusters cannot both have the class that they show.
+    labels = torch.where(labels == names[0], names[1], labels)
+    accuracy, classes = unsupervised_accuracy(train, test, labels, 3, seed=0)
+    assert accuracy == pytest.approx(2 / 3) and len(classes.unique()) == 3
+
+
+def test_a_linear_classifier_learns_from_training_images_alone():
+    train, train_labels = blobs([1, 0, 2])
+    test, labels = blobs([1, 2, 0])
+    assert linear_accuracy(train, train_labels, test, train_labels) == 1
+    assert linear_accuracy(train, train_labels, test, labels) == pytest.approx(1 / 3)
+
+
+def small_watched():
+    recipe = Recipe(parts=3, objects=3, channels=4, template_size=5).filled()
+    train = few_digits().train
+    return recipe, new_model(recipe, 1, train, 10), to_float(train.images[:8]), train.labels[:8]
+
+
+def test_labels_reach_the_classifier_alone():
+    recipe, model, images, labels = small_watched()
+    task = train_scae.Autoencode(recipe, 10)
+    output = task.run(model, images, labels)
+    before = torch.autograd.grad(
+        task.loss(output, labels, images), [*model.parameters()], retain_graph=True
+    )
+    after = torch.autograd.grad(task.loss(output, 9 - labels, images), [*model.parameters()])
+    changed = {
+        name.partition(".")[0]
+        for (name, _), one, other in zip(model.named_parameters(), before, after, strict=True)
+        if not torch.equal(one, other)
+    }
+    assert changed == {"classifier"}
+    assert torch.equal(task.correct(output, labels), output[1].argmax(dim=1) == labels)
+    said = torch.cat([output[0].activations, output[0].explained], dim=1)
+    assert torch.equal(task.predictions(output), said)
+
+
+def test_the_background_starts_as_the_images_are():
+    _, model, images, _ = small_watched()
+    background = model.autoencoder.template_decoder.background.sigmoid()
+    assert background.item() == pytest.approx(0.02)
+    assert images.median() == 0
+
+
+def test_a_margin_is_black():
+    dataset = with_margin(few_digits(), 6)
+    assert dataset.train.images.shape == (90, 1, 40, 40)
+    assert not dataset.test.images[:, :, :6].any() and not dataset.test.images[..., 34:].any()
+    assert torch.equal(dataset.test.images[:, :, 6:34, 6:34], few_digits().test.images)
+    with pytest.raises(ValueError, match="--margin -1 must be >= 0"):
+        with_margin(dataset, -1)
+
+
+def test_flags_win_over_a_size():
+    recipe = Recipe(size="paper", parts=5).filled()
+    assert (recipe.parts, recipe.objects, recipe.margin, recipe.batch_size) == (5, 32, 6, 128)
+
+
+def rows_of(directory):
+    with (directory / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    content = json.loads((directory / "classes.json").read_text())
+    assert [row["seed"] for row in content["rows"]] == [int(row["seed"]) for row in rows]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path):
+    flags = (*TINY, "--seeds=2")
+    printed = finish(train_scae, *flags, f"--output-dir={tmp_path / 'whole'}")
+    assert printed.count("by explained  unsupervised ") == 2
+    for name in ("curves", "templates", "parts", "clusters"):
+        check_picture(tmp_path / f"whole/seed2/{name}.png", (150, 300))
+    model = load_model(tmp_path / "whole/seed1/scae")
+    assert model(torch.rand(2, 1, 28, 28)).explained.shape == (2, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 5)  # in the first epoch of the second seed
+        status, printed = run(train_scae, *flags, f"--output-dir={tmp_path / 'parts'}")
+    assert status == 130 and "stopped and saved" in printed
+    printed = finish(train_scae, *flags, f"--output-dir={tmp_path / 'parts'}")
+    assert "resuming    seed 2 after 0 epochs and 1 batch" in printed
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    status, printed = run(train_scae, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
+    assert status == 2 and "was made with --lr 0.003, not --lr 1" in printed
+
+
+def test_a_dry_run_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in TINY if not flag.startswith(("--limit", "--epochs", "--batch"))]
+    assert "dry run: everything works" in finish(train_scae, "--dry-run", *flags)
+    assert list(tmp_path.iterdir()) == []

@@ -59,8 +59,8 @@ SHOWN = 12
 # The sizes of --size. The authors' pads images of 28×28 to 40×40 and moves them there.
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
-        "parts": 24, "objects": 24, "features": 0, "channels": 64,
-        "batch_size": 32, "epochs": 20, "margin": 0, "max_shift": 2,
+        "parts": 24, "objects": 32, "features": 0, "channels": 64,
+        "batch_size": 64, "epochs": 20, "margin": 0, "max_shift": 2,
     },
     "paper": {
         "parts": 40, "objects": 32, "features": 16, "channels": 128,
@@ -98,13 +98,12 @@ class Recipe:
     pixel_scale: float = flag(0.3, "standard deviation of a pixel; 1 in the authors' code")
     epochs: int = sized("epochs", "passes over the training images")
     batch_size: int = sized("batch_size", "images per step")
-    lr: float = flag(3e-3, "highest learning rate of the parts, in one cycle of Adam")
-    object_lr_factor: float = flag(0.3, "factor on the rate for the objects", metavar="F")
+    lr: float = flag(3e-3, "highest learning rate of Adam, in one cycle")
     deformation: float = flag(10.0, "weight of the deformation of objects", metavar="W")
-    prior_within: float = flag(2.0, "weight of the l2 sparsity of an image", metavar="W")
-    prior_between: float = flag(0.35, "weight of the l2 sparsity between images", metavar="W")
-    posterior_within: float = flag(0.7, "weight of the entropy of an image", metavar="W")
-    posterior_between: float = flag(0.2, "weight of the entropy of a batch", metavar="W")
+    prior_within: float = flag(0.0, "weight of the l2 sparsity of an image", metavar="W")
+    prior_between: float = flag(0.01, "weight of the l2 sparsity between images", metavar="W")
+    posterior_within: float = flag(10.0, "weight of the entropy of an image", metavar="W")
+    posterior_between: float = flag(15.0, "weight of the entropy of a batch", metavar="W")
     seeds: int = seeds_flag()
 
     def filled(self) -> "Recipe":
@@ -188,6 +187,7 @@ def new_model(recipe: Recipe, seed: int, train: ImageSet, num_classes: int) -> W
         objects=recipe.objects,
         channels=(recipe.channels,) * 4,
         pixel_scale=recipe.pixel_scale,
+        normalize=True,
     )
     usual = to_float(train.images[:1000]).transpose(0, 1).flatten(1).median(dim=1).values
     with torch.no_grad():
@@ -294,21 +294,11 @@ def run_seed(
     num_classes = len(dataset.class_names)
     batches = Batches(train, recipe.batch_size, seed=seed, max_shift=recipe.max_shift)
     model = new_model(recipe, seed, train, num_classes)
-    object_parameters = [
-        *model.autoencoder.object_encoder.parameters(),
-        *model.autoencoder.object_decoder.parameters(),
-        *model.classifier.parameters(),
-    ]
-    apart = set(object_parameters)
-    groups = [
-        {"params": [p for p in model.parameters() if p not in apart]},
-        {"params": object_parameters, "lr_factor": recipe.object_lr_factor},
-    ]
     trainer = Trainer(
         model,
         directory / f"seed{seed}",
         task=Autoencode(recipe, num_classes),
-        optimizer=torch.optim.Adam(groups, lr=recipe.lr, fused=True),
+        optimizer=torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True),
         schedule=OneCycle(recipe.lr, recipe.epochs * len(batches)),
         runtime=runtime,
         args=as_dict(recipe, machine, output),

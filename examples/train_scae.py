@@ -5,10 +5,10 @@
     python examples/train_scae.py --size paper            # the authors' size, for a GPU
     python examples/train_scae.py --dataset svhn --size paper
 
-Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 3.2. No label reaches the
-autoencoder. A linear classifier learns beside it from what its object capsules say, and its accuracy
-is what the lines of the epochs show. At the end, two questions are asked of the object capsules,
-once of how present they are, and once of how many parts they explain:
+Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 3.2. No label reaches
+the autoencoder. A linear classifier learns beside it, from what its object capsules say of each
+training image: how present they are, and how many parts they explain. The accuracy in the lines of
+the epochs is that of this classifier. At the end, both are asked for the classes on their own:
 
 unsupervised   k-means finds as many clusters as there are classes, in the training images. Each
                cluster is given a class, so that most test images are right. Five times.
@@ -273,11 +273,11 @@ def with_margin(dataset: Dataset, margin: int) -> Dataset:
     """Add black pixels on every side of the images."""
     if margin < 0:
         raise ValueError(f"--margin {margin} must be >= 0")
-    parts = {
-        name: replace(part, images=F.pad(part.images, (margin,) * 4))
-        for name, part in (("train", dataset.train), ("test", dataset.test))
-    }
-    return replace(dataset, **parts)
+
+    def padded(part: ImageSet) -> ImageSet:
+        return replace(part, images=F.pad(part.images, (margin,) * 4))
+
+    return replace(dataset, train=padded(dataset.train), test=padded(dataset.test))
 
 
 def run_seed(
@@ -310,26 +310,28 @@ def run_seed(
     row = train_seed(trainer, batches, test, recipe.epochs, output)
     model.autoencoder.save_pretrained(trainer.directory / "scae")
     measured, classes = measure(trainer, train, test, num_classes)
-    draw(trainer, dataset, classes, f"seed {seed}, {dataset.title}")
+    draw(trainer, model.autoencoder, dataset, classes, f"seed {seed}, {dataset.title}")
     return {"seed": seed, **measured, **row}
 
 
 def measure(
     trainer: Trainer, train: ImageSet, test: ImageSet, num_classes: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """Ask what the object capsules know of classes; returns figures, and the best-known classes.
+    """Ask what the object capsules know of classes.
 
-    The classes are those of the first clustering by what capsules explain, for each test image.
+    Returns figures, and the class of each test image by the first clustering of presences, (N,).
     """
     known, asked = (trainer.evaluate(part).predictions.chunk(2, dim=1) for part in (train, test))
     labels, train_labels = test.labels.cpu(), train.labels.cpu()
     row: dict[str, Any] = {}
+    classes = []
     for name, features, tested in zip(FEATURES, known, asked, strict=True):
         clusterings = [
             unsupervised_accuracy(features, tested, labels, num_classes, seed)
             for seed in range(CLUSTERINGS)
         ]
         accuracy, spread = mean_and_spread([right for right, _ in clusterings])
+        classes.append(clusterings[0][1])
         linear = linear_accuracy(features, train_labels, tested, labels)
         row[f"unsupervised_{name}"] = accuracy
         row[f"unsupervised_{name}_spread"] = spread
@@ -338,21 +340,24 @@ def measure(
             f"by {name:<10} unsupervised {percent(accuracy, spread)}, linear {percent(linear)}",
             flush=True,
         )
-    return row, clusterings[0][1]
+    return row, classes[0]
 
 
 # -- the pictures
 
 
-def draw(trainer: Trainer, dataset: Dataset, classes: Tensor, title: str) -> None:
+def draw(
+    trainer: Trainer, autoencoder: SCAE, dataset: Dataset, classes: Tensor, title: str
+) -> None:
     """Draw the curves, the templates, which of them draws what, and the clusters."""
     directory = trainer.directory
     draw_curves(trainer, title)
-    decoder = trainer.model.autoencoder.template_decoder
-    draw_templates(decoder, directory / "templates.png", f"Templates ({title})")
+    draw_templates(
+        autoencoder.template_decoder, directory / "templates.png", f"Templates ({title})"
+    )
     images = to_float(dataset.test.images[:SHOWN])
     output, _ = trainer.predict(images.to(trainer.runtime.device))
-    parts = coloured_parts(trainer.model.autoencoder, output).cpu()
+    parts = coloured_parts(autoencoder, output).cpu()
     names = drawable(dataset.class_names)
     captions = [names[label] for label in dataset.test.labels[:SHOWN].tolist()]
     rows = [as_rgb(images), as_rgb(output.reconstruction.cpu()), parts]
@@ -409,7 +414,7 @@ def draw_clusters(
             captions = [names[true] for true in labels]
             wrong = [true != label for true in labels]
             blocks.append(Block([found.images], [f"cluster {name}"], captions, wrong))
-    heading = f"What k-means finds in what object capsules explain ({title})"
+    heading = f"What k-means finds in the presence of object capsules ({title})"
     draw_blocks(blocks, path, heading, left=30 + 7 * max(map(len, names)) + 50, text_height=26)
 
 

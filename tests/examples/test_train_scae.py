@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+import train_scae
 from example_runs import few_digits, stop_after
 from test_experiments import check_picture, finish, run
-
-import train_scae
 from train_scae import Recipe, linear_accuracy, new_model, unsupervised_accuracy, with_margin
+
 from tritoncaps.data import to_float
 from tritoncaps.models import load_model
 

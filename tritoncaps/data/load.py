@@ -37,7 +37,7 @@ def load_dataset(
     and test_32x32.mat in `data_dir`/svhn.
 
     "affnist" is read from two files of the 32x version in `data_dir`/affnist, and is not
-    downloaded: just_centered/training_and_validation_batches/1.mat to train on, and
+    downloaded: just_centered/training_and_validation.mat to train on, and
     transformed/test_batches/1.mat to test.
 
     "affine-mnist" and "affine-digits" are MNIST and "digits" on 40×40 pixels. The test images are

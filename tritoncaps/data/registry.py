@@ -278,9 +278,9 @@ REGISTRY = {
         epochs=30,
         read=read_affnist,
         folder="affnist",
-        # Each original is in the first batch once.
         files=(
-            DataFile("just_centered/training_and_validation_batches/1.mat", (1600, 60000)),
+            DataFile("just_centered/training_and_validation.mat", (1600, 60000)),
+            # The first of 32 batches. Each of them has every original once.
             DataFile("transformed/test_batches/1.mat", (1600, 10000)),
         ),
         shape=(1, 40, 40),

@@ -243,7 +243,8 @@ REGISTRY = {
         read=read_emnist,
         folder="EMNIST/raw",
         files=_emnist_files(),
-        source="Cohen et al. 2017, https://www.nist.gov/itl/products-and-services/emnist-dataset",
+        source="Cohen et al. 2017, https://www.nist.gov/itl/products-and-services/emnist-dataset, "
+        "in gzip.zip",
     ),
     "cifar10": Entry(
         title="CIFAR-10",
@@ -257,7 +258,8 @@ REGISTRY = {
         files=_cifar_files(),
         shape=(3, 32, 32),
         max_shift=4,
-        source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, binary version",
+        source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, in "
+        "cifar-10-binary.tar.gz",
         refused={"cifar-10-batches-py": _PICKLES, "cifar-10-python.tar.gz": _PICKLES},
     ),
     "svhn": Entry(
@@ -285,7 +287,8 @@ REGISTRY = {
         ),
         shape=(1, 40, 40),
         max_shift=6,  # the test images are anywhere
-        source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, 32x",
+        source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, in "
+        "32x/just_centered/training_and_validation.mat.zip and 32x/transformed/test_batches.zip",
     ),
 }
 REGISTRY["affine-mnist"] = replace(

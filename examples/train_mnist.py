@@ -96,9 +96,9 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
         places = min(2 * recipe.max_shift, margin) + 1
         if run.test_crops > places:
             raise ValueError(
-                f"--test-crops {run.test_crops}: windows up to --max-shift {recipe.max_shift} from "
-                f"the middle have only {places} places along an axis; give at most {places}, or a "
-                "larger --max-shift"
+                f"--test-crops {run.test_crops}: with --crop {recipe.crop} and --max-shift "
+                f"{recipe.max_shift} there are only {places}x{places} windows; give at most "
+                f"{places}"
             )
         job = runner.classification(recipe)
 

@@ -154,8 +154,8 @@ def one_label_less(content):
 DAMAGES = {
     # name of the damage: file, change, what the message contains
     "truncated": (TRAIN_IMAGES, lambda c: c[:500], ["expected 916 bytes", "has 500"]),
-    "truncated header": (TRAIN_IMAGES, lambda c: c[:7], ["expected 916 bytes", "has 7"]),
-    "empty": (TEST_LABELS, lambda c: b"", ["expected 18 bytes", "has 0"]),
+    "truncated header": (TRAIN_IMAGES, lambda c: c[:7], ["expected at least 16 bytes", "has 7"]),
+    "empty": (TEST_LABELS, lambda c: b"", ["expected at least 8 bytes", "has 0"]),
     "too long": (TEST_LABELS, lambda c: c + b"more", ["expected 18 bytes", "has 19 or more"]),
     "foreign": (TEST_IMAGES, lambda c: b"<html>" + c, ["0x00000803", "0x3c68746d"]),
     "other shape": (TRAIN_LABELS, one_label_less, ["(30,)", "(29,)"]),
@@ -266,6 +266,9 @@ def test_sets_of_two_shapes_are_refused(tiny):
     assert_refused(tiny, str(tiny.folder), *shapes, "Put files of one shape there", verify=False)
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="there is no file that opens but cannot be read"
+)
 @pytest.mark.parametrize("name", ["mnist", "auto"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_that_the_system_refuses_to_read_is_named(tiny, packed, name):

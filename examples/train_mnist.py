@@ -92,6 +92,14 @@ def train(read: Any, run: Run, recipe: Recipe, machine: Machine, output: Output)
             check_images(start.directory, start.config, runner.dataset)
         if run.test_crops > 1 and not recipe.crop:
             raise ValueError(f"--test-crops {run.test_crops} needs --crop, the side of a window")
+        margin = max(runner.whole_test_images.images.shape[2:]) - recipe.crop
+        places = min(2 * recipe.max_shift, margin) + 1
+        if run.test_crops > places:
+            raise ValueError(
+                f"--test-crops {run.test_crops}: with --crop {recipe.crop} and --max-shift "
+                f"{recipe.max_shift} there are only {places}x{places} windows; give at most "
+                f"{places}"
+            )
         job = runner.classification(recipe)
 
         # -- the run directory, and what is about to happen

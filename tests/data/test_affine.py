@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
-from image_sets import assert_same_set, make_set, needs_mnist
+from image_sets import assert_same_set, idx_bytes, make_set, needs_mnist
 
-from tritoncaps.data import ImageSet, affine, affine_images, load_dataset
+from tritoncaps.data import DatasetError, ImageSet, affine, affine_images, load_dataset
+from tritoncaps.data.files import DataFile
 
 
 def square(size=8, channels=1, count=400):
@@ -109,6 +110,16 @@ def test_affine_digits_map_the_test_set_alone():
     assert mapped.train.images.double().sum() == plain.train.images.double().sum()
     assert torch.equal(mapped.test.labels, plain.test.labels)
     assert mapped.test.images.shape[1:] == (1, 40, 40)
+
+
+def test_images_that_do_not_fit_are_refused(tmp_path):
+    """Unverified files may hold larger images, which must not lose their border."""
+    large = make_set(3, height=20, width=41)
+    files = [DataFile(name, (3, 20, 41)[:axes]) for name, axes in (("images", 3), ("labels", 1))]
+    (tmp_path / "images").write_bytes(idx_bytes(large.images.squeeze(1)))
+    (tmp_path / "labels").write_bytes(idx_bytes(large.labels.byte()))
+    with pytest.raises(DatasetError, match=f"^{tmp_path}: the images are 20x41, .* into 40x40"):
+        affine.read_affine_mnist(tmp_path, files * 2, 10, verify=False)
 
 
 @needs_mnist

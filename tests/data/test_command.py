@@ -1,7 +1,9 @@
 """`python -m tritoncaps.data`: what there is, and what is in a folder."""
 
+import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from image_sets import idx_bytes
 from PIL import Image
 
-from tritoncaps.data import list_datasets, load_dataset
+from tritoncaps.data import ImageSet, list_datasets, load_dataset
 from tritoncaps.data.__main__ import main
 from tritoncaps.data.registry import REGISTRY
 
@@ -42,8 +44,34 @@ def test_check_says_what_is_missing_and_where_it_comes_from(tmp_path, capsys):
     assert main(["check", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == sum(bool(entry.files) for entry in REGISTRY.values())
-    svhn = f"svhn: not there. Put train_32x32.mat, test_32x32.mat into {tmp_path}/svhn. From Netzer"
-    assert any(line.startswith(svhn) for line in printed)
+    put = f"Put train_32x32.mat, test_32x32.mat into {tmp_path}/svhn, plain or as .gz, or let an"
+    assert any(line.startswith(f"svhn: not there. {put} example download") for line in printed)
+    (cifar,) = [line for line in printed if line.startswith("cifar10")]
+    assert "download" not in cifar and cifar.endswith("kriz/cifar.html, in cifar-10-binary.tar.gz")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["check", str(tmp_path / "typo"), "svhn"]) == 0
+    assert capsys.readouterr().err == f"There is no folder {tmp_path / 'typo'}.\n"
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="there is no file that opens but cannot be read"
+)
+def test_an_unreadable_file_is_damage(tmp_path, capsys):
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    for name in ("train_32x32.mat", "test_32x32.mat"):
+        (folder / name).symlink_to("/proc/self/mem")
+    assert main(["check", str(tmp_path), "svhn"]) == 1
+    assert f"{folder / 'train_32x32.mat'} cannot be read" in capsys.readouterr().out
+
+
+def test_pickles_in_the_home_folder_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert main(["check", "~", "cifar10"]) == 1
+    assert f"{tmp_path}/cifar-10-batches-py is the python version" in capsys.readouterr().out
 
 
 def test_check_fails_for_a_damaged_set(tmp_path, capsys):
@@ -76,7 +104,27 @@ def test_show_draws_both_parts(tmp_path, capsys):
     drawn = torch.from_numpy(np.array(Image.open(path)))
     assert drawn.shape == (2 * 42, 16 * 42, 3)
     assert torch.equal(drawn[1:41, 1:41, 0], dataset.train.images[0, 0])
-    assert torch.equal(drawn[43:83, 43:83, 2], dataset.test.images[1, 0])
+    assert torch.equal(drawn[43:83, 43:83, 2], dataset.test.images[360 // 16, 0])
+
+
+def test_show_draws_images_from_all_over_a_set(tmp_path, monkeypatch):
+    labels = torch.arange(5).repeat_interleave(30)  # sorted, as in the rendered solids
+    images = (50 * labels).byte().reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    found = ImageSet(images, labels)
+    entry = dataclasses.replace(REGISTRY["rendered-solids"], read=lambda *_: (found, found))
+    monkeypatch.setitem(REGISTRY, "rendered-solids", entry)
+    path = tmp_path / "solids.png"
+    assert main(["show", "rendered-solids", "--output", str(path)]) == 0
+    drawn = np.array(Image.open(path))
+    assert drawn.shape == (2 * 6, 16 * 6, 3)
+    assert set(drawn[3, 3::6, 0]) == {0, 50, 100, 150, 200}
+
+
+@pytest.mark.parametrize("output", ["missing/digits.png", "digits"])
+def test_show_says_why_nothing_was_written(tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "digits", "--output", output]) == 1
+    assert f"{output} was not written: " in capsys.readouterr().out
 
 
 def test_show_says_what_is_missing(tmp_path, capsys):

@@ -154,8 +154,8 @@ def one_label_less(content):
 DAMAGES = {
     # name of the damage: file, change, what the message contains
     "truncated": (TRAIN_IMAGES, lambda c: c[:500], ["expected 916 bytes", "has 500"]),
-    "truncated header": (TRAIN_IMAGES, lambda c: c[:7], ["expected 916 bytes", "has 7"]),
-    "empty": (TEST_LABELS, lambda c: b"", ["expected 18 bytes", "has 0"]),
+    "truncated header": (TRAIN_IMAGES, lambda c: c[:7], ["expected at least 16 bytes", "has 7"]),
+    "empty": (TEST_LABELS, lambda c: b"", ["expected at least 8 bytes", "has 0"]),
     "too long": (TEST_LABELS, lambda c: c + b"more", ["expected 18 bytes", "has 19 or more"]),
     "foreign": (TEST_IMAGES, lambda c: b"<html>" + c, ["0x00000803", "0x3c68746d"]),
     "other shape": (TRAIN_LABELS, one_label_less, ["(30,)", "(29,)"]),
@@ -197,7 +197,7 @@ GZ_DAMAGES = {
     "overwritten": (lambda c: c[:10] + b"\xff" * 20 + c[30:], ["complete gzip file"]),
     "wrong CRC": (lambda c: c[:-8] + bytes(4) + c[-4:], ["complete gzip file", "CRC"]),
     "not gzip": (lambda c: b"<html>" + c, ["complete gzip file", "<h"]),
-    "empty": (lambda c: b"", ["expected 916 bytes", "has 0"]),
+    "empty": (lambda c: b"", ["expected at least 16 bytes", "has 0"]),
 }
 
 
@@ -223,7 +223,7 @@ def test_the_rest_of_an_interrupted_unpacking_is_an_error_until_it_is_deleted(ti
 
 
 def test_without_verify_any_well_formed_files_will_do(tiny):
-    other = make_set(7, height=9, width=9)
+    other = make_set(7)
     tiny.write()
     (tiny.folder / TEST_IMAGES).write_bytes(idx_bytes(other.images.squeeze(1)))
     (tiny.folder / TEST_LABELS).write_bytes(idx_bytes(other.labels.byte()))
@@ -255,6 +255,54 @@ def test_without_verify_malformed_files_are_still_refused(tiny, fault):
     tiny.write()
     tiny.edit(file, change)
     assert_refused(tiny, file, "Delete", *fragments, verify=False)
+
+
+def test_sets_of_two_shapes_are_refused(tiny):
+    tiny.write()
+    other = make_set(40, height=9, width=8)
+    (tiny.folder / TEST_IMAGES).write_bytes(idx_bytes(other.images.squeeze(1)))
+    (tiny.folder / TEST_LABELS).write_bytes(idx_bytes(other.labels.byte()))
+    shapes = ("training images have the shape (1, 6, 5)", "test images have (1, 9, 8)")
+    assert_refused(tiny, str(tiny.folder), *shapes, "Put files of one shape there", verify=False)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/mem").exists(), reason="there is no file that opens but cannot be read"
+)
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_the_system_refuses_to_read_is_named(tiny, packed, name):
+    tiny.write()
+    path = tiny.folder / TRAIN_LABELS
+    path.unlink()
+    path = path.with_name(f"{path.name}.gz") if packed else path
+    path.symlink_to("/proc/self/mem")  # it can be opened, but not read at 0
+    expected = [f"{path} cannot be read: Input/output error. Correct that, or give another"]
+    assert_refused(tiny, *expected, name=name)
+
+
+def test_a_folder_that_may_not_be_searched_is_named(tiny, monkeypatch):
+    tiny.write()
+
+    def refused(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.is_file", refused)
+    assert_refused(tiny, f"{tiny.folder / TRAIN_IMAGES} cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data_dir": 5}, "data_dir must be a str or a Path, got int"),
+        ({"data_dir": b"data"}, "data_dir must be a str or a Path, got bytes"),
+        ({"download": "no"}, "download must be a bool, got str"),
+        ({"verify": 0}, "verify must be a bool, got int"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=f"^load_dataset: {message}$"):
+        load_dataset("mnist", **arguments)
 
 
 @needs_mnist

@@ -30,10 +30,12 @@ class TinyNorb:
         generator = torch.Generator().manual_seed(1)
         self.folder = self.data_dir / "smallnorb"
         self.arrays = {}
-        for part, count in (("training", 6), ("testing", 4)):
+        for part, instances in (("training", [4, 6, 7, 8, 9, 4]), ("testing", [5, 0, 3, 2])):
+            count = len(instances)
             pixels = torch.randint(256, (count, 2, 6, 8), generator=generator, dtype=torch.uint8)
             number = torch.arange(count, dtype=torch.int32)
-            info = torch.stack([number + 4, number, 34 - 2 * number, number % 6], dim=1)
+            instance = torch.tensor(instances, dtype=torch.int32)
+            info = torch.stack([instance, number, 34 - 2 * number, number % 6], dim=1)
             for kind, array in zip(KINDS, (pixels, number % 5, info), strict=True):
                 self.arrays[f"{part}-{kind}.mat"] = array
         self.files = tuple(
@@ -68,7 +70,7 @@ def test_images_categories_and_views_are_read(tiny):
     assert dataset.note.endswith("data/smallnorb, only the shapes of its files verified")
     assert isinstance(dataset.train, ViewSet) and isinstance(dataset.test, ViewSet)
     assert dataset.train.labels.tolist() == [0, 1, 2, 3, 4, 0]
-    assert dataset.test.view("instance").tolist() == [4, 5, 6, 7]
+    assert dataset.test.view("instance").tolist() == [5, 0, 3, 2]
     assert dataset.train.view("elevation").tolist() == [30, 35, 40, 45, 50, 55]
     assert dataset.train.view("azimuth").tolist() == [340, 320, 300, 280, 260, 240]
     assert dataset.train.view("lighting").tolist() == [0, 1, 2, 3, 4, 5]
@@ -136,6 +138,26 @@ def test_a_damaged_file_is_named(tiny, damage, message):
     assert str(caught.value).endswith("Delete it, then put the published file there.")
 
 
+def test_swapped_sets_are_refused(tiny):
+    """Their files have the same shapes, but the instances are in their names."""
+    tiny.write()
+    for kind in KINDS:
+        one, other = (tiny.folder / f"{part}-{kind}.mat" for part in ("training", "testing"))
+        spare = other.read_bytes()
+        other.write_bytes(one.read_bytes())
+        one.write_bytes(spare)
+    shapes = (tiny.files[3:], tiny.files[:3])
+    files = [
+        dataclasses.replace(file, shape=of.shape)
+        for part, others in zip((tiny.files[:3], tiny.files[3:]), shapes, strict=True)
+        for file, of in zip(part, others, strict=True)
+    ]
+    message = r"training-info.mat .* instances \(4, 6, 7, 8, 9\), it has \(0, 2, 3, 5\)\. Delete"
+    with pytest.raises(DatasetError, match=message):
+        read_norb(tiny.folder, files, 5, verify=True)
+    assert len(read_norb(tiny.folder, files, 5, verify=False)[0]) == 4
+
+
 def test_a_known_checksum_is_verified(tiny, monkeypatch):
     tiny.write()
     first = dataclasses.replace(tiny.files[0], sha256=hashlib.sha256(b"another").hexdigest())
@@ -152,6 +174,7 @@ def test_without_verify_the_files_must_still_fit(tiny):
     with pytest.raises(DatasetError, match=r"has 7 images but training-cat\.mat .* has 6 entries"):
         tiny.load(verify=False)
     tiny.edit("training-dat.mat", lambda _: norb_bytes(images[:6]))
+    tiny.edit("testing-dat.mat", lambda _: norb_bytes(images[:4]))
     unverified = tiny.load(verify=False)
     assert unverified.train.images.shape == (6, 2, 2, 2)
     assert unverified.note == f"smallNORB, found in {tiny.folder}, not verified"

@@ -174,9 +174,9 @@ def affnist(tmp_path, monkeypatch):
     folder = tmp_path / entry.folder
     pixels, labels, files = drawn(5, 40, 40), torch.tensor([7, 0, 9, 4, 5]), []
     for file, part in zip(entry.files, (slice(0, 3), slice(3, 5)), strict=True):
-        columns = pixels[part].transpose(1, 2).reshape(-1, 1600).T
+        columns = pixels[part].reshape(-1, 1600).T  # a column is an image, row by row
         path = folder / file.name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         data = affnist_data(columns, labels[None, part])
         path.write_bytes(matlab_bytes(path.parent, **data))
         files.append(DataFile(file.name, tuple(columns.shape)))
@@ -195,6 +195,9 @@ def test_images_of_affnist_are_upright(affnist):
     assert torch.equal(torch.cat([dataset.train.images, dataset.test.images])[:, 0], pixels)
     assert torch.equal(torch.cat([dataset.train.labels, dataset.test.labels]), labels)
     assert dataset.note.endswith("only the shapes of its files verified")
+    # The names inside of training_and_validation.mat.zip and test_batches.zip.
+    published = {"just_centered/training_and_validation.mat", "transformed/test_batches/1.mat"}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.mat")} == published
 
 
 @pytest.mark.parametrize(

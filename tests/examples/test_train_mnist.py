@@ -694,6 +694,17 @@ class TestCrops:
             test = line.replace("best model (epoch 1, by validation)", "test of epoch 1")
             assert test in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        ("flags", "places"), [(("--max-shift=1",), 3), (("--max-shift=2", "--crop=27"), 2)]
+    )
+    def test_more_windows_than_places_are_refused(self, tmp_path, capsys, flags, places):
+        allowed, more = (f"--test-crops={count}" for count in (places, places + 1))
+        assert run(*NEW, "--crop=24", *flags, allowed, "--epochs=1", "--output-dir=run") == 0
+        assert run(*NEW, "--crop=24", *flags, more, "--output-dir=other") == 2
+        expected = f"there are only {places}x{places} windows; give at most {places}"
+        assert expected in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
     def test_a_run_on_windows_is_not_tested_on_whole_images(self, tmp_path, capsys):
         assert run(*NEW, "--crop=24", "--epochs=1", "--output-dir=run") == 0
         assert reconstruct.main(["run", "--device=cpu"]) == 2

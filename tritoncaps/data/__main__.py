@@ -11,6 +11,7 @@ damaged, and says what is missing, where it comes from and where to put it.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritoncaps.data.files import find_file
-from tritoncaps.data.load import folder_of, load_dataset
+from tritoncaps.data.files import DataFile
+from tritoncaps.data.load import folder_of, has_files, load_dataset
 from tritoncaps.data.registry import REGISTRY, Entry
 from tritoncaps.data.sets import DatasetError
 
@@ -51,11 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.command == "show":
         return _show(given.name, given.data_dir, given.output or Path(f"{given.name}.png"))
+    data_dir = given.data_dir.expanduser()
+    if not data_dir.is_dir():
+        print(f"There is no folder {data_dir}.", file=sys.stderr)
     unknown = [name for name in given.names if name not in REGISTRY]
     if unknown:
         parser.error(f"no data set is called {unknown[0]!r}; there are {', '.join(REGISTRY)}")
     names = given.names or [name for name, entry in REGISTRY.items() if entry.files]
-    return max([_check(name, given.data_dir) for name in names])
+    return max([_check(name, data_dir) for name in names])
 
 
 def _described(name: str, entry: Entry) -> str:
@@ -67,43 +71,56 @@ def _described(name: str, entry: Entry) -> str:
     ]
     if entry.files:
         how = "downloaded" if entry.mirrors else "not downloaded, to be put there"
-        lines.append(f"    files    {', '.join(file.name for file in entry.files)}")
+        lines.append(f"    files    {_listed(entry.files)}, plain or as .gz")
         lines.append(f"    folder   {entry.folder}, {how}")
     return "\n".join(lines)
+
+
+def _listed(files: Sequence[DataFile]) -> str:
+    return ", ".join(file.name for file in files)
 
 
 def _check(name: str, data_dir: Path) -> int:
     """Print what is there of a data set. Returns 1 if it is damaged."""
     entry, folder = REGISTRY[name], folder_of(name, data_dir)
-    missing = [file.name for file in entry.files if not find_file(folder, file)]
-    is_partly_there = len(missing) < len(entry.files) or any(
-        (data_dir / other).exists() for other in entry.refused
-    )
-    if missing and not is_partly_there:
-        print(f"{name}: not there. Put {', '.join(missing)} into {folder}. From {entry.source}")
-        return 0
     try:
+        is_there = has_files(name, data_dir)
+        is_there |= any((data_dir / other).exists() for other in entry.refused)
+        if entry.files and not is_there:
+            remedy = f"Put {_listed(entry.files)} into {folder}, plain or as .gz"
+            if entry.mirrors:
+                remedy += ", or let an example download them"
+            print(f"{name}: not there. {remedy}. Source: {entry.source}")
+            return 0
         dataset = load_dataset(name, data_dir, download=False)
     except DatasetError as error:
-        print(f"{name}: {error} From {entry.source}")
+        print(f"{name}: {error} Source: {entry.source}")
         return 1
     print(f"{name}: there, {len(dataset.train):,} + {len(dataset.test):,} images. {dataset.note}")
     return 0
 
 
 def _show(name: str, data_dir: Path | None, output: Path) -> int:
-    """Draw the first training images, and below them the first test images."""
+    """Draw training images from all over the set, and below them test images."""
     try:
         from PIL import Image
 
         dataset = load_dataset(name, data_dir, download=False)
-    except (ImportError, DatasetError) as error:
+        rows = [_side_by_side(_sixteen(part.images)) for part in (dataset.train, dataset.test)]
+        Image.fromarray(torch.cat(rows).numpy()).save(output)
+    except DatasetError as error:
         print(f"{name}: {error}")
         return 1
-    rows = [_side_by_side(part.images[:16]) for part in (dataset.train, dataset.test)]
-    Image.fromarray(torch.cat(rows).numpy()).save(output)
+    except (ImportError, OSError, ValueError) as error:  # a ValueError: of an unknown extension
+        print(f"{output} was not written: {error}")
+        return 1
     print(f"{output}: 16 training images, and below them 16 test images. {dataset.note}")
     return 0
+
+
+def _sixteen(images: Tensor) -> Tensor:
+    """Take 16 images evenly, since neighbours may show one object."""
+    return images[:: max(1, len(images) // 16)][:16]
 
 
 def _side_by_side(images: Tensor) -> Tensor:

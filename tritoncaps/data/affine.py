@@ -15,7 +15,7 @@ from tritoncaps._checks import check_size
 from tritoncaps.data.digits import read_digits
 from tritoncaps.data.files import DataFile
 from tritoncaps.data.idx import read_idx
-from tritoncaps.data.sets import ImageSet
+from tritoncaps.data.sets import DatasetError, ImageSet
 
 # Those of affNIST: degrees, shear, and the scale of each axis.
 ROTATION = 20.0
@@ -69,8 +69,19 @@ def affine_images(images: ImageSet, seed: int, side: int = SIDE) -> ImageSet:
 def read_affine_mnist(
     folder: Path, files: Sequence[DataFile], num_classes: int, verify: bool
 ) -> tuple[ImageSet, ImageSet]:
-    """Read MNIST by `read_idx`. The training set is upright on 40×40, the test set is mapped."""
-    return _padded_and_mapped(*read_idx(folder, files, num_classes, verify))
+    """Read MNIST by `read_idx`. The training set is upright on 40×40, the test set is mapped.
+
+    Raises:
+        DatasetError: as `read_idx`, or unverified images are larger than 40×40.
+    """
+    train, test = read_idx(folder, files, num_classes, verify)
+    height, width = train.images.shape[2:]
+    if max(height, width) > SIDE:
+        raise DatasetError(
+            f"{folder}: the images are {height}x{width}, but they must fit into {SIDE}x{SIDE}. "
+            "Put smaller ones there, or call affine_images with a larger side."
+        )
+    return _padded_and_mapped(train, test)
 
 
 def read_affine_digits() -> tuple[ImageSet, ImageSet]:

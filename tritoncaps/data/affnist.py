@@ -25,7 +25,7 @@ def read_affnist(
     Args:
         folder: where the files are, plain or as .gz.
         files: the file of the training set and that of the test set. The shape of each is that of
-            its images, (1600, N): a column is an image, whose pixels go down its columns.
+            its images, (1600, N): a column is an image, row by row.
         num_classes: labels are in 0 .. num_classes − 1.
         verify: accept only files of these shapes. Without it, accept any number of images.
 
@@ -52,5 +52,5 @@ def _read_file(folder: Path, file: DataFile, num_classes: int, verify: bool) -> 
     wrong = labels[~torch.isin(labels, torch.arange(num_classes).to(labels.dtype))]
     if len(wrong):
         refuse(path, file, f"labels in 0 .. {num_classes - 1}", f"{wrong[0].item()}")
-    images = rearrange(pixels, "(w h) n -> n 1 h w", h=_SIDE)
+    images = rearrange(pixels, "(h w) n -> n 1 h w", h=_SIDE)
     return ImageSet(images.contiguous(), labels[0].to(torch.int64))

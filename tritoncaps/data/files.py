@@ -62,10 +62,17 @@ Header = Callable[[Path, io.BufferedIOBase, DataFile], Content]
 
 
 def find_file(folder: Path, file: DataFile) -> Path | None:
-    """Return the path of a file, uncompressed or as .gz, or None if there is none."""
+    """Return the path of a file, uncompressed or as .gz, or None if there is none.
+
+    Raises:
+        DatasetError: the folder cannot be read.
+    """
     for path in (folder / file.name, folder / f"{file.name}.gz"):
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+        except OSError as error:
+            _unreadable(path, error)
     return None
 
 
@@ -76,12 +83,18 @@ def open_file(path: Path) -> io.BufferedIOBase:
 
 @contextmanager
 def opened(path: Path, file: DataFile) -> Iterator[io.BufferedIOBase]:
-    """Open a file for reading, and refuse it where its compression turns out to be damaged."""
+    """Open a file for reading, and refuse it if it cannot be read to its end.
+
+    Raises:
+        DatasetError: the system refuses to read it, or its compression is damaged.
+    """
     try:
         with open_file(path) as stream:
             yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         refuse(path, file, f"a complete gzip file of {file.name}", f"an error in it ({error})")
+    except OSError as error:
+        _unreadable(path, error)
 
 
 def check_content(path: Path, file: DataFile, content: bytes) -> None:
@@ -135,6 +148,13 @@ def _read_content(
     if verify:
         check_content(path, file, header + content)
     return torch.frombuffer(content, dtype=dtype).reshape(shape)
+
+
+def _unreadable(path: Path, error: OSError) -> NoReturn:
+    reason = error.strerror or str(error)
+    raise DatasetError(
+        f"{path} cannot be read: {reason}. Correct that, or give another data_dir."
+    ) from error
 
 
 def remedy(file: DataFile) -> str:

@@ -6,7 +6,6 @@ read, whoever put them there.
 """
 
 import io
-import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ def _header(path: Path, stream: io.BufferedIOBase, file: DataFile) -> Content:
     size = 4 + 4 * axes
     header = stream.read(size)
     if len(header) < size:
-        refuse(path, file, f"{size + math.prod(file.shape)} bytes", f"{len(header)}")
+        refuse(path, file, f"at least {size} bytes", f"{len(header)}")
     found_magic, *sizes = struct.unpack(f">{1 + axes}I", header)
     if found_magic != magic:
         refuse(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tritoncaps._checks import check_choice, check_pair
+from tritoncaps._checks import check_choice, check_flag, check_pair
 from tritoncaps.data.download import DownloadError, fetch
 from tritoncaps.data.files import DataFile, find_file
 from tritoncaps.data.image_folder import read_folder
@@ -37,7 +37,7 @@ def load_dataset(
     and test_32x32.mat in `data_dir`/svhn.
 
     "affnist" is read from two files of the 32x version in `data_dir`/affnist, and is not
-    downloaded: just_centered/training_and_validation_batches/1.mat to train on, and
+    downloaded: just_centered/training_and_validation.mat to train on, and
     transformed/test_batches/1.mat to test.
 
     "affine-mnist" and "affine-digits" are MNIST and "digits" on 40×40 pixels. The test images are
@@ -80,7 +80,8 @@ def load_dataset(
 
     Raises:
         DatasetError: the data set is missing, incomplete, damaged or foreign.
-        TypeError: `image_size` is neither an int nor a pair of them.
+        TypeError: `image_size` is neither an int nor a pair of them, `data_dir` is no path, or
+            `download` or `verify` is no bool.
         ValueError: no data set has this name, or the arguments contradict each other.
 
     Example:
@@ -89,6 +90,12 @@ def load_dataset(
         (torch.Size([1437, 1, 28, 28]), 360, 5)
     """
     check_choice("load_dataset", "name", name, ["auto", *list_datasets()])
+    if data_dir is not None and not isinstance(data_dir, (str, Path)):
+        raise TypeError(
+            f"load_dataset: data_dir must be a str or a Path, got {type(data_dir).__name__}"
+        )
+    check_flag("load_dataset", "download", download)
+    check_flag("load_dataset", "verify", verify)
     if name == "folder":
         return _read_folder(data_dir, image_size)
     if image_size is not None:
@@ -101,10 +108,10 @@ def load_dataset(
     missing = _missing(entry, folder)
     how = f"downloaded to {folder}" if missing else f"found in {folder}"
     try:
-        if missing and not download:
-            raise DownloadError("downloading is switched off")
         if missing and not entry.mirrors:
             raise DownloadError("no server is known")
+        if missing and not download:
+            raise DownloadError("downloading is switched off")
         if missing:
             fetch(entry.mirrors, missing, folder)
     except DownloadError as error:
@@ -142,6 +149,12 @@ def _data_dir(data_dir: str | Path | None) -> Path:
 def _read(name: str, folder: Path, note: str, verify: bool) -> Dataset:
     entry = REGISTRY[name]
     train, test = entry.read(folder, entry.files, len(entry.class_names), verify)
+    shapes = [tuple(part.images.shape[1:]) for part in (train, test)]
+    if shapes[0] != shapes[1]:
+        raise DatasetError(
+            f"{folder}: the training images have the shape {shapes[0]}, but the test images have "
+            f"{shapes[1]}. Put files of one shape there."
+        )
     return Dataset(
         *(name, entry.title, train, test, entry.class_names, note, entry.epochs),
         max_shift=entry.max_shift,

@@ -21,6 +21,8 @@ from tritoncaps.data.views import ViewSet
 _TYPES = {0x1E3D4C55: torch.uint8, 0x1E3D4C54: torch.int32}
 # The columns of an info file and their values: instance, elevation, azimuth, lighting.
 _LIMITS = (("instances", 10), ("elevations", 9), ("azimuths", 36), ("lightings", 6))
+# The instances of each class in the training set, and those in the test set.
+_INSTANCES = ((4, 6, 7, 8, 9), (0, 1, 2, 3, 5))
 # Images are averaged in parts, which keeps the memory small.
 _PART = 1000
 
@@ -39,13 +41,20 @@ def read_norb(
         files: images (N, 2, H, W), categories (N,) and info (N, 4) of the training set, then of the
             test set.
         num_classes: categories are in 0 .. num_classes − 1.
-        verify: accept only files of these shapes. Without it, accept any well-formed files.
+        verify: accept only files of these shapes, with the published instances in each set. Without
+            it, accept any well-formed files.
 
     Raises:
         DatasetError: a file is truncated or foreign, or its content does not fit the others.
     """
-    train = _read_set(folder, files[:3], num_classes, verify)
-    return train, _read_set(folder, files[3:], num_classes, verify)
+    parts = files[:3], files[3:]
+    train, test = (_read_set(folder, part, num_classes, verify) for part in parts)
+    if verify:
+        for part, images, expected in zip(parts, (train, test), _INSTANCES, strict=True):
+            found = tuple(images.view("instance").unique().tolist())
+            if not set(found) <= set(expected):
+                refuse(folder / part[2].name, part[2], f"the instances {expected}", f"{found}")
+    return train, test
 
 
 def _read_set(folder: Path, files: Sequence[DataFile], num_classes: int, verify: bool) -> ViewSet:

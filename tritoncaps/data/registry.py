@@ -243,7 +243,8 @@ REGISTRY = {
         read=read_emnist,
         folder="EMNIST/raw",
         files=_emnist_files(),
-        source="Cohen et al. 2017, https://www.nist.gov/itl/products-and-services/emnist-dataset",
+        source="Cohen et al. 2017, https://www.nist.gov/itl/products-and-services/emnist-dataset, "
+        "in gzip.zip",
     ),
     "cifar10": Entry(
         title="CIFAR-10",
@@ -257,7 +258,8 @@ REGISTRY = {
         files=_cifar_files(),
         shape=(3, 32, 32),
         max_shift=4,
-        source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, binary version",
+        source="Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html, in "
+        "cifar-10-binary.tar.gz",
         refused={"cifar-10-batches-py": _PICKLES, "cifar-10-python.tar.gz": _PICKLES},
     ),
     "svhn": Entry(
@@ -278,14 +280,15 @@ REGISTRY = {
         epochs=30,
         read=read_affnist,
         folder="affnist",
-        # Each original is in the first batch once.
         files=(
-            DataFile("just_centered/training_and_validation_batches/1.mat", (1600, 60000)),
+            DataFile("just_centered/training_and_validation.mat", (1600, 60000)),
+            # The first of 32 batches. Each of them has every original once.
             DataFile("transformed/test_batches/1.mat", (1600, 10000)),
         ),
         shape=(1, 40, 40),
         max_shift=6,  # the test images are anywhere
-        source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, 32x",
+        source="Tieleman 2013, https://www.cs.toronto.edu/~tijmen/affNIST/, in "
+        "32x/just_centered/training_and_validation.mat.zip and 32x/transformed/test_batches.zip",
     ),
 }
 REGISTRY["affine-mnist"] = replace(

@@ -7,7 +7,7 @@ import pytest
 
 from engine.flags import Recipe
 from engine.run_directory import RunDirectoryError, check_directory, open_experiment
-from engine.runner import _limited, _task
+from engine.runner import _task, limited
 from engine.tables import accuracies, averages, counted, mean_and_spread, percent
 from engine.tasks import CrossEntropy, Spread, Task
 from engine.trained import check_trained
@@ -18,10 +18,10 @@ class TestRefusals:
     def test_more_images_than_there_are(self):
         dataset = load_dataset("digits")
         with pytest.raises(ValueError, match=r"--limit-test 361: .* has 360 such images"):
-            _limited(dataset, None, 361)
+            limited(dataset, None, 361)
         with pytest.raises(ValueError, match=r"--limit-train 1438: .* has 1,437 such images"):
-            _limited(dataset, 1438, None)
-        kept = _limited(dataset, 1437, 360)
+            limited(dataset, 1438, None)
+        kept = limited(dataset, 1437, 360)
         assert (len(kept.train), len(kept.test)) == (1437, 360)
 
     def test_an_output_directory_that_cannot_be_used(self, tmp_path):

@@ -60,11 +60,11 @@ SHOWN = 12
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "parts": 24, "objects": 32, "features": 0, "channels": 64,
-        "batch_size": 64, "epochs": 20, "margin": 0, "max_shift": 2,
+        "batch_size": 64, "epochs": 20, "margin": 0, "max_shift": 2, "parts_share": 0.5,
     },
     "paper": {
         "parts": 40, "objects": 32, "features": 16, "channels": 128,
-        "batch_size": 128, "epochs": 640, "margin": 6, "max_shift": 6,
+        "batch_size": 128, "epochs": 640, "margin": 6, "max_shift": 6, "parts_share": 0.0,
     },
 }  # fmt: skip
 
@@ -73,7 +73,7 @@ def sized(name: str, help: str, metavar: str = "N") -> Any:
     """Declare a flag whose default depends on --size."""
     small, paper = (SIZES[size][name] for size in SIZES)
     help = f"{help} (default: {small}; with --size paper {paper})"
-    return flag(None, help, type=int, metavar=metavar)
+    return flag(None, help, type=type(small), metavar=metavar)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,12 @@ class Recipe:
     pixel_scale: float = flag(0.3, "standard deviation of a pixel; 1 in the authors' code")
     epochs: int = sized("epochs", "passes over the training images")
     batch_size: int = sized("batch_size", "images per step")
-    lr: float = flag(3e-3, "highest learning rate of Adam, in one cycle")
+    lr: float = flag(3e-3, "highest learning rate of Adam, in one cycle for parts and objects each")
+    parts_share: float = sized(
+        "parts_share",
+        "share of the steps in which the parts learn, before the objects; 0: both together",
+        "F",
+    )
     deformation: float = flag(10.0, "weight of the deformation of objects", metavar="W")
     prior_within: float = flag(0.0, "weight of the l2 sparsity of an image", metavar="W")
     prior_between: float = flag(0.01, "weight of the l2 sparsity between images", metavar="W")
@@ -139,10 +144,16 @@ def described(output: SCAEOutput) -> Tensor:
 
 
 class Autoencode(Task):
-    """The loss of the autoencoder, and the cross entropy of the classifier beside it."""
+    """The loss of the autoencoder, and the cross entropy of the classifier beside it.
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+    The parts learn to draw the images in the first `part_steps`. Then they stay as they are, and
+    the objects learn to explain them. With 0, both learn together from the first step. A test has
+    the whole loss.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int, part_steps: int = 0) -> None:
         super().__init__()
+        self.part_steps = part_steps
         names = "deformation", "prior_within", "prior_between", "posterior_within"
         weights = {name: getattr(recipe, name) for name in (*names, "posterior_between")}
         self.autoencoding = StackedCapsuleLoss(num_classes, **weights)
@@ -154,8 +165,14 @@ class Autoencode(Task):
     def loss(self, output: Any, target: Tensor, images: Tensor) -> Tensor:
         """Compute the mean loss of a batch, a scalar."""
         found, logits = output
+        image_log_prob = found.image_log_prob
+        if self.step is not None and self.part_steps:
+            if self.step < self.part_steps:
+                return -image_log_prob.mean()
+            # No gradient reaches the parts, so Adam leaves them alone.
+            image_log_prob = image_log_prob.detach()
         loss = self.autoencoding(
-            found.image_log_prob,
+            image_log_prob,
             found.part_log_prob,
             found.activations,
             found.explained,
@@ -172,6 +189,19 @@ class Autoencode(Task):
         """Return which images the linear classifier reads, (B,), bool."""
         right: Tensor = output[1].argmax(dim=1) == target
         return right
+
+
+@dataclass(frozen=True)
+class Cycles(OneCycle):
+    """A cycle of the learning rate for the parts, in the first `part_steps`, and then another."""
+
+    part_steps: int = 0
+
+    def __call__(self, step: int, epoch: int) -> float:
+        """Return the rate of a step, counted from 0 over the whole run."""
+        if step < self.part_steps:
+            return OneCycle(self.lr, self.part_steps)(step, epoch)
+        return OneCycle(self.lr, self.steps - self.part_steps)(step - self.part_steps, epoch)
 
 
 def new_model(recipe: Recipe, seed: int, train: ImageSet, num_classes: int) -> Watched:
@@ -247,6 +277,13 @@ def tell(recipe: Recipe, machine: Machine, output: Output) -> None:
     require("matplotlib", "sklearn")
     require_one_process("train_scae")
     recipe = recipe.filled()
+    if not 0 <= recipe.parts_share < 1:
+        raise ValueError(f"--parts-share {recipe.parts_share} must be at least 0 and below 1")
+    if recipe.parts_share and recipe.features:
+        raise ValueError(
+            f"--parts-share {recipe.parts_share} needs --features 0, got {recipe.features}: "
+            "the objects change the features of the parts"
+        )
     runtime = choose_runtime(machine.device, "fp32")
     dataset = load_dataset(recipe.dataset, machine.data_dir, download=machine.download)
     if output.dry_run:
@@ -294,12 +331,14 @@ def run_seed(
     num_classes = len(dataset.class_names)
     batches = Batches(train, recipe.batch_size, seed=seed, max_shift=recipe.max_shift)
     model = new_model(recipe, seed, train, num_classes)
+    steps = recipe.epochs * len(batches)
+    part_steps = int(recipe.parts_share * steps)
     trainer = Trainer(
         model,
         directory / f"seed{seed}",
-        task=Autoencode(recipe, num_classes),
+        task=Autoencode(recipe, num_classes, part_steps),
         optimizer=torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True),
-        schedule=OneCycle(recipe.lr, recipe.epochs * len(batches)),
+        schedule=Cycles(recipe.lr, steps, part_steps),
         runtime=runtime,
         args=as_dict(recipe, machine, output),
         config={"model": "train_scae", "seed": seed, "dataset": dataset.name},

@@ -187,9 +187,10 @@ class SCAE(PretrainedMixin, nn.Module):
         """What the object encoder sees of the parts: pose, absence, features and template."""
         decoder = self.template_decoder
         templates = decoder.templates.detach().expand(len(parts.poses), -1, -1, -1, -1)
+        known = [parts.poses.detach().flatten(2), 1 - parts.presence.detach().unsqueeze(2)]
         if self.part_encoder.features:
             colours = decoder.colours(parts.features)
             assert colours is not None
             templates = templates * colours.detach()[..., None, None]
-        known = [parts.poses.detach().flatten(2), 1 - parts.presence.detach().unsqueeze(2)]
-        return torch.cat([*known, parts.features, templates.flatten(2)], dim=2)
+            known.append(parts.features)
+        return torch.cat([*known, templates.flatten(2)], dim=2)

@@ -73,6 +73,43 @@ def test_labels_reach_the_classifier_alone():
     assert torch.equal(task.predictions(output), said)
 
 
+def test_parts_learn_first_and_then_stay_as_they_are():
+    recipe, model, images, labels = small_watched()
+    task = train_scae.Autoencode(recipe, 10, part_steps=5)
+    learning = {}
+    for task.step in (0, 4, 5, 9):
+        model.zero_grad()
+        task.loss(task.run(model, images, labels), labels, images).backward()
+        learning[task.step] = {
+            name.removeprefix("autoencoder.").partition(".")[0]
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
+    parts, objects = {"part_encoder", "template_decoder"}, {"object_encoder", "object_decoder"}
+    assert learning[0] == learning[4] == parts
+    assert learning[5] == learning[9] == objects | {"classifier"}
+
+
+def test_each_half_has_a_cycle_of_the_learning_rate():
+    rate = train_scae.Cycles(1.0, steps=100, part_steps=40)
+    assert rate(0, 0) == pytest.approx(rate(40, 0)) == pytest.approx(1 / 25)
+    assert rate(12, 0) == pytest.approx(rate(58, 0)) == pytest.approx(1)
+    assert max(rate(39, 0), rate(99, 0)) < 0.01
+    assert train_scae.Cycles(1.0, 100)(30, 0) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--parts-share=1"], "--parts-share 1.0 must be at least 0 and below 1"),
+        (["--features=2"], "--parts-share 0.5 needs --features 0, got 2"),
+    ],
+)
+def test_a_wrong_share_of_the_parts_is_refused(flags, words, tmp_path):
+    status, printed = run(train_scae, *TINY, *flags, f"--output-dir={tmp_path / 'run'}")
+    assert status == 2 and words in printed
+
+
 def test_the_background_starts_as_the_images_are():
     _, model, images, _ = small_watched()
     background = model.autoencoder.template_decoder.background.sigmoid()

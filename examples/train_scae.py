@@ -38,7 +38,7 @@ from engine.figures import Panel
 from engine.flags import COUNT, Machine, Output, as_dict, flag, parse, seeds_flag
 from engine.run_directory import open_experiment, write_json, write_summary
 from engine.runner import limited, run_program
-from engine.runtime import Runtime, choose_runtime, require
+from engine.runtime import Runtime, choose_runtime, make_deterministic, require
 from engine.seeds import train_seed
 from engine.tables import mean_and_spread, percent
 from engine.tasks import Task
@@ -69,11 +69,11 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def sized(name: str, help: str, metavar: str = "N") -> Any:
+def sized(name: str, help: str, **options: Any) -> Any:
     """Declare a flag whose default depends on --size."""
     small, paper = (SIZES[size][name] for size in SIZES)
     help = f"{help} (default: {small}; with --size paper {paper})"
-    return flag(None, help, type=type(small), metavar=metavar)
+    return flag(None, help, **{"type": type(small), **options})
 
 
 @dataclass(frozen=True)
@@ -88,21 +88,27 @@ class Recipe:
     limit_train: int | None = flag(None, "use N training images (default: all)", **COUNT)
     limit_test: int | None = flag(None, "use N test images (default: all)", **COUNT)
     size: str = flag("small", "for two CPU cores, or the authors'", choices=list(SIZES))
-    margin: int = sized("margin", "black pixels added on every side of the images", "PIXELS")
-    max_shift: int = sized("max_shift", "shift each training image by up to this much", "PIXELS")
-    parts: int = sized("parts", "templates")
+    margin: int = sized(
+        "margin", "black pixels added on every side of the images", metavar="PIXELS"
+    )
+    max_shift: int = sized(
+        "max_shift", "shift each training image by up to this much", metavar="PIXELS"
+    )
+    parts: int = sized("parts", "templates", **COUNT)
     template_size: int = flag(11, "side of a template", **COUNT)
-    features: int = sized("features", "components that describe a part beside its pose")
-    channels: int = sized("channels", "maps of each convolution")
-    objects: int = sized("objects", "object capsules")
+    features: int = sized(
+        "features", "components that describe a part beside its pose", metavar="N"
+    )
+    channels: int = sized("channels", "maps of each convolution", **COUNT)
+    objects: int = sized("objects", "object capsules", **COUNT)
     pixel_scale: float = flag(0.3, "standard deviation of a pixel; 1 in the authors' code")
-    epochs: int = sized("epochs", "passes over the training images")
-    batch_size: int = sized("batch_size", "images per step")
+    epochs: int = sized("epochs", "passes over the training images", **COUNT)
+    batch_size: int = sized("batch_size", "images per step", **COUNT)
     lr: float = flag(3e-3, "highest learning rate of Adam, in one cycle for parts and objects each")
     parts_share: float = sized(
         "parts_share",
         "share of the steps in which the parts learn, before the objects; 0: both together",
-        "F",
+        metavar="F",
     )
     deformation: float = flag(10.0, "weight of the deformation of objects", metavar="W")
     prior_within: float = flag(0.0, "weight of the l2 sparsity of an image", metavar="W")
@@ -284,6 +290,8 @@ def tell(recipe: Recipe, machine: Machine, output: Output) -> None:
             f"--parts-share {recipe.parts_share} needs --features 0, got {recipe.features}: "
             "the objects change the features of the parts"
         )
+    if machine.deterministic:
+        make_deterministic()
     runtime = choose_runtime(machine.device, "fp32")
     dataset = load_dataset(recipe.dataset, machine.data_dir, download=machine.download)
     if output.dry_run:

@@ -2,12 +2,18 @@
 
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 
 from tritoncaps.data import ImageSet, ViewSet, rendered_solids
 
+# A file that opens, but cannot be read at its start, whoever asks.
+UNREADABLE = Path("/proc/self/mem")
+needs_unreadable = pytest.mark.skipif(
+    not UNREADABLE.exists(), reason=f"{UNREADABLE}, which opens but cannot be read, is not there"
+)
 needs_mnist = pytest.mark.skipif(
     "TRITONCAPS_MNIST" not in os.environ,
     reason="TRITONCAPS_MNIST does not name a folder that holds MNIST/raw",

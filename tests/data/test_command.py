@@ -3,12 +3,11 @@
 import dataclasses
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from image_sets import idx_bytes
+from image_sets import UNREADABLE, idx_bytes, needs_unreadable
 from PIL import Image
 
 from tritoncaps.data import ImageSet, list_datasets, load_dataset
@@ -55,14 +54,12 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"There is no folder {tmp_path / 'typo'}.\n"
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/mem").exists(), reason="there is no file that opens but cannot be read"
-)
+@needs_unreadable
 def test_an_unreadable_file_is_damage(tmp_path, capsys):
     folder = tmp_path / "svhn"
     folder.mkdir()
     for name in ("train_32x32.mat", "test_32x32.mat"):
-        (folder / name).symlink_to("/proc/self/mem")
+        (folder / name).symlink_to(UNREADABLE)
     assert main(["check", str(tmp_path), "svhn"]) == 1
     assert f"{folder / 'train_32x32.mat'} cannot be read" in capsys.readouterr().out
 

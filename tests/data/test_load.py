@@ -21,7 +21,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_sets import assert_same_set, idx_bytes, make_set, needs_mnist
+from image_sets import (
+    UNREADABLE,
+    assert_same_set,
+    idx_bytes,
+    make_set,
+    needs_mnist,
+    needs_unreadable,
+)
 
 from tritoncaps.data import (
     DatasetError,
@@ -266,9 +273,7 @@ def test_sets_of_two_shapes_are_refused(tiny):
     assert_refused(tiny, str(tiny.folder), *shapes, "Put files of one shape there", verify=False)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/mem").exists(), reason="there is no file that opens but cannot be read"
-)
+@needs_unreadable
 @pytest.mark.parametrize("name", ["mnist", "auto"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_that_the_system_refuses_to_read_is_named(tiny, packed, name):
@@ -276,7 +281,7 @@ def test_a_file_that_the_system_refuses_to_read_is_named(tiny, packed, name):
     path = tiny.folder / TRAIN_LABELS
     path.unlink()
     path = path.with_name(f"{path.name}.gz") if packed else path
-    path.symlink_to("/proc/self/mem")  # it can be opened, but not read at 0
+    path.symlink_to(UNREADABLE)
     expected = [f"{path} cannot be read: Input/output error. Correct that, or give another"]
     assert_refused(tiny, *expected, name=name)
 

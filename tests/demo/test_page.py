@@ -46,7 +46,7 @@ def address(tmp_path_factory):
         asked = subprocess.run(command, capture_output=True, text=True, check=False)
         # If the registry lacks the package (E404), the build has to fail.
         if asked.returncode != 0 and "E404" not in asked.stderr:
-            pytest.skip(f"npm does not reach its registry: {asked.stderr.splitlines()[:1]}")
+            pytest.skip(f"npm cannot ask its registry: {asked.stderr.splitlines()[:1]}")
     build.build(folder)
     server = build.server(folder, 0)
     thread = threading.Thread(target=server.serve_forever)

@@ -1,13 +1,11 @@
 """The constellations: what is drawn, how errors are counted, and how a run goes."""
 
-import csv
 import itertools
-import json
 
 import pytest
 import torch
 from example_runs import stop_after
-from test_experiments import check_picture, finish, run
+from test_experiments import check_picture, finish, rows_of, run, untimed
 
 import constellations
 from constellations import (
@@ -127,12 +125,8 @@ def test_all_votes_of_a_capsule_are_as_present_as_the_capsule(frequencies):
     assert output.posterior.shape == (5, 11, 3)
 
 
-def rows_of(directory):
-    with (directory / "segmentation.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    content = json.loads((directory / "segmentation.json").read_text())
-    assert [row["seed"] for row in content["rows"]] == [int(row["seed"]) for row in rows]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+def table_of(directory):
+    return untimed(rows_of(directory, "segmentation"))
 
 
 def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
@@ -146,11 +140,11 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert status == 130 and "stopped and saved" in printed
     printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
     assert "resuming    seed 2 after 0 epochs and 2 batches" in printed
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert table_of(tmp_path / "parts") == table_of(tmp_path / "whole")
     # More seeds join, and nothing else may change.
     printed = finish(constellations, *TINY, "--seeds=3", f"--output-dir={tmp_path / 'parts'}")
     assert "training    seed 3" in printed
-    assert rows_of(tmp_path / "parts")[:2] == rows_of(tmp_path / "whole")
+    assert table_of(tmp_path / "parts")[:2] == table_of(tmp_path / "whole")
     status, printed = run(constellations, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
     assert status == 2 and "was made with --lr 0.002, not --lr 1" in printed
 

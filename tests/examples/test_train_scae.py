@@ -1,13 +1,10 @@
 """Training on images alone: what is asked of the capsules, and how a run goes."""
 
-import csv
-import json
-
 import pytest
 import torch
 import train_scae
 from example_runs import few_digits, stop_after
-from test_experiments import check_picture, finish, run
+from test_experiments import check_picture, finish, rows_of, run, untimed
 from train_scae import Recipe, linear_accuracy, new_model, unsupervised_accuracy, with_margin
 
 from tritoncaps.data import to_float
@@ -131,12 +128,8 @@ def test_flags_win_over_a_size():
     assert (recipe.parts, recipe.objects, recipe.margin, recipe.batch_size) == (5, 32, 6, 128)
 
 
-def rows_of(directory):
-    with (directory / "classes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    content = json.loads((directory / "classes.json").read_text())
-    assert [row["seed"] for row in content["rows"]] == [int(row["seed"]) for row in rows]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+def table_of(directory):
+    return untimed(rows_of(directory, "classes"))
 
 
 def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path):
@@ -153,13 +146,16 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path):
     assert status == 130 and "stopped and saved" in printed
     printed = finish(train_scae, *flags, f"--output-dir={tmp_path / 'parts'}")
     assert "resuming    seed 2 after 0 epochs and 1 batch" in printed
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+    assert table_of(tmp_path / "parts") == table_of(tmp_path / "whole")
     status, printed = run(train_scae, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
     assert status == 2 and "was made with --lr 0.003, not --lr 1" in printed
 
 
 def test_a_dry_run_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(train_scae, "make_deterministic", lambda: asked.append(True))
     flags = [flag for flag in TINY if not flag.startswith(("--limit", "--epochs", "--batch"))]
-    assert "dry run: everything works" in finish(train_scae, "--dry-run", *flags)
+    assert "dry run: everything works" in finish(train_scae, "--dry-run", "--deterministic", *flags)
+    assert asked == [True]
     assert list(tmp_path.iterdir()) == []

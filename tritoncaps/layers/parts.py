@@ -61,7 +61,7 @@ _register_namedtuple(DrawnParts, serialized_type_name="tritoncaps.DrawnParts")
 
 
 class _Readout(LinearConv2d):
-    """Numbers that start small. At full scale, most translations would start at tanh(±5)."""
+    """Numbers that start small. At full scale, many translations start where tanh is flat."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -7,6 +7,11 @@ contiguous ones. It knows nothing of autograd or dispatch. Importing this packag
 from triton.runtime.errors import OutOfResources
 
 from tritoncaps.kernels._launch import UnsupportedShape
+from tritoncaps.kernels.conv_dynamic_routing import (
+    conv_dynamic_routing_bwd,
+    conv_dynamic_routing_fwd,
+)
+from tritoncaps.kernels.conv_em_routing import conv_em_routing_bwd, conv_em_routing_fwd
 from tritoncaps.kernels.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
 from tritoncaps.kernels.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps.kernels.fused_dynamic_routing import (
@@ -23,6 +28,10 @@ REFUSALS = (UnsupportedShape, OutOfResources)
 __all__ = [
     "REFUSALS",
     "UnsupportedShape",
+    "conv_dynamic_routing_bwd",
+    "conv_dynamic_routing_fwd",
+    "conv_em_routing_bwd",
+    "conv_em_routing_fwd",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
     "em_routing_bwd",

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -38,12 +39,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Any) -> AbstractContextManager[object]:
     """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
-def target_of(tensor: Tensor) -> Target:
+def target_of(tensor: Any) -> Target:
     """The target that a tensor's kernels are compiled for."""
     if not tensor.is_cuda:
         # Interpreted: nothing limits a tile here, so assume what every target has.

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritoncaps.kernels._launch import Target, divide, dot_precision, measured, strides, target_of
+from tritoncaps.kernels._patches import Patches
 from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._tiles import round_to_tf32
 
@@ -286,7 +287,12 @@ class OneProduct:
     """The passes of one call over (u, W), which it first brings into the order of the products."""
 
     def __init__(
-        self, u: Tensor, weight: Tensor, launch: dict[str, int], splits: int, capsules: int
+        self,
+        u: Tensor | Patches,
+        weight: Tensor,
+        launch: dict[str, int],
+        splits: int,
+        capsules: int,
     ) -> None:
         _, _, J, D = weight.shape
         self.shape = (u.shape[0], u.shape[1], J, D)
@@ -340,7 +346,7 @@ class OneProduct:
         )  # fmt: skip
 
 
-def one_product(u: Tensor, weight: Tensor) -> OneProduct | None:
+def one_product(u: Tensor | Patches, weight: Tensor) -> OneProduct | None:
     """Prepare passes over u, (B, I, P), and the weight, (I, P, J, D), any strides.
 
     None where `one_product_launch` has no launch. B and J are at least 1.

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritoncaps.kernels._patches import Patches, input_offsets, located, row_offsets
 from tritoncaps.kernels._tiles import round_to_tf32, tf32_operand
 
 
@@ -40,14 +41,16 @@ def _prepare_weight(
 
 @triton.jit
 def _prepare_columns(
-    u_ptr, columns_ptr, b, i, B, I, P, padded_b, stride_b, stride_i, stride_p,
-    SPLIT: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr,
+    u_ptr, columns_ptr, b, i, B, I, P, padded_b, stride_b, stride_i, stride_p, stride_h, stride_w,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, KERNEL: tl.constexpr,
+    TYPES: tl.constexpr, SPLIT: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write u of some batch rows and capsules, (b, i, P), as columns, (i, b, K)."""
     p = tl.arange(0, BLOCK_P).to(tl.int64)[None, None, :]
     b = b[:, None, None]
     i = i[None, :, None]
-    u_ptrs = u_ptr + b * stride_b + i * stride_i + p * stride_p
+    u_ptrs = u_ptr + row_offsets(b, stride_b, stride_h, stride_w, ROWS, COLUMNS, STEP)
+    u_ptrs += input_offsets(i, stride_i, stride_h, stride_w, KERNEL, TYPES) + p * stride_p
     u = tl.load(u_ptrs, (b < B) & (i < I) & (p < P), other=0.0)
     ptrs = columns_ptr + (i * padded_b + b) * K + p
     exists = (b < padded_b) & (i < I) & (p < BLOCK_P)
@@ -68,10 +71,11 @@ def _prepare_kernel(
     # extents
     B, I, P, J, D, padded_b, rows,
     # strides
-    stride_u_b, stride_u_i, stride_u_p,
+    stride_u_b, stride_u_i, stride_u_p, stride_u_h, stride_u_w,
     stride_weight_i, stride_weight_p, stride_weight_j, stride_weight_d,
     # meta-parameters
-    SPLIT_COLUMNS: tl.constexpr, ROUND_WEIGHT: tl.constexpr, K: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, KERNEL: tl.constexpr,
+    TYPES: tl.constexpr, SPLIT_COLUMNS: tl.constexpr, ROUND_WEIGHT: tl.constexpr, K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +96,9 @@ def _prepare_kernel(
         b = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
         i = tile // tiles_b * BLOCK_I + tl.arange(0, BLOCK_I)
         _prepare_columns(
-            u_ptr, columns_ptr, b, i, B, I, P, padded_b, stride_u_b, stride_u_i, stride_u_p,
-            SPLIT_COLUMNS, K, BLOCK_P,
+            u_ptr, columns_ptr, b, i, B, I, P, padded_b,
+            stride_u_b, stride_u_i, stride_u_p, stride_u_h, stride_u_w,
+            ROWS, COLUMNS, STEP, KERNEL, TYPES, SPLIT_COLUMNS, K, BLOCK_P,
         )  # fmt: skip
 
 
@@ -106,9 +111,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    u: Tensor, weight: Tensor, precision: str, *, block_b: int, block_p: int, block_d: int
+    u: Tensor | Patches, weight: Tensor, precision: str, *, block_b: int, block_p: int, block_d: int
 ) -> Prepared:
     """Bring u, (B, I, P), and the weight, (I, P, J, D), of any strides, into this order.
+
+    u may be the patches of a grid.
 
     `block_b` batch rows share a program of a pass. Float32 columns are always split. The weight is
     rounded if `precision` is "tf32", and left for the pass to split otherwise.
@@ -127,10 +134,11 @@ def prepare(
     tiles = padded_b // 8 * triton.cdiv(I, block_i)
     # Few output capsules fill one tile of W. More of them take tiles of 512 rows.
     block_rows = min(triton.next_power_of_2(rows), 512)
+    values, of_u, modes = located(u)
     _prepare_kernel[(I * triton.cdiv(rows, block_rows) + tiles,)](
-        u, weight, columns, prepared,
+        values, weight, columns, prepared,
         B, I, P, J, D, padded_b, rows,
-        *u.stride(), *weight.stride(),
+        *of_u, *weight.stride(),
         SPLIT_COLUMNS=is_float32,
         ROUND_WEIGHT=is_float32 and not split,
         K=K,
@@ -140,5 +148,6 @@ def prepare(
         BLOCK_B=8,
         BLOCK_I=block_i,
         num_warps=4,
+        **modes,
     )  # fmt: skip
     return Prepared(columns, prepared, split)

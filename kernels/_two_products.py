@@ -41,6 +41,7 @@ from tritoncaps.kernels._launch import (
     target_of,
     with_all_registers,
 )
+from tritoncaps.kernels._patches import Patches, input_offsets, located, row_offsets
 from tritoncaps.kernels._tiles import round_to_tf32, softmax_start
 
 # Launch rule --------------------------------------------------------------------------------------
@@ -167,9 +168,10 @@ def _blocks_kernel(
     # extents
     B, I, P,
     # strides
-    stride_u_b, stride_u_i, stride_u_p,
+    stride_u_b, stride_u_i, stride_u_p, stride_u_h, stride_u_w,
     # meta-parameters
-    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, KERNEL: tl.constexpr,
+    TYPES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write a block of u, (BLOCK_B, BLOCK_P, BLOCK_I). What does not exist is zero."""
     block = tl.program_id(0).to(tl.int64)
@@ -177,7 +179,8 @@ def _blocks_kernel(
     k = tl.arange(0, BLOCK_P * BLOCK_I)[None, :]
     i = block * BLOCK_I + k % BLOCK_I
     p = (k // BLOCK_I).to(tl.int64)
-    u_ptrs = u_ptr + b * stride_u_b + i * stride_u_i + p * stride_u_p
+    u_ptrs = u_ptr + row_offsets(b, stride_u_b, stride_u_h, stride_u_w, ROWS, COLUMNS, STEP)
+    u_ptrs += input_offsets(i, stride_u_i, stride_u_h, stride_u_w, KERNEL, TYPES) + p * stride_u_p
     u = tl.load(u_ptrs, (b < B) & (i < I) & (p < P), other=0.0)
     tl.store(blocks_ptr + (block * B + b) * (BLOCK_P * BLOCK_I) + k, u, b < B)
 
@@ -409,7 +412,7 @@ class TwoProducts:
     `pairs` is the tensors over (b, i, j) that a pass leaves in memory: 2 if it has dc.
     """
 
-    def __init__(self, u: Tensor, weight: Tensor, *, pairs: int = 1) -> None:
+    def __init__(self, u: Tensor | Patches, weight: Tensor, *, pairs: int = 1) -> None:
         B, I, P = u.shape
         _, _, J, D = weight.shape
         target, dtype = target_of(u), accumulation_dtype(u.dtype)
@@ -431,13 +434,15 @@ class TwoProducts:
         self._pairs = u.new_empty((pairs, J, size), dtype=dtype)
         self._runs = u.new_empty((runs, 1 + pairs, size), dtype=dtype)
         self.slots = u.new_empty((splits, B, J, D), dtype=dtype)
+        values, of_u, modes = located(u)
         _blocks_kernel[(blocks, triton.cdiv(B, 32))](
-            u, self._blocks,
+            values, self._blocks,
             B, I, P,
-            *u.stride(),
+            *of_u,
             BLOCK_B=32,
             BLOCK_I=block_i,
             BLOCK_P=block_p,
+            **modes,
         )  # fmt: skip
 
     def run(

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from tritoncaps.kernels._launch import dot_precision, target_of
+from tritoncaps.kernels._patches import Patches
 from tritoncaps.kernels._prepared import prepare
 from tritoncaps.kernels._two_products import TwoProducts
 from tritoncaps.kernels._vote_gradient import Contraction
@@ -21,7 +22,9 @@ from tritoncaps.kernels._vote_gradient import Contraction
 class TwoProductsBackward:
     """The backward passes of one call, and the contraction after them."""
 
-    def __init__(self, u: Tensor, weight: Tensor, contraction: Contraction, *, steps: int) -> None:
+    def __init__(
+        self, u: Tensor | Patches, weight: Tensor, contraction: Contraction, *, steps: int
+    ) -> None:
         B, I, _ = u.shape
         self._u, self._weight, self._contraction = u, weight, contraction
         self._passes = TwoProducts(u, weight, pairs=2)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritoncaps.kernels._launch import Target, divide, measured, strides, target_of
+from tritoncaps.kernels._patches import Patches
 from tritoncaps.kernels._prepared import Prepared
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, round_to_tf32
@@ -88,7 +89,7 @@ def share_batch(
     return divide(steps_b, 1, max(of_a_short_batch, of_a_long_batch, 1))
 
 
-def launch_for(u: Tensor, weight: Tensor) -> dict[str, int] | None:
+def launch_for(u: Tensor | Patches, weight: Tensor) -> dict[str, int] | None:
     """The launch of a contraction of these inputs, or None."""
     I, P, J, D = weight.shape
     return vote_gradient_launch(I, P, J, D, u.dtype, target_of(u))

@@ -67,6 +67,7 @@ from tritoncaps.kernels._launch import (
     measured,
     target_of,
 )
+from tritoncaps.kernels._patches import Patches
 
 # Launch rules -------------------------------------------------------------------------------------
 
@@ -139,13 +140,17 @@ def _in_two(x: float) -> tuple[float, float]:
     return high, x - high
 
 
+def _in_lanes(x: Tensor | Patches, lanes: int, *order: int) -> Tensor:
+    return x.in_lanes(lanes) if isinstance(x, Patches) else in_lanes(x, lanes, *order)
+
+
 class _Passes:
     """The passes over the inputs of one call, which hold u, W and a in the order of the kernels."""
 
     def __init__(
         self,
-        poses: Tensor,
-        activations: Tensor,
+        poses: Tensor | Patches,
+        activations: Tensor | Patches,
         weight: Tensor,
         beta_u: Tensor,
         beta_a: Tensor,
@@ -161,9 +166,9 @@ class _Passes:
         self.lanes = lanes_of(self.target)
         self.tiles = triton.cdiv(self.B, self.lanes)
         self.inputs = (
-            in_lanes(poses, self.lanes, 0, 2, 4, 1, 3),
+            _in_lanes(poses, self.lanes, 0, 2, 4, 1, 3),
             weight.permute(0, 2, 1, 3).contiguous(),
-            in_lanes(activations, self.lanes, 0, 2, 1),
+            _in_lanes(activations, self.lanes, 0, 2, 1),
         )
         self.betas = beta_u.contiguous(), beta_a.contiguous()
         self.min_variance = _in_two(min_variance)
@@ -269,8 +274,8 @@ class _Passes:
 
 
 def em_routing_fwd(
-    poses: Tensor,
-    activations: Tensor,
+    poses: Tensor | Patches,
+    activations: Tensor | Patches,
     weight: Tensor,
     beta_u: Tensor,
     beta_a: Tensor,
@@ -284,8 +289,8 @@ def em_routing_fwd(
     """Route the votes u W without storing them.
 
     Args:
-        poses: shape (B, I, R, P), any strides.
-        activations: shape (B, I), any strides, dtype of `poses`, as all others.
+        poses: shape (B, I, R, P), any strides, or the patches of a grid.
+        activations: likewise, shape (B, I), dtype of `poses`, as all others.
         weight: shape (I, P, J, Q), any strides.
         beta_u: cost of a component of a vote, shape (J,).
         beta_a: gain of an output capsule, shape (J,).
@@ -352,8 +357,8 @@ def em_routing_bwd(
     grad_v: Tensor,
     grad_logits: Tensor | None,
     grad_assignment: Tensor | None,
-    poses: Tensor,
-    activations: Tensor,
+    poses: Tensor | Patches,
+    activations: Tensor | Patches,
     weight: Tensor,
     beta_u: Tensor,
     beta_a: Tensor,
@@ -382,7 +387,7 @@ def em_routing_bwd(
     _, _, J, Q = weight.shape
     given = poses, activations, weight, beta_u, beta_a
     if B == 0 or J == 0:
-        return tuple(x.new_zeros(x.shape) for x in given)  # type: ignore[return-value]
+        return tuple(x.new_empty(x.shape).zero_() for x in given)  # type: ignore[return-value]
 
     full = gradient == "full"
     first = 0 if full else iterations - 1

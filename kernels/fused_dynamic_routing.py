@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tritoncaps.kernels._launch import accumulation_dtype, device_of
 from tritoncaps.kernels._one_product import OneProduct
+from tritoncaps.kernels._patches import Patches
 from tritoncaps.kernels._slots import write_pull_back, write_result
 from tritoncaps.kernels._two_products import TwoProducts
 from tritoncaps.kernels.routing_pass import backward_passes, forward_passes
@@ -52,7 +53,7 @@ def _route(
 
 
 def fused_dynamic_routing_fwd(
-    u: Tensor,
+    u: Tensor | Patches,
     weight: Tensor,
     prior: Tensor | None,
     pose_bias: Tensor | None,
@@ -64,7 +65,7 @@ def fused_dynamic_routing_fwd(
     """Route the prediction vectors W u without storing them.
 
     Args:
-        u: input poses, shape (B, I, P), any strides.
+        u: input poses, shape (B, I, P), any strides, or the patches of a grid.
         weight: shape (I, P, J, D), any strides, dtype of `u`.
         prior: initial logits, shape (I, J), or None for zeros.
         pose_bias: added to every sum, shape (J, D), or None for zeros.
@@ -97,7 +98,7 @@ def fused_dynamic_routing_fwd(
 def fused_dynamic_routing_bwd(
     grad_v: Tensor,
     grad_coupling: Tensor | None,
-    u: Tensor,
+    u: Tensor | Patches,
     weight: Tensor,
     prior: Tensor | None,
     pose_bias: Tensor | None,
@@ -119,7 +120,7 @@ def fused_dynamic_routing_bwd(
     iterations, B, J, _ = sums.shape
     sums = sums.contiguous()
     full = gradient == "full"
-    grad_u = torch.empty_like(u, memory_format=torch.contiguous_format)
+    grad_u = u.new_empty(u.shape)
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_prior, grad_pose_bias = (
         None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)

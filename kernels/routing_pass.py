@@ -38,6 +38,7 @@ from tritoncaps.kernels._launch import (
 )
 from tritoncaps.kernels._one_product import OneProduct, one_product
 from tritoncaps.kernels._one_product_backward import OneProductBackward
+from tritoncaps.kernels._patches import Patches
 from tritoncaps.kernels._slots import write_sum
 from tritoncaps.kernels._tiles import classes, dot, load_grad_coupling, softmax_start
 from tritoncaps.kernels._two_products import TwoProducts
@@ -480,9 +481,10 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def forward_passes(u: Tensor, weight: Tensor) -> OneProduct | TwoProducts:
+def forward_passes(u: Tensor | Patches, weight: Tensor) -> OneProduct | TwoProducts:
     """Forward passes over u, (B, I, P), and the weight, (I, P, J, D): one product where it serves.
 
+    u may be the patches of a grid.
     No extent but I and P may be 0.
     """
     return one_product(u, weight) or TwoProducts(u, weight)
@@ -587,7 +589,7 @@ class TwoSweeps:
 
 def backward_passes(
     rule: str,
-    u: Tensor,
+    u: Tensor | Patches,
     weight: Tensor,
     prior: Tensor | None,
     bias: Tensor | None,
@@ -599,7 +601,8 @@ def backward_passes(
 ) -> OneProductBackward | TwoProductsBackward | TwoSweeps:
     """Backward passes over u, (B, I, P), and the weight, (I, P, J, D).
 
-    Where `_vote_gradient.py` serves they have one product, or two. Elsewhere they take two sweeps.
+    Where `_vote_gradient.py` serves they have one product, or two. Elsewhere they take two sweeps,
+    which need a copy of the patches of a grid.
 
     Args:
         rule: the operator, whose entry a table of launches may replace.
@@ -611,6 +614,7 @@ def backward_passes(
     """
     launch = launch_for(u, weight)
     if launch is None:
+        u = u.copy() if isinstance(u, Patches) else u
         return TwoSweeps(rule, u, weight, prior, bias, grads, steps=steps, full=full, leaky=leaky)
     contraction = Contraction(launch, prior, bias, grads, full, leaky)
     passes = one_product(u, weight)

@@ -32,7 +32,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.cases import MAIN, MATRIX_LAYERS, SHAPES, Case, Shape, folded_case, matrix_case
+from benchmarks.cases import (
+    MAIN,
+    MATRIX_LAYERS,
+    SHAPES,
+    Case,
+    Shape,
+    conv_case,
+    folded_case,
+    matrix_case,
+)
 from benchmarks.compilation import make_first_calls
 from benchmarks.operators import checked_rivals, input_sets, phase_task, time_phase
 from benchmarks.oracle import FallbackError, Oracle, WrongResultError
@@ -42,7 +51,6 @@ from benchmarks.session import Session, reason
 from tools.gpu_model.launches import (
     ON_VECTORS,
     TARGETS,
-    Matrices,
     call_backward,
     call_forward,
     record,
@@ -157,7 +165,7 @@ def checked_cases(dry: bool) -> list[Case]:
     options = {"return_coupling": True}
     more = [Case(MAIN, shape, B, precision=precision) for precision in ("bf16", "fp16")]
     more += [Case(MAIN, shape, B, chosen=options, optional=("prior",))]
-    return [*cases, *more, *matrix_cases()]
+    return [*cases, *more, conv_case(8), *matrix_cases()]
 
 
 def matrix_cases() -> list[Case]:
@@ -256,10 +264,6 @@ def check_bits(session: Session, cases: Sequence[Case], runs: int) -> None:
 def _poisoned(case: Case, device: torch.device) -> dict[str, Tensor]:
     """The outputs and gradients of a call whose memory starts as NaN."""
     options = case.options
-    if case.op == "conv_em_routing":  # its launchers have the positions in the batch
-        matrices = Matrices.of(MATRIX_LAYERS[case.name], case.B)
-        case = folded_case(case.name, case.B, case.iterations)
-        options["grid"] = list(matrices.grid) if options["competition"] == "children" else []
     operator = case.operator
     with Poison():
         given, outputs = call_forward(operator, case.arguments(device), options)

@@ -5,6 +5,7 @@ none, as with activations.
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -54,6 +55,22 @@ def patches(grid: Tensor, kernel_size: int | tuple[int, int], stride: int = 1) -
     patch, then type. The backward sums in a fixed order.
     """
     return _windows(grid, kernel_size, stride, at=3).flatten(0, 2).flatten(1, 3)
+
+
+def add_patches(grads: Tensor, out: Tensor, kernel_size: int, stride: int) -> None:
+    """Add gradients of patches, (B·H'·W', K·K·C, ...), to those of the grid, (B, H, W, C, ...).
+
+    The order of additions is fixed, by the place in the patch.
+    """
+    K = kernel_size
+    rows, columns = output_size("", out.shape[1:3], K, stride, 0)
+    places = grads.view(len(out), rows, columns, K, K, *out.shape[3:])
+    for ky, kx in product(range(K), repeat=2):
+        inside = (
+            slice(first, first + (count - 1) * stride + 1, stride)
+            for first, count in ((ky, rows), (kx, columns))
+        )
+        out[(slice(None), *inside)] += places[:, :, :, ky, kx]
 
 
 @one_node

@@ -31,10 +31,12 @@ from tools.gpu_model.launches import (
     TARGETS,
     Matrices,
     Start,
+    record_call,
     record_launches,
     record_matrices,
 )
 from tritoncaps import kernels
+from tritoncaps.testing import OPERATORS
 
 MODULES = [
     importlib.import_module(f"{kernels.__name__}.{module.name}")
@@ -240,6 +242,26 @@ def test_modes_of_matrices_compile(pool, target_name, modes):
         )
         found |= dict.fromkeys(of_mode)
     assert_compiles(target_name, list(found), pool)
+
+
+def of_patches(target_name, J, dtype=FP32):
+    """The launches of a convolution with routing by agreement."""
+    sizes = {"B": 8, "H": 16, "W": 16, "C": 32, "P": 8, "K": 3, "J": J, "D": 16}
+    operator = OPERATORS["conv_dynamic_routing"]
+    recording = record_call(
+        operator, sizes, dtype, TARGETS[target_name][1], operator.optional, operator.defaults
+    )
+    steps = (*recording.forward, *recording.backward)
+    return list(dict.fromkeys(step.launch for step in steps if isinstance(step, Start)))
+
+
+@pytest.mark.parametrize("target_name", TARGETS if IS_NIGHTLY else ["sm90"])
+def test_the_kernels_that_read_patches_compile(pool, target_name):
+    """With few output capsules `_prepare_kernel` reads them, with many `_blocks_kernel`."""
+    found = [*of_patches(target_name, 10), *of_patches(target_name, 100)]
+    reads = {launch.name: launch for launch in found if dict(launch.constants).get("KERNEL")}
+    assert reads.keys() == {"_prepare_kernel", "_blocks_kernel", "_add_kernel"}
+    assert_compiles(target_name, list(reads.values()), pool)
 
 
 def test_extents_of_one_compile(pool):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tritoncaps import ops, reference
-from tritoncaps._patches import output_size, pad, patches, patches_by_type
+from tritoncaps._patches import add_patches, output_size, pad, patches, patches_by_type
 from tritoncaps.testing import CHECKS, OPERATORS, Operator, draw_inputs, evaluate, with_layout
 
 PATCH = OPERATORS["conv_dynamic_routing"]
@@ -107,6 +107,39 @@ def test_the_prior_of_convolved_votes_has_no_positions():
 def test_a_kernel_that_is_not_square_is_an_error():
     with pytest.raises(ValueError, match="weight has K=2 but also K=3"):
         ops.conv_dynamic_routing(torch.rand(2, 4, 4, 2, 4), torch.rand(3, 2, 2, 4, 5, 6))
+
+
+@pytest.mark.parametrize("name", ["conv_dynamic_routing", "conv_em_routing"])
+def test_the_patches_are_not_kept_for_the_backward(device, name):
+    """They would be nine times as large as the grid."""
+    operator = OPERATORS[name]
+    sizes = {**operator.small_sizes, "H": 12, "W": 12, "C": 8, "P": 4, "R": 4, "K": 3, "J": 2}
+    inputs = draw_inputs(operator, {**sizes, "D": 2, "Q": 1}, dtype=torch.float32, device=device)
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        operator.call(inputs, {**operator.defaults, "stride": 1})
+    grid = next(iter(inputs.values()))
+    assert grid.untyped_storage().data_ptr() in kept
+    assert sum(kept.values()) < 4 * grid.numel() * grid.element_size()
+
+
+@pytest.mark.parametrize("k, stride", [(1, 1), (1, 2), (2, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("inner", [(), (4,), (2, 3)], ids=str)
+def test_gradients_of_patches_are_added_up_as_autograd_does(k, stride, inner):
+    grid = torch.zeros(2, 6, 7, 3, *inner, dtype=torch.float64, requires_grad=True)
+    cut = patches(grid, k, stride)
+    grads = torch.arange(cut.numel(), dtype=torch.float64).view(cut.shape)
+    (expected,) = torch.autograd.grad(cut, grid, grads)
+    found = torch.zeros_like(grid)
+    add_patches(grads, found, k, stride)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("inner", [(), (4,), (2, 3)], ids=str)

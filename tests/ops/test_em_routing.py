@@ -9,7 +9,6 @@ import torch
 from live_bytes import LiveBytes
 
 from tritoncaps import ops, reference
-from tritoncaps._operators.em_routing import em_routing as registered
 from tritoncaps._torch_path import _slices
 from tritoncaps.reference._em_routing import NO_MASS
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate, normal
@@ -114,14 +113,6 @@ def test_results_and_all_gradients_are_those_of_the_reference(
     options |= {"temperature": [0.2 * t for t in range(1, iterations + 1)]}
     options |= {"iterations": iterations, "return_logits": True, "return_assignment": True}
     compare_inputs(CONV, inputs, options)  # in float64: to 1e-10
-
-
-def test_torch_accepts_the_operator_with_a_grid(device):
-    inputs = draw_inputs(EM, {**dict(R=2, Q=2, P=3, J=2), "B": 4, "I": 9}, optional=())
-    inputs = [tensor.to(device).requires_grad_() for tensor in inputs.values()]
-    options = (2, [0.1, 0.2], 1e-4, [1, 2, 3, 1], "full", True)
-    torch.library.opcheck(registered.forward, (*inputs, *options), test_utils="test_schema")
-    torch.library.opcheck(registered.forward, (*inputs, *options), test_utils="test_faketensor")
 
 
 def test_padding_adds_nothing(device):

@@ -15,11 +15,23 @@ ROOMS = {name: PACKAGE / name for name in ("ops", "_operators", "_torch_path", "
 REGISTERED = {name: row for name, row in OPERATORS.items() if row.registered is not None}
 DIRECTIONS = ("fwd", "bwd")
 # Files of the two paths of a CPU that are named after no operator.
-SHARED = {"_call", "_competition", "_library", "_loop", "_passes", "_precision", "_slices"}
+SHARED = {
+    "_call",
+    "_competition",
+    "_images",
+    "_library",
+    "_loop",
+    "_passes",
+    "_precision",
+    "_slices",
+}
 
 # Inputs and outputs that only the function has. `em_routing` puts the offset into poses and weight.
 # It makes the activations from the logits, which the registered operator always returns.
-OF_THE_FUNCTION = {"em_routing": ({"offset?": "I R Q"}, {"a": "B J", "logits?": "B J"})}
+OF_THE_FUNCTION = {
+    "em_routing": ({"offset?": "I R Q"}, {"a": "B J", "logits?": "B J"}),
+    "conv_em_routing": ({}, {"a": "B H' W' J", "logits?": "B H' W' J"}),
+}
 
 
 def modules(room):

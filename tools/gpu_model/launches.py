@@ -34,7 +34,8 @@ BATCH = 128
 ON_VECTORS = [
     name
     for name, row in OPERATORS.items()
-    if row.registered is not None and not any("R" in axes.split() for axes in row.axes.values())
+    if row.registered is not None
+    and not any({"R", "H"} & set(axes.split()) for axes in row.axes.values())
 ]
 
 SHAPES = {  # (I, P, J, D)
@@ -74,6 +75,15 @@ class Matrices:
     def sizes(self) -> dict[str, int]:
         """The size of each axis."""
         return {axis: getattr(self, axis) for axis in "BIRPJQ"}
+
+    @property
+    def sizes_of_grid(self) -> dict[str, int]:
+        """The size of each axis of the convolution, whose windows leave nothing of the grid out."""
+        rows, columns, K, stride = self.grid
+        sides = {"H": (rows - 1) * stride + K, "W": (columns - 1) * stride + K}
+        return {
+            **self.sizes, **sides, "K": K, "B": self.B // (rows * columns), "C": self.I // K**2
+        }  # fmt: skip
 
 
 MATRICES = {name: Matrices.of(layer, 64) for name, layer in MATRIX_LAYERS.items()}
@@ -329,11 +339,14 @@ def record_matrices(
 ) -> Recording:
     """Call both launchers of EM routing with tensors that have no storage, T = 3 if not given.
 
-    `unused` names the outputs that have no gradient.
+    With a grid they are those of the convolution. `unused` names the outputs that have no gradient.
     """
-    operator = OPERATORS["em_routing"]
-    chosen = {**operator.defaults, "iterations": 3, "grid": list(shape.grid), **options}
-    return record_call(operator, shape.sizes, dtype, target, (), chosen, unused)
+    operator, sizes = OPERATORS["em_routing"], shape.sizes
+    if shape.grid:
+        operator, sizes = OPERATORS["conv_em_routing"], shape.sizes_of_grid
+        options = {"stride": shape.grid[3], **options}
+    chosen = {**operator.defaults, "iterations": 3, **options}
+    return record_call(operator, sizes, dtype, target, (), chosen, unused)
 
 
 def record_call(
@@ -368,7 +381,7 @@ def call_forward(
     """Call an operator's forward launcher. Return what the backward needs, and the outputs.
 
     The gradients of the outputs are the outputs themselves. The launchers of EM routing also take a
-    `grid`, which is empty unless the options have one.
+    `grid`, which is empty in a call of the operator.
     """
     given: dict[str, Any] = {"grid": [], **options, **dict.fromkeys(operator.axes), **tensors}
     if "temperature" in options:

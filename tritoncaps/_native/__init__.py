@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 from tritoncaps._native._library import library, variant
+from tritoncaps._native.conv_dynamic_routing import (
+    conv_dynamic_routing_bwd,
+    conv_dynamic_routing_fwd,
+)
+from tritoncaps._native.conv_em_routing import conv_em_routing_bwd, conv_em_routing_fwd
 from tritoncaps._native.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps._native.fused_dynamic_routing import (
     fused_dynamic_routing_bwd,
@@ -15,6 +20,10 @@ from tritoncaps._native.fused_dynamic_routing import (
 from tritoncaps._native.routing_pass import routing_pass_bwd, routing_pass_fwd
 
 __all__ = [
+    "conv_dynamic_routing_bwd",
+    "conv_dynamic_routing_fwd",
+    "conv_em_routing_bwd",
+    "conv_em_routing_fwd",
     "em_routing_bwd",
     "em_routing_fwd",
     "fused_dynamic_routing_bwd",

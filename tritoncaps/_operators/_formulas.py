@@ -28,10 +28,12 @@ class Formulas:
         reference: Callable[..., Any],
         inputs: Axes,
         outputs: Axes,
+        sizes: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.forward = forward
         self.backward = backward
         self.reference = reference
+        self.more_sizes = sizes
         self.parameters = list(inspect.signature(forward).parameters)
         self.needed = list(inspect.signature(backward).parameters)
         self.inputs = {name.removesuffix("?"): axes for name, axes in inputs.items()}
@@ -65,6 +67,8 @@ class Formulas:
             return _contiguous_like(first)
         sizes = sizes_of(self.inputs, given, lambda tensor: tensor.shape)
         sizes["r"] = given.get("iterations", 1)
+        if self.more_sizes is not None:
+            sizes |= self.more_sizes(sizes, given)
         made = []
         for name, axes in self.outputs.items():
             is_given = self.was_asked_for(name, given)

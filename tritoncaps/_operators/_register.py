@@ -49,6 +49,7 @@ def register(
     reference: Callable[..., Any],
     inputs: Axes,
     outputs: Axes,
+    sizes: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None,
     flops: Flops | None = None,
     backward_flops: Flops | None = None,
 ) -> Registered:
@@ -66,10 +67,12 @@ def register(
         inputs: axes by name. "B", if present, comes first. "..." stands for any axes that the
             operator treats alike.
         outputs: axes by name. An output with the axis "r" (iterations) is in the accumulation type.
+        sizes: the axes of the outputs that no input has, from the sizes of the inputs' axes and the
+            arguments of the call.
         flops: counts the products of a call, two operations for each multiply-add.
         backward_flops: the same for the backward. Its arguments have the backward's names.
     """
-    formulas = Formulas(forward, backward, reference, inputs, outputs)
+    formulas = Formulas(forward, backward, reference, inputs, outputs, sizes)
     operator = torch.library.custom_op(f"tritoncaps::{name}", forward, mutates_args=())
     gradient_of = torch.library.custom_op(
         f"tritoncaps::{name}_backward", formulas.filled_backward(), mutates_args=()

@@ -20,7 +20,6 @@ def _forward(
     iterations: int,
     temperature: Sequence[float],
     min_variance: float,
-    grid: Sequence[int],
     gradient: str,
     return_assignment: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -34,7 +33,7 @@ def _forward(
         iterations,
         temperature,
         min_variance,
-        grid,
+        [],
         gradient,
         return_assignment,
     )
@@ -55,7 +54,6 @@ def _backward(
     iterations: int,
     temperature: Sequence[float],
     min_variance: float,
-    grid: Sequence[int],
     gradient: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return run(
@@ -74,7 +72,7 @@ def _backward(
         iterations,
         temperature,
         min_variance,
-        grid,
+        [],
         gradient,
     )
 
@@ -88,23 +86,22 @@ def _formula(
     iterations: int,
     temperature: Sequence[float],
     min_variance: float,
-    grid: Sequence[int],
     gradient: str,
     return_assignment: bool,
 ) -> tuple[Tensor, ...]:
     votes = reference.matrix_votes(poses, weight)
     v, logits, assignment = reference.route(
-        votes, activations, beta_u, beta_a, temperature, min_variance, grid, gradient
+        votes, activations, beta_u, beta_a, temperature, min_variance, (), gradient
     )
     return (v, logits, assignment) if return_assignment else (v, logits)
 
 
-def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
     """The votes, a mean and a variance in each iteration, and a distance between each two."""
     return _votes(sizes) + _sum(sizes) * (3 * given["iterations"] - 1)
 
 
-def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
     """Two products for each forward one."""
     sums = 2 if given["gradient"] == "last" else 3 * given["iterations"] - 1
     return 2 * (_votes(sizes) + _sum(sizes) * sums)
@@ -138,6 +135,6 @@ em_routing = register(
         "mean": "r B J R Q",
         "variance": "r B J R Q",
     },
-    flops=_flops,
-    backward_flops=_backward_flops,
+    flops=flops,
+    backward_flops=backward_flops,
 )

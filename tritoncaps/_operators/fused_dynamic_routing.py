@@ -61,11 +61,11 @@ def _backward(
     )
 
 
-def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
     return prediction_vectors.flops(sizes, given) + dynamic_routing.flops(sizes, given)
 
 
-def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
+def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
     loop = dynamic_routing.backward_flops(sizes, given)
     return prediction_vectors.backward_flops(sizes, given) + loop
 
@@ -77,6 +77,6 @@ fused_dynamic_routing = register(
     reference=reference.fused_dynamic_routing,
     inputs={"u": "B I P", "weight": "I P J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},
-    flops=_flops,
-    backward_flops=_backward_flops,
+    flops=flops,
+    backward_flops=backward_flops,
 )

@@ -8,6 +8,11 @@ be kept between forward and backward.
 """
 
 from tritoncaps._torch_path._precision import accumulation_dtype
+from tritoncaps._torch_path.conv_dynamic_routing import (
+    conv_dynamic_routing_bwd,
+    conv_dynamic_routing_fwd,
+)
+from tritoncaps._torch_path.conv_em_routing import conv_em_routing_bwd, conv_em_routing_fwd
 from tritoncaps._torch_path.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
 from tritoncaps._torch_path.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps._torch_path.fused_dynamic_routing import (
@@ -20,6 +25,10 @@ from tritoncaps._torch_path.squash import squash_bwd, squash_fwd
 
 __all__ = [
     "accumulation_dtype",
+    "conv_dynamic_routing_bwd",
+    "conv_dynamic_routing_fwd",
+    "conv_em_routing_bwd",
+    "conv_em_routing_fwd",
     "dynamic_routing_bwd",
     "dynamic_routing_fwd",
     "em_routing_bwd",

@@ -5,7 +5,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from tritoncaps import _checks
-from tritoncaps._patches import check_convolution, output_size, pad, patches, patches_by_type
+from tritoncaps._operators.conv_dynamic_routing import conv_dynamic_routing as _registered
+from tritoncaps._patches import check_convolution, output_size, pad, patches_by_type
 from tritoncaps._tracing import one_node
 from tritoncaps.ops._dynamic_routing import Gradient, Output
 from tritoncaps.ops._fused_dynamic_routing import fused_dynamic_routing
@@ -80,8 +81,8 @@ def conv_dynamic_routing(
     """Route each K×K patch of a grid of capsules to the capsules at one position.
 
     This is `fused_dynamic_routing` at every position of a convolution. The positions become a part
-    of the batch. The patches are copied, and are (K / stride)² times as large as u. The prediction
-    vectors are not written to memory.
+    of the batch. Neither the prediction vectors nor the patches are kept in memory, and the patches
+    would be (K / stride)² times as large as u. Only "convolved" votes have a copy of them.
 
     There are two kinds of votes:
 
@@ -136,24 +137,31 @@ def conv_dynamic_routing(
     )
     check_convolution(name, stride, padding)
     _checks.check_routing_options(name, iterations, leaky, gradient, output, return_coupling)
-    # The patches' gradients are summed in the dtype of the routing.
-    u = u.to(_checks.routed_dtype(u))
     B, H, W, C, _ = u.shape
     kernel_size, J = weight.shape[0], weight.shape[4]
     rows, columns = output_size(name, (H, W), kernel_size, stride, padding)
+    # Gradients of overlapping patches are summed in the dtype of the routing.
+    u = pad(u.to(_checks.routed_dtype(u)), padding)
     if votes == "patch":
-        u = patches(pad(u, padding), kernel_size, stride)
-        weight = weight.flatten(0, 2)
-        prior = None if prior is None else prior.flatten(0, 2)
-        inputs: tuple[int, ...] = (kernel_size, kernel_size, C)
-    else:
-        u = patches_by_type(pad(u, padding), kernel_size, stride)
-        weight = weight.movedim(2, 0).flatten(1, 3)
-        weight = weight.expand(C, *weight.shape[1:])
-        inputs = (C,)
+        v, coupling, _ = _registered.forward(
+            u,
+            weight,
+            prior,
+            pose_bias,
+            iterations,
+            stride,
+            leaky,
+            gradient,
+            output,
+            return_coupling,
+        )
+        if not return_coupling:
+            return v
+        return v, coupling if gradient == "full" else coupling.detach()
+    weight = weight.movedim(2, 0).flatten(1, 3)
     result = fused_dynamic_routing(
-        u,
-        weight,
+        patches_by_type(u, kernel_size, stride),
+        weight.expand(C, *weight.shape[1:]),
         iterations,
         prior=prior,
         pose_bias=pose_bias,
@@ -167,7 +175,7 @@ def conv_dynamic_routing(
     v, coupling = result
     return (
         v.unflatten(0, (B, rows, columns)),
-        coupling.reshape(B, rows, columns, *inputs, J),
+        coupling.reshape(B, rows, columns, C, J),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tritoncaps import _checks, _patches
-from tritoncaps._operators.em_routing import em_routing as _registered
+from tritoncaps._operators.conv_em_routing import conv_em_routing as _registered
 from tritoncaps._tracing import one_node
 from tritoncaps.ops._dynamic_routing import Gradient
 from tritoncaps.ops._em_routing import temperatures
@@ -105,30 +105,26 @@ def conv_em_routing(
     _checks.check_em_options(
         name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
     )
-    B, H, W, C = activations.shape
-    K = len(weight)
-    size = _patches.output_size(name, (H, W), K, stride, padding)
+    _patches.output_size(name, activations.shape[1:3], len(weight), stride, padding)
     # Raised first, so that the gradients of overlapping patches add up in float32.
     poses, activations = (
-        _patches.patches(_patches.pad(x.to(_checks.routed_dtype(x)), padding), K, stride)
-        for x in (poses, activations)
+        _patches.pad(x.to(_checks.routed_dtype(x)), padding) for x in (poses, activations)
     )
     v, logits, assignment, *_ = _registered.forward(
         poses,
         activations,
-        weight.flatten(0, 2),
+        weight,
         beta_u,
         beta_a,
         iterations,
         temperatures(temperature, iterations),
         float(min_variance),
-        [*size, K, stride] if competition == "children" else [],
+        stride,
+        competition,
         gradient,
         return_assignment,
     )
     results = (v, torch.sigmoid(logits)) + (logits,) * return_logits
-    results = tuple(result.unflatten(0, (B, *size)) for result in results)
     if not return_assignment:
         return results
-    assignment = assignment.unflatten(1, (K, K, C)).unflatten(0, (B, *size))
     return *results, assignment if gradient == "full" else assignment.detach()

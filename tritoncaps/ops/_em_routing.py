@@ -102,7 +102,6 @@ def em_routing(
         iterations,
         temperatures(temperature, iterations),
         float(min_variance),
-        [],
         gradient,
         return_assignment,
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tritoncaps import ops, reference
+from tritoncaps._operators.conv_dynamic_routing import conv_dynamic_routing
+from tritoncaps._operators.conv_em_routing import conv_em_routing
 from tritoncaps._operators.dynamic_routing import dynamic_routing
 from tritoncaps._operators.em_routing import em_routing
 from tritoncaps._operators.fused_dynamic_routing import fused_dynamic_routing
@@ -239,13 +241,9 @@ _ROWS = (
     Operator(
         ops.conv_dynamic_routing,
         reference.conv_dynamic_routing,
-        inputs={
-            "u": "B H W C P",
-            "weight": "K K C P J D",
-            "prior?": "K K C J",
-            "pose_bias?": "J D",
-        },
+        inputs=conv_dynamic_routing.inputs,
         outputs={"v": "B H' W' J D", "coupling?": "B H' W' K K C J"},
+        registered=conv_dynamic_routing,
         options={"stride": (2, 1), "padding": (0, 1), "votes": ("patch",), **_ROUTING_OPTIONS},
         # A kernel fits into the grid, and each patch holds more than padding.
         smallest={"H": 3, "W": 3, "K": 2},
@@ -289,13 +287,8 @@ _ROWS = (
     Operator(
         ops.conv_em_routing,
         reference.conv_em_routing,
-        inputs={
-            "poses": "B H W C R P",
-            "activations": "B H W C",
-            "weight": "K K C P J Q",
-            "beta_u": "J",
-            "beta_a": "J",
-        },
+        inputs=conv_em_routing.inputs,
+        registered=conv_em_routing,
         outputs={
             "v": "B H' W' J R Q",
             "a": "B H' W' J",

@@ -1,0 +1,64 @@
+"""Patches that are read where they lie in a grid, and their gradients."""
+
+import pytest
+import torch
+
+from tritoncaps._operators import INTERPRETED
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 to interpret", allow_module_level=True)
+
+from kernel_cases import Allocations
+
+from tritoncaps import kernels
+from tritoncaps._patches import add_patches, patches
+from tritoncaps.kernels._em_tiles import in_lanes
+from tritoncaps.kernels._patches import Patches
+from tritoncaps.testing import normal, with_layout
+
+# (N, H, W, C), K, S: one capsule alone, a rest that no window reaches, windows apart.
+GRIDS = [((1, 1, 1, 1), 1, 1), ((2, 4, 5, 3), 3, 1), ((2, 6, 4, 3), 3, 2), ((3, 5, 6, 2), 2, 3)]
+grids = pytest.mark.parametrize(("shape", "k", "stride"), GRIDS, ids=str)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("matrix", [(), (2, 3), (4, 4)], ids=str)
+@grids
+def test_patches_are_put_in_lanes(device, shape, k, stride, matrix, layout):
+    grid = with_layout(normal(*shape, *matrix).to(device), layout)
+    found = Patches(grid, k, stride).in_lanes(32)
+    order = (0, 2, 4, 1, 3) if matrix else (0, 2, 1)
+    expected = in_lanes(patches(grid, k, stride), 32, *order)
+    assert torch.equal(found.view(expected.shape), expected)
+
+
+@grids
+def test_a_copy_is_what_a_cpu_cuts(device, shape, k, stride):
+    grid = normal(*shape, 3).to(device)
+    found = Patches(grid, k, stride)
+    assert found.shape == found.copy().shape
+    assert torch.equal(found.copy(), patches(grid, k, stride))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inner", [(), (3,)], ids=str)
+@grids
+def test_gradients_are_added_up(device, shape, k, stride, inner, dtype):
+    grid = normal(*shape, *inner, dtype=torch.float64).to(device)
+    cut = Patches(grid.to(dtype), k, stride)
+    # Whole numbers, whose sums have no rounding.
+    grads = normal(*cut.shape, dtype=torch.float64).mul(4).round().to(device)
+    expected = torch.zeros_like(grid)
+    add_patches(grads, expected, k, stride)
+    assert torch.equal(cut.add(grads.to(dtype)), expected.to(dtype))
+
+
+@pytest.mark.parametrize("J", [3, 40])
+def test_a_forward_copies_no_patches(device, J):
+    """What a product reads is in an order of its own. Nothing has the shape of the patches."""
+    u, weight = normal(2, 6, 6, 5, 3).to(device), normal(3, 3, 5, 3, J, 4).to(device)
+    with Allocations() as allocations:
+        kernels.conv_dynamic_routing_fwd(u, weight, None, None, 2, 1, False, "v", False)
+    allocations.assert_bands_untouched()
+    N, _, _, C, P = u.shape
+    assert not {(N * 16, 9 * C, P), (N, 4, 4, 3, 3, C, P)} & {*map(tuple, allocations.shapes)}

@@ -8,13 +8,15 @@ The experiment of Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2
 constellation has up to eleven points: two squares and a triangle, each there with probability 1/2,
 under a rotation, scaling and translation of its own. The points come in any order. A set
 transformer reads them, and each of three object capsules votes for four points. They are trained
-without labels. The segmentation error is the share of points that are explained by another capsule
-than the one that fits their pattern best, in each constellation.
+without labels. A constellation is explained by as few capsules as it needs: those with the largest
+likelihood, less a cost for each. The segmentation error is the share of points that are explained
+by another capsule than the one that fits their pattern best, in each constellation.
 
-New constellations are drawn for every step. Repeat the command to continue where it was stopped.
-Each seed has its directory, see engine/run_directory.py. Beside them are segmentation.csv and
-segmentation.json, and constellations.png, where the colour of a point is the capsule that explains
-it.
+New constellations are drawn for every step. Some networks end in a bad explanation. So a seed
+starts with three, and the one with the lowest loss after half of the epochs goes on. Repeat the
+command to continue where it was stopped. Each start has its directory, see
+engine/run_directory.py. Beside the seeds are segmentation.csv and segmentation.json, and
+constellations.png, where the colour of a point is the capsule that explains it.
 """
 
 import itertools
@@ -53,6 +55,9 @@ VOTES = max(map(len, PATTERNS))
 # because a pattern is small in its constellation.
 SMALL = 0.3
 
+# Until this share of the steps, capsules learn whole patterns. Then they learn which are needed.
+SETTLED = 0.45
+
 # Gradients are cut to this length: votes that are exact have large ones.
 LARGEST_GRADIENT = 1.0
 
@@ -64,8 +69,11 @@ TESTED, DRAWN = 2000, 12
 class Recipe:
     """What the result depends on. See docs/scae.md for what was tried."""
 
-    epochs: int = flag(10, "epochs, of --steps each", **COUNT)
+    epochs: int = flag(20, "epochs, of --steps each", **COUNT)
     steps: int = flag(1000, "steps of an epoch", **COUNT)
+    starts: int = flag(
+        3, "networks of a seed, of which the best goes on after half of the epochs", **COUNT
+    )
     batch_size: int = flag(64, "constellations per step", **COUNT)
     lr: float = flag(2e-3, "highest learning rate of Adam, in one cycle")
     dim: int = flag(64, "components inside the set transformer", **COUNT)
@@ -74,7 +82,9 @@ class Recipe:
         3, "sines and cosines of each coordinate, of doubling frequency", metavar="N"
     )
     deformation: float = flag(100.0, "weight of the deformation of patterns", metavar="W")
-    winners: float = flag(0.0, "weight of the capsules that win points", metavar="W")
+    capsule_cost: float = flag(
+        5.0, "how much a capsule must add to the log-likelihood to explain something", metavar="C"
+    )
     prior_within: float = flag(0.0, "weight of the l2 sparsity of an example", metavar="W")
     prior_between: float = flag(0.01, "weight of the l2 sparsity between examples", metavar="W")
     posterior_within: float = flag(8.0, "highest weight of the entropy of an example", metavar="W")
@@ -151,12 +161,24 @@ class Constellations:
 
 
 class Explained(NamedTuple):
-    """What capsules say of points: log p (B,), posterior (B, N, J), their votes, the presences."""
+    """What capsules say of points: log p (B,), posterior (B, N, J), their votes, and the points.
+
+    The points are (B, N, 2), their presences (B, N).
+    """
 
     log_prob: Tensor
     posterior: Tensor
     votes: ObjectVotes
+    points: Tensor
     presence: Tensor
+
+    def by(self, capsules: Tensor) -> "Explained":
+        """Explain the points by these capsules, (B, J), whatever presence they have."""
+        # Of 0, a logarithm that is finite.
+        logits = torch.where(capsules > 0, 0.0, -1e4).unsqueeze(1).expand_as(self.votes.logits)
+        of_capsules = self.votes._replace(logits=logits)
+        log_prob, posterior = of_capsules.set_log_prob(self.points, self.presence)
+        return self._replace(log_prob=log_prob, posterior=posterior)
 
 
 class ConstellationNet(nn.Module):
@@ -183,7 +205,19 @@ class ConstellationNet(nn.Module):
         logits = F.logsigmoid(votes.capsule_logits).unsqueeze(1).expand_as(votes.logits)
         votes = votes._replace(logits=logits)
         log_prob, posterior = votes.set_log_prob(points, presence)
-        return Explained(log_prob, posterior, votes, presence)
+        return Explained(log_prob, posterior, votes, points, presence)
+
+
+@torch.no_grad()
+def needed(output: Explained, cost: float) -> Tensor:
+    """Return the capsules that explain the points best, less a cost for each, (B, J)."""
+    J = output.votes.presence.shape[1]
+    choices = torch.tensor([*itertools.product((0.0, 1.0), repeat=J)])
+    likelihoods = [
+        output.by(choice.expand_as(output.votes.presence)).log_prob for choice in choices
+    ]
+    scores = torch.stack(likelihoods, dim=1) - cost * choices.sum(dim=1)
+    return choices[scores.argmax(dim=1)]
 
 
 class Explain(Task):
@@ -192,7 +226,8 @@ class Explain(Task):
     First all capsules learn from all constellations. Then the entropies ask few of them to explain
     each: the weight goes up to `posterior_within` in a quarter of the steps. So each capsule learns
     whole patterns. Then it falls to 1, in a fifth of the steps, so that several patterns have a
-    capsule each.
+    capsule each. From there on, only the capsules that are needed explain a constellation, and
+    these learn to be present.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -205,58 +240,52 @@ class Explain(Task):
 
     def loss(self, output: Any, target: Tensor, images: Tensor) -> Tensor:
         """Compute the mean loss of a batch, a scalar."""
-        recipe, votes, presence = self.recipe, output.votes, output.presence
-        posterior = output.posterior * presence.unsqueeze(2)
+        recipe, votes = self.recipe, output.votes
+        loss = recipe.deformation * votes.deformation.mean()
+        if self.progress() >= SETTLED:
+            capsules = needed(output, recipe.capsule_cost)
+            present = F.binary_cross_entropy_with_logits(votes.capsule_logits, capsules)
+            return loss - output.by(capsules).log_prob.mean() + capsules.shape[1] * present
+        posterior = output.posterior * output.presence.unsqueeze(2)
         # On average, 3/2 of the patterns are there, and each is in half of the constellations.
         prior = l2_sparsity(votes.presence, num_classes=2)
         entropy = entropy_sparsity(posterior.sum(dim=1))
         within = self.entropy_weight()
         return (
-            recipe.deformation * votes.deformation.mean()
+            loss
             - output.log_prob.mean()
-            + recipe.winners * winners_loss(votes.capsule_logits, posterior, presence)
             + recipe.prior_within * prior[0]
             + recipe.prior_between * prior[1]
             + within * entropy[0]
             - (within + recipe.posterior_between) * entropy[1]
         )
 
-    def entropy_weight(self) -> float:
-        """Return the weight of the entropy of an example. A test has that of the last step.
-
-        It rises until a quarter of the steps, and falls until 45 % of them.
-        """
-        highest = self.recipe.posterior_within
-        last = min(1.0, highest)
+    def progress(self) -> float:
+        """Return the share of the steps that are done. For a test it is 1."""
         if self.step is None:
-            return last
-        done = self.step / (self.recipe.epochs * self.recipe.steps)
+            return 1.0
+        return self.step / (self.recipe.epochs * self.recipe.steps)
+
+    def entropy_weight(self) -> float:
+        """Return the weight of the entropy of an example.
+
+        It rises until a quarter of the steps, and falls to 1 until 45 % of them.
+        """
+        highest, done = self.recipe.posterior_within, self.progress()
         if done < 0.25:
             return highest * max(done - 0.05, 0.0) / 0.2
-        return max(highest * (1 - (done - 0.25) / 0.2), last)
+        return max(highest * (1 - (done - 0.25) / 0.2), min(1.0, highest))
 
     def predictions(self, output: Any) -> Tensor:
         """Return the capsule that explains most of each point, (B, N)."""
-        capsules: Tensor = output.posterior.argmax(dim=2)
+        chosen = output.by(needed(output, self.recipe.capsule_cost))
+        capsules: Tensor = chosen.posterior.argmax(dim=2)
         return capsules
 
     def correct(self, output: Any, target: Tensor) -> Tensor:
         """Return which constellations are segmented without any error, (B,), bool."""
         right, present = segmented(self.predictions(output), target, output.presence)
         return right == present
-
-
-def winners_loss(capsule_logits: Tensor, posterior: Tensor, presence: Tensor) -> Tensor:
-    """Ask a capsule that wins two points or more to be present, and one that wins one to be absent.
-
-    A capsule that wins none is left alone. This is from the authors' code.
-    """
-    wins = F.one_hot(posterior.argmax(dim=2), posterior.shape[2]) * presence.unsqueeze(2)
-    wins = wins.sum(dim=1)
-    errors = F.binary_cross_entropy_with_logits(
-        capsule_logits, (wins > 1).to(capsule_logits.dtype), reduction="none"
-    )
-    return (errors * (wins > 0)).sum(dim=1).mean()
 
 
 def segmented(capsules: Tensor, patterns: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,9 +334,17 @@ def tell(recipe: Recipe, output: Output) -> None:
     print(f"tables, the picture and checkpoints are in {directory}")
 
 
-def new_trainer(seed: int, recipe: Recipe, output: Output, directory: Path) -> Trainer:
-    """Build the network of a seed, and what trains it."""
-    torch.manual_seed(seed)
+def new_trainers(seed: int, recipe: Recipe, output: Output, directory: Path) -> list[Trainer]:
+    """Build the networks with which a seed starts, and what trains them."""
+    return [
+        new_trainer(seed, start, recipe, output, directory / f"start{start}")
+        for start in range(1, recipe.starts + 1)
+    ]
+
+
+def new_trainer(seed: int, start: int, recipe: Recipe, output: Output, directory: Path) -> Trainer:
+    """Build a network of a seed, and what trains it."""
+    torch.manual_seed(number_of(seed, start))
     model = ConstellationNet(recipe.dim, recipe.blocks, recipe.frequencies)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), fused=True)
 
@@ -323,7 +360,7 @@ def new_trainer(seed: int, recipe: Recipe, output: Output, directory: Path) -> T
         schedule=OneCycle(recipe.lr, recipe.epochs * recipe.steps),
         runtime=choose_runtime("cpu", "fp32"),
         args=as_dict(recipe, output),
-        config={"model": "constellations", "seed": seed},
+        config={"model": "constellations", "seed": seed, "start": start},
         test_batch_size=TESTED,
         log_interval=output.log_interval,
         checkpoint_interval=output.checkpoint_interval,
@@ -343,17 +380,40 @@ def run_seed(
         print(f"segmentation error {percent(error)}", flush=True)
         return {"segmentation_error": error}
 
-    trainer = new_trainer(seed, recipe, output, directory / f"seed{seed}")
-    trainer.more_columns = measure
-    train = Constellations(seed, recipe.steps, recipe.batch_size)
-    row = train_seed(trainer, train, test, recipe.epochs, output)
-    return {"seed": seed, "segmentation_error": trainer.rows[-1]["segmentation_error"], **row}
+    trainers = new_trainers(seed, recipe, output, directory / f"seed{seed}")
+    for start, trainer in enumerate(trainers, start=1):
+        trainer.more_columns = measure
+        train = Constellations(number_of(seed, start), recipe.steps, recipe.batch_size)
+        train_seed(trainer, train, test, half_way(recipe), output)
+    best = best_of(trainers, recipe)
+    train = Constellations(number_of(seed, best.config["start"]), recipe.steps, recipe.batch_size)
+    row = train_seed(best, train, test, recipe.epochs, output)
+    row["seconds"] = sum(row["seconds"] for trainer in trainers for row in trainer.rows)
+    error = best.rows[-1]["segmentation_error"]
+    return {"seed": seed, "start": best.config["start"], "segmentation_error": error, **row}
+
+
+def number_of(seed: int, start: int) -> int:
+    """Return the number that a start's weights and data are drawn from."""
+    return seed + 1000 * (start - 1)
+
+
+def half_way(recipe: Recipe) -> int:
+    """Return the epoch after which the best start goes on alone."""
+    return max(recipe.epochs // 2, 1)
+
+
+def best_of(trainers: Sequence[Trainer], recipe: Recipe) -> Trainer:
+    """Return the start that had the lowest loss half-way. No label and no test has a part in it."""
+    return min(trainers, key=lambda trainer: trainer.rows[half_way(recipe) - 1]["train_loss"])
 
 
 def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) -> None:
     """Draw test constellations: their patterns as lines, and points coloured by capsule."""
-    trainer = new_trainer(1, recipe, output, directory / "seed1")
-    trainer.resume()
+    trainers = new_trainers(1, recipe, output, directory / "seed1")
+    for trainer in trainers:
+        trainer.resume()
+    trainer = best_of(trainers, recipe)
     constellations, patterns = next(test.epoch(0))
     capsules = trainer.task.predictions(trainer.predict(constellations))
     present = constellations[:, 2, :, 0] > 0

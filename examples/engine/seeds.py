@@ -16,17 +16,19 @@ def train_seed(
 ) -> dict[str, Any]:
     """Train a seed, or go on where it was stopped; returns its last loss, and time and machine.
 
-    The config of the trainer names the seed.
+    The config of the trainer names the seed, and which start of it this is if there are several.
 
     Raises:
         Stopped: a signal stopped the training.
     """
-    seed = trainer.config["seed"]
+    name = f"seed {trainer.config['seed']}"
+    if "start" in trainer.config:
+        name += f", start {trainer.config['start']}"
     with locked(trainer.directory):
         if trainer.resume():
-            print(f"resuming    seed {seed} after {trainer.progress}")
+            print(f"resuming    {name} after {trainer.progress}")
         else:
-            print(f"training    seed {seed}, {count_parameters(trainer.model):,} parameters")
+            print(f"training    {name}, {count_parameters(trainer.model):,} parameters")
         if not trainer.fit(train, test=test, epochs=epochs):
             print("stopped" if output.dry_run else "stopped and saved; repeat the command to go on")
             raise Stopped

@@ -1,6 +1,7 @@
 """The constellations: what is drawn, how errors are counted, and how a run goes."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,20 @@ from constellations import (
     Constellations,
     Explain,
     Recipe,
+    best_of,
     draw_constellations,
+    needed,
     segmented,
-    winners_loss,
 )
 from tritoncaps.losses import entropy_sparsity
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = ("--epochs=2", "--steps=3", "--batch-size=8", "--dim=8", "--blocks=1", "--log-interval=1")
+TINY = (
+    *("--epochs=2", "--steps=3", "--batch-size=8", "--dim=8", "--blocks=1", "--log-interval=1"),
+    "--starts=2",
+)
 
 
 def drawn(count=500, seed=0):
@@ -81,12 +86,57 @@ def test_a_segmentation_is_right_by_the_best_naming_of_capsules():
         assert (right[b], present[b]) == (best, len(there))
 
 
-def test_capsules_that_win_two_points_are_asked_to_be_present():
-    posterior = torch.tensor([[[0.9, 0.1, 0], [0.8, 0.1, 0], [0.1, 0.5, 0.2], [0, 0.1, 0.9]]])
-    presence = torch.tensor([[1.0, 1, 1, 0]])
-    logits = torch.tensor([[0.3, -0.7, 5.0]])
-    expected = -torch.tensor(0.3).sigmoid().log() - torch.tensor(0.7).sigmoid().log()
-    torch.testing.assert_close(winners_loss(logits, posterior, presence), expected)
+def explained(seed=0, count=40):
+    constellations, _ = next(Constellations(seed, 1, count).epoch(0))
+    torch.manual_seed(seed)
+    return ConstellationNet(8, 1, 3).eval()(constellations)
+
+
+def test_chosen_capsules_explain_and_no_other():
+    output = explained()
+    capsules = torch.tensor([1.0, 0, 1]).expand(40, 3)
+    chosen = output.by(capsules)
+    present = output.presence > 0
+    assert chosen.posterior[:, :, 1].max() == 0
+    assert (chosen.posterior[present][:, [0, 2]] > 0).all()
+    # The weights of their votes are equal, whatever presence the network gives them.
+    votes = output.votes._replace(logits=output.votes.logits * 0)
+    log_prob, _ = votes.set_log_prob(output.points, output.presence)
+    torch.testing.assert_close(output.by(torch.ones(40, 3)).log_prob, log_prob)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.3, 1e6])
+def test_the_needed_capsules_are_the_likeliest_less_their_cost(cost):
+    output = explained()
+    choices = [torch.tensor(choice) for choice in itertools.product((0.0, 1.0), repeat=3)]
+    scores = [output.by(c.expand(40, 3)).log_prob - cost * c.sum() for c in choices]
+    best = torch.stack(scores).amax(dim=0)
+    found = needed(output, cost)
+    torch.testing.assert_close(output.by(found).log_prob - cost * found.sum(dim=1), best)
+    empty = output.presence.sum(dim=1) == 0
+    assert empty.any() and not found[empty].any()
+    if cost == 1e6:
+        assert not found.any()
+
+
+def test_needed_capsules_learn_to_be_present():
+    """In the second half of the steps, the loss is the likelihood by them and their presence."""
+    output = explained()
+    recipe = Recipe(epochs=1, steps=100, capsule_cost=0.3, deformation=7.0)
+    task = Explain(recipe)
+    task.step = 45
+    capsules = needed(output, 0.3)
+    logits = output.votes.capsule_logits
+    presence = -(capsules * logits.sigmoid().log() + (1 - capsules) * (-logits).sigmoid().log())
+    expected = 7 * output.votes.deformation - output.by(capsules).log_prob + presence.sum(dim=1)
+    torch.testing.assert_close(task.loss(output, None, None), expected.mean())
+    assert torch.equal(task.predictions(output), output.by(capsules).posterior.argmax(dim=2))
+
+
+def test_the_start_with_the_lowest_loss_half_way_goes_on():
+    losses = ([3.0, 2.0, 0.0], [1.0, 1.5], [0.0, 1.75])
+    starts = [SimpleNamespace(rows=[{"train_loss": x} for x in of]) for of in losses]
+    assert best_of(starts, Recipe(epochs=4)) is starts[1]
 
 
 def test_the_weight_of_the_entropy_rises_and_falls():
@@ -135,15 +185,15 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert "segmentation error " in printed and " ± " in printed
     check_picture(tmp_path / "whole/constellations.png", (700, 900))
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 8)  # in the first epoch of the second seed
+        stop_after(patch, 11)  # in the first epoch of the second seed
         status, printed = run(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
     assert status == 130 and "stopped and saved" in printed
     printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
-    assert "resuming    seed 2 after 0 epochs and 2 batches" in printed
+    assert "resuming    seed 2, start 1 after 0 epochs and 2 batches" in printed
     assert table_of(tmp_path / "parts") == table_of(tmp_path / "whole")
     # More seeds join, and nothing else may change.
     printed = finish(constellations, *TINY, "--seeds=3", f"--output-dir={tmp_path / 'parts'}")
-    assert "training    seed 3" in printed
+    assert "training    seed 3, start 1" in printed
     assert table_of(tmp_path / "parts")[:2] == table_of(tmp_path / "whole")
     status, printed = run(constellations, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
     assert status == 2 and "was made with --lr 0.002, not --lr 1" in printed

@@ -44,7 +44,7 @@ def conv_dynamic_routing_fwd(
         iterations, leaky, output, return_coupling,
     )  # fmt: skip
     if return_coupling:
-        coupling = coupling.view(*positions, *weight.shape[:3], -1)
+        coupling = coupling.view(*positions, *weight.shape[:3], weight.shape[4])
     return v.unflatten(0, positions), coupling, sums.unflatten(1, positions)
 
 

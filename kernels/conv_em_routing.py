@@ -45,7 +45,7 @@ def conv_em_routing_fwd(
         gradient, return_assignment,
     )  # fmt: skip
     if return_assignment:
-        assignment = assignment.view(*positions, *weight.shape[:3], -1)
+        assignment = assignment.view(*positions, *weight.shape[:3], weight.shape[4])
     mass, mean, variance = (x.unflatten(1, positions) for x in moments)
     return *(x.unflatten(0, positions) for x in (v, logits)), assignment, mass, mean, variance
 

@@ -129,6 +129,7 @@ FUSED = [
     for operator in OPERATORS.values()
     if operator.registered is not None
     and {"weight", "prior"} <= operator.axes.keys()
+    and operator.axes["u"] == "B I P"
     and "coupling?" in operator.outputs
 ]
 

@@ -41,7 +41,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def device_of(tensor: Any) -> AbstractContextManager[object]:
     """Make the tensor's device current, because Triton launches on the current device."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def target_of(tensor: Any) -> Target:

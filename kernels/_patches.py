@@ -62,7 +62,7 @@ def _in_lanes_kernel(
     tile = pid // blocks
     i = pid % blocks * BLOCK_I + tl.arange(0, BLOCK_I)[:, None, None]
     lane = tl.arange(0, LANES)[None, :, None]
-    n = tl.arange(0, BLOCK_N)[None, None, :]
+    n = tl.arange(0, BLOCK_N)[None, None, :].to(tl.int64)
     b = tile * LANES + lane
     r = n % R
     p = n // R

@@ -1,4 +1,4 @@
-"""Routing by agreement in the patches of a grid, which are not copied.
+"""Routing by agreement in the patches of a grid, which are read where they lie.
 
 The kernels are those of `fused_dynamic_routing`. `_patches.py` says where they read.
 """

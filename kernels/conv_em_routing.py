@@ -1,4 +1,4 @@
-"""EM routing in the patches of a grid, which are not copied.
+"""EM routing in the patches of a grid, which are read where they lie.
 
 The kernels are those of `em_routing`. `_patches.py` says where they read.
 """

@@ -13,6 +13,7 @@ from kernel_cases import Allocations
 from tritoncaps import kernels
 from tritoncaps._patches import add_patches, patches
 from tritoncaps.kernels._em_tiles import in_lanes
+from tritoncaps.kernels._launch import device_of
 from tritoncaps.kernels._patches import Patches
 from tritoncaps.testing import normal, with_layout
 
@@ -62,3 +63,23 @@ def test_a_forward_copies_no_patches(device, J):
     allocations.assert_bands_untouched()
     N, _, _, C, P = u.shape
     assert not {(N * 16, 9 * C, P), (N, 4, 4, 3, 3, C, P)} & {*map(tuple, allocations.shapes)}
+
+
+def test_a_launch_is_on_the_device_of_the_grid(monkeypatch):
+    """Patches stand for a tensor there too. No GPU is needed to see that."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", entered.append)
+    found = Patches(torch.zeros(1, 4, 4, 2, 3), 2, 1)
+    found.is_cuda, found.device = True, torch.device("cuda:1")
+    device_of(found)
+    assert entered == [torch.device("cuda:1")]
+
+
+def test_a_matrix_whose_rows_lie_far_apart_is_read(device):
+    """Offsets of its rows need more than 32 bits. Only the touched pages of the memory exist."""
+    stride = 2**30 + 4096
+    storage = torch.empty(2 * stride + 8, dtype=torch.float16, device=device)
+    grid = storage.as_strided((1, 2, 2, 1, 3, 1), (4, 2, 1, 1, stride, 1))
+    grid.copy_(normal(1, 2, 2, 1, 3, 1).to(grid))
+    expected = Patches(grid.contiguous(), 1, 1).in_lanes(32)
+    assert torch.equal(Patches(grid, 1, 1).in_lanes(32), expected)

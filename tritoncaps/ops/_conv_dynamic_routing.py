@@ -81,8 +81,8 @@ def conv_dynamic_routing(
     """Route each K×K patch of a grid of capsules to the capsules at one position.
 
     This is `fused_dynamic_routing` at every position of a convolution. The positions become a part
-    of the batch. Neither the prediction vectors nor the patches are kept in memory, and the patches
-    would be (K / stride)² times as large as u. Only "convolved" votes have a copy of them.
+    of the batch. Neither the prediction vectors nor the patches are kept for the backward. The
+    patches would be (K / stride)² times as large as u. Only "convolved" votes keep a copy of them.
 
     There are two kinds of votes:
 

@@ -400,7 +400,7 @@ def number_of(seed: int, start: int) -> int:
 
 def half_way(recipe: Recipe) -> int:
     """Return the epoch after which the best start goes on alone."""
-    return max(recipe.epochs // 2, 1)
+    return (recipe.epochs + 1) // 2
 
 
 def best_of(trainers: Sequence[Trainer], recipe: Recipe) -> Trainer:

@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from tritoncaps.kernels._patches import Patches
 
 
 class UnsupportedShape(Exception):  # noqa: N818 - a refusal, not an error
@@ -39,12 +40,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def device_of(tensor: Any) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor | Patches) -> AbstractContextManager[object]:
     """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def target_of(tensor: Any) -> Target:
+def target_of(tensor: Tensor | Patches) -> Target:
     """The target that a tensor's kernels are compiled for."""
     if not tensor.is_cuda:
         # Interpreted: nothing limits a tile here, so assume what every target has.

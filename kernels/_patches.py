@@ -5,9 +5,9 @@ its patches are a batch of rows b with input capsules i:
 
     b = (n H' + y) W' + x,  i = (ky K + kx) C + c
 
-The capsule lies at grid[n, S y + ky, S x + kx, c], which is an offset of b plus an offset of i. So
-the kernels that order their inputs for the products read the grid, and nothing copies the patches
-before. Their gradients are added up in a fixed order, by (ky, kx).
+The capsule lies at grid[n, S y + ky, S x + kx, c], which is an offset of b plus an offset of i. The
+kernels that order u for the products read it there. So its patches are written once, in that order,
+and never as (B, I, …). Their gradients are, and are added up in a fixed order, by (ky, kx).
 """
 
 import torch
@@ -93,10 +93,10 @@ def _add_kernel(
     w = place % W
     image = place // W // H * (ROWS * COLUMNS)
     total = tl.zeros((BLOCK_PLACES, BLOCK_E), DTYPE)
-    for ky in tl.static_range(KERNEL):
+    for ky in range(KERNEL):
         y = (h - ky) // STEP
         has_y = (h >= ky) & ((h - ky) % STEP == 0) & (y < ROWS)
-        for kx in tl.static_range(KERNEL):
+        for kx in range(KERNEL):
             x = (w - kx) // STEP
             has_x = (w >= kx) & ((w - kx) % STEP == 0) & (x < COLUMNS)
             row = (image + y * COLUMNS + x) * (KERNEL * KERNEL) + ky * KERNEL + kx

@@ -21,6 +21,11 @@ def check_convolution(function: str, stride: object, padding: object) -> None:
     _checks.check_size(function, "padding", padding, smallest=0)
 
 
+def positions(side: int, kernel_size: int, stride: int) -> int:
+    """Return the number of positions of a kernel along an axis of a grid, without padding."""
+    return (side - kernel_size) // stride + 1
+
+
 def output_size(
     function: str, size: Sequence[int], kernel_size: int, stride: int, padding: int
 ) -> tuple[int, int]:
@@ -35,7 +40,7 @@ def output_size(
             f"{function}: the kernel, {kernel_size}x{kernel_size}, is larger than the grid, "
             f"{height}x{width} with padding={padding}; use a smaller kernel or more padding"
         )
-    rows, columns = ((side + 2 * padding - kernel_size) // stride + 1 for side in size)
+    rows, columns = (positions(side + 2 * padding, kernel_size, stride) for side in size)
     return rows, columns
 
 
@@ -63,7 +68,7 @@ def add_patches(grads: Tensor, out: Tensor, kernel_size: int, stride: int) -> No
     The order of additions is fixed, by the place in the patch.
     """
     K = kernel_size
-    rows, columns = output_size("", out.shape[1:3], K, stride, 0)
+    rows, columns = (positions(side, K, stride) for side in out.shape[1:3])
     places = grads.view(len(out), rows, columns, K, K, *out.shape[3:])
     for ky, kx in product(range(K), repeat=2):
         inside = (

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tools.gpu_model.launches import ON_VECTORS
 from tritoncaps import kernels, reference, testing
 
-# Capsules that are matrices have axes of their own, and a file: test_em_kernels.py.
+# Matrices and grids have axes of their own, and files: test_em_kernels.py and test_patches.py.
 EVERY = ON_VECTORS
 ROUTINGS = [name for name in EVERY if "coupling?" in testing.OPERATORS[name].outputs]
 SIZES = {"B": 3, "I": 19, "P": 3, "J": 4, "D": 5}

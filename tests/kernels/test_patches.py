@@ -65,6 +65,42 @@ def test_a_forward_copies_no_patches(device, J):
     assert not {(N * 16, 9 * C, P), (N, 4, 4, 3, 3, C, P)} & {*map(tuple, allocations.shapes)}
 
 
+def dynamic(u, weight):
+    options = (2, False, "full", "v")
+    v, coupling, sums = kernels.conv_dynamic_routing_fwd(
+        u, weight, None, None, 3, 2, False, "v", True
+    )
+    grads = kernels.conv_dynamic_routing_bwd(v, coupling, u, weight, None, None, sums, *options)
+    return [v, coupling, *grads[:2]]
+
+
+def by_em(poses, weight):
+    activations = poses[..., 0, 0].sigmoid()
+    betas = (poses.new_ones(weight.shape[4]),) * 2
+    rest = (2, [0.1, 0.2], 1e-3, 2, "children", "full")
+    given = (poses, activations, weight, *betas)
+    v, logits, assignment, *moments = kernels.conv_em_routing_fwd(*given, *rest, True)
+    grads = kernels.conv_em_routing_bwd(v, logits, assignment, *given, *moments, *rest)
+    return [v, logits, assignment, *grads]
+
+
+# float64 with many output capsules goes through two sweeps, which copy the patches.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("route", "matrix", "J"), [(dynamic, (3,), 3), (dynamic, (3,), 40), (by_em, (2, 3), 3)]
+)
+def test_launches_write_what_is_theirs_and_read_nothing_else(device, route, matrix, J, dtype):
+    """In memory full of NaN between guard bands, with a rest that no window reaches."""
+    grid = normal(2, 6, 6, 2, *matrix, dtype=dtype).to(device)
+    weight = normal(3, 3, 2, 3, J, 4, dtype=dtype).to(device)
+    expected = route(grid, weight)
+    with Allocations() as allocations:
+        found = route(grid, weight)
+    allocations.assert_bands_untouched()
+    for result, plain in zip(found, expected, strict=True):
+        assert torch.equal(result, plain)
+
+
 def test_a_launch_is_on_the_device_of_the_grid(monkeypatch):
     """Patches stand for a tensor there too. No GPU is needed to see that."""
     entered = []

@@ -9,7 +9,7 @@ from einops import reduce
 from torch import Tensor
 
 from tritoncaps import _checks, testing
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
 
 # Where kernels run, a routing without one says so and runs in plain torch.
@@ -22,27 +22,19 @@ def reference(u_hat):
     return reduce(u_hat, "B I J D -> B J D", "sum") / u_hat.shape[2]
 
 
-def uniform_routing_fwd(u_hat):
+def uniform_routing_fwd(u_hat: Tensor) -> Tensor:
     return u_hat.sum(dim=1) / u_hat.shape[2]
 
 
-def uniform_routing_bwd(grad_s, u_hat):
+def uniform_routing_bwd(grad_s: Tensor, u_hat: Tensor) -> Tensor:
     grad = grad_s.unsqueeze(1) / u_hat.shape[2]
     return grad.expand(u_hat.shape).contiguous()
 
 
-def _forward(u_hat: Tensor) -> Tensor:
-    return run(uniform_routing_fwd, u_hat)
-
-
-def _backward(grad_s: Tensor, u_hat: Tensor) -> Tensor:
-    return run(uniform_routing_bwd, grad_s, u_hat)
-
-
 registered = register(
     "uniform_routing",
-    _forward,
-    _backward,
+    dispatched(uniform_routing_fwd),
+    dispatched(uniform_routing_bwd),
     reference=reference,
     inputs={"u_hat": "B I J D"},
     outputs={"s": "B J D"},

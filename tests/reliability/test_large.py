@@ -176,7 +176,7 @@ def test_weighted_sums_add_up_over_the_input_capsules(device, B, operator):
         if operator.name == "routing_pass":
             sums.append(operator.function(u, weight, inputs["pose"], prior=prior))
         else:  # the last output of the registered operator is s of each iteration
-            given = (u, weight, prior, None, 1, False, "full", "v", False)
+            given = (u, weight, prior, None, 1, False, "v", False, "full")
             sums.append(operator.registered.forward(*given)[-1])
     torch.testing.assert_close(sums[0] + sums[1], sums[2], rtol=1e-10, atol=1e-12)
 

@@ -4,6 +4,7 @@ The backends are `tritoncaps.kernels`, `tritoncaps._native` and `tritoncaps._tor
 functions with the same names and signatures, `<operator>_fwd` and `<operator>_bwd`.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,25 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     elif _native.takes(tensor):
         function = getattr(_native, name, function)
     return function(*args)
+
+
+def dispatched(function: Callable[..., Any], **more: type) -> Callable[..., Any]:
+    """`run` of a function of the torch path, with its arguments and annotations.
+
+    `more` are options after its arguments that only the backward needs, with their types.
+    """
+    signature = inspect.signature(function)
+    count = len(signature.parameters)
+
+    def call(*args: Any) -> Any:
+        return run(function, *args[:count])
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    options = [inspect.Parameter(name, kind, annotation=of) for name, of in more.items()]
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *options]
+    )
+    return call
 
 
 @cache

@@ -2,79 +2,22 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from tritoncaps import _torch_path, reference
 from tritoncaps._operators import fused_dynamic_routing as dense
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
+from tritoncaps._patches import positions
 
 
-def _forward(
-    u: Tensor,
-    weight: Tensor,
-    prior: Tensor | None,
-    pose_bias: Tensor | None,
-    iterations: int,
-    stride: int,
-    leaky: bool,
-    gradient: str,
-    output: str,
-    return_coupling: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run(
-        _torch_path.conv_dynamic_routing_fwd,
-        u,
-        weight,
-        prior,
-        pose_bias,
-        iterations,
-        stride,
-        leaky,
-        output,
-        return_coupling,
-    )
-
-
-def _backward(
-    grad_v: Tensor,
-    grad_coupling: Tensor | None,
-    u: Tensor,
-    weight: Tensor,
-    prior: Tensor | None,
-    pose_bias: Tensor | None,
-    sums: Tensor,
-    stride: int,
-    leaky: bool,
-    gradient: str,
-    output: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    return run(
-        _torch_path.conv_dynamic_routing_bwd,
-        grad_v,
-        grad_coupling,
-        u,
-        weight,
-        prior,
-        pose_bias,
-        sums,
-        stride,
-        leaky,
-        gradient,
-        output,
-    )
-
-
-def positions(sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """H' and W', the positions of the kernel on a grid without padding."""
-    return {f"{axis}'": (sizes[axis] - sizes["K"]) // given["stride"] + 1 for axis in ("H", "W")}
+def sizes_of_grid(sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """H' and W', the positions of the kernel."""
+    return {f"{axis}'": positions(sizes[axis], sizes["K"], given["stride"]) for axis in "HW"}
 
 
 def folded(sizes: dict[str, int], given: dict[str, Any]) -> dict[str, int]:
     """The sizes with the positions in the batch B, and the capsules of a patch as I."""
-    of_kernel = positions(sizes, given)
-    rows = sizes["B"] * of_kernel["H'"] * of_kernel["W'"]
-    return {**sizes, "B": rows, "I": sizes["K"] ** 2 * sizes["C"]}
+    rows, columns = sizes_of_grid(sizes, given).values()
+    return {**sizes, "B": sizes["B"] * rows * columns, "I": sizes["K"] ** 2 * sizes["C"]}
 
 
 def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
@@ -87,8 +30,8 @@ def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
 
 conv_dynamic_routing = register(
     "conv_dynamic_routing",
-    _forward,
-    _backward,
+    dispatched(_torch_path.conv_dynamic_routing_fwd, gradient=str),
+    dispatched(_torch_path.conv_dynamic_routing_bwd),
     reference=reference.conv_dynamic_routing,
     inputs={
         "u": "B H W C P",
@@ -97,7 +40,7 @@ conv_dynamic_routing = register(
         "pose_bias?": "J D",
     },
     outputs={"v": "B H' W' J D", "coupling?": "B H' W' K K C J", "sums": "r B H' W' J D"},
-    sizes=positions,
+    sizes=sizes_of_grid,
     flops=_flops,
     backward_flops=_backward_flops,
 )

@@ -1,88 +1,15 @@
 """`tritoncaps::conv_em_routing`: neither votes nor patches are kept in memory."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tritoncaps import _torch_path
 from tritoncaps._operators import em_routing as dense
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
-from tritoncaps._operators.conv_dynamic_routing import folded, positions
+from tritoncaps._operators.conv_dynamic_routing import folded, sizes_of_grid
 from tritoncaps.reference import conv_em_routing as reference
-
-
-def _forward(
-    poses: Tensor,
-    activations: Tensor,
-    weight: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    iterations: int,
-    temperature: Sequence[float],
-    min_variance: float,
-    stride: int,
-    competition: str,
-    gradient: str,
-    return_assignment: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return run(
-        _torch_path.conv_em_routing_fwd,
-        poses,
-        activations,
-        weight,
-        beta_u,
-        beta_a,
-        iterations,
-        temperature,
-        min_variance,
-        stride,
-        competition,
-        gradient,
-        return_assignment,
-    )
-
-
-def _backward(
-    grad_v: Tensor,
-    grad_logits: Tensor | None,
-    grad_assignment: Tensor | None,
-    poses: Tensor,
-    activations: Tensor,
-    weight: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    mass: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    iterations: int,
-    temperature: Sequence[float],
-    min_variance: float,
-    stride: int,
-    competition: str,
-    gradient: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return run(
-        _torch_path.conv_em_routing_bwd,
-        grad_v,
-        grad_logits,
-        grad_assignment,
-        poses,
-        activations,
-        weight,
-        beta_u,
-        beta_a,
-        mass,
-        mean,
-        variance,
-        iterations,
-        temperature,
-        min_variance,
-        stride,
-        competition,
-        gradient,
-    )
 
 
 def _formula(**arguments: Any) -> tuple[Tensor, ...]:
@@ -100,8 +27,8 @@ def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
 
 conv_em_routing = register(
     "conv_em_routing",
-    _forward,
-    _backward,
+    dispatched(_torch_path.conv_em_routing_fwd),
+    dispatched(_torch_path.conv_em_routing_bwd),
     reference=_formula,
     inputs={
         "poses": "B H W C R P",
@@ -118,7 +45,7 @@ conv_em_routing = register(
         "mean": "r B H' W' J R Q",
         "variance": "r B H' W' J R Q",
     },
-    sizes=positions,
+    sizes=sizes_of_grid,
     flops=_flops,
     backward_flops=_backward_flops,
 )

@@ -2,59 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from tritoncaps import _torch_path, reference
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
-
-
-def _forward(
-    u_hat: Tensor,
-    prior: Tensor | None,
-    pose_bias: Tensor | None,
-    iterations: int,
-    leaky: bool,
-    gradient: str,
-    output: str,
-    return_coupling: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return run(
-        _torch_path.dynamic_routing_fwd,
-        u_hat,
-        prior,
-        pose_bias,
-        iterations,
-        leaky,
-        output,
-        return_coupling,
-    )
-
-
-def _backward(
-    grad_v: Tensor,
-    grad_coupling: Tensor | None,
-    u_hat: Tensor,
-    prior: Tensor | None,
-    pose_bias: Tensor | None,
-    sums: Tensor,
-    leaky: bool,
-    gradient: str,
-    output: str,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return run(
-        _torch_path.dynamic_routing_bwd,
-        grad_v,
-        grad_coupling,
-        u_hat,
-        prior,
-        pose_bias,
-        sums,
-        leaky,
-        gradient,
-        output,
-    )
-
 
 # These are the operations of the mathematics, with the prediction vectors computed once. What a
 # backend recomputes to save memory is not counted.
@@ -79,8 +29,8 @@ def _product(sizes: dict[str, int]) -> int:
 
 dynamic_routing = register(
     "dynamic_routing",
-    _forward,
-    _backward,
+    dispatched(_torch_path.dynamic_routing_fwd, gradient=str),
+    dispatched(_torch_path.dynamic_routing_bwd),
     reference=reference.dynamic_routing,
     inputs={"u_hat": "B I J D", "prior?": "I J", "pose_bias?": "J D"},
     outputs={"v": "B J D", "coupling?": "B I J", "sums": "r B J D"},

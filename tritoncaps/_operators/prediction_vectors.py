@@ -2,19 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from tritoncaps import _torch_path, reference
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
-
-
-def _forward(u: Tensor, weight: Tensor) -> Tensor:
-    return run(_torch_path.prediction_vectors_fwd, u, weight)
-
-
-def _backward(grad_u_hat: Tensor, u: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return run(_torch_path.prediction_vectors_bwd, grad_u_hat, u, weight)
 
 
 def flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
@@ -29,8 +19,8 @@ def backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
 
 prediction_vectors = register(
     "prediction_vectors",
-    _forward,
-    _backward,
+    dispatched(_torch_path.prediction_vectors_fwd),
+    dispatched(_torch_path.prediction_vectors_bwd),
     reference=reference.prediction_vectors,
     inputs={"u": "B I P", "weight": "I P J D"},
     outputs={"u_hat": "B I J D"},

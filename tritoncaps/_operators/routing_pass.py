@@ -2,39 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from tritoncaps import _torch_path, reference
 from tritoncaps._operators import prediction_vectors
-from tritoncaps._operators._dispatch import run
+from tritoncaps._operators._dispatch import dispatched
 from tritoncaps._operators._register import register
-
-
-def _forward(
-    u: Tensor,
-    weight: Tensor,
-    pose: Tensor,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    leaky: bool,
-    return_coupling: bool,
-) -> tuple[Tensor, Tensor]:
-    return run(_torch_path.routing_pass_fwd, u, weight, pose, prior, bias, leaky, return_coupling)
-
-
-def _backward(
-    grad_s: Tensor,
-    grad_coupling: Tensor | None,
-    u: Tensor,
-    weight: Tensor,
-    pose: Tensor,
-    prior: Tensor | None,
-    bias: Tensor | None,
-    leaky: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    return run(
-        _torch_path.routing_pass_bwd, grad_s, grad_coupling, u, weight, pose, prior, bias, leaky
-    )
 
 
 def _flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
@@ -49,8 +20,8 @@ def _backward_flops(sizes: dict[str, int], given: dict[str, Any]) -> int:
 
 routing_pass = register(
     "routing_pass",
-    _forward,
-    _backward,
+    dispatched(_torch_path.routing_pass_fwd),
+    dispatched(_torch_path.routing_pass_bwd),
     reference=reference.routing_pass,
     inputs={
         "u": "B I P",

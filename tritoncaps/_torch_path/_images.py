@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritoncaps._patches import add_patches, output_size, patches
+from tritoncaps._patches import add_patches, patches, positions
 from tritoncaps._torch_path._precision import accumulation_dtype
 from tritoncaps._torch_path._slices import slices
 
@@ -24,7 +24,7 @@ class Images:
     def __init__(self, grid: Tensor, kernel_size: int, stride: int) -> None:
         B, H, W = grid.shape[:3]
         self._kernel_size, self._stride = kernel_size, stride
-        self.size = output_size("", (H, W), kernel_size, stride, 0)
+        self.size = [positions(side, kernel_size, stride) for side in (H, W)]
         patch = kernel_size**2 * grid.shape[3:].numel() * grid.element_size()
         # Twice as many as fit the cache: a routing reads them few at a time, and calls cost time.
         bytes_each = self.size[0] * self.size[1] * patch // 2

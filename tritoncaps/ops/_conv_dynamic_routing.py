@@ -140,24 +140,24 @@ def conv_dynamic_routing(
     B, H, W, C, _ = u.shape
     kernel_size, J = weight.shape[0], weight.shape[4]
     rows, columns = output_size(name, (H, W), kernel_size, stride, padding)
-    # Gradients of overlapping patches are summed in the dtype of the routing.
-    u = pad(u.to(_checks.routed_dtype(u)), padding)
     if votes == "patch":
         v, coupling, _ = _registered.forward(
-            u,
+            pad(u, padding),
             weight,
             prior,
             pose_bias,
             iterations,
             stride,
             leaky,
-            gradient,
             output,
             return_coupling,
+            gradient,
         )
         if not return_coupling:
             return v
         return v, coupling if gradient == "full" else coupling.detach()
+    # Gradients of overlapping patches are summed in the dtype of the routing.
+    u = pad(u.to(_checks.routed_dtype(u)), padding)
     weight = weight.movedim(2, 0).flatten(1, 3)
     result = fused_dynamic_routing(
         patches_by_type(u, kernel_size, stride),

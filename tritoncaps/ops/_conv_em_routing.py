@@ -106,13 +106,9 @@ def conv_em_routing(
         name, iterations, temperature, min_variance, gradient, return_logits, return_assignment
     )
     _patches.output_size(name, activations.shape[1:3], len(weight), stride, padding)
-    # Raised first, so that the gradients of overlapping patches add up in float32.
-    poses, activations = (
-        _patches.pad(x.to(_checks.routed_dtype(x)), padding) for x in (poses, activations)
-    )
     v, logits, assignment, *_ = _registered.forward(
-        poses,
-        activations,
+        _patches.pad(poses, padding),
+        _patches.pad(activations, padding),
         weight,
         beta_u,
         beta_a,

@@ -101,7 +101,7 @@ def dynamic_routing(
     _checks.check_inputs(name, _registered.inputs, u_hat=u_hat, prior=prior, pose_bias=pose_bias)
     _checks.check_routing_options(name, iterations, leaky, gradient, output, return_coupling)
     result, coupling, _ = _registered.forward(
-        u_hat, prior, pose_bias, iterations, leaky, gradient, output, return_coupling
+        u_hat, prior, pose_bias, iterations, leaky, output, return_coupling, gradient
     )
     if not return_coupling:
         return result

@@ -106,7 +106,7 @@ def fused_dynamic_routing(
     )
     _checks.check_routing_options(name, iterations, leaky, gradient, output, return_coupling)
     result, coupling, _ = _registered.forward(
-        u, weight, prior, pose_bias, iterations, leaky, gradient, output, return_coupling
+        u, weight, prior, pose_bias, iterations, leaky, output, return_coupling, gradient
     )
     if not return_coupling:
         return result

@@ -8,9 +8,10 @@ The experiment of Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2
 constellation has up to eleven points: two squares and a triangle, each there with probability 1/2,
 under a rotation, scaling and translation of its own. The points come in any order. A set
 transformer reads them, and each of three object capsules votes for four points. They are trained
-without labels. A constellation is explained by as few capsules as it needs: those with the largest
-likelihood, less a cost for each. The segmentation error is the share of points that are explained
-by another capsule than the one that fits their pattern best, in each constellation.
+without labels. A constellation is explained by as few capsules as it needs: those whose likelihood
+is largest after a cost is taken off for each. The segmentation error is the share of points that
+are explained by another capsule than the one that fits their pattern best, in each constellation.
+The accuracy in the lines of the epochs is the share of constellations without such a point.
 
 New constellations are drawn for every step. Some networks end in a bad explanation. So a seed
 starts with three, and the one with the lowest loss after half of the epochs goes on. Repeat the
@@ -317,6 +318,7 @@ def main(argv: list[str] | None = None) -> int:
 def tell(recipe: Recipe, output: Output) -> None:
     """Train every seed, then draw what the capsules of the first one explain."""
     require("matplotlib")
+    check(recipe)
     if output.dry_run:
         recipe = replace(recipe, epochs=1, steps=2, batch_size=8, seeds=1)
     directory = Path(output.output_dir or "runs/constellations")
@@ -324,14 +326,31 @@ def tell(recipe: Recipe, output: Output) -> None:
     open_experiment(directory, "constellations", shared)
     test = Constellations(seed=0, batches=1, batch_size=16 if output.dry_run else TESTED)
     print(f"results     {directory}", flush=True)
-    rows = [run_seed(seed, recipe, output, directory, test) for seed in range(1, recipe.seeds + 1)]
-    write_summary(directory / "segmentation.csv", rows)
-    content = {"experiment": "constellations", "recipe": shared, "rows": rows}
-    write_json(directory / "segmentation.json", content)
+    rows = []
+    for seed in range(1, recipe.seeds + 1):
+        rows.append(run_seed(seed, recipe, output, directory, test))
+        write_summary(directory / "segmentation.csv", rows)
+        content = {"experiment": "constellations", "recipe": shared, "rows": rows}
+        write_json(directory / "segmentation.json", content)
     error, spread = mean_and_spread([row["segmentation_error"] for row in rows])
     print(f"segmentation error {percent(error, spread)}")
     draw(directory, recipe, output, test)
     print(f"tables, the picture and checkpoints are in {directory}")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse weights that would reward what they should punish."""
+    for name in (
+        "deformation", "capsule_cost", "prior_within", "prior_between", "posterior_within",
+        "posterior_between",
+    ):  # fmt: skip
+        weight = getattr(recipe, name)
+        if not 0 <= weight < math.inf:
+            dashed = name.replace("_", "-")
+            raise ValueError(f"--{dashed} {weight} must be a finite number, at least 0")
+    # Float32 cannot tell apart points whose waves have more frequencies.
+    if not 0 <= recipe.frequencies <= 16:
+        raise ValueError(f"--frequencies {recipe.frequencies} must be from 0 to 16")
 
 
 def new_trainers(seed: int, recipe: Recipe, output: Output, directory: Path) -> list[Trainer]:
@@ -371,8 +390,8 @@ def run_seed(
     seed: int, recipe: Recipe, output: Output, directory: Path, test: Constellations
 ) -> dict[str, Any]:
     """Train a seed, or finish a run that was stopped; returns its row of the table."""
-    _, patterns = next(test.epoch(0))
-    presence = next(test.epoch(0))[0][:, 2, :, 0]
+    constellations, patterns = next(test.epoch(0))
+    presence = constellations[:, 2, :, 0]
 
     def measure(split: str, found: Evaluation) -> dict[str, float]:
         right, present = segmented(found.predictions, patterns, presence)
@@ -386,11 +405,14 @@ def run_seed(
         train = Constellations(number_of(seed, start), recipe.steps, recipe.batch_size)
         train_seed(trainer, train, test, half_way(recipe), output)
     best = best_of(trainers, recipe)
-    train = Constellations(number_of(seed, best.config["start"]), recipe.steps, recipe.batch_size)
+    start = best.config["start"]
+    if recipe.starts > 1:
+        print(f"seed {seed} goes on with start {start}, which has the lowest loss half-way")
+    train = Constellations(number_of(seed, start), recipe.steps, recipe.batch_size)
     row = train_seed(best, train, test, recipe.epochs, output)
-    row["seconds"] = sum(row["seconds"] for trainer in trainers for row in trainer.rows)
+    row["seconds"] = sum(epoch["seconds"] for trainer in trainers for epoch in trainer.rows)
     error = best.rows[-1]["segmentation_error"]
-    return {"seed": seed, "start": best.config["start"], "segmentation_error": error, **row}
+    return {"seed": seed, "start": start, "segmentation_error": error, **row}
 
 
 def number_of(seed: int, start: int) -> int:
@@ -417,14 +439,20 @@ def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) 
     constellations, patterns = next(test.epoch(0))
     capsules = trainer.task.predictions(trainer.predict(constellations))
     present = constellations[:, 2, :, 0] > 0
+    right, _ = segmented(capsules, patterns, present)
     shown = (present.sum(dim=1) > VOTES).nonzero().flatten()[:DRAWN].tolist()
     with figure(directory / "constellations.png", 960, 760, title(recipe)) as drawn:
         grid: Sequence[Any] = drawn.subplots(3, 4).flat
         for axes, index in itertools.zip_longest(grid, shown):
-            axes.set_axis_off()
             if index is None:
+                axes.set_axis_off()
                 continue
-            axes.set_aspect("equal")
+            axes.set(xticks=[], yticks=[])
+            axes.set_aspect("equal", adjustable="datalim")
+            axes.spines[:].set_color("0.8")
+            points = int(present[index].sum())
+            wrong = points - int(right[index])
+            axes.set_title(f"{points} points, {wrong or 'none'} wrong", fontsize=8, color="0.4")
             for k in range(len(PATTERNS)):
                 mine = present[index] & (patterns[index] == k)
                 corners = hull(constellations[index, :2, mine, 0].T)
@@ -437,7 +465,7 @@ def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) 
 def title(recipe: Recipe) -> str:
     """Say what the picture shows."""
     steps = recipe.epochs * recipe.steps
-    return f"The capsule that explains each point, after {steps:,} steps (seed 1)"
+    return f"Patterns, and in colour which capsule explains each point ({steps:,} steps, seed 1)"
 
 
 def hull(points: Tensor) -> Tensor:

@@ -6,9 +6,11 @@
     python examples/train_scae.py --dataset svhn --size paper
 
 Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 3.2. No label reaches
-the autoencoder. A linear classifier learns beside it, from what its object capsules say of each
-training image: how present they are, and how many parts they explain. The accuracy in the lines of
-the epochs is that of this classifier. At the end, both are asked for the classes on their own:
+the autoencoder. First its parts learn to draw the images. Then they stay as they are, and its
+object capsules learn to explain them. A linear classifier learns beside these, from what they say
+of each training image: how present they are, and how many parts they explain. The accuracy in the
+lines of the epochs is that of this classifier, so it stays at chance until the objects learn. At
+the end, both are asked for the classes on their own:
 
 unsupervised   k-means finds as many clusters as there are classes, in the training images. Each
                cluster is given a class, so that most test images are right. Five times.
@@ -60,7 +62,7 @@ SHOWN = 12
 SIZES: dict[str, dict[str, Any]] = {
     "small": {
         "parts": 24, "objects": 32, "features": 0, "channels": 64,
-        "batch_size": 64, "epochs": 20, "margin": 0, "max_shift": 2, "parts_share": 0.5,
+        "batch_size": 64, "epochs": 10, "margin": 0, "max_shift": 2, "parts_share": 0.7,
     },
     "paper": {
         "parts": 40, "objects": 32, "features": 16, "channels": 128,
@@ -111,10 +113,10 @@ class Recipe:
         metavar="F",
     )
     deformation: float = flag(10.0, "weight of the deformation of objects", metavar="W")
-    prior_within: float = flag(0.0, "weight of the l2 sparsity of an image", metavar="W")
-    prior_between: float = flag(0.01, "weight of the l2 sparsity between images", metavar="W")
-    posterior_within: float = flag(10.0, "weight of the entropy of an image", metavar="W")
-    posterior_between: float = flag(15.0, "weight of the entropy of a batch", metavar="W")
+    prior_within: float = flag(2.0, "weight of the l2 sparsity of an image", metavar="W")
+    prior_between: float = flag(0.35, "weight of the l2 sparsity between images", metavar="W")
+    posterior_within: float = flag(5.0, "weight of the entropy of an image", metavar="W")
+    posterior_between: float = flag(6.0, "weight of the entropy of a batch", metavar="W")
     seeds: int = seeds_flag()
 
     def filled(self) -> "Recipe":
@@ -285,7 +287,7 @@ def tell(recipe: Recipe, machine: Machine, output: Output) -> None:
     recipe = recipe.filled()
     if not 0 <= recipe.parts_share < 1:
         raise ValueError(f"--parts-share {recipe.parts_share} must be at least 0 and below 1")
-    if recipe.parts_share and recipe.features:
+    if recipe.parts_share and recipe.features > 0:
         raise ValueError(
             f"--parts-share {recipe.parts_share} needs --features 0, got {recipe.features}: "
             "the objects change the features of the parts"
@@ -297,6 +299,11 @@ def tell(recipe: Recipe, machine: Machine, output: Output) -> None:
     if output.dry_run:
         recipe = replace(recipe, limit_train=64, limit_test=64, epochs=1, batch_size=16, seeds=1)
     dataset = with_margin(limited(dataset, recipe.limit_train, recipe.limit_test), recipe.margin)
+    shortest = min(dataset.train.images.shape[2:])
+    if recipe.max_shift >= shortest:
+        raise ValueError(
+            f"--max-shift {recipe.max_shift} must be below {shortest}, the side of the images"
+        )
     recipe = replace(recipe, dataset=dataset.name)
     directory = Path(output.output_dir or f"runs/train_scae-{dataset.name}")
     shared = {name: value for name, value in as_dict(recipe).items() if name != "seeds"}
@@ -354,8 +361,13 @@ def run_seed(
         log_interval=output.log_interval,
         checkpoint_interval=output.checkpoint_interval,
     )
+    if part_steps:
+        share = part_steps / len(batches)
+        print(f"parts learn for {share:.4g} of {recipe.epochs} epochs, then objects", flush=True)
     row = train_seed(trainer, batches, test, recipe.epochs, output)
-    model.autoencoder.save_pretrained(trainer.directory / "scae")
+    network = trainer.directory / "scae"
+    model.autoencoder.save_pretrained(network)
+    print(f"network     {network}, for tritoncaps.models.load_model")
     measured, classes = measure(trainer, train, test, num_classes)
     draw(trainer, model.autoencoder, dataset, classes, f"seed {seed}, {dataset.title}")
     return {"seed": seed, **measured, **row}
@@ -422,7 +434,7 @@ def draw_curves(trainer: Trainer, title: str) -> None:
         split: (epochs, [row[f"{split}_accuracy"] for row in trainer.rows]) for split in splits
     }
     figures.plot_panels(
-        [Panel("by what capsules say", "epoch", lines)],
+        [Panel("from what object capsules say", "epoch", lines)],
         trainer.directory / "curves.png",
         f"The linear classifier ({title})",
         "accuracy",
@@ -461,7 +473,7 @@ def draw_clusters(
             captions = [names[true] for true in labels]
             wrong = [true != label for true in labels]
             blocks.append(Block([found.images], [f"cluster {name}"], captions, wrong))
-    heading = f"What k-means finds in the presence of object capsules ({title})"
+    heading = f"Test images by cluster of their object capsules; in red, other classes ({title})"
     draw_blocks(blocks, path, heading, left=30 + 7 * max(map(len, names)) + 50, text_height=26)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from tritoncaps._checks import check_flag, check_positive, check_size
+from tritoncaps._checks import check_flag, check_size
 from tritoncaps.layers import (
     ObjectDecoder,
     ObjectVotes,
@@ -20,6 +20,7 @@ from tritoncaps.layers import (
     SetTransformer,
     TemplateDecoder,
 )
+from tritoncaps.layers.parts import check_pixel_scale
 from tritoncaps.models._mixin import PretrainedMixin
 from tritoncaps.models._parts import check_images, image_sides
 
@@ -68,8 +69,8 @@ class SCAE(PretrainedMixin, nn.Module):
         template_size: side of a template, or (height, width).
         features: components that describe a part beside its pose, F. With 0, templates have the
             same colours in every image.
-        pixel_scale: standard deviation of a pixel about the colour of its template. With a small
-            one, a few templates draw each pixel, and an image has few of them.
+        pixel_scale: standard deviation of a pixel about the colour of its template, from 1e-6 to
+            1e6. With a small one, a few templates draw each pixel, and an image has few of them.
         objects: object capsules, J.
         channels, strides: of the convolutions of the part encoder.
         attention_dim, attention_heads, attention_blocks: of the set transformer.
@@ -119,7 +120,8 @@ class SCAE(PretrainedMixin, nn.Module):
         check_size(name, "in_channels", in_channels)
         check_size(name, "parts", parts)
         check_size(name, "features", features, 0)
-        check_positive(name, "pixel_scale", pixel_scale)
+        check_size(name, "objects", objects)
+        check_pixel_scale(name, "pixel_scale", pixel_scale)
         check_flag(name, "normalize", normalize)
         sides = image_sides(name, image_size)
         side = template_size
@@ -186,7 +188,7 @@ class SCAE(PretrainedMixin, nn.Module):
     def _described(self, parts: Parts) -> Tensor:
         """What the object encoder sees of the parts: pose, absence, features and template."""
         decoder = self.template_decoder
-        templates = decoder.templates.detach().expand(len(parts.poses), -1, -1, -1, -1)
+        templates = decoder.templates.detach().expand(parts.poses.shape[0], -1, -1, -1, -1)
         known = [parts.poses.detach().flatten(2), 1 - parts.presence.detach().unsqueeze(2)]
         if self.part_encoder.features:
             colours = decoder.colours(parts.features)

@@ -1,8 +1,8 @@
 """Tracing by torch.fx, whose proxies stand for values that nothing is known about yet.
 
 A call of one of our functions becomes one node of the graph, and its checks run when the graph
-does. The checks of a module let a proxy pass. An option that Python must decide on has its default
-in the graph, unless the tracer's `concrete_args` gives it another value.
+does. The checks of a classifier's modules let a proxy pass. An option that Python must decide on
+has its default in the graph, unless the tracer's `concrete_args` gives it another value.
 """
 
 from collections.abc import Callable

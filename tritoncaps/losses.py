@@ -324,7 +324,8 @@ def entropy_sparsity(mass: Tensor) -> tuple[Tensor, Tensor]:
         mass: how much each of J capsules has of each image, ≥ 0, shape (B, J).
 
     Returns:
-        The entropies within an image and between images, two scalars from 0 to log J.
+        The entropies within an image and between images, two scalars from 0 to log J, at least in
+        float32. An image without mass has the entropy 0.
 
     Raises:
         TypeError: the mass is not a floating-point tensor.
@@ -338,6 +339,7 @@ def entropy_sparsity(mass: Tensor) -> tuple[Tensor, Tensor]:
     Kosiorek, Sabour, Teh, Hinton: Stacked Capsule Autoencoders (2019), section 2.3.
     """
     _check_shares("entropy_sparsity", "mass", mass)
+    mass = mass.to(torch.promote_types(mass.dtype, torch.float32))
     return _entropy(mass).mean(), _entropy(mass.sum(dim=0))
 
 
@@ -357,7 +359,7 @@ def l2_sparsity(
         active: capsules that are present in an image, in place of J/K.
 
     Returns:
-        The means of the squares, two scalars. Both are to be made small.
+        The means of the squares, two scalars, at least in float32. Both are to be made small.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range.
@@ -373,6 +375,7 @@ def l2_sparsity(
     check_positive("l2_sparsity", "num_classes", num_classes)
     if active is not None:
         check_not_negative("l2_sparsity", "active", active)
+    presence = presence.to(torch.promote_types(presence.dtype, torch.float32))
     B, J = presence.shape
     active = J / num_classes if active is None else active
     within = (presence.sum(dim=1) - active).square().mean()
@@ -453,7 +456,8 @@ class StackedCapsuleLoss(nn.Module):
         Args:
             image_log_prob: log-likelihood of each image, shape (B,).
             part_log_prob: log-likelihood of its parts, shape (B,).
-            presence: of the object capsules, shape (B, J), values in [0, 1].
+            presence: of the object capsules, `SCAEOutput.activations`, shape (B, J), values in
+                [0, 1].
             explained: how many parts each of them explains, shape (B, J).
             deformation: of the objects in each image, shape (B,).
         """
@@ -499,8 +503,10 @@ def _check_shares(function: str, name: str, value: Tensor) -> None:
 
 
 def _entropy(mass: Tensor) -> Tensor:
-    """−Σ p log p along the last axis, with p the shares of the mass. Of no mass it is 0."""
+    """−Σ p log p along the last axis, with p the shares of the mass. Of no mass it is 0.
+
+    A total has a floor, because its inverse is a factor of the gradient.
+    """
     tiny = torch.finfo(mass.dtype).tiny
-    total = mass.sum(dim=-1, keepdim=True)
-    shares = mass / total.masked_fill(total == 0, 1)
+    shares = mass / mass.sum(dim=-1, keepdim=True).clamp(min=math.sqrt(tiny))
     return -(shares * shares.clamp(min=tiny).log()).sum(dim=-1)

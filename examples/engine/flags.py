@@ -274,7 +274,7 @@ class Output:
     """Where the results go, and how often they are written."""
 
     output_dir: str | None = flag(
-        None, "where the results go (default: a new name below runs/)", metavar="DIR"
+        None, "where the results go (default: a name below runs/)", metavar="DIR"
     )
     dry_run: bool = flag(False, "try everything once, keep nothing")
     log_interval: int = flag(10, "steps between two records of metrics.jsonl", **STEPS)

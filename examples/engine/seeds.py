@@ -26,7 +26,10 @@ def train_seed(
         name += f", start {trainer.config['start']}"
     with locked(trainer.directory):
         if trainer.resume():
-            print(f"resuming    {name} after {trainer.progress}")
+            if trainer.progress.epoch >= epochs:
+                print(f"trained     {name}, before")
+            else:
+                print(f"resuming    {name} after {trainer.progress}")
         else:
             print(f"training    {name}, {count_parameters(trainer.model):,} parameters")
         if not trainer.fit(train, test=test, epochs=epochs):

@@ -328,11 +328,11 @@ class Trainer:
                 # So that a run killed in its first epoch can be resumed too.
                 self._save_last()
             while self.progress.epoch < epochs:
-                if self.world.any(self._stop_requested):  # during the last evaluation
-                    return False
                 if not self._train_epoch(train, epochs, log):
                     return False
                 self._finish_epoch(train, validation, test, epochs)
+                if self.world.any(self._stop_requested):  # during the evaluation
+                    return False
         return True
 
     def _warn_of_dead_layers(self, train: Source) -> None:

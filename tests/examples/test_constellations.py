@@ -179,6 +179,20 @@ def table_of(directory):
     return untimed(rows_of(directory, "segmentation"))
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--capsule-cost=nan"], "--capsule-cost nan must be a finite number, at least 0"),
+        (["--posterior-within=-1"], "--posterior-within -1.0 must be a finite number, at least 0"),
+        (["--frequencies=17"], "--frequencies 17 must be from 0 to 16"),
+    ],
+)
+def test_a_wrong_weight_is_refused(flags, words, tmp_path):
+    status, printed = run(constellations, *TINY, *flags, f"--output-dir={tmp_path / 'run'}")
+    assert status == 2 and words in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
     flags = (*TINY, "--seeds=2")
     printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'whole'}")
@@ -190,6 +204,15 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert status == 130 and "stopped and saved" in printed
     printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
     assert "resuming    seed 2, start 1 after 0 epochs and 2 batches" in printed
+    assert "trained     seed 1, start 1, before" in printed
+    assert "seed 2 goes on with start " in printed
+    stopped_at_the_end = tmp_path / "end"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 9)  # when the start that goes on ends, in the first seed
+        status, _ = run(constellations, *flags, f"--output-dir={stopped_at_the_end}")
+    assert status == 130
+    finish(constellations, *flags, f"--output-dir={stopped_at_the_end}")
+    assert table_of(stopped_at_the_end) == table_of(tmp_path / "whole")
     assert table_of(tmp_path / "parts") == table_of(tmp_path / "whole")
     # More seeds join, and nothing else may change.
     printed = finish(constellations, *TINY, "--seeds=3", f"--output-dir={tmp_path / 'parts'}")

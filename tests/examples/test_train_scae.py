@@ -99,10 +99,12 @@ def test_each_half_has_a_cycle_of_the_learning_rate():
     "flags, words",
     [
         (["--parts-share=1"], "--parts-share 1.0 must be at least 0 and below 1"),
-        (["--features=2"], "--parts-share 0.5 needs --features 0, got 2"),
+        (["--features=2"], "--parts-share 0.7 needs --features 0, got 2"),
+        (["--features=-1"], "SCAE: features must be >= 0, got -1"),
+        (["--max-shift=28"], "--max-shift 28 must be below 28, the side of the images"),
     ],
 )
-def test_a_wrong_share_of_the_parts_is_refused(flags, words, tmp_path):
+def test_a_wrong_flag_is_refused(flags, words, tmp_path):
     status, printed = run(train_scae, *TINY, *flags, f"--output-dir={tmp_path / 'run'}")
     assert status == 2 and words in printed
 
@@ -136,6 +138,8 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path):
     flags = (*TINY, "--seeds=2")
     printed = finish(train_scae, *flags, f"--output-dir={tmp_path / 'whole'}")
     assert printed.count("by explained  unsupervised ") == 2
+    assert "parts learn for 1 of 2 epochs, then objects" in printed
+    assert f"network     {tmp_path / 'whole/seed2/scae'}, for tritoncaps.models" in printed
     for name in ("curves", "templates", "parts", "clusters"):
         check_picture(tmp_path / f"whole/seed2/{name}.png", (150, 300))
     model = load_model(tmp_path / "whole/seed1/scae")

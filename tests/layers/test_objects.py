@@ -185,6 +185,11 @@ def test_each_capsule_has_weights_of_its_own():
         torch.testing.assert_close(layer(x)[:, j], F.linear(x[:, j], layer.weight[j].T))
 
 
+def some_votes():
+    """Votes of three capsules for two parts of two images."""
+    return ObjectDecoder(3, 4, 2)(torch.ones(2, 3, 4))
+
+
 CASES = {
     "heads": (
         lambda: SetTransformer(3, 2, 6, heads=4, dim=8),
@@ -202,6 +207,18 @@ CASES = {
     "encoding": (
         lambda: ObjectDecoder(3, 4, 2)(torch.ones(2, 4, 4)),
         "ObjectDecoder: encoding must be (B, 3, 4), got (2, 4, 4)",
+    ),
+    "poses": (
+        lambda: some_votes().log_prob(torch.ones(2, 2, 6)),
+        "ObjectVotes.log_prob: poses must have 4 axes (B, I, R, C), got 3 (poses: (2, 2, 6))",
+    ),
+    "pose": (
+        lambda: some_votes().log_prob(torch.ones(2, 2, 3, 2)),
+        "ObjectVotes.log_prob: poses must be (B, I, 2, 3), got (2, 2, 3, 2)",
+    ),
+    "points": (
+        lambda: some_votes().set_log_prob(torch.ones(2, 5, 3)),
+        "ObjectVotes.set_log_prob: points must be (B, N, 2), got (2, 5, 3)",
     ),
     "noise": (
         lambda: ObjectDecoder(3, 4, 2, noise=-1),

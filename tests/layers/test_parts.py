@@ -213,6 +213,11 @@ def test_drawn_parts_travel_through_pytrees():
     assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), DrawnParts)
 
 
+def a_drawing():
+    """Two drawn images of 6×5 pixels, of two parts and a background."""
+    return DrawnParts(torch.rand(2, 3, 1, 6, 5), torch.zeros(2, 3, 1, 6, 5))
+
+
 CASES = {
     "pose": (
         lambda: affine_pose(torch.ones(2, 5)),
@@ -225,7 +230,7 @@ CASES = {
     ),
     "as many": (
         lambda: PartEncoder(1, (40, 40), 4, channels=(8, 8)),
-        "PartEncoder: channels and strides must be as many, got 2 and 4",
+        "PartEncoder: channels and strides must have the same length, got 2 and 4",
     ),
     "images": (
         lambda: PartEncoder(1, (40, 40), 4)(torch.ones(2, 3, 40, 40)),
@@ -245,6 +250,36 @@ CASES = {
         ),
         "TemplateDecoder: features must be None, for the decoder has features=0",
     ),
+    "features of other images": (
+        lambda: TemplateDecoder(1, (6, 6), 4)(
+            torch.ones(2, 4, 2, 3), torch.ones(2, 4), torch.ones(1, 4, 16)
+        ),
+        "TemplateDecoder: features has B=1 but poses has B=2 (poses: (2, 4, 2, 3), "
+        "presence: (2, 4), features: (1, 4, 16))",
+    ),
+    "device": (
+        lambda: TemplateDecoder(1, (6, 6), 4, features=0)(
+            torch.ones(2, 4, 2, 3, device="meta"), torch.ones(2, 4, device="meta")
+        ),
+        "TemplateDecoder: opacity is on cpu but poses is on meta",
+    ),
+    "other images": (
+        lambda: a_drawing().log_prob(torch.ones(1, 1, 6, 5)),
+        "DrawnParts.log_prob: means has B=2 but images has B=1 (images: (1, 1, 6, 5), "
+        "means: (2, 3, 1, 6, 5))",
+    ),
+    "images without channels": (
+        lambda: a_drawing().log_prob(torch.ones(2, 6, 5)),
+        "DrawnParts.log_prob: images must have 4 axes (B, C, H, W), got 3 (images: (2, 6, 5))",
+    ),
+    "scale": (
+        lambda: a_drawing().log_prob(torch.ones(2, 1, 6, 5), 0.0),
+        "DrawnParts.log_prob: scale must be > 0 and finite, got 0.0",
+    ),
+    "tiny scale": (
+        lambda: a_drawing().log_prob(torch.ones(2, 1, 6, 5), 1e-7),
+        "DrawnParts.log_prob: scale must be from 1e-6 to 1e6, got 1e-07",
+    ),
 }
 
 
@@ -255,5 +290,5 @@ def test_errors_name_the_argument_and_both_numbers(call, words):
 
 
 def test_maps_of_the_encoder_must_be_ints():
-    with pytest.raises(TypeError, match="PartEncoder: channels must be ints, got 8"):
+    with pytest.raises(TypeError, match="PartEncoder: channels must be a tuple of ints, got 8"):
         PartEncoder(1, (40, 40), 4, channels=8)

@@ -34,6 +34,26 @@ def test_a_capsule_without_mass_and_an_image_without_mass():
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mass", [1e-40, 1e-30, 1e-10])
+def test_an_image_that_is_hardly_explained_has_a_finite_gradient(mass):
+    shares = torch.tensor([[1.0, 2, 1], [0.5, 0, 0.5]])
+    shares[0] *= mass
+    shares.requires_grad_()
+    within, between = entropy_sparsity(shares)
+    (grad,) = torch.autograd.grad(within + between, shares)
+    assert within.isfinite() and grad.isfinite().all()
+    # A network's masses have gradients as small as they are themselves.
+    assert (grad * shares).abs().max() < 2
+
+
+def test_sums_of_many_16_bit_numbers_do_not_overflow():
+    within, between = entropy_sparsity(torch.full((64, 32), 4000.0, dtype=torch.float16))
+    torch.testing.assert_close(torch.stack([within, between]), torch.full((2,), math.log(32)))
+    presence = torch.ones(1024, 32, dtype=torch.float16)
+    _, between = l2_sparsity(presence, 10)
+    assert between.item() == pytest.approx((1024 - 102.4) ** 2)
+
+
 def test_the_l2_sparsity_counts_what_is_present():
     presence = presences()
     within, between = l2_sparsity(presence, 2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tritoncaps.export import to_program
 from tritoncaps.losses import StackedCapsuleLoss
 from tritoncaps.models import SCAE, SCAEOutput, create_model
 
@@ -167,7 +168,17 @@ def test_it_saves_and_loads_itself(small_model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     images = torch.rand(2, 1, 14, 14)
     again = SCAE.from_pretrained(tmp_path / "saved").eval()
+    assert "pipeline_tag: image-feature-extraction" in (tmp_path / "saved/README.md").read_text()
     assert all(map(torch.equal, leaves_of(again(images)), leaves_of(model(images))))
+
+
+def test_an_exported_program_takes_any_batch(small_model):
+    model = small_model("scae").eval()
+    program = to_program(model, torch.rand(2, 1, 14, 14)).module()
+    for B in (1, 3):
+        images = torch.rand(B, 1, 14, 14)
+        actual, expected = leaves_of(program(images)), leaves_of(model(images))
+        torch.testing.assert_close(actual, expected)
 
 
 def test_errors_name_the_argument_and_both_numbers(small_model):
@@ -178,6 +189,7 @@ def test_errors_name_the_argument_and_both_numbers(small_model):
             lambda: small_model("scae")(torch.rand(2, 1, 14, 15)),
             "SCAE: images must be (B, 1, 14, 14), got (2, 1, 14, 15)",
         ),
+        (lambda: SCAE(pixel_scale=1e-20), "SCAE: pixel_scale must be from 1e-6 to 1e6, got 1e-20"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
             call()

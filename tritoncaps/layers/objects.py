@@ -51,7 +51,15 @@ class ObjectVotes(NamedTuple):
 
         Returns:
             log p, shape (B,), and the share of each part that each capsule explains, (B, I, J).
+
+        Raises:
+            TypeError, ValueError: a tensor has the wrong type, shape or device.
         """
+        name = "ObjectVotes.log_prob"
+        axes = {"poses": "B I R C", "presence?": "B I", "scales": "B I J"}
+        _checks.check_inputs(name, axes, poses=poses, presence=presence, scales=self.scales)
+        if poses.shape[2:] != (2, 3):
+            raise ValueError(f"{name}: poses must be (B, I, 2, 3), got {_checks.shape_of(poses)}")
         return ops.capsule_mixture_log_prob(
             poses.flatten(2),
             self.poses.flatten(3),
@@ -74,7 +82,15 @@ class ObjectVotes(NamedTuple):
         Returns:
             log p, shape (B,), and the share of each point that the votes of each capsule explain
             together, (B, N, J).
+
+        Raises:
+            TypeError, ValueError: a tensor has the wrong type, shape or device.
         """
+        name = "ObjectVotes.set_log_prob"
+        axes = {"points": "B N C", "presence?": "B N", "scales": "B I J"}
+        _checks.check_inputs(name, axes, points=points, presence=presence, scales=self.scales)
+        if points.shape[2] != 2:
+            raise ValueError(f"{name}: points must be (B, N, 2), got {_checks.shape_of(points)}")
 
         def every(tensor: Tensor) -> Tensor:
             return tensor.unsqueeze(1).expand(-1, points.shape[1], *tensor.shape[1:])
@@ -99,7 +115,7 @@ class SetTransformer(nn.Module):
 
     A linear layer, blocks of self-attention with a perceptron each, another linear layer, and J
     learned queries that attend to the result. A member with presence p weighs p times as much in
-    each attention, and one with presence 0 nothing.
+    each attention, and one with presence 0 nothing. Where all are absent, all weigh alike.
 
     Args:
         in_dim: components of a member.
@@ -176,7 +192,7 @@ class SetTransformer(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, presence, mask)
         hidden = self.last(hidden)
-        queries = self.queries.expand(len(members), -1, -1)
+        queries = self.queries.expand(members.shape[0], -1, -1)
         return _attend(self.pooling, queries, hidden, mask)
 
 
@@ -204,7 +220,7 @@ class _Block(nn.Module):
 def _attend(
     attention: nn.MultiheadAttention, queries: Tensor, members: Tensor, mask: Tensor | None
 ) -> Tensor:
-    if len(queries) == 0:  # which torch cannot reshape
+    if queries.shape[0] == 0:  # which torch cannot reshape
         return queries
     result: Tensor = attention(
         queries, members, members, key_padding_mask=mask, need_weights=False

@@ -43,7 +43,20 @@ class DrawnParts(NamedTuple):
     log_weights: Tensor
 
     def log_prob(self, images: Tensor, scale: float = 1.0) -> Tensor:
-        """Sum log Σ_i w_i N(x; mean_i, scale²) over the pixels and channels of each image, (B,)."""
+        """Sum log Σ_i w_i N(x; mean_i, scale²) over the pixels and channels of each image, (B,).
+
+        Args:
+            images: shape (B, C, H, W).
+            scale: standard deviation of a pixel, from 1e-6 to 1e6.
+
+        Raises:
+            TypeError, ValueError: the images are not a floating-point tensor of the shape of what
+                was drawn, or the scale is out of range.
+        """
+        name = "DrawnParts.log_prob"
+        axes = {"images": "B C H W", "means": "B I C H W"}
+        _checks.check_inputs(name, axes, images=images, means=self.means)
+        check_pixel_scale(name, "scale", scale)
         distances = (images.unsqueeze(1) - self.means).square()
         log_densities = torch.add(self.log_weights, distances, alpha=-0.5 / scale**2)
         log_mixture = log_densities.logsumexp(dim=1)
@@ -58,6 +71,13 @@ class DrawnParts(NamedTuple):
 # torch.export writes a module's outputs by the names of their types.
 _register_namedtuple(Parts, serialized_type_name="tritoncaps.Parts")
 _register_namedtuple(DrawnParts, serialized_type_name="tritoncaps.DrawnParts")
+
+
+def check_pixel_scale(function: str, name: str, scale: Any) -> None:
+    """A standard deviation of pixels, whose inverse square is a number in float32."""
+    _checks.check_positive(function, name, scale)
+    if not 1e-6 <= scale <= 1e6:
+        raise ValueError(f"{function}: {name} must be from 1e-6 to 1e6, got {scale}")
 
 
 class _Readout(LinearConv2d):
@@ -124,12 +144,14 @@ class PartEncoder(NoisyPresence):
         _checks.check_size(name, "features", features, 0)
         for argument, sizes in (("channels", channels), ("strides", strides)):
             if not isinstance(sizes, (tuple, list)) or not sizes:
-                raise TypeError(f"{name}: {argument} must be ints, got {_checks.shown(sizes)}")
+                raise TypeError(
+                    f"{name}: {argument} must be a tuple of ints, got {_checks.shown(sizes)}"
+                )
             for size in sizes:
                 _checks.check_size(name, argument, size)
         if len(channels) != len(strides):
             raise ValueError(
-                f"{name}: channels and strides must be as many, got {len(channels)} and "
+                f"{name}: channels and strides must have the same length, got {len(channels)} and "
                 f"{len(strides)}"
             )
         self.image_shape = (in_channels, *image_size)
@@ -198,8 +220,8 @@ class TemplateDecoder(nn.Module):
 
         softmax over i of opacity_i + log presence_i
 
-    and a Gaussian of variance 1 around each colour (Kosiorek 2019, section 2.2). Features of a part
-    may scale the colours of its template.
+    and a Gaussian around each colour (Kosiorek 2019, section 2.2), as wide as
+    `DrawnParts.log_prob` is told. Features of a part may scale the colours of its template.
 
     Args:
         channels: of the image, C.
@@ -309,14 +331,15 @@ class TemplateDecoder(nn.Module):
     ) -> DrawnParts:
         """Draw."""
         name = type(self).__name__
-        axes = {"poses": "B I R C", "presence": "B I"}
-        _checks.check_inputs(name, axes, poses=poses, presence=presence)
+        axes = {"poses": "B I R C", "presence": "B I", "features?": "B I F"}
+        _checks.check_inputs(name, axes, poses=poses, presence=presence, features=features)
+        _checks.check_same_kind(name, [("poses", poses), ("opacity", self.opacity)])
         if poses.shape[1:] != (self.parts, 2, 3):
             raise ValueError(
                 f"{name}: poses must be (B, {self.parts}, 2, 3), got {_checks.shape_of(poses)}"
             )
         colours = self.colours(features)
-        B, sides = len(poses), self.image_size
+        B, sides = poses.shape[0], self.image_size
         # Both are warped at once. Outside of a template, they are 0.
         both = torch.cat([self.templates, self.opacity], dim=1)
         grid = _grid(poses.flatten(0, 1), sides)

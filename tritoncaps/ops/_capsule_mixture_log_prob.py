@@ -87,9 +87,9 @@ def capsule_mixture_log_prob(
             nobody knows which part a vote is for, as with points in any order, expand all votes
             over I.
         scales: standard deviations, > 0, shape (B, I, J). One for all D dimensions of a vote.
-        mixing_logits: logarithms of the votes' weights, shape (B, I, J). −inf switches a vote off.
-            In the paper they are log a_j + log a_ij, with the presence of the capsule and of the
-            vote.
+        mixing_logits: logarithms of the votes' weights, shape (B, I, J). −inf switches a vote off,
+            but the vote must be finite and its scale > 0. In the paper they are
+            log a_j + log a_ij, with the presence of the capsule and of the vote.
         presence: how much each part counts, in [0, 1], shape (B, I). None counts all as 1. A part
             with 0 counts nothing, but its pose must be finite.
         normalize: divide the weights by their sum, so that the likelihood is a density, as in the

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.drawing import PALETTE, figure
-from engine.flags import COUNT, Output, as_dict, flag, parse, seeds_flag
+from engine.flags import COUNT, Output, as_dict, check_limit, flag, parse, seeds_flag
 from engine.run_directory import open_experiment, write_json, write_summary
 from engine.runner import run_program
 from engine.runtime import choose_runtime, require
@@ -318,7 +318,10 @@ def main(argv: list[str] | None = None) -> int:
 def tell(recipe: Recipe, output: Output) -> None:
     """Train every seed, then draw what the capsules of the first one explain."""
     require("matplotlib")
-    check(recipe)
+    weights = "deformation", "capsule_cost", "prior_within", "prior_between"
+    check_limit(recipe, ">= 0 and finite", *weights, "posterior_within", "posterior_between")
+    # Beyond that, float32 leaves few digits of a wave's phase.
+    check_limit(recipe, "in 0 .. 16", "frequencies")
     if output.dry_run:
         recipe = replace(recipe, epochs=1, steps=2, batch_size=8, seeds=1)
     directory = Path(output.output_dir or "runs/constellations")
@@ -336,21 +339,6 @@ def tell(recipe: Recipe, output: Output) -> None:
     print(f"segmentation error {percent(error, spread)}")
     draw(directory, recipe, output, test)
     print(f"tables, the picture and checkpoints are in {directory}")
-
-
-def check(recipe: Recipe) -> None:
-    """Refuse weights that would reward what they should punish."""
-    for name in (
-        "deformation", "capsule_cost", "prior_within", "prior_between", "posterior_within",
-        "posterior_between",
-    ):  # fmt: skip
-        weight = getattr(recipe, name)
-        if not 0 <= weight < math.inf:
-            dashed = name.replace("_", "-")
-            raise ValueError(f"--{dashed} {weight} must be a finite number, at least 0")
-    # Float32 cannot tell apart points whose waves have more frequencies.
-    if not 0 <= recipe.frequencies <= 16:
-        raise ValueError(f"--frequencies {recipe.frequencies} must be from 0 to 16")
 
 
 def new_trainers(seed: int, recipe: Recipe, output: Output, directory: Path) -> list[Trainer]:
@@ -465,7 +453,7 @@ def draw(directory: Path, recipe: Recipe, output: Output, test: Constellations) 
 def title(recipe: Recipe) -> str:
     """Say what the picture shows."""
     steps = recipe.epochs * recipe.steps
-    return f"Patterns, and in colour which capsule explains each point ({steps:,} steps, seed 1)"
+    return f"Points, coloured by the capsule that explains them ({steps:,} steps, seed 1)"
 
 
 def hull(points: Tensor) -> Tensor:

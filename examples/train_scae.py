@@ -37,7 +37,16 @@ from engine import figures
 from engine.distributed import require_one_process
 from engine.drawing import Block, draw_blocks, drawable
 from engine.figures import Panel
-from engine.flags import COUNT, Machine, Output, as_dict, flag, parse, seeds_flag
+from engine.flags import (
+    COUNT,
+    Machine,
+    Output,
+    as_dict,
+    check_max_shift,
+    flag,
+    parse,
+    seeds_flag,
+)
 from engine.run_directory import open_experiment, write_json, write_summary
 from engine.runner import limited, run_program
 from engine.runtime import Runtime, choose_runtime, make_deterministic, require
@@ -299,11 +308,7 @@ def tell(recipe: Recipe, machine: Machine, output: Output) -> None:
     if output.dry_run:
         recipe = replace(recipe, limit_train=64, limit_test=64, epochs=1, batch_size=16, seeds=1)
     dataset = with_margin(limited(dataset, recipe.limit_train, recipe.limit_test), recipe.margin)
-    shortest = min(dataset.train.images.shape[2:])
-    if recipe.max_shift >= shortest:
-        raise ValueError(
-            f"--max-shift {recipe.max_shift} must be below {shortest}, the side of the images"
-        )
+    check_max_shift(recipe.max_shift, *dataset.train.images.shape[2:])
     recipe = replace(recipe, dataset=dataset.name)
     directory = Path(output.output_dir or f"runs/train_scae-{dataset.name}")
     shared = {name: value for name, value in as_dict(recipe).items() if name != "seeds"}
@@ -362,8 +367,8 @@ def run_seed(
         checkpoint_interval=output.checkpoint_interval,
     )
     if part_steps:
-        share = part_steps / len(batches)
-        print(f"parts learn for {share:.4g} of {recipe.epochs} epochs, then objects", flush=True)
+        first = part_steps / len(batches)
+        print(f"parts learn for {first:.4g} of {recipe.epochs} epochs, then objects", flush=True)
     row = train_seed(trainer, batches, test, recipe.epochs, output)
     network = trainer.directory / "scae"
     model.autoencoder.save_pretrained(network)
@@ -473,7 +478,7 @@ def draw_clusters(
             captions = [names[true] for true in labels]
             wrong = [true != label for true in labels]
             blocks.append(Block([found.images], [f"cluster {name}"], captions, wrong))
-    heading = f"Test images by cluster of their object capsules; in red, other classes ({title})"
+    heading = f"Test images, clustered by their object capsules; other classes in red ({title})"
     draw_blocks(blocks, path, heading, left=30 + 7 * max(map(len, names)) + 50, text_height=26)
 
 

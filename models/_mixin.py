@@ -230,11 +230,10 @@ def _bound(cls: type[object], args: Sequence[Any], kwargs: dict[str, Any]) -> di
 
 def _card(model: nn.Module, cfg: PretrainedCfg, repo_id: str | None) -> str:
     """Write a model card of what is known."""
-    has_classes = "num_classes" in inspect.signature(type(model)).parameters
     head = [
         "---",
         "library_name: tritoncaps",
-        f"pipeline_tag: image-{'classification' if has_classes else 'feature-extraction'}",
+        f"pipeline_tag: image-{'classification' if cfg.num_classes else 'feature-extraction'}",
         *([f"license: {cfg.license}"] if cfg.license else []),
         "tags:",
         "- capsule-network",

@@ -373,19 +373,43 @@ def check_numbers(recipe: Recipe) -> None:
     Raises:
         ValueError: there is one; the message names its flag.
     """
-    limits: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-        "> 0 and finite": (lambda x: 0 < x < math.inf, ("lr", "gamma")),
-        ">= 0 and finite": (
-            lambda x: 0 <= x < math.inf,
-            ("decoder_lr_factor", "reconstruction_weight", "weight_decay", "rotation", "scaling"),
-        ),
-        ">= 0": (lambda x: x >= 0, ("max_shift", "crop", "warmup_steps")),
-        "in -2**63 .. 2**63 - 1": (lambda x: -(2**63) <= x < 2**63, ("seed",)),
-    }
-    for limit, (is_allowed, names) in limits.items():
-        for name in names:
-            if not is_allowed(value := getattr(recipe, name)):
-                raise ValueError(f"{flag_name(name)} {value} must be {limit}")
+    weights = "decoder_lr_factor", "reconstruction_weight", "weight_decay", "rotation", "scaling"
+    check_limit(recipe, "> 0 and finite", "lr", "gamma")
+    check_limit(recipe, ">= 0 and finite", *weights)
+    check_limit(recipe, ">= 0", "max_shift", "crop", "warmup_steps")
+    check_limit(recipe, "in -2**63 .. 2**63 - 1", "seed")
+
+
+_LIMITS: dict[str, Callable[[float], bool]] = {
+    "> 0 and finite": lambda x: 0 < x < math.inf,
+    ">= 0 and finite": lambda x: 0 <= x < math.inf,
+    ">= 0": lambda x: x >= 0,
+    "in 0 .. 16": lambda x: 0 <= x <= 16,
+    "in -2**63 .. 2**63 - 1": lambda x: -(2**63) <= x < 2**63,
+}
+
+
+def check_limit(recipe: Any, limit: str, *names: str) -> None:
+    """Refuse a flag beyond its limit, one of `_LIMITS`.
+
+    Raises:
+        ValueError: there is one; the message names its flag.
+    """
+    for name in names:
+        if not _LIMITS[limit](value := getattr(recipe, name)):
+            raise ValueError(f"{flag_name(name)} {value} must be {limit}")
+
+
+def check_max_shift(max_shift: int, height: int, width: int) -> None:
+    """Refuse to shift images of this size until nothing is left of them.
+
+    Raises:
+        ValueError: the shift is not less than both sides.
+    """
+    if max_shift >= min(height, width):
+        raise ValueError(
+            f"--max-shift {max_shift} must be less than the side of the images, {height}x{width}"
+        )
 
 
 def first_difference(recipe: Recipe, before: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,7 @@ from torch import nn
 
 from engine import baseline
 from engine.distributed import World, require_one_process
-from engine.flags import Machine, Output, Recipe, as_dict, check_numbers, parse
+from engine.flags import Machine, Output, Recipe, as_dict, check_max_shift, check_numbers, parse
 from engine.run_directory import (
     RunDirectoryError,
     check_directory,
@@ -171,11 +171,7 @@ class Runner:
         recipe = recipe.on(dataset.name, dataset.epochs)
         check_numbers(recipe)
         height, width = dataset.train.images.shape[2:]
-        if recipe.max_shift >= min(height, width):
-            raise ValueError(
-                f"--max-shift {recipe.max_shift} must be less than the side of the images, "
-                f"{height}x{width}"
-            )
+        check_max_shift(recipe.max_shift, height, width)
         if recipe.crop > min(height, width):
             raise ValueError(
                 f"--crop {recipe.crop}: the images are {height}x{width}; give at most "

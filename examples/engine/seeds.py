@@ -27,7 +27,7 @@ def train_seed(
     with locked(trainer.directory):
         if trainer.resume():
             if trainer.progress.epoch >= epochs:
-                print(f"trained     {name}, before")
+                print(f"finished    {name}")
             else:
                 print(f"resuming    {name} after {trainer.progress}")
         else:

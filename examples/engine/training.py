@@ -308,7 +308,7 @@ class Trainer:
         *,
         epochs: int,
     ) -> bool:
-        """Train up to `epochs` epochs; returns False if a signal came, which stops it. Collective.
+        """Train up to `epochs` epochs; returns False if a signal stopped it. Collective.
 
         Args:
             train: the batches of an epoch.

@@ -1,6 +1,7 @@
 """The constellations: what is drawn, how errors are counted, and how a run goes."""
 
 import itertools
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from constellations import (
     needed,
     segmented,
 )
+from engine.training import Trainer
 from tritoncaps.losses import entropy_sparsity
 
 pytest.importorskip("matplotlib", reason="matplotlib draws the picture")
@@ -182,12 +184,12 @@ def table_of(directory):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--capsule-cost=nan"], "--capsule-cost nan must be a finite number, at least 0"),
-        (["--posterior-within=-1"], "--posterior-within -1.0 must be a finite number, at least 0"),
-        (["--frequencies=17"], "--frequencies 17 must be from 0 to 16"),
+        (["--capsule-cost=nan"], "--capsule-cost nan must be >= 0 and finite"),
+        (["--posterior-within=-1"], "--posterior-within -1.0 must be >= 0 and finite"),
+        (["--frequencies=17"], "--frequencies 17 must be in 0 .. 16"),
     ],
 )
-def test_a_wrong_weight_is_refused(flags, words, tmp_path):
+def test_a_wrong_flag_is_refused(flags, words, tmp_path):
     status, printed = run(constellations, *TINY, *flags, f"--output-dir={tmp_path / 'run'}")
     assert status == 2 and words in printed
     assert not (tmp_path / "run").exists()
@@ -204,15 +206,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert status == 130 and "stopped and saved" in printed
     printed = finish(constellations, *flags, f"--output-dir={tmp_path / 'parts'}")
     assert "resuming    seed 2, start 1 after 0 epochs and 2 batches" in printed
-    assert "trained     seed 1, start 1, before" in printed
-    assert "seed 2 goes on with start " in printed
-    stopped_at_the_end = tmp_path / "end"
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 9)  # when the start that goes on ends, in the first seed
-        status, _ = run(constellations, *flags, f"--output-dir={stopped_at_the_end}")
-    assert status == 130
-    finish(constellations, *flags, f"--output-dir={stopped_at_the_end}")
-    assert table_of(stopped_at_the_end) == table_of(tmp_path / "whole")
+    assert "finished    seed 1, start 1" in printed
     assert table_of(tmp_path / "parts") == table_of(tmp_path / "whole")
     # More seeds join, and nothing else may change.
     printed = finish(constellations, *TINY, "--seeds=3", f"--output-dir={tmp_path / 'parts'}")
@@ -220,6 +214,30 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_stopped(tmp_path, monkeyp
     assert table_of(tmp_path / "parts")[:2] == table_of(tmp_path / "whole")
     status, printed = run(constellations, *TINY, "--lr=1", f"--output-dir={tmp_path / 'parts'}")
     assert status == 2 and "was made with --lr 0.002, not --lr 1" in printed
+
+
+def test_the_start_that_goes_on_is_stopped_and_continued(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(constellations, *TINY, f"--output-dir={whole}")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 8)  # two starts take three steps each, and this is the second one more
+        status, printed = run(constellations, *TINY, f"--output-dir={parts}")
+    assert status == 130 and "seed 1 goes on with start " in printed
+    finish(constellations, *TINY, f"--output-dir={parts}")
+    assert table_of(parts) == table_of(whole)
+
+
+def test_a_signal_in_an_evaluation_stops_the_program(tmp_path, monkeypatch):
+    """The evaluation is the last of the first start. The second start does not begin."""
+
+    def evaluate(self, images):
+        signal.raise_signal(signal.SIGTERM)
+        return inner(self, images)
+
+    inner = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    status, printed = run(constellations, *TINY, f"--output-dir={tmp_path / 'run'}")
+    assert status == 130 and "seed 1, start 2" not in printed
 
 
 def test_a_dry_run_keeps_nothing(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_each_half_has_a_cycle_of_the_learning_rate():
         (["--parts-share=1"], "--parts-share 1.0 must be at least 0 and below 1"),
         (["--features=2"], "--parts-share 0.7 needs --features 0, got 2"),
         (["--features=-1"], "SCAE: features must be >= 0, got -1"),
-        (["--max-shift=28"], "--max-shift 28 must be below 28, the side of the images"),
+        (["--max-shift=28"], "--max-shift 28 must be less than the side of the images, 28x28"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags, words, tmp_path):

@@ -75,6 +75,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(memory, "peaks", lambda cases, *_: [100] * len(cases))
     monkeypatch.setattr(step, "train_images", lambda B, device: toy_images(2))
     monkeypatch.setattr(step, "check_networks", lambda: None)  # test_oracle.py calls it
+    monkeypatch.setattr(step, "has_bf16", lambda device: True)
     for name, channels in (("EinsumCapsNet", 8), ("CapsNet", 8), ("DeepCapsNet", (4, 6))):
         small = partial(getattr(step, name), channels=channels, capsule_types=2)
         monkeypatch.setattr(step, name, small)
@@ -259,6 +260,26 @@ def test_step_command(tmp_path):
         ("DeepCapsNet", "tritoncaps", "bf16"),
     ]
     assert data["rows"][0]["speedup"] == 1
+    assert all(row["median_s"] > 0 for row in data["rows"])
+
+
+@pytest.mark.usefixtures("toy")
+def test_step_leaves_out_what_would_be_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "has_bf16", lambda device: False)
+    status, data = run("step", tmp_path)
+    assert status == 0
+    for row in data["rows"]:
+        assert ("median_s" in row) == (row["precision"] == "fp32")
+        assert ("bfloat16" in row.get("left_out", "")) == (row["precision"] == "bf16")
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", None])
+def test_a_processor_with_bfloat16(unit, monkeypatch):
+    capabilities = {name: name == unit for name in ("avx512_bf16", "amx_bf16")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert step.has_bf16(CPU) == (unit is not None)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert step.has_bf16(CPU)
 
 
 @pytest.mark.usefixtures("toy")

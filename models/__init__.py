@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tritoncaps._checks import check_flag
 from tritoncaps._files import CheckpointError
 from tritoncaps.models._load import (
     HUB,
@@ -68,10 +69,15 @@ def list_models(pretrained: bool = False, *, classifiers: bool = False) -> list[
             comes first.
         classifiers: leave out the networks that are trained without labels, such as "scae".
 
+    Raises:
+        TypeError: an argument is not a bool.
+
     Example:
         >>> list_models()  # doctest: +ELLIPSIS
         ['capsnet', 'conv_capsnet', 'deep_capsnet', 'efficient_capsnet', ..., 'scae']
     """
+    check_flag("list_models", "pretrained", pretrained)
+    check_flag("list_models", "classifiers", classifiers)
     if pretrained:
         return [cfg.name for cfg in registry()]
     return sorted(_MODELS.keys() - (_WITHOUT_CLASSES if classifiers else set()))

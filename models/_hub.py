@@ -11,6 +11,8 @@ from tritoncaps._files import CheckpointError
 
 # What a directory of `save_pretrained` holds.
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+# What the directory of a run holds: the best weights, and the last checkpoint.
+OF_A_RUN = BEST, LAST = "model_best.safetensors", "last.safetensors"
 
 
 def download(function: str, repo_id: str, **options: Any) -> Path:
@@ -65,8 +67,8 @@ def _explained(function: str, repo_id: str) -> Iterator[Any]:
         yield huggingface_hub
     except errors.HFValidationError as error:
         raise CheckpointError(
-            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name, or the "
-            f"path of an existing directory ({_first_line(error)})"
+            f"{function}: {repo_id!r} is no repository of the Hub: give owner/name "
+            f"({_first_line(error)})"
         ) from error
     except errors.GatedRepoError as error:
         raise CheckpointError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tritoncaps._files import CheckpointError, read_sealed
-from tritoncaps.models._hub import CONFIG, WEIGHTS, download
+from tritoncaps.models._hub import BEST, CONFIG, LAST, OF_A_RUN, WEIGHTS, download
 from tritoncaps.models._mixin import PretrainedMixin, name_of
 from tritoncaps.models._pretrained import (
     FOLDER,
@@ -24,8 +24,6 @@ from tritoncaps.models._pretrained import (
     split_name,
 )
 
-# In a run directory: the best weights, and the last checkpoint.
-_BEST, _LAST = "model_best.safetensors", "last.safetensors"
 _SHOWN = 3  # the most names of weights in an error
 
 # What a name of `create_model` may begin with, as in timm.
@@ -59,7 +57,8 @@ def load_model(path: str | Path, *, device: torch.device | str | int = "cpu") ->
         TypeError: `path` is neither a str nor a Path.
         CheckpointError: the path or the directory's file does not exist, the file is damaged,
             nothing says which model to build, or the weights do not fit that model.
-        ValueError: the name is that of a model without trained weights, or without this tag.
+        ValueError: the name is empty, or that of a model without trained weights, or without this
+            tag.
         ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
 
     Example:
@@ -89,17 +88,27 @@ def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any
     from tritoncaps.models import list_models  # imported late, because it imports this module
 
     name = str(source)
+    if not name.removeprefix(LOCAL):
+        raise ValueError(f"{function}: the path is empty; give a directory, a file or a name")
     if name.startswith(HUB):
         return read(function, download(function, name.removeprefix(HUB), **(hub_options or {})))
-    path = Path(name.removeprefix(LOCAL))
-    if path.exists() or name.startswith(LOCAL) or isinstance(source, Path):
+    path = Path(name.removeprefix(LOCAL)).expanduser()
+    if name.startswith(LOCAL) or isinstance(source, Path):
         return read(function, path)
     model, tag = split_name(name)
-    if model in list_models() and path.suffix != ".safetensors":
+    is_ours = model in list_models() and path.suffix != ".safetensors"
+    # A folder of this name that holds something else hides no weights.
+    if path.is_file() or (path.exists() and not (is_ours and _weights_in(path) is None)):
+        return read(function, path)
+    if is_ours:
         return read_pretrained(function, find(function, model, tag))
-    if hub_options is not None:
+    if hub_options is None:
+        return read(function, path)
+    try:
         return read(function, download(function, name, **hub_options))
-    return read(function, path)
+    except (CheckpointError, ModuleNotFoundError) as error:
+        hint = did_you_mean(name, _known_names())
+        raise type(error)(f"{error}; there is no directory {name!r} either{hint}") from error
 
 
 def read_pretrained(function: str, cfg: PretrainedCfg) -> Saved:
@@ -128,19 +137,27 @@ def _weights_file(function: str, path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"{function}: {path} does not exist; give a run directory or a .safetensors file"
-            + did_you_mean(
-                str(path), [name for cfg in registry() for name in (cfg.model, cfg.name)]
-            )
+            + did_you_mean(str(path), _known_names())
         )
     if not path.is_dir():
         return path
-    for name in (_BEST, _LAST, WEIGHTS):
-        if (path / name).exists():
-            return path / name
+    if (file := _weights_in(path)) is not None:
+        return file
     raise CheckpointError(
-        f"{function}: {path} holds neither {_BEST} nor {_LAST} nor {WEIGHTS}; give a directory "
+        f"{function}: {path} holds neither {BEST} nor {LAST} nor {WEIGHTS}; give a directory "
         "that train_mnist.py or save_pretrained wrote, or a .safetensors file"
     )
+
+
+def _weights_in(directory: Path) -> Path | None:
+    """Return the file that is read in a directory, if it holds one."""
+    files = (directory / name for name in (*OF_A_RUN, WEIGHTS))
+    return next((file for file in files if file.exists()), None)
+
+
+def _known_names() -> list[str]:
+    """The names of pretrained weights, and of models that have some."""
+    return [name for cfg in registry() for name in (cfg.model, cfg.name)]
 
 
 def _config(function: str, file: Path, config: Any) -> Mapping[str, Any]:
@@ -222,26 +239,50 @@ def fitted(
     Raises:
         CheckpointError: the file does not fit the model that it names.
     """
-    from tritoncaps.models import new_model  # imported late, because it imports this module
+    # Imported late, because it imports this module.
+    from tritoncaps.models import list_models, new_model
 
     file, config, weights = saved
     name, kwargs = config["model"], config["model_kwargs"]
+    is_ours = name in list_models()
     if cls is not None and name != name_of(cls):
+        right = "load_model" if is_ours else f"from_pretrained of {name}"
         raise CheckpointError(
             f"{function}: {file} holds a model {name!r}, and {cls.__name__} is {name_of(cls)!r}; "
-            "load_model builds the right class of ours"
+            f"{right} builds it"
         )
-    create: Callable[..., nn.Module] = cls or partial(new_model, name)
+    create: Callable[..., nn.Module] = partial(new_model, name) if cls is None or is_ours else cls
     try:
-        with torch.device("meta"):
-            model = create(**kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
+        model = _outline(create, kwargs)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        needed = f"create_model({name!r}, **{kwargs!r})"
+        hint = ""
+        if cls is not None and not is_ours:
+            needed = f"{name}(**{kwargs!r})"
+        elif not is_ours:
+            hint = "; if it is a class of your own, call its from_pretrained"
         raise CheckpointError(
-            f"{function}: {file} needs create_model({name!r}, **{kwargs!r}), which failed: {error}"
+            f"{function}: {file} needs {needed}, which failed: {error}{hint}"
         ) from error
     if problems := _misfits(model.state_dict(), weights):
         raise CheckpointError(f"{function}: {file} does not fit {name}: {'; '.join(problems)}")
     return create, model
+
+
+def _outline(create: Callable[..., nn.Module], kwargs: Mapping[str, Any]) -> nn.Module:
+    """Build a model on the device "meta", where it takes no memory.
+
+    A class of the caller's may read the value of a tensor there, which fails. Then it is built on
+    the CPU.
+    """
+    try:
+        with torch.device("meta"):
+            return create(**kwargs)
+    except RuntimeError:
+        if not isinstance(create, type):
+            raise
+        with torch.random.fork_rng(devices=[]):
+            return create(**kwargs)
 
 
 def _kept(
@@ -254,12 +295,11 @@ def _kept(
     """Return the weights that a changed model keeps, and the names of those that start anew."""
     name = saved.config["model"]
     wanted = {**known, **changes}
-    with torch.device("meta"):
-        changed = create(**wanted).state_dict()
-        renewed: set[str] = set()
-        if "num_classes" in changes and "num_classes" in known:
-            same = create(**{**wanted, "num_classes": known["num_classes"]}).state_dict()
-            renewed = {key for key in changed if changed[key].shape != same[key].shape}
+    changed = _outline(create, wanted).state_dict()
+    renewed: set[str] = set()
+    if "num_classes" in changes and "num_classes" in known:
+        same = _outline(create, {**wanted, "num_classes": known["num_classes"]}).state_dict()
+        renewed = {key for key in changed if changed[key].shape != same[key].shape}
     if "in_channels" in changes:
         raise ValueError(
             f"{function}: {name} was trained with in_channels={known.get('in_channels')}, and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import tempfile
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from tritoncaps._files import atomic_write, write_sealed
-from tritoncaps.models._hub import CARD, CONFIG, WEIGHTS, upload
+from tritoncaps.models._hub import CARD, CONFIG, OF_A_RUN, WEIGHTS, upload
 from tritoncaps.models._pretrained import PretrainedCfg
 
 M = TypeVar("M", bound="PretrainedMixin")
@@ -43,7 +44,7 @@ class PretrainedMixin:
     init_arguments: dict[str, Any] | None = None
 
     # Here, so that a model need not list its arguments a second time.
-    def __new__(cls: type[M], *args: Any, **kwargs: Any) -> M:
+    def __new__(cls: type[M], /, *args: Any, **kwargs: Any) -> M:
         """Keep the arguments that build the model."""
         model = super().__new__(cls)
         model.init_arguments = _bound(cls, args, kwargs)
@@ -55,22 +56,39 @@ class PretrainedMixin:
         """Write config.json, model.safetensors and a model card, README.md.
 
         A card that is there stays. The weights carry a SHA-256, and any reader of safetensors opens
-        them.
+        them. Of the arguments that built the model, tuples come back as lists.
 
         Args:
             save_directory: made if it does not exist.
             class_names: what each class stands for. By default, what the model was loaded with.
 
         Raises:
-            TypeError: JSON cannot hold an argument that built the model.
-            ValueError: there are not as many class names as classes.
+            TypeError: JSON cannot hold an argument that built the model, or an argument of this
+                function has the wrong type.
+            ValueError: there are not as many class names as classes, or the directory is that of a
+                run, whose own weights would be read instead.
             OSError: a file cannot be written.
         """
-        self._save("save_pretrained", Path(save_directory), class_names, None)
+        if not isinstance(save_directory, (str, Path)):
+            raise TypeError(
+                "save_pretrained: save_directory must be a str or a Path, got "
+                f"{type(save_directory).__name__}"
+            )
+        directory = Path(save_directory).expanduser()
+        if directory.exists() and not directory.is_dir():
+            raise FileExistsError(f"save_pretrained: {directory} is a file; give a directory")
+        for name in OF_A_RUN:
+            if (directory / name).exists():
+                raise ValueError(
+                    f"save_pretrained: {directory} is the directory of a run, and load_model would "
+                    f"read its {name} instead; give another one"
+                )
+        self._save("save_pretrained", directory, class_names, None)
 
     @classmethod
     def from_pretrained(
         cls: type[M],
+        /,
         pretrained_model_name_or_path: str | Path,
         *,
         device: torch.device | str | int = "cpu",
@@ -89,14 +107,15 @@ class PretrainedMixin:
             device: where to put the model.
             revision, cache_dir, token, force_download, local_files_only: for the Hub, see
                 ``huggingface_hub.snapshot_download``.
-            model_kwargs: change arguments of the model, as `create_model` does.
+            model_kwargs: change arguments of the model, as `create_model` does. An argument of the
+                model that is called like one above cannot be changed here.
 
         Raises:
             CheckpointError: there is nothing usable, or it is a model of another class.
             TypeError, ValueError: an argument is wrong, or the weights do not fit it.
             ModuleNotFoundError: the Hub is asked and huggingface_hub is not installed.
         """
-        from tritoncaps.models._load import build, read_source
+        from tritoncaps.models._load import build, read_source  # it imports this module
 
         if not isinstance(pretrained_model_name_or_path, (str, Path)):
             raise TypeError(
@@ -139,6 +158,8 @@ class PretrainedMixin:
             ModuleNotFoundError: huggingface_hub is not installed.
             CheckpointError: the Hub cannot be reached, or refuses.
         """
+        if not isinstance(repo_id, str):
+            raise TypeError(f"push_to_hub: repo_id must be a str, got {type(repo_id).__name__}")
         with tempfile.TemporaryDirectory() as directory:
             self._save("push_to_hub", Path(directory), class_names, repo_id)
             return upload(
@@ -158,7 +179,7 @@ class PretrainedMixin:
         assert isinstance(self, nn.Module)
         cfg = describe(function, self)
         if class_names is not None:
-            cfg = replace(cfg, class_names=tuple(class_names))
+            cfg = replace(cfg, class_names=_texts(function, class_names))
             if cfg.num_classes not in (None, len(cfg.class_names)):
                 raise ValueError(
                     f"{function}: class_names has {len(cfg.class_names)} names, and the model has "
@@ -188,17 +209,50 @@ def describe(function: str, model: nn.Module) -> PretrainedCfg:
         )
     for name, value in arguments.items():
         try:
-            json.dumps(value, allow_nan=False)
+            read = json.loads(json.dumps(value, allow_nan=False))
+            if read != _with_lists(value):
+                raise ValueError(f"{value!r} would come back as {read!r}")
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{function}: config.json cannot hold the argument {name} of "
                 f"{type(model).__name__}: {error}"
             ) from error
     known = getattr(model, "pretrained_cfg", None) or PretrainedCfg("")
+    about = known.description
+    if known.tag:  # what was loaded may have been trained further since
+        about = f"Started from {known.name}" + (f": {about}" if about else "")
     # The tag and the file belong to the weights that were loaded, not to these.
     return replace(
-        known, model=name_of(type(model)), model_kwargs=arguments, tag="", file="", hf_hub_id=""
+        known,
+        model=name_of(type(model)),
+        model_kwargs=arguments,
+        description=about,
+        tag="",
+        file="",
+        hf_hub_id="",
     )
+
+
+def _with_lists(value: Any) -> Any:
+    """A value with lists in place of tuples, as JSON gives it back."""
+    if isinstance(value, (list, tuple)):
+        return [_with_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return value
+
+
+def _texts(function: str, class_names: Sequence[str]) -> tuple[str, ...]:
+    try:
+        names = tuple(class_names)
+    except TypeError:
+        names = (class_names,)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{function}: class_names must be texts, got {type(name).__name__} {name!r}"
+            )
+    return names
 
 
 def name_of(cls: type[object]) -> str:
@@ -219,6 +273,8 @@ def _bound(cls: type[object], args: Sequence[Any], kwargs: dict[str, Any]) -> di
     arguments: dict[str, Any] = {}
     for parameter in parameters:
         value = bound.arguments[parameter.name]
+        if type(value) in (list, dict):
+            value = copy.copy(value)  # the caller may change it later
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= value
         elif parameter.kind is not parameter.VAR_POSITIONAL:

@@ -32,8 +32,8 @@ class CapsuleOutput(NamedTuple):
     `reconstruction` (B, C, H, W): the decoded image, or None for a model without a decoder.
     `logits` (B, K): scores, for a model that trains on them, or None.
     `coupling` (B, I, J): how much of each input capsule goes to each output capsule in the last
-    iteration, or None if it was not asked for. A model with several routings returns a tuple with
-    one for each. For capsules on a grid, several axes stand in the place of I and J. See `forward`
+    iteration, or None if it was not asked for. `InvertedCapsNet` has none to ask for. A model with
+    several routings returns a tuple with one for each. For capsules on a grid, several axes stand in the place of I and J. See `forward`
     of the model.
     """
 

@@ -86,6 +86,10 @@ def choose_runtime(
             # Without the list of all devices of all builds that follows.
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise ValueError(f"--device {device}: not available here ({reason})") from error
+    if chosen.type == "meta":
+        raise ValueError(
+            f"--device {device}: it holds no numbers, so nothing can be computed on it"
+        )
     if precision == "auto":
         precision = "bf16" if _is_faster_in_bf16(chosen) else "fp32"
     return Runtime(chosen, precision, world)

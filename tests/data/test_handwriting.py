@@ -109,7 +109,16 @@ def test_files(tmp_path, drawn):
     torch.testing.assert_close(
         read_digit(tmp_path / "seven.png"), prepare_digit(drawn), rtol=0, atol=0.01
     )
+    ink = drawn[0].to(torch.uint8)
+    for colour in (0, 255):  # on a transparent background
+        PIL.fromarray(torch.stack([torch.full_like(ink, colour), ink], dim=2).numpy()).save(
+            tmp_path / "clear.png"
+        )
+        torch.testing.assert_close(
+            read_digit(tmp_path / "clear.png"), prepare_digit(drawn), rtol=0, atol=0.01
+        )
     PIL.new("L", (30, 30), 255).save(tmp_path / "blank.png")
+    PIL.new("LA", (30, 30), (255, 0)).save(tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
     for name, words in {
@@ -118,6 +127,7 @@ def test_files(tmp_path, drawn):
         "text.png": r"cannot be read \(not an image\)",
         "empty.png": r"cannot be read \(empty\)",
         "blank.png": "the picture is blank",
+        "nothing.png": "the picture is blank",
     }.items():
         with pytest.raises(DatasetError, match=words) as error:
             read_digit(tmp_path / name)

@@ -284,15 +284,93 @@ class TestDirectories:
         assert (cfg.name, cfg.class_names, cfg.file) == ("capsnet", NAMES, "")
         model.save_pretrained(saved / "new")
         card = (saved / "new" / "README.md").read_text()
-        assert "parameters. CapsNet, trained on MNIST. It takes" in card
+        about = "Started from capsnet.mnist: CapsNet, trained on MNIST."
+        assert f"parameters. {about} It takes" in card
+        load_model(saved / "new").save_pretrained(saved / "newer")
+        assert about in (saved / "newer" / "README.md").read_text()
 
     def test_a_model_of_a_user(self, tmp_path):
         model = Scores((2, 3), scale=2.0, bias=False)
         model.save_pretrained(tmp_path)
         assert_equal_weights(Scores.from_pretrained(tmp_path), model)
         assert 'Scores.from_pretrained("PATH")' in (tmp_path / "README.md").read_text()
-        with pytest.raises(CheckpointError, match="no model is named 'Scores'"):
+        own = "no model is named 'Scores'.*a class of your own, call its from_pretrained"
+        with pytest.raises(CheckpointError, match=own):
             load_model(tmp_path)
+        with pytest.raises(CheckpointError, match="from_pretrained of Scores builds it"):
+            CapsNet.from_pretrained(tmp_path)
+
+    def test_a_model_that_reads_values_while_it_is_built(self, tmp_path):
+        class Net(PretrainedMixin, nn.Module):
+            def __init__(self, rate=0.1, cls=2):
+                super().__init__()
+                self.layers = nn.ModuleList(
+                    nn.Sequential(nn.Dropout(p.item()), nn.Linear(2, cls))
+                    for p in torch.linspace(0, rate, 2)
+                )
+
+        model = Net(cls=3)
+        model.save_pretrained(tmp_path)
+        before = torch.random.get_rng_state()
+        assert_equal_weights(Net.from_pretrained(tmp_path), model)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        with pytest.raises(ValueError, match="do not fit cls=2"):
+            Net.from_pretrained(tmp_path, cls=2)
+
+    def test_arguments_that_json_would_change(self, tmp_path):
+        class Net(PretrainedMixin, nn.Module):
+            def __init__(self, names=None, sizes=()):
+                super().__init__()
+
+        with pytest.raises(TypeError, match=r"argument names of Net: \{1: 2\} would come back as"):
+            Net({1: 2}).save_pretrained(tmp_path)
+        sizes = [3, (4, 5)]
+        model = Net(sizes=sizes)
+        sizes[0] = 9
+        model.save_pretrained(tmp_path)
+        assert Net.from_pretrained(tmp_path).init_arguments["sizes"] == [3, [4, 5]]
+
+    @pytest.mark.parametrize("name", ["model_best.safetensors", "last.safetensors"])
+    def test_the_directory_of_a_run_is_refused(self, trained, tmp_path, name):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f"directory of a run.* its {name} instead"):
+            trained.save_pretrained(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize(
+        ("names", "message"), [(range(3), "int 0"), (3, "int 3"), ([b"a"] * 3, "bytes b'a'")]
+    )
+    def test_class_names_that_are_no_texts(self, trained, tmp_path, names, message):
+        with pytest.raises(TypeError, match=f"class_names must be texts, got {message}"):
+            trained.save_pretrained(tmp_path, class_names=names)
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_no_directory(self, trained, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError, match="file is a file; give a directory"):
+            trained.save_pretrained(tmp_path / "file")
+        with pytest.raises(TypeError, match="save_directory must be a str or a Path, got int"):
+            trained.save_pretrained(3)
+        with pytest.raises(TypeError, match="repo_id must be a str, got NoneType"):
+            trained.push_to_hub(None)
+        for empty in ("", "local-dir:"):
+            with pytest.raises(ValueError, match="load_model: the path is empty"):
+                load_model(empty)
+
+    def test_a_folder_that_is_called_like_a_model(self, shipped, trained, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("capsnet").mkdir()
+        assert_equal_weights(load_model("capsnet"), trained)
+        other = create_model("capsnet", **KWARGS)
+        other.save_pretrained("capsnet")
+        assert_equal_weights(load_model("capsnet"), other)
+
+    def test_a_path_may_begin_at_home(self, trained, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        trained.save_pretrained("~/net")
+        assert (tmp_path / "net" / "config.json").exists()
+        for path in ("~/net", "local-dir:~/net", Path("~/net")):
+            assert_equal_weights(load_model(path), trained)
 
     @pytest.mark.parametrize("image_size", [(3, 8, 8), 8.5, "8", None], ids=str)
     def test_a_model_of_a_user_may_mean_something_else_by_image_size(self, tmp_path, image_size):
@@ -411,8 +489,12 @@ class TestHub:
     def test_neither_downloaded_nor_a_network(self, tmp_path):
         options = {"cache_dir": tmp_path, "local_files_only": True}
         words = "me/none was not downloaded before, and the Hub cannot be reached: connect"
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(
+            CheckpointError, match=words + ".*there is no directory 'me/none' either"
+        ):
             CapsNet.from_pretrained("me/none", **options)
+        with pytest.raises(CheckpointError, match=r"did you mean 'efficient_capsnet\.mnist'"):
+            CapsNet.from_pretrained("efficient_capsnt.mnist", **options)
 
     def test_no_repository_name(self):
         with pytest.raises(CheckpointError, match="'a b' is no repository of the Hub: give owner"):

@@ -59,7 +59,7 @@ def test_prediction_vectors_in_slices(size, dtype):
 def test_registration_is_right_in_slices(operator):
     """Results have the strides that their fakes promise the compiler."""
     with sliced("one"):
-        CHECKS["registration"](operator, CPU, traced=0)
+        CHECKS["registration"](operator, CPU, traced=False)
 
 
 def test_compiles_with_inductor_in_slices():

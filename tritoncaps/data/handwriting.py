@@ -23,21 +23,25 @@ _CONTRAST = 16
 def read_digit(path: str | Path) -> Tensor:
     """Read a picture of one digit as MNIST would show it: (1, 28, 28), values in [0, 1].
 
-    The ink may be dark or bright, on a plain background. `prepare_digit` says what is done. Needs
-    Pillow.
+    The ink may be dark or bright, on a plain or a transparent background. `prepare_digit` says what
+    is done. Needs Pillow.
 
     Raises:
         DatasetError: the file is missing or no image, or the picture is blank.
     """
+    path = Path(path).expanduser()
     try:
-        pixels = read_image(Path(path).expanduser())
+        pixels = read_image(path)
     except ModuleNotFoundError as error:
         raise DatasetError(
             f"images are read by Pillow, which cannot be imported ({error}): "
             'pip install "tritoncaps[train]"'
         ) from error
     try:
-        return prepare_digit(pixels)
+        try:
+            return prepare_digit(pixels)
+        except DatasetError:  # white ink around which all is transparent
+            return prepare_digit(read_image(path, paper="black"))
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
 

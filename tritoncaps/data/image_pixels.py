@@ -90,8 +90,10 @@ def _memory() -> int | None:
         return None
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, paper: str = "white") -> Tensor:
     """Read one image in its own size, as `read_images` does.
+
+    What is transparent shows the paper.
 
     Raises:
         DatasetError: the file is missing, or no image.
@@ -99,18 +101,18 @@ def read_image(path: Path) -> Tensor:
     if not path.is_file():
         problem = "is a folder: give its images" if path.is_dir() else "does not exist"
         raise DatasetError(f"{path} {problem}")
-    pixels = _try_to_read(path, None)
+    pixels = _try_to_read(path, None, paper)
     if isinstance(pixels, str):
         raise DatasetError(f"{path} cannot be read ({pixels})")
     return pixels
 
 
-def _try_to_read(path: Path, size: tuple[int, int] | None) -> Tensor | str:
+def _try_to_read(path: Path, size: tuple[int, int] | None, paper: str = "white") -> Tensor | str:
     """Return the pixels of an image, or what is wrong with it."""
     from PIL import UnidentifiedImageError
 
     try:
-        return _read(path, size)
+        return _read(path, size, paper)
     except UnidentifiedImageError:
         return "not an image" if path.stat().st_size else "empty"
     except OSError as error:
@@ -119,7 +121,7 @@ def _try_to_read(path: Path, size: tuple[int, int] | None) -> Tensor | str:
         return str(error) or type(error).__name__
 
 
-def _read(path: Path, size: tuple[int, int] | None) -> Tensor:
+def _read(path: Path, size: tuple[int, int] | None, paper: str) -> Tensor:
     """Read one image as bytes, (1, H, W) if it is grey and (3, H, W) otherwise."""
     from PIL import Image, ImageOps
     from PIL.TiffImagePlugin import TiffImageFile
@@ -141,7 +143,7 @@ def _read(path: Path, size: tuple[int, int] | None) -> Tensor:
         raise ValueError("pixels of 32 bits have no fixed white, save it with 8 or 16")
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image)
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     height, width = size or (image.height, image.width)
     if image.size != (width, height):

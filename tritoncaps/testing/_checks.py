@@ -101,11 +101,10 @@ def check_gradients(operator: Operator, device: torch.device) -> None:
         assert gradcheck(transposed, leaves, fast_mode=True)
 
 
-def check_registration(operator: Operator, device: torch.device, *, traced: int = 2) -> None:
-    """torch's own check of a custom operator: schema, fake, autograd, dynamic shapes.
+def check_registration(operator: Operator, device: torch.device, *, traced: bool = True) -> None:
+    """torch's own check of a custom operator: schema, fake, autograd, and dynamic shapes if traced.
 
-    The last is slow, because it traces the second derivative. The first `traced` calls are enough
-    for it.
+    The last is slow, because it traces the second derivative. So only the first call is traced.
     """
     if operator.registered is None:
         return
@@ -117,7 +116,7 @@ def check_registration(operator: Operator, device: torch.device, *, traced: int 
         # opcheck reads .grad of tensors that need not be leaves.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         for number, (forward, backward) in enumerate(_registered_calls(operator, device)):
-            tests = (*quick, "test_aot_dispatch_dynamic") if number < traced else quick
+            tests = (*quick, "test_aot_dispatch_dynamic") if traced and number == 0 else quick
             opcheck(*forward, test_utils=tests)
             opcheck(*backward, test_utils=tests)
 
@@ -567,13 +566,17 @@ def _worded(operator: Operator) -> list[dict[str, Any]]:
     return [options for options in _combinations(operator) if fixed.items() <= options.items()]
 
 
+def _fewest_steps(operator: Operator) -> dict[str, int]:
+    """The iterations that hold every kind of step, if the operator has any."""
+    return {"iterations": 2} if "iterations" in operator.options else {}
+
+
 def _few(operator: Operator) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """Options and optional inputs for slow checks of derivatives.
 
-    They are each word and flag with all inputs and results, and the usual call with the fewest. Two
-    iterations hold every kind of step.
+    They are each word and flag with all inputs and results, and the usual call with the fewest.
     """
-    counts = {"iterations": 2} if "iterations" in operator.options else {}
+    counts = _fewest_steps(operator)
     found = _worded(operator)[: 1 if INTERPRETED else None]
     full = [(options | counts, tuple(operator.optional)) for options in found]
     return [(operator.defaults | counts, ()), *full]
@@ -605,13 +608,14 @@ def _counted() -> set[str]:
 def _registered_calls(operator: Operator, device: torch.device) -> Iterator[tuple[Any, Any]]:
     """The arguments of the registered forward and backward, as pairs (operator, arguments).
 
-    Each word is seen once. Two kinds of call alternate. Without optional inputs, all tensors are
-    contiguous. With all of them, none is. So the results must have the strides that their fakes
+    Each word is seen once. Two kinds of call alternate. With all optional inputs, no tensor is
+    contiguous. Without them, all are. So the results must have the strides that their fakes
     promise, whatever the strides of the inputs.
     """
-    kinds = cycle([("contiguous", ()), ("transposed", tuple(operator.optional))])
+    kinds = cycle([("transposed", tuple(operator.optional)), ("contiguous", ())])
     varied = [operator.defaults, *_worded(operator)]
     for options, (layout, optional) in zip(varied, kinds, strict=False):
+        options = options | _fewest_steps(operator)
         inputs = draw_inputs(
             operator, dtype=torch.float32, device=device, layout=layout, optional=optional
         )

@@ -3,10 +3,10 @@
     python -m tools.ship_weights RUN --tag mnist
     python -m tools.ship_weights RUN RUN RUN --tag mnist --description "…" --paper arXiv:2101.12491
 
-A RUN is a directory of examples/train_mnist.py. The first one ships, with the weights of the epoch
-that its validation set chose, or with --last those of its last epoch. The others were trained alike
-from other seeds, and the card has their mean and deviation. All figures are read from the runs.
-Commit what is written.
+A RUN is a directory of examples/train_mnist.py. What ships is the epoch that its validation set
+chose, or with --last its last epoch. Of several runs, which differ in the seed alone, the one ships
+that then reads most of its validation images, and the card has the mean and deviation of all. All
+figures are read from the runs. Commit what is written.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from engine import checkpoint  # noqa: E402
 from engine.flags import Recipe, flag_name  # noqa: E402
 from engine.run_directory import BEST, LAST  # noqa: E402
 from engine.runner import FROM_DATA  # noqa: E402
-from engine.tables import accuracies, mean_and_spread, percent  # noqa: E402
+from engine.tables import accuracies, best_epoch, mean_and_spread, percent  # noqa: E402
 from tritoncaps._files import CheckpointError, atomic_write, read_sealed, write_sealed  # noqa: E402
 from tritoncaps.data.registry import REGISTRY  # noqa: E402
 from tritoncaps.models import PretrainedCfg, create_model, load_model  # noqa: E402
@@ -99,7 +99,8 @@ def ship(options: argparse.Namespace) -> None:
         )
     runs = [read_run(directory) for directory in options.runs]
     check_alike(runs)
-    directory, found = runs[0].directory, runs[0].accuracies
+    shipping = choose(runs, options.last)
+    directory, found = shipping.directory, shipping.accuracies
     weights, header = read_sealed(directory / BEST)
     epoch, expected = header["epoch"], found["chosen_epoch"]
     if options.last:
@@ -140,7 +141,7 @@ def ship(options: argparse.Namespace) -> None:
     write_sealed(folder / cfg.file, weights, entry)
     write_text(
         folder / f"{name}.md",
-        card(PretrainedCfg.from_config(entry), runs, title, sizes, options.last),
+        card(PretrainedCfg.from_config(entry), runs, shipping, title, sizes, options.last),
     )
     entries = {known.name: known.to_config() for known in shipped.registry()}
     entries |= {name: entry}  # keeps its place, or comes last
@@ -206,6 +207,18 @@ def check_alike(runs: Sequence[Run]) -> None:
         raise ValueError(f"two runs have the same seed: {seeds}")
 
 
+def choose(runs: Sequence[Run], last: bool) -> Run:
+    """Return the run that reads most of its validation images in the epoch that ships.
+
+    The loss breaks ties. Without a validation set, it is the first run.
+    """
+    rows = [run.rows[-1] if last else best_epoch(run.rows) for run in runs]
+    if "validation_accuracy" not in rows[0]:
+        return runs[0]
+    best = best_epoch(rows)
+    return next(run for run, row in zip(runs, rows, strict=True) if row is best)
+
+
 def check_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the parameters of encoder and decoder, and refuse those that make the wheel large."""
     counts = {"encoder": 0, "decoder": 0}
@@ -245,15 +258,19 @@ def command(run: Run) -> str:
 
 
 def card(
-    cfg: PretrainedCfg, runs: Sequence[Run], title: str, sizes: Mapping[str, int], is_last: bool
+    cfg: PretrainedCfg,
+    runs: Sequence[Run],
+    shipping: Run,
+    title: str,
+    sizes: Mapping[str, int],
+    is_last: bool,
 ) -> str:
     """Return the model card."""
-    first = runs[0]
-    where = first.environment
-    taken = timedelta(seconds=round(sum(float(row["seconds"]) for row in first.rows)))
-    epoch = timedelta(seconds=round(first.accuracies["seconds_per_epoch"]))
-    resumed = " when last resumed" if first.args.get("resume") else ""
-    share = f"{100 * first.args['validation_fraction']:g} %"
+    where = shipping.environment
+    taken = timedelta(seconds=round(sum(float(row["seconds"]) for row in shipping.rows)))
+    epoch = timedelta(seconds=round(shipping.accuracies["seconds_per_epoch"]))
+    resumed = " when last resumed" if shipping.args.get("resume") else ""
+    share = f"{100 * shipping.args['validation_fraction']:g} %"
     threads = where["threads"]
     device = where["gpu"] or f"{where['processor']}, {threads} thread{'s'[: threads != 1]}"
     facts = {
@@ -279,7 +296,7 @@ def card(
     for run in runs:
         found = run.accuracies
         lines.append(
-            f"| {run.args['seed']}{' (this file)' if run is first else ''} | {found['epochs']} "
+            f"| {run.args['seed']}{' (this file)' if run is shipping else ''} | {found['epochs']} "
             f"| {percent(found['final_test_accuracy'])} "
             f"| {percent(found['test_accuracy'])} (epoch {found['chosen_epoch']}) |"
         )
@@ -289,15 +306,11 @@ def card(
             for key in ("final_test_accuracy", "test_accuracy")
         )
         lines.append(f"| mean ± standard deviation | | {' | '.join(means)} |")
-    if is_last:
-        held = (
-            "the last epoch, not the one that the validation images chose. Both accuracies were "
-            "known when it was picked, so its own may be slightly too good"
-        )
-    else:
-        held = "the epoch that the validation images chose"
+    held = "the last epoch" if is_last else "the epoch that the validation images chose"
+    if len(runs) > 1:
+        held += ", of the seed that reads most of its validation images then"
     lines += ["", f"The file holds {held}."]
-    lines += ["", "## Training", "", "```sh", command(first), "```", ""]
+    lines += ["", "## Training", "", "```sh", command(shipping), "```", ""]
     lines += [f"Commit {where['commit']}{resumed}, torch {where['torch']}, {device}, "
               f"{where['precision']}; {taken} without evaluations, {epoch} for the median "
               "epoch."]  # fmt: skip

@@ -64,12 +64,12 @@ def make_run(tmp_path):
 
 
 def test_weights_card_and_registry(folder, make_run, capsys):
-    runs = [make_run(1), make_run(2, (0.9, 0.96)), make_run(3, (0.93, 0.97))]
+    runs = [make_run(2, (0.9, 0.96), (0.7, 0.7)), make_run(1), make_run(3, (0.93, 0.97))]
     words = ["--description", "A small one.", "--paper", "arXiv:1710.09829"]
     assert ship_weights.main([*map(str, runs), "--tag=digits", *words]) == 0
     assert 'create_model("capsnet.digits", pretrained=True) works here' in capsys.readouterr().out
     model = create_model("capsnet.digits", pretrained=True)
-    weights, _ = read_sealed(runs[0] / "model_best.safetensors")
+    weights, _ = read_sealed(runs[1] / "model_best.safetensors")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
     assert model.pretrained_cfg == _pretrained.registry()[0]
     assert (
@@ -90,6 +90,8 @@ def test_weights_card_and_registry(folder, make_run, capsys):
         "Commit 0123456789ab, torch 2.14.1, CPU, 2 threads, fp32; 0:02:02 without evaluations, "
         "0:01:01 for the median epoch.",
         "| data | scikit-learn's digits |",
+        "The file holds the epoch that the validation images chose, of the seed that reads most of "
+        "its validation images then.",
     ):
         assert line in card.splitlines()
 
@@ -109,8 +111,11 @@ def test_the_last_epoch(folder, make_run, capsys):
     model = create_model("capsnet.last", pretrained=True)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
     card = (folder / "capsnet.last.md").read_text()
-    assert "holds the last epoch, not the one that the validation images chose." in card
+    assert "The file holds the last epoch." in card.splitlines()
     assert "Commit 0123456789ab when last resumed, torch" in card
+    others = [make_run(2, validation=(0.9, 0.6)), make_run(3, validation=(0.6, 0.7))]
+    assert ship_weights.main([*map(str, [*others, run]), "--tag=all", "--last"]) == 2
+    assert f"{others[1] / 'last.safetensors'}" in capsys.readouterr().err  # the first of two equals
 
 
 def test_the_order_of_the_tags(folder, make_run):

@@ -131,7 +131,7 @@ def has_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     # Torch 2.10 has no public function for this. Processors other than x86 have no such entries.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, True) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -242,11 +242,8 @@ def _with_lists(value: Any) -> Any:
     return value
 
 
-def _texts(function: str, class_names: Sequence[str]) -> tuple[str, ...]:
-    try:
-        names = tuple(class_names)
-    except TypeError:
-        names = (class_names,)
+def _texts(function: str, class_names: Any) -> tuple[str, ...]:
+    names = tuple(class_names) if isinstance(class_names, Iterable) else (class_names,)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(

@@ -33,8 +33,8 @@ class CapsuleOutput(NamedTuple):
     `logits` (B, K): scores, for a model that trains on them, or None.
     `coupling` (B, I, J): how much of each input capsule goes to each output capsule in the last
     iteration, or None if it was not asked for. `InvertedCapsNet` has none to ask for. A model with
-    several routings returns a tuple with one for each. For capsules on a grid, several axes stand in the place of I and J. See `forward`
-    of the model.
+    several routings returns a tuple with one for each. For capsules on a grid, several axes stand
+    in the place of I and J. See `forward` of the model.
     """
 
     activations: Tensor

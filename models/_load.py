@@ -97,18 +97,19 @@ def read_source(function: str, source: str | Path, hub_options: Mapping[str, Any
         return read(function, path)
     model, tag = split_name(name)
     is_ours = model in list_models() and path.suffix != ".safetensors"
-    # A folder of this name that holds something else hides no weights.
-    if path.is_file() or (path.exists() and not (is_ours and _weights_in(path) is None)):
+    is_another_folder = is_ours and path.is_dir() and _weights_in(path) is None
+    if path.exists() and not is_another_folder:
         return read(function, path)
     if is_ours:
         return read_pretrained(function, find(function, model, tag))
     if hub_options is None:
         return read(function, path)
     try:
-        return read(function, download(function, name, **hub_options))
+        path = download(function, name, **hub_options)
     except (CheckpointError, ModuleNotFoundError) as error:
         hint = did_you_mean(name, _known_names())
         raise type(error)(f"{error}; there is no directory {name!r} either{hint}") from error
+    return read(function, path)
 
 
 def read_pretrained(function: str, cfg: PretrainedCfg) -> Saved:

@@ -112,16 +112,17 @@ def run_python(code):
     return result.stdout
 
 
-def test_import_adds_less_than_a_second_to_torch():
+def test_import_takes_far_less_time_than_that_of_torch():
     code = """
 import time
-import torch
 begun = time.process_time()
+import torch
+then = time.process_time()
 import tritoncaps, tritoncaps.models, tritoncaps.data
-print(time.process_time() - begun)
+print((time.process_time() - then) / (then - begun))
 """
-    # Take the best of three, because the machine may be busy.
-    assert min(float(run_python(code)) for _ in range(3)) < 1.0
+    # A fifth. Take the best of three, because the machine may be busy.
+    assert min(float(run_python(code)) for _ in range(3)) < 0.4
 
 
 def test_parts_that_are_imported_later_are_attributes_of_the_package():

@@ -87,7 +87,7 @@ def run_step(session: Session) -> None:
             session.report.add([common | NO_TIME], *_COLUMNS)
             continue
         if precision == "bf16" and not has_bf16(session.device):
-            # A convolution takes a minute there, because each product is emulated.
+            # There it is emulated, and a convolution takes some 30 times as long as in float32.
             session.report.add([common | NO_BF16], *_COLUMNS)
             continue
         for method in ("calls", "graph") if on_gpu else ("calls",):

@@ -256,14 +256,11 @@ def fitted(
     try:
         model = _outline(create, kwargs)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
-        needed = f"create_model({name!r}, **{kwargs!r})"
-        hint = ""
-        if cls is not None and not is_ours:
-            needed = f"{name}(**{kwargs!r})"
-        elif not is_ours:
-            hint = "; if it is a class of your own, call its from_pretrained"
+        needed = f"{name}(" if create is cls else f"create_model({name!r}, "
+        is_lost = cls is None and not is_ours
+        hint = "; if it is a class of your own, call its from_pretrained" if is_lost else ""
         raise CheckpointError(
-            f"{function}: {file} needs {needed}, which failed: {error}{hint}"
+            f"{function}: {file} needs {needed}**{kwargs!r}), which failed: {error}{hint}"
         ) from error
     if problems := _misfits(model.state_dict(), weights):
         raise CheckpointError(f"{function}: {file} does not fit {name}: {'; '.join(problems)}")

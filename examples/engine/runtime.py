@@ -70,7 +70,7 @@ def choose_runtime(
     fp32.
 
     Raises:
-        ValueError: torch has no such device here, or too few for all processes.
+        ValueError: torch has no such device here, or too few for all processes, or it is "meta".
     """
     world = World() if world is None else world
     if device == "auto":

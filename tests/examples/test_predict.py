@@ -11,8 +11,6 @@ from tritoncaps.data import DatasetError, load_dataset
 from tritoncaps.models import create_model
 
 KWARGS = {"channels": 4, "capsule_types": 1}
-
-
 NAMES = "0123456789"
 
 

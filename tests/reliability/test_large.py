@@ -114,7 +114,7 @@ def test_offsets_past_two_to_the_31_elements(on, interpret, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=300,
         check=False,
     )
     assert result.returncode == 0, result.stdout

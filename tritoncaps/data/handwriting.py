@@ -40,7 +40,7 @@ def read_digit(path: str | Path) -> Tensor:
     try:
         try:
             return prepare_digit(pixels)
-        except DatasetError:  # white ink around which all is transparent
+        except DatasetError:  # perhaps white ink on a transparent background
             return prepare_digit(read_image(path, paper="black"))
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error

@@ -24,7 +24,7 @@ from benchmarks.cases import (
     operator_names,
 )
 from benchmarks.oracle import Oracle
-from benchmarks.report import NO_TIME, Row
+from benchmarks.report import NO_BF16, NO_TIME, Row
 from benchmarks.rivals import Rival, backend, op_rival, ours, rival_names
 from benchmarks.roofline import Floor, floor, measure_ceilings
 from benchmarks.session import Session, axes, reason, timed
@@ -108,6 +108,10 @@ def run_ops(session: Session) -> None:
             names = [name for name in names if name != "compile"]
         if session.is_over():
             session.report.add([facts | NO_TIME], "rival")
+            continue
+        if case.precision == "bf16" and not session.has_bf16():
+            # Emulated, the rivals would take many times as long as in float32.
+            session.report.add([facts | NO_BF16], "rival")
             continue
         rivals, left_out = checked_rivals(case, names, session.device)
         session.report.add([facts | row for row in left_out], "rival")

@@ -254,7 +254,7 @@ def draw_speed(devices: list[dict[str, Any]], path: Path) -> None:
         all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
         for axes, (device, rows) in zip(all_axes, panels, strict=True):
             _draw_speed_panel(axes, rows)
-            environment = next(iter(device.values()))["environment"]
+            environment = (device.get("ops") or device["step"])["environment"]
             axes.set_title(f"{machine(environment)}: time relative to einsum", loc="left")
         handles = [
             mpl.patches.Patch(color=_mark(rival)[0], label=title)

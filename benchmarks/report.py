@@ -24,6 +24,8 @@ Row = dict[str, Any]
 NO_TIME: Row = {"left_out": "no time was left"}
 NO_BF16: Row = {"left_out": "this processor does not compute in bfloat16"}
 
+_BACKENDS = {"avx512": "AVX-512", "avx2": "AVX2", "torch": "plain torch"}
+
 
 class Report:
     """The rows of one benchmark. Each is saved at once, so a killed run keeps what it has."""
@@ -130,11 +132,13 @@ def seconds(value: float) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    """Name the device of a result. For a CPU, add the number of threads."""
+    """Name the device of a result. For a CPU, add the number of threads and what computes there."""
     if environment["device_type"] != "cpu":
         return str(environment["device"])
     threads = environment["threads"]
-    return f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}"
+    name = f"{environment['device']}, {threads} thread{'s' if threads != 1 else ''}"
+    backend = environment.get("cpu_backend")  # older results have none
+    return f"{name}, {_BACKENDS.get(backend, backend)}" if backend else name
 
 
 def training_step(row: Row) -> str:

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,14 @@ class Session:
     def is_over(self) -> bool:
         """Whether the time for this benchmark is used up."""
         return time.monotonic() >= self.end
+
+    def has_bf16(self) -> bool:
+        """Whether the device multiplies bfloat16. If a processor does not say, it is taken to."""
+        if self.device.type != "cpu":
+            return True
+        # Torch 2.10 has no public function for this. Only x86 has such entries.
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(capabilities.get(name, True) for name in ("avx512_bf16", "amx_bf16"))
 
     def time(self, tasks: dict[str, Task], seconds: float) -> dict[str, Timing]:
         """Time tasks in turn, for about `seconds` on a CPU and a tenth of that on a GPU."""

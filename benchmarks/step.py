@@ -86,7 +86,7 @@ def run_step(session: Session) -> None:
         if session.is_over():
             session.report.add([common | NO_TIME], *_COLUMNS)
             continue
-        if precision == "bf16" and not has_bf16(session.device):
+        if precision == "bf16" and not session.has_bf16():
             # There it is emulated, and a convolution takes some 30 times as long as in float32.
             session.report.add([common | NO_BF16], *_COLUMNS)
             continue
@@ -124,15 +124,6 @@ _STEPS = (
     ("CapsNet", "compiled port", "fp32"),  # last, because they take the longest to compile
     ("CapsNet", "compiled port", "bf16"),
 )
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16. A processor that does not say is taken to do so."""
-    if device.type != "cpu":
-        return True
-    # Torch 2.10 has no public function for this. Processors other than x86 have no such entries.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, True) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def make_trainer(model: str, rival: str, precision: str, batch: tuple[Tensor, Tensor]) -> Trainer:

@@ -22,7 +22,7 @@ Times = dict[str, float]  # median seconds by rival
 
 
 def readme_block(results: Path) -> str:
-    """Write six rows for each device, and say how often tritoncaps is slower in all rows."""
+    """Write a few rows for each device, and say how often tritoncaps is slower in all rows."""
     parts = []
     for device in load_devices(results):
         rows = [[name, *_cells(times, TITLES)] for name, times in chosen_rows(device)]

@@ -26,6 +26,7 @@ from benchmarks import (
 from benchmarks.cases import SHAPES, Case, Shape, operator_names
 from benchmarks.rivals import fused_dynamic_routing
 from benchmarks.roofline import Ceilings
+from benchmarks.session import Session
 from tritoncaps import _operators, backend_info, reference, testing
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(memory, "peaks", lambda cases, *_: [100] * len(cases))
     monkeypatch.setattr(step, "train_images", lambda B, device: toy_images(2))
     monkeypatch.setattr(step, "check_networks", lambda: None)  # test_oracle.py calls it
-    monkeypatch.setattr(step, "has_bf16", lambda device: True)
+    monkeypatch.setattr(Session, "has_bf16", lambda session: True)
     for name, channels in (("EinsumCapsNet", 8), ("CapsNet", 8), ("DeepCapsNet", (4, 6))):
         small = partial(getattr(step, name), channels=channels, capsule_types=2)
         monkeypatch.setattr(step, name, small)
@@ -265,8 +266,21 @@ def test_step_command(tmp_path):
 
 @pytest.mark.usefixtures("toy")
 def test_step_leaves_out_what_would_be_emulated(tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "has_bf16", lambda device: False)
+    monkeypatch.setattr(Session, "has_bf16", lambda session: False)
     status, data = run("step", tmp_path)
+    assert status == 0
+    for row in data["rows"]:
+        assert ("median_s" in row) == (row["precision"] == "fp32")
+        assert ("bfloat16" in row.get("left_out", "")) == (row["precision"] == "bf16")
+
+
+@pytest.mark.usefixtures("toy")
+def test_ops_leaves_out_what_would_be_emulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(Session, "has_bf16", lambda session: False)
+    shape = SHAPES["tiny"]
+    cases = [Case("squash", shape, B=3, precision=precision) for precision in ("fp32", "bf16")]
+    monkeypatch.setattr(operators, "ops_cases", lambda device, quick: cases)
+    status, data = run("ops", tmp_path)
     assert status == 0
     for row in data["rows"]:
         assert ("median_s" in row) == (row["precision"] == "fp32")
@@ -277,9 +291,10 @@ def test_step_leaves_out_what_would_be_emulated(tmp_path, monkeypatch):
 def test_a_processor_with_bfloat16(unit, monkeypatch):
     capabilities = {name: name == unit for name in ("avx512_bf16", "amx_bf16")}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert step.has_bf16(CPU) == (unit is not None)
+    session = Session(CPU, quick=True, report=None)
+    assert session.has_bf16() == (unit is not None)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
-    assert step.has_bf16(CPU)
+    assert session.has_bf16()
 
 
 @pytest.mark.usefixtures("toy")

@@ -212,6 +212,21 @@ def test_a_page_agrees_with_the_results(page):
     assert tables.replace_block(text, block) == text, "run `python -m benchmarks table`"
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        ({"cpu_backend": "avx2"}, "Slide Rule, 2 threads, AVX2"),
+        ({"cpu_backend": "torch", "threads": 1}, "Slide Rule, 1 thread, plain torch"),
+        ({}, "Slide Rule, 2 threads"),
+        ({"device_type": "cuda", "cpu_backend": "avx2"}, "Slide Rule"),
+    ],
+    ids=str,
+)
+def test_a_machine_has_a_name(facts, name):
+    usual = {"device": "Slide Rule", "device_type": "cpu", "threads": 2}
+    assert report.machine(usual | facts) == name
+
+
 def test_committed_results_name_their_device_and_commit():
     paths = sorted(report.RESULTS.glob("*/*.json"))
     assert paths

@@ -54,7 +54,7 @@ class LinearConv2d(_KeepsScale, nn.Conv2d):
             weight.contiguous()[..., None],
             bias,
             (*self.stride, 1),
-            (*self.padding, 0),  # type: ignore[arg-type]
+            (*self.padding, 0),
         )
         return maps.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
@@ -66,7 +66,8 @@ class LinearConv2d(_KeepsScale, nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and torch.is_grad_enabled()
             and self.weight.requires_grad
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         ):
             return False
         is_plain = (
@@ -80,7 +81,7 @@ class LinearConv2d(_KeepsScale, nn.Conv2d):
         width = features.shape[3] + 2 * int(self.padding[1])
         row = (width - self.kernel_size[1]) // self.stride[1] + 1
         is_large = self.in_channels >= 64 and self.out_channels >= 256
-        return is_large and min(self.kernel_size) >= 5 and row <= 8
+        return is_large and min(self.kernel_size) >= 5 and 1 <= row <= 8
 
 
 class LinearConv3d(_KeepsScale, nn.Conv3d):

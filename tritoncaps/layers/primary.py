@@ -19,8 +19,8 @@ class PrimaryCapsules(nn.Module):
     A capsule consists of `dim` channels at *one* position. The convolution's output channels form
     `capsule_types` groups of `dim`, and each position holds one capsule of each type.
 
-    On a CPU, a layer as large as that of `CapsNet` trains faster in float32 if the batch is a multiple
-    of 16.
+    On a CPU, a layer as large as that of `CapsNet` trains faster in float32 if the batch is a
+    multiple of 16.
 
     Args:
         in_channels: channels of the feature maps.

@@ -25,9 +25,8 @@ def backend_info() -> BackendInfo:
 
         - "tritoncaps", "torch", "triton": their versions. None without Triton.
         - "cuda": "triton" or, without Triton, "torch". The same for ROCm.
-        - "cpu": "native" if the C++ kernels serve float32 and bfloat16. They have
-          `fused_dynamic_routing` and `routing_pass`. All else is "torch". With TRITON_INTERPRET=1
-          it is "interpreted".
+        - "cpu": "native" if the C++ kernels serve float32 and bfloat16. They have `squash` and the
+          routings. All else is "torch". With TRITON_INTERPRET=1 it is "interpreted".
         - "variant": the instructions of the native kernels: "avx512", "avx2" or "portable".
         - "threads": how many threads they use.
         - "reason": why there are no native kernels, or None.

@@ -18,6 +18,7 @@ DIRECTIONS = ("fwd", "bwd")
 SHARED = {
     "_call",
     "_competition",
+    "_dynamic",
     "_images",
     "_library",
     "_loop",

@@ -12,18 +12,22 @@ from tritoncaps._native.conv_dynamic_routing import (
     conv_dynamic_routing_fwd,
 )
 from tritoncaps._native.conv_em_routing import conv_em_routing_bwd, conv_em_routing_fwd
+from tritoncaps._native.dynamic_routing import dynamic_routing_bwd, dynamic_routing_fwd
 from tritoncaps._native.em_routing import em_routing_bwd, em_routing_fwd
 from tritoncaps._native.fused_dynamic_routing import (
     fused_dynamic_routing_bwd,
     fused_dynamic_routing_fwd,
 )
 from tritoncaps._native.routing_pass import routing_pass_bwd, routing_pass_fwd
+from tritoncaps._native.squash import squash_bwd, squash_fwd
 
 __all__ = [
     "conv_dynamic_routing_bwd",
     "conv_dynamic_routing_fwd",
     "conv_em_routing_bwd",
     "conv_em_routing_fwd",
+    "dynamic_routing_bwd",
+    "dynamic_routing_fwd",
     "em_routing_bwd",
     "em_routing_fwd",
     "fused_dynamic_routing_bwd",
@@ -31,6 +35,8 @@ __all__ = [
     "library",
     "routing_pass_bwd",
     "routing_pass_fwd",
+    "squash_bwd",
+    "squash_fwd",
     "takes",
     "variant",
 ]

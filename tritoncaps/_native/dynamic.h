@@ -153,10 +153,12 @@ bool dynamic_backward(const DynamicInputs<T>& in, const Sizes& d, const float* g
         walk(votes, team, own, first + image, image, some);
       });
       all.barrier();
-      for (int64_t k = d.blocks * rank / size; k < d.blocks * (rank + 1) / size; k++) {
-        contract(in.u, in.w, k, first, n, terms, out.u, out.w, workspace.rows(rank), own);
-        if (out.prior) add_coefficients(terms, 1, 2, k, n, first == 0, out.prior, own);
-      }
+      each_piece(d, rank, size, [&](int64_t i, int64_t end) {
+        contract(in.u, in.w, i, end, first, n, terms, out.u, out.w, workspace.rows(rank), own);
+      });
+      if (out.prior)
+        for (int64_t k = d.blocks * rank / size; k < d.blocks * (rank + 1) / size; k++)
+          add_coefficients(terms, 1, 2, k, n, first == 0, out.prior, own);
       if (in.pose_bias)
         for (int64_t k = d.NV * rank / size; k < d.NV * (rank + 1) / size; k++) {
           vf total = first ? pose_bias.values[k] : vf{};

@@ -2,12 +2,7 @@
 // I, R, P, J, Q, iterations, all of them at least 1. `grid` is H', W', K, S, or null. The result is 1,
 // or 0 if memory ran out.
 #include "em_backward.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "exports.h"
 
 namespace {
 
@@ -23,8 +18,6 @@ bool with_sizes(const int64_t* n, const float* temperature, float min_variance, 
   return call(EmSizes(n, temperature, min_variance));
 }
 
-template <class T> const T* as(const void* x) { return static_cast<const T*>(x); }
-template <class T> T* as(void* x) { return static_cast<T*>(x); }
 }  // namespace
 
 #define EM_ROUTING(SUFFIX, T)                                                                                  \

@@ -7,7 +7,7 @@
 //     du_i = Σ_j W_ij dû_ij,   dW_ij = Σ_b u_i ⊗ dû_ij
 //
 // So dû is never in memory, and every sum over the batch runs in the order of the images, whatever
-// the number of threads.
+// the number of threads. Where u is û itself, the second walk writes dû.
 #pragma once
 
 #include "votes.h"
@@ -135,12 +135,26 @@ inline int64_t contract_scratch(const Sizes& d) {
   return SIDE_BY_SIDE * d.NV + SIDE_BY_SIDE * d.P + L + d.P * d.NV + 2 * (SIDE_BY_SIDE * d.P / L + 2);
 }
 
-// Of block k and the images [first, first + n): du, and dW, which grows from round to round.
+// Of the input capsules [start, end) and the images [first, first + n), where u is û: dû.
 template <class T>
-void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const Terms& terms, T* grad_u,
-              float* grad_w, vf* rows, vf* scratch) {
+void write_vote_gradients(int64_t start, int64_t end, int64_t first, int64_t n, const Terms& terms, T* out,
+                          vf* grad) {
+  const Sizes& d = terms.d;
+  for (int64_t m = 0; m < n; m++)
+    for (int64_t i = start; i < end; i++) {
+      vote_gradients(terms, m, 1, i, grad);
+      unpad(grad, out + ((first + m) * d.I + i) * d.row, d);
+    }
+}
+
+// Of the input capsules [start, end) of a block and the images [first, first + n): du, and dW, which
+// grows from round to round.
+template <class T>
+void contract(const T* u, const T* w, int64_t start, int64_t end, int64_t first, int64_t n, const Terms& terms,
+              T* grad_u, float* grad_w, vf* rows, vf* scratch) {
   const Sizes& d = terms.d;
   const int64_t P = d.P, JD = d.J * d.D;
+  if (P == 0) return write_vote_gradients(start, end, first, n, terms, grad_u, scratch);
   vf *grad = scratch, *acc = grad + SIDE_BY_SIDE * d.NV, *padded = acc + SIDE_BY_SIDE * P + L;
   float *poses = floats(padded + P * d.NV), *du = poses + (SIDE_BY_SIDE * P / L + 1) * L;
   u += first * d.I * P, grad_u += first * d.I * P;
@@ -163,7 +177,7 @@ void contract(const T* u, const T* w, int64_t k, int64_t first, int64_t n, const
   // unpadding the weight again costs more.
   const int64_t step = d.padded() ? n : SIDE_BY_SIDE;
   for (int64_t from = 0; from < n; from += step)
-    for (int64_t i = k * L; i < k * L + d.rows(k); i++) {
+    for (int64_t i = start; i < end; i++) {
       const int64_t to = std::min(from + step, n);
       float *dW = grad_w + i * P * JD, *sum = d.padded() ? floats(padded) : dW;
       if (d.padded() && first)

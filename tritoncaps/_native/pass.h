@@ -85,8 +85,10 @@ bool pass_backward(const PassInputs<T>& in, const Sizes& d, const float* grad_s,
           for (int64_t m = 0; m < n; m++) unpad(grad_pose + m * d.NV, out.pose + (first + image + m) * JD, d);
       });
       all.barrier();
+      each_piece(d, rank, size, [&](int64_t i, int64_t end) {
+        contract(in.u, in.w, i, end, first, round, terms, out.u, out.w, workspace.rows(rank), own);
+      });
       for (int64_t k = d.blocks * rank / size; k < d.blocks * (rank + 1) / size; k++) {
-        contract(in.u, in.w, k, first, round, terms, out.u, out.w, workspace.rows(rank), own);
         if (out.prior) add_coefficients(terms, 1, 2, k, round, first == 0, out.prior, own);
         if (out.bias) add_coefficients(terms, 2, 2, k, round, first == 0, out.bias, own);
       }

@@ -1,19 +1,9 @@
 // The operators' C interface. Tensors are contiguous, null where an option is not given. `sizes` is
-// B, I, P, J, D, iterations, all of them at least 1. The result is 1, or 0 if memory ran out.
+// B, I, P, J, D, iterations, all of them at least 1. Only fused_dynamic_routing takes P = 0: it is
+// dynamic_routing then, u is û, and there is no weight. The result is 1, or 0 if memory ran out.
 #include "dynamic.h"
+#include "exports.h"
 #include "pass.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-namespace {
-
-template <class T> const T* as(const void* x) { return static_cast<const T*>(x); }
-template <class T> T* as(void* x) { return static_cast<T*>(x); }
-}  // namespace
 
 #define OPERATORS(SUFFIX, T)                                                                                  \
   EXPORT int tritoncaps_fused_dynamic_routing_fwd_##SUFFIX(                                                   \

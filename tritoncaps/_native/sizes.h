@@ -3,6 +3,8 @@
 // Rows (J, D) are held as J·Dv vectors: the D components of an output capsule, padded by zeros to
 // whole vectors. Values of pairs (i, j) are held in blocks of LANES input capsules, one vector an
 // output capsule. So products with û run over d, and the softmax over j runs with i in the lanes.
+//
+// With P = 0 there is no weight: u is û itself, (B, I, J, D).
 #pragma once
 
 #include <algorithm>
@@ -18,11 +20,12 @@ struct Sizes {
   int64_t B, I, P, J, D, iterations;
   bool leaky;
   int64_t Dv, NV, blocks;  // vectors of D and of J·D, blocks of I
+  int64_t row;             // values of u for an input capsule
   vi inside;               // of the last vector of D: −1 in the lanes that are no padding
 
   Sizes(const int64_t* n, bool leaky)
       : B(n[0]), I(n[1]), P(n[2]), J(n[3]), D(n[4]), iterations(n[5]), leaky(leaky),
-        Dv((D + L - 1) / L), NV(J * Dv), blocks((I + L - 1) / L), inside() {
+        Dv((D + L - 1) / L), NV(J * Dv), blocks((I + L - 1) / L), row(P ? P : J * D), inside() {
     for (int64_t k = 0; k < D - (Dv - 1) * L; k++) inside[k] = -1;
   }
   bool padded() const { return D % L != 0; }
@@ -30,8 +33,8 @@ struct Sizes {
   float uniform() const { return 1.f / float(J + leaky); }
 };
 
-// How the work is cut. All of it follows from the sizes, except `together`, which changes no bit:
-// the sum over i of an image is always the sum, in order, of the sums over its slabs.
+// How the work is cut. The number of threads changes no bit: the sum over i of an image is always the
+// sum, in order, of the sums over its slabs, which follow from the sizes.
 //
 // A thread works on a group of images. Their prediction vectors stay in cache for all iterations, if
 // those of four images fit. If not, they are computed anew in each iteration, block by block, for
@@ -49,7 +52,8 @@ struct Plan {
     const int64_t block = L * d.NV * int64_t(sizeof(vf)), image = d.blocks * block;
     kept = std::min<int64_t>(B, 4) * image <= cache;
     images = kept ? std::clamp<int64_t>(MB / image, 4, 64) : std::clamp<int64_t>(MB / block, 1, 16);
-    images = std::min(images, B);
+    const int64_t fours = ((B + threads - 1) / threads + 3) / 4;  // each thread gets a group
+    images = std::min({images, B, 4 * fours});
     if (images > 4) images -= images % 4;
     slabs = std::clamp<int64_t>(d.blocks / 4, 1, 16);
     stride = (kept ? d.blocks : 1) * L * d.NV;
@@ -82,6 +86,16 @@ template <class Work> void in_parallel(int threads, const Work& work) {
 #endif
   (void)threads;
   work(0, 1);
+}
+
+// Calls work(first, end) for the input capsules of a thread, cut at blocks.
+template <class Work> void each_piece(const Sizes& d, int rank, int size, const Work& work) {
+  const int64_t end = d.I * (rank + 1) / size;
+  for (int64_t i = d.I * rank / size; i < end;) {
+    const int64_t next = std::min(end, (i / L + 1) * L);
+    work(i, next);
+    i = next;
+  }
 }
 
 // (J, D) to vectors, and back. Whole vectors are read and written as long as they lie inside (J, D):

@@ -1,48 +1,69 @@
-// Squash, v = n² / (1 + n²) · s/n, and its gradient, of the rows of (J, D).
+// Squash, v = f·s with n = |s|, and its gradient.
+//
+//     quadratic:    f = n / (1 + n²)        f' along s: g' = 2f / (1 + n²)
+//     exponential:  f = (1 − e⁻ⁿ) / n                   g' = e⁻ⁿ
 //
 // Lengths are float64: no square of a float overflows or vanishes there. A row with an infinite
-// component has the length NaN, which spoils that row alone. Padding stays 0.
+// component has the length NaN, which spoils that row alone.
 #pragma once
 
 #include "sizes.h"
 
 namespace {
 
+inline double dot(const float* x, const float* y, int64_t D) {
+  double a[4] = {}, rest = 0;
+  int64_t k = 0;
+  for (; k + 4 <= D; k += 4)
+    for (int e = 0; e < 4; e++) a[e] += double(x[k + e]) * y[k + e];
+  for (; k < D; k++) rest += double(x[k]) * y[k];
+  return (a[0] + a[2]) + (a[1] + a[3]) + rest;
+}
+
 inline double length(const float* x, int64_t D) {
-  double sum = 0;
-  for (int64_t k = 0; k < D; k++) sum += double(x[k]) * x[k];
-  const double n = std::sqrt(sum);
+  const double n = std::sqrt(dot(x, x, D));
   return (n - n) + n;  // ∞ − ∞ is NaN
 }
 
-// v = s / (n + 1/n): at 0 this is 0/∞ = 0. Rounding makes no row longer than 1.
-inline void squash(const vf* s, vf* v, const Sizes& d) {
+// Rounding makes no row longer than 1.
+inline void squash_row(const float* s, float* __restrict v, int64_t D, bool exponential) {
   constexpr double longest = 1 - 4 * 1.1920929e-7;
-  for (int64_t j = 0; j < d.J; j++) {
-    const float* x = floats(s + j * d.Dv);
-    float* y = floats(v + j * d.Dv);
-    const double n = length(x, d.D);
-    const double divisor = n + 1 / n, least = n / longest;
-    const double factor = 1 / (divisor < least ? least : divisor);
-    for (int64_t k = 0; k < d.D; k++) y[k] = float(x[k] * factor);
-    for (int64_t k = d.D; k < d.Dv * L; k++) y[k] = 0;
+  const double n = length(s, D);
+  double f = 1 / (n + 1 / n);  // at 0 this is 1/∞ = 0
+  if (exponential) f = n == 0 ? 1 : -std::expm1(-n) / n;
+  if (f * n > longest) f = longest / n;
+  for (int64_t k = 0; k < D; k++) v[k] = float(s[k] * f);
+}
+
+// With ŝ = s/n and ρ = ŝ·dv, ds = f·((dv − ρŝ) + g'/f·ρŝ). The parts across and along s are kept
+// apart: where n is large, their sum would cancel the second.
+inline void squash_gradient_row(const float* grad_v, const float* s, float* __restrict grad_s, int64_t D,
+                                bool exponential) {
+  const double n = length(s, D), inverse = n == 0 ? 0 : 1 / n;
+  double f = n == 0 ? 0 : 1 / (n + inverse), ratio = 2 * f * inverse;
+  if (exponential) {
+    f = n == 0 ? 1 : -std::expm1(-n) * inverse;
+    ratio = std::exp(-n) / f;
+  }
+  const double share = dot(s, grad_v, D) * inverse * inverse;  // ρ / n
+  for (int64_t k = 0; k < D; k++) {
+    const double along = s[k] * share;
+    grad_s[k] = float(((grad_v[k] - along) + along * ratio) * f);
   }
 }
 
-// With ŝ = s/n and ρ = ŝ·dv, ds = f·((dv − ρŝ) + g'/f·ρŝ), f = n/(1+n²), g'/f = 2/(1+n²). The parts
-// across and along s are kept apart: where n is large, their sum would cancel the second.
+// Of the rows of (J, D). Padding stays 0.
+inline void squash(const vf* s, vf* v, const Sizes& d) {
+  for (int64_t j = 0; j < d.J; j++) {
+    float* y = floats(v + j * d.Dv);
+    squash_row(floats(s + j * d.Dv), y, d.D, false);
+    for (int64_t k = d.D; k < d.Dv * L; k++) y[k] = 0;
+  }
+}
 inline void squash_gradient(const vf* grad_v, const vf* s, vf* grad_s, const Sizes& d) {
   for (int64_t j = 0; j < d.J; j++) {
-    const float *x = floats(s + j * d.Dv), *g = floats(grad_v + j * d.Dv);
     float* out = floats(grad_s + j * d.Dv);
-    const double n = length(x, d.D), f = 1 / (n + 1 / n), ratio = 2 / (1 + n * n);
-    const double inverse = n == 0 ? 0 : 1 / n;
-    double rho = 0;
-    for (int64_t k = 0; k < d.D; k++) rho += x[k] * inverse * g[k];
-    for (int64_t k = 0; k < d.D; k++) {
-      const double along = x[k] * inverse * rho;
-      out[k] = float(((g[k] - along) + along * ratio) * f);
-    }
+    squash_gradient_row(floats(grad_v + j * d.Dv), floats(s + j * d.Dv), out, d.D, false);
     for (int64_t k = d.D; k < d.Dv * L; k++) out[k] = 0;
   }
 }

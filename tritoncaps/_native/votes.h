@@ -47,11 +47,21 @@ template <int N, class T> inline void votes(const T* W, const float* x, vf* out,
   for (; v < d.NV; v++) votes_tile<N, 1>(W, x, v, out, stride, d);
 }
 
+// The same as `predict`, where u is û.
+template <class T> void copy(const T* u, int64_t n, int64_t k, vf* out, int64_t stride, const Sizes& d) {
+  for (int64_t m = 0; m < n; m++) {
+    const int64_t rows = d.rows(k);
+    for (int64_t i = 0; i < rows; i++) pad(u + (m * d.I + k * L + i) * d.row, out + m * stride + i * d.NV, d);
+    clear(out + m * stride + rows * d.NV, (L - rows) * d.NV);
+  }
+}
+
 // û of n images and block k: image m's is at out + m·stride, (L, NV). Rows beyond the last input
 // capsule are 0. Scratch: `rows` (P, NV), `x` (n, P).
 template <class T>
 void predict(const T* u, const T* w, int64_t n, int64_t k, vf* out, int64_t stride, vf* rows, float* x,
              const Sizes& d) {
+  if (d.P == 0) return copy(u, n, k, out, stride, d);
   for (int64_t i = k * L; i < (k + 1) * L; i++, out += d.NV) {
     if (i >= d.I) {
       for (int64_t m = 0; m < n; m++) clear(out + m * stride, d.NV);
@@ -164,7 +174,7 @@ template <class T> class Votes {
       else
         for (int64_t k = from; k < to; k++) {
           vf* block = u_hat_ + (plan_.kept ? k * L * d_.NV : 0);
-          predict(u_ + first_ * d_.I * d_.P, w_, n_, k, block, plan_.stride, rows_, x_, d_);
+          predict(u_ + first_ * d_.I * d_.row, w_, n_, k, block, plan_.stride, rows_, x_, d_);
           for (int64_t m = 0; m < n_; m++) visit(k, m, block + m * plan_.stride, sum + m * d_.NV);
         }
     }

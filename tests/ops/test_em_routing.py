@@ -2,14 +2,11 @@
 
 import math
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 
 from tritoncaps import ops, reference
-from tritoncaps._torch_path import _slices
 from tritoncaps.reference._em_routing import NO_MASS
 from tritoncaps.testing import OPERATORS, compare_inputs, draw_inputs, evaluate, normal
 
@@ -356,29 +353,3 @@ def test_the_largest_mass_that_counts_as_none(function, dtype, device):
     (grad,) = torch.autograd.grad(v.sum(), poses)
     for result in (v, grad):
         assert result.flatten().bool().tolist() == [False, True]
-
-
-@pytest.mark.usefixtures("plain_torch")
-@pytest.mark.parametrize("competition", ["children", "position"])
-def test_groups_of_rows_give_the_same(competition):
-    """The smallest group: a row, or an image where its positions compete."""
-    inputs = draw_inputs(CONV, {**CONV_SIZES, "H": 4, "W": 3})
-    options = CONV.defaults | {"competition": competition, "return_assignment": True}
-    expected = evaluate(CONV, inputs, options)
-    with mock.patch.object(_slices, "slice_bytes", lambda device: 1):
-        results = evaluate(CONV, inputs, options)
-    for name, result in results.items():
-        torch.testing.assert_close(result, expected[name], msg=name)
-
-
-@pytest.mark.usefixtures("plain_torch")
-def test_a_training_step_takes_far_less_memory_than_the_votes():
-    """This is the first convolution of the paper's small network, with half a batch."""
-    sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}
-    inputs = draw_inputs(CONV, sizes, dtype=torch.float32)
-    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    votes = 32 * 36 * 72 * 16 * 16 * 4
-    with LiveBytes() as live:
-        v, a = ops.conv_em_routing(*leaves, stride=2)
-        (v.square().sum() + a.sum()).backward()
-    assert live.peak < votes / 3

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from torch.testing import assert_close
 
 from tritoncaps import ops
 from tritoncaps._operators import INTERPRETED
 from tritoncaps._torch_path import _passes, _slices, squash
-from tritoncaps.testing import CHECKS, OPERATORS, cases, compare, draw_inputs
+from tritoncaps.testing import CHECKS, OPERATORS, cases, compare, draw_inputs, evaluate
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="the operators run the kernels"),
@@ -90,6 +91,39 @@ def test_nan_stays_in_its_image_however_it_is_sliced(operator, data, size):
         actual = operator.call(inputs, case.options)[0]
     assert actual[0].isnan().all()
     assert_close(actual[1:], expected[1:])
+
+
+# EM routing ---------------------------------------------------------------------------------------
+
+
+CONV_EM = OPERATORS["conv_em_routing"]
+
+
+@pytest.mark.parametrize("competition", ["children", "position"])
+def test_groups_of_rows_give_the_same(competition):
+    """The smallest group: a row, or an image where its positions compete."""
+    inputs = draw_inputs(CONV_EM, {**CONV_EM.small_sizes, "B": 2, "H": 4, "W": 3})
+    options = CONV_EM.defaults | {"competition": competition, "return_assignment": True}
+    expected = evaluate(CONV_EM, inputs, options)
+    with sliced("one"):
+        results = evaluate(CONV_EM, inputs, options)
+    for name, result in results.items():
+        assert_close(result, expected[name], msg=name)
+
+
+def test_a_training_step_takes_far_less_memory_than_the_votes():
+    """This is the first convolution of the paper's small network, with half a batch."""
+    sizes = {"B": 32, "H": 14, "W": 14, "C": 8, "R": 4, "P": 4, "J": 16, "Q": 4, "K": 3}
+    inputs = draw_inputs(CONV_EM, sizes, dtype=torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    votes = 32 * 36 * 72 * 16 * 16 * 4
+    with LiveBytes() as live:
+        v, a = ops.conv_em_routing(*leaves, stride=2)
+        (v.square().sum() + a.sum()).backward()
+    assert live.peak < votes / 3
+
+
+# Squash -------------------------------------------------------------------------------------------
 
 
 LENGTHS = [0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e25, 3e38, float("inf")]

@@ -144,8 +144,7 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     if tensor.device.type != "cpu" or tensor.numel() == 0 or torch.compiler.is_compiling():
         return 0, 0
     try:
-        low, high = tensor.aminmax()
-        return low.item(), high.item()
+        return tensor.min().item(), tensor.max().item()
     except RuntimeError:  # under vmap, or for a fake tensor, there is no value to read
         return 0, 0
 

@@ -92,8 +92,12 @@ def backward(
     )
     check(done, "dynamic routing")
     dtype = u.dtype
-    lower = (lowered(grad, dtype) for grad in (grad_weight, grad_prior, grad_pose_bias))
-    return grad_u, *lower  # type: ignore[return-value]
+    return (
+        grad_u,
+        lowered(grad_weight, dtype),
+        lowered(grad_prior, dtype),
+        lowered(grad_pose_bias, dtype),
+    )
 
 
 def _axes(u: Tensor, weight: Tensor | None) -> tuple[int, int, int, int, int]:
@@ -101,4 +105,5 @@ def _axes(u: Tensor, weight: Tensor | None) -> tuple[int, int, int, int, int]:
     if weight is None:
         B, I, J, D = u.shape
         return B, I, 0, J, D
-    return *u.shape, *weight.shape[2:]  # type: ignore[return-value]
+    (B, I, P), (_, _, J, D) = u.shape, weight.shape
+    return B, I, P, J, D

@@ -17,9 +17,10 @@ def fused_dynamic_routing_fwd(
     return_coupling: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v or s (B, J, D), the last coupling (B, I, J) or an empty tensor, all s⁽ᵗ⁾ (r, B, J, D)."""
-    empty = u.numel() == 0 or weight.numel() == 0
-    forward = _torch_path.fused_dynamic_routing_fwd if empty else _dynamic.forward
-    return forward(u, weight, prior, pose_bias, iterations, leaky, output, return_coupling)
+    options = (prior, pose_bias, iterations, leaky, output, return_coupling)
+    if u.numel() == 0 or weight.numel() == 0:
+        return _torch_path.fused_dynamic_routing_fwd(u, weight, *options)
+    return _dynamic.forward(u, weight, *options)
 
 
 def fused_dynamic_routing_bwd(
@@ -35,7 +36,11 @@ def fused_dynamic_routing_bwd(
     output: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of u, (B, I, P), the weight, (I, P, J, D), the prior, (I, J), and the pose bias."""
-    empty = u.numel() == 0 or weight.numel() == 0
-    backward = _torch_path.fused_dynamic_routing_bwd if empty else _dynamic.backward
-    inputs = (u, weight, prior, pose_bias)
-    return backward(grad_v, grad_coupling, *inputs, sums, leaky, gradient, output)
+    options = (prior, pose_bias, sums, leaky, gradient, output)
+    if u.numel() == 0 or weight.numel() == 0:
+        return _torch_path.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, *options)
+    grad_u, grad_weight, grad_prior, grad_pose_bias = _dynamic.backward(
+        grad_v, grad_coupling, u, weight, *options
+    )
+    assert grad_weight is not None
+    return grad_u, grad_weight, grad_prior, grad_pose_bias

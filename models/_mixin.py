@@ -65,8 +65,8 @@ class PretrainedMixin:
         Raises:
             TypeError: JSON cannot hold an argument that built the model, or an argument of this
                 function has the wrong type.
-            ValueError: there are not as many class names as classes, or the directory is that of a
-                run, whose own weights would be read instead.
+            ValueError: there are not as many class names as classes, the model is on the meta
+                device, or the directory is that of a run, whose own weights would be read instead.
             OSError: a file cannot be written.
         """
         if not isinstance(save_directory, (str, Path)):
@@ -186,6 +186,12 @@ class PretrainedMixin:
                     f"{cfg.num_classes} classes; give one for each"
                 )
         text = json.dumps(cfg.to_config(), indent=2, ensure_ascii=False) + "\n"
+        for name, tensor in self.state_dict().items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{function}: {name} is on the meta device, where tensors have no values; "
+                    "build the model on another device"
+                )
         directory.mkdir(parents=True, exist_ok=True)
         write_sealed(directory / WEIGHTS, self.state_dict(), {}, function=function)
         with atomic_write(directory / CONFIG) as file:

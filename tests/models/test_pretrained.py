@@ -345,6 +345,13 @@ class TestDirectories:
             trained.save_pretrained(tmp_path, class_names=names)
         assert not list(tmp_path.iterdir())
 
+    def test_a_model_without_values_leaves_no_directory(self, tmp_path):
+        with torch.device("meta"):
+            model = create_model("efficient_capsnet")
+        with pytest.raises(ValueError, match=r"save_pretrained: .*weight is on the meta device"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
     def test_what_is_no_directory(self, trained, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="file is a file; give a directory"):

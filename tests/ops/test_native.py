@@ -99,6 +99,7 @@ def test_large_sizes(operator, sizes):
         sizes_of(1, 200, 8, 10, 16),  # the threads share an image
         sizes_of(5, 130, 8, 10, 20),  # and a group of images
         sizes_of(70, 100, 8, 10, 16),  # each has its own groups
+        sizes_of(9, 10, 4, 3, 16),  # and its own input capsules of a block
         sizes_of(5, 40, 2, 400, 17),  # prediction vectors are computed anew
     ],
     ids=str,

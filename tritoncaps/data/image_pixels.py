@@ -114,7 +114,9 @@ def _try_to_read(path: Path, size: tuple[int, int] | None, paper: str = "white")
     try:
         return _read(path, size, paper)
     except UnidentifiedImageError:
-        return "not an image" if path.stat().st_size else "empty"
+        if not path.stat().st_size:
+            return "empty"
+        return f"not an image of the formats {', '.join(_FORMATS)}"
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # Decoders of damaged files raise anything.

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
+CHECKS = (
+    "registration|compile|export|transforms|forward_mode|higher_derivatives|sample_gradients|"
+    "gradients|vmap"
+)
 SLOW = re.compile(
-    r"tests/export/|test_kernels_compile|compile|registration|export|transforms|forward_mode|"
-    r"higher_derivatives|sample_gradients|operator\[gradients|operator\[vmap"
+    rf"tests/export/|test_kernels_compile|test_operator\[({CHECKS})-|::test_\w*(compile|exported)"
 )
 
 

@@ -214,7 +214,8 @@ def test_the_faster_of_two_libraries_is_the_ceiling():
         ("fused_dynamic_routing", "bf16", "avx2", "native avx2"),
         ("routing_pass", "fp32", None, "torch"),
         ("fused_dynamic_routing", "fp64", "avx2", "torch"),
-        ("dynamic_routing", "fp32", "avx2", "torch"),
+        ("dynamic_routing", "fp32", "avx2", "native avx2"),
+        ("prediction_vectors", "fp32", "avx2", "torch"),
     ],
 )
 def test_a_row_says_what_computed_it(monkeypatch, op, precision, variant, expected):

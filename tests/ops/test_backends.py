@@ -137,7 +137,7 @@ def test_the_native_kernels_take_two_dtypes_of_a_cpu(called):
 
 def test_other_operators_run_in_plain_torch_beside_the_native_kernels(called):
     assert not hasattr(_native, "prediction_vectors_fwd")
-    inputs = draw_inputs(OPERATORS["prediction_vectors"])
+    inputs = draw_inputs(OPERATORS["prediction_vectors"], dtype=torch.float32)
     assert ops.prediction_vectors(**inputs).ndim == 4
     assert not called
 

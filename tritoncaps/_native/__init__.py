@@ -1,4 +1,4 @@
-"""What a CPU runs where it was built: routing in C++, the twin of `_torch_path`.
+"""What a CPU runs where it was built: routing and squash in C++, the twin of `_torch_path`.
 
 A library may be missing, and it does not have every operator and dtype; `takes` says what it has.
 """

@@ -66,4 +66,4 @@ def workers(products: int) -> int:
 def check(done: int, name: str) -> None:
     """Raise if the call found no memory."""
     if not done:
-        raise MemoryError(f"{name}: no memory for the temporaries of the routing")
+        raise MemoryError(f"{name}: no memory for its temporaries")

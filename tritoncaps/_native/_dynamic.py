@@ -19,6 +19,7 @@ from tritoncaps._native._call import (
 
 
 def forward(
+    name: str,
     u: Tensor,
     weight: Tensor | None,
     prior: Tensor | None,
@@ -48,11 +49,12 @@ def forward(
         sums.data_ptr(),
         workers(B * I * J * D * (P + 2 * iterations)),
     )
-    check(done, "dynamic routing")
+    check(done, name)
     return v, coupling, sums
 
 
 def backward(
+    name: str,
     grad_v: Tensor,
     grad_coupling: Tensor | None,
     u: Tensor,
@@ -90,7 +92,7 @@ def backward(
         pointer(grad_pose_bias),
         workers(3 * B * I * J * D * (P + 2 * iterations)),
     )
-    check(done, "dynamic routing")
+    check(done, name)
     dtype = u.dtype
     return (
         grad_u,

@@ -1,4 +1,4 @@
-// fused_dynamic_routing: r iterations of
+// fused_dynamic_routing, and without a weight dynamic_routing: r iterations of
 //
 //     c = softmax_j(prior + û·V⁽ᵗ⁻¹⁾),  s⁽ᵗ⁾ = Σ_i c û + pose_bias,  V⁽ᵗ⁾ = V⁽ᵗ⁻¹⁾ + squash(s⁽ᵗ⁾)
 //

@@ -19,7 +19,7 @@ def dynamic_routing_fwd(
     options = (prior, pose_bias, iterations, leaky, output, return_coupling)
     if u_hat.numel() == 0:
         return _torch_path.dynamic_routing_fwd(u_hat, *options)
-    return _dynamic.forward(u_hat, None, *options)
+    return _dynamic.forward("dynamic_routing", u_hat, None, *options)
 
 
 def dynamic_routing_bwd(
@@ -37,5 +37,5 @@ def dynamic_routing_bwd(
     options = (prior, pose_bias, sums, leaky, gradient, output)
     if u_hat.numel() == 0:
         return _torch_path.dynamic_routing_bwd(grad_v, grad_coupling, u_hat, *options)
-    grads = _dynamic.backward(grad_v, grad_coupling, u_hat, None, *options)
+    grads = _dynamic.backward("dynamic_routing", grad_v, grad_coupling, u_hat, None, *options)
     return grads[0], *grads[2:]

@@ -20,7 +20,7 @@ def fused_dynamic_routing_fwd(
     options = (prior, pose_bias, iterations, leaky, output, return_coupling)
     if u.numel() == 0 or weight.numel() == 0:
         return _torch_path.fused_dynamic_routing_fwd(u, weight, *options)
-    return _dynamic.forward(u, weight, *options)
+    return _dynamic.forward("fused_dynamic_routing", u, weight, *options)
 
 
 def fused_dynamic_routing_bwd(
@@ -40,7 +40,7 @@ def fused_dynamic_routing_bwd(
     if u.numel() == 0 or weight.numel() == 0:
         return _torch_path.fused_dynamic_routing_bwd(grad_v, grad_coupling, u, weight, *options)
     grad_u, grad_weight, grad_prior, grad_pose_bias = _dynamic.backward(
-        grad_v, grad_coupling, u, weight, *options
+        "fused_dynamic_routing", grad_v, grad_coupling, u, weight, *options
     )
     assert grad_weight is not None
     return grad_u, grad_weight, grad_prior, grad_pose_bias

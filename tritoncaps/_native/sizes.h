@@ -52,12 +52,14 @@ struct Plan {
     const int64_t block = L * d.NV * int64_t(sizeof(vf)), image = d.blocks * block;
     kept = std::min<int64_t>(B, 4) * image <= cache;
     images = kept ? std::clamp<int64_t>(MB / image, 4, 64) : std::clamp<int64_t>(MB / block, 1, 16);
-    const int64_t fours = ((B + threads - 1) / threads + 3) / 4;  // each thread gets a group
-    images = std::min({images, B, 4 * fours});
-    if (images > 4) images -= images % 4;
     slabs = std::clamp<int64_t>(d.blocks / 4, 1, 16);
+    // Too few input capsules to share: as many groups as threads, of four images at least.
+    if (slabs < threads) images = std::min(images, 4 * std::max<int64_t>(1, (B + 3) / 4 / threads));
+    images = std::min(images, B);
+    if (images > 4) images -= images % 4;
     stride = (kept ? d.blocks : 1) * L * d.NV;
-    together = threads > 1 && (B + images - 1) / images < 2 * threads && slabs > 1;
+    const int64_t groups = (B + images - 1) / images;
+    together = groups < 2 * threads && slabs > groups;
   }
   int64_t start(int64_t slab, const Sizes& d) const { return d.blocks * slab / slabs; }
 };

@@ -5,12 +5,13 @@
 
 namespace {
 
-// Calls work(row, scratch) for the rows of each thread. Scratch: 3·D floats.
+// Calls work(row, scratch) for the rows of each thread. Scratch: 3·D floats, in whole cache lines.
 template <class Work> bool each_row(int64_t N, int64_t D, int threads, const Work& work) {
-  const Buffer<float> scratch(threads * 3 * D);
+  const int64_t lines = (3 * D + 15) / 16 * 16;
+  const Buffer<float> scratch(threads * lines);
   if (!scratch.values) return false;
   in_parallel(threads, [&](int rank, int size) {
-    float* own = scratch.values + rank * 3 * D;
+    float* own = scratch.values + rank * lines;
     for (int64_t row = N * rank / size; row < N * (rank + 1) / size; row++) work(row, own);
   });
   return true;

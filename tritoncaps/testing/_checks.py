@@ -38,7 +38,7 @@ def check_every_option(operator: Operator, device: torch.device) -> None:
     """Results and gradients obey it for every combination of options and optional inputs.
 
     Interpreted, where a call takes a tenth of a second, it takes none of the optional inputs and
-    all of them, and always returns all results. tests/kernels has the rest.
+    all of them, and always returns all results. `check_agreement` draws the other calls.
     """
     subsets = _extreme_subsets(operator) if INTERPRETED else list(_subsets(operator.optional))
     found = _combinations(operator)
@@ -547,7 +547,7 @@ def _combinations(operator: Operator) -> list[dict[str, Any]]:
 def _some(operator: Operator) -> list[dict[str, Any]]:
     """The combinations; interpreted, where a call takes a tenth of a second, the usual one.
 
-    All results are returned then. `check_every_option` has all combinations there too.
+    All results are returned then. `check_every_option` has each value of each option there too.
     """
     found = _combinations(operator)
     if not INTERPRETED:

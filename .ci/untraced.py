@@ -15,7 +15,8 @@ CHECKS = (
     "gradients|vmap"
 )
 SLOW = re.compile(
-    rf"tests/export/|test_kernels_compile|test_operator\[({CHECKS})-|::test_\w*(compile|exported)"
+    rf"test_kernels_compile|test_operator\[({CHECKS})-|::test_\w*(compile|exported)|"
+    "test_a_file_is_its_model|test_formulas_replace_the_operator"
 )
 
 

@@ -121,12 +121,12 @@ def test_files(tmp_path, drawn):
     PIL.new("LA", (30, 30), (255, 0)).save(tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty.png").touch()
-    PIL.new("L", (30, 30)).save(tmp_path / "moving.gif")
+    PIL.new("L", (30, 30)).save(tmp_path / "digit.gif")
     for name, words in {
         "none.png": "does not exist",
         ".": "is a folder: give its images",
         "text.png": r"cannot be read \(not an image of the formats JPEG, PNG, ",
-        "moving.gif": r"cannot be read \(not an image of the formats JPEG, PNG, ",
+        "digit.gif": r"cannot be read \(not an image of the formats JPEG, PNG, ",
         "empty.png": r"cannot be read \(empty\)",
         "blank.png": "the picture is blank",
         "nothing.png": "the picture is blank",

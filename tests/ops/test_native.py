@@ -61,7 +61,8 @@ class Call:
             grad_coupling = grad_coupling if self.gradient == "full" else None
             options = (sums, self.leaky, self.gradient, "v")
             grads = backward(grad, grad_coupling, *tensors, *options)
-        return results | {f"d{name}": x for name, x in zip(inputs, grads, strict=True)}
+        of_inputs = zip(inputs, grads, strict=True)
+        return results | {f"d{key}": grad for key, grad in of_inputs}
 
 
 def sizes_of(B, I, P, J, D):
@@ -96,7 +97,7 @@ def test_large_sizes(operator, sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        sizes_of(1, 200, 8, 10, 16),  # the threads share an image
+        sizes_of(1, 640, 8, 10, 16),  # the threads share an image
         sizes_of(5, 130, 8, 10, 20),  # and a group of images
         sizes_of(70, 100, 8, 10, 16),  # each has its own groups
         sizes_of(70, 10, 8, 10, 16),  # the same, and they share a block
@@ -108,7 +109,8 @@ def test_bits_do_not_depend_on_the_threads(set_threads, sizes, dtype):
     call = Call(sizes, dtype)
     inputs = call.inputs()
     set_threads(2)
-    assert _call.workers(math.prod(sizes.values())) == 2
+    fewest = 2 * math.prod(sizes[axis] for axis in "BIJD")  # products, in any of the calls
+    assert _call.workers(fewest) == 2
     by_threads = []
     for threads in (1, 1, 2, 3):
         set_threads(threads)

@@ -1,6 +1,7 @@
 """Binding of `tritoncaps_fused_dynamic_routing_*`. The algorithm is in dynamic.h.
 
-Two operators are made of it. Without a weight, `u` is û itself, (B, I, J, D).
+Two operators are made of it. Without a weight, `u` is û itself, (B, I, J, D). `name` is the
+operator, for errors.
 """
 
 import torch

@@ -51,14 +51,15 @@ bool backward(const T* grad_v, const T* s, T* grad_s, int64_t N, int64_t D, bool
 
 }  // namespace
 
-#define SQUASH(SUFFIX, T)                                                                                \
-  EXPORT int tritoncaps_squash_fwd_##SUFFIX(const void* s, const int64_t* sizes, int exponential,        \
-                                            void* v, int threads) {                                      \
-    return forward<T>(as<T>(s), as<T>(v), sizes[0], sizes[1], exponential != 0, threads);                \
-  }                                                                                                      \
-  EXPORT int tritoncaps_squash_bwd_##SUFFIX(const void* grad_v, const void* s, const int64_t* sizes,     \
-                                            int exponential, void* grad_s, int threads) {                \
-    return backward<T>(as<T>(grad_v), as<T>(s), as<T>(grad_s), sizes[0], sizes[1], exponential != 0, threads); \
+#define SQUASH(SUFFIX, T)                                                                                  \
+  EXPORT int tritoncaps_squash_fwd_##SUFFIX(const void* s, const int64_t* sizes, int exponential, void* v, \
+                                            int threads) {                                                 \
+    return forward<T>(as<T>(s), as<T>(v), sizes[0], sizes[1], exponential != 0, threads);                  \
+  }                                                                                                        \
+  EXPORT int tritoncaps_squash_bwd_##SUFFIX(const void* grad_v, const void* s, const int64_t* sizes,       \
+                                            int exponential, void* grad_s, int threads) {                  \
+    return backward<T>(as<T>(grad_v), as<T>(s), as<T>(grad_s), sizes[0], sizes[1], exponential != 0,       \
+                       threads);                                                                           \
   }
 
 SQUASH(f32, float)

@@ -1,7 +1,7 @@
-// Squash, v = f·s with n = |s|, and its gradient.
+// Squash of a row s of length n, and its gradient: v = f·s, whose length is g = f·n.
 //
-//     quadratic:    f = n / (1 + n²)        f' along s: g' = 2f / (1 + n²)
-//     exponential:  f = (1 − e⁻ⁿ) / n                   g' = e⁻ⁿ
+//     quadratic:    f = n / (1 + n²),    g' = 2f / (1 + n²)
+//     exponential:  f = (1 − e⁻ⁿ) / n,   g' = e⁻ⁿ
 //
 // Lengths are float64: no square of a float overflows or vanishes there. A row with an infinite
 // component has the length NaN, which spoils that row alone.
